@@ -1,0 +1,40 @@
+"""The main job, small: a dense Qwen2 becomes a FineRMoE, trains on, and talks.
+
+    python train.py --config=configs/demo.py          # upcycled with (8, 2, 1, 2), T_I=1
+    python train.py --config=configs/demo.py:ct       # the dense base trained on the same tokens
+
+No download, no accelerator. The base, its tokenizer and its text lie in finermoe_jax/demo; the
+granularities are the published ones scaled down. README.md says what to expect.
+"""
+
+from ml_collections import ConfigDict
+
+from finermoe_jax import default_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = default_config()
+    config.init_from = "demo/model"
+    if variant == "ct":
+        config.moe = None
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; known: ct")
+    else:
+        config.moe.update(intermediate_granularity=8, output_granularity=2)
+    config.prompts = ("The following example", "def ", ".. function::")
+    config.data.update(
+        path="demo/pydoc_small.txt",
+        sequence_length=256,
+        global_batch_size=16,
+        eval_windows=64,
+        seed=1,
+    )
+    config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_fraction=0.05)
+    config.train.update(
+        steps=150,
+        compute_dtype="float32",
+        remat="none",
+        eval_every=50,
+        checkpoint_every=50,
+    )
+    return config

@@ -1,0 +1,224 @@
+"""Checkpoints through Orbax. A checkpoint directory needs nothing beside it:
+
+    config/      the model's architecture and dtypes, JSON
+    params/      the weights, in the decoder's own layout
+    tokenizer/   the tokenizer files
+    optimizer/   Optax's state, in training checkpoints only
+
+Orbax writes into a temporary directory and renames it, so that a checkpoint is there whole or
+not at all.
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from jax.typing import DTypeLike
+
+from finermoe_jax.config import ModelConfig, from_dict
+from finermoe_jax.errors import InputError
+from finermoe_jax.hf_config import read_json
+from finermoe_jax.hf_weights import (
+    TOKENIZER_FILES,
+    load_hf,
+    refuse_occupied,
+    resolve_source,
+    with_shapes,
+)
+from finermoe_jax.model import Decoder
+from finermoe_jax.upcycle import with_params
+
+_CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "optimizer"
+
+
+class TokenizerHandler(ocp.CheckpointHandler):
+    """An Orbax item that holds the tokenizer's files as they are."""
+
+    def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
+        if jax.process_index() == 0 and args.source is not None:
+            for name in TOKENIZER_FILES:
+                if (args.source / name).is_file():
+                    shutil.copyfile(args.source / name, Path(directory) / name)
+
+    def restore(self, directory: epath.Path, args: "TokenizerRestore") -> Path:
+        return Path(directory)
+
+
+@ocp.args.register_with_handler(TokenizerHandler, for_save=True)
+@dataclasses.dataclass
+class TokenizerSave(ocp.args.CheckpointArgs):
+    source: Path | None
+
+
+@ocp.args.register_with_handler(TokenizerHandler, for_restore=True)
+@dataclasses.dataclass
+class TokenizerRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+def _describe(model: Decoder) -> dict[str, Any]:
+    return {
+        "format": "finermoe-jax 1",
+        "model": dataclasses.asdict(model.config),
+        "dtype": str(model.dtype),
+        "param_dtype": str(model.embed.weight.dtype),
+    }
+
+
+def save_args(
+    model: Decoder, params: dict, tokenizer: Path | None, optimizer: Any = None
+) -> ocp.args.Composite:
+    """The items of a checkpoint; `optimizer` only where training is to go on from it."""
+    items: dict[str, Any] = {
+        _CONFIG: ocp.args.JsonSave(_describe(model)),
+        _PARAMS: ocp.args.StandardSave(params),
+        _TOKENIZER: TokenizerSave(tokenizer),
+    }
+    if optimizer is not None:
+        items[_OPTIMIZER] = ocp.args.StandardSave(optimizer)
+    return ocp.args.Composite(**items)
+
+
+def save_checkpoint(
+    model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+) -> None:
+    """Writes the model as an Orbax checkpoint at `path`, a new or empty directory.
+
+    Raises InputError when path is occupied.
+    """
+    target = Path(path).absolute()
+    refuse_occupied(target)
+    if target.exists():
+        target.rmdir()
+    params = nnx.to_pure_dict(nnx.state(model))
+    source = Path(tokenizer) if tokenizer is not None else None
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(target, args=save_args(model, params, source))
+
+
+def _step_directory(path: Path) -> Path:
+    """The checkpoint itself: `path`, or the newest step of a training workdir."""
+    if (path / _PARAMS).is_dir() and (path / _CONFIG).is_dir():
+        return path
+    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    numbers = ocp.utils.checkpoint_steps(steps) if steps.is_dir() else []
+    if not numbers:
+        raise InputError(
+            f"{path} is neither a checkpoint ({_PARAMS}/ and {_CONFIG}/), nor a training workdir "
+            "with checkpoints/, nor a Hugging Face directory with config.json"
+        )
+    return steps / str(max(numbers))
+
+
+def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
+    """Architecture, activation dtype and weight dtype of a checkpoint directory."""
+    values = read_json(checkpoint / _CONFIG / "metadata")
+    config = from_dict(ModelConfig, values.get("model") or {}, f"{checkpoint}: model")
+    return config, values["dtype"], values["param_dtype"]
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
+    """Shapes, dtypes and (by default one device's) shardings of the decoder's parameters."""
+    shapes = nnx.to_pure_dict(nnx.state(with_shapes(config)))
+    if shardings is None:
+        single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: single, shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def load_checkpoint(path: str | os.PathLike) -> Decoder:
+    """The model of an Orbax checkpoint of ours, or of a training workdir's newest step.
+
+    Raises InputError when there is none, or when it is damaged.
+    """
+    directory = _step_directory(Path(path).absolute())
+    config, dtype, param_dtype = read_description(directory)
+    target = abstract_params(config, param_dtype)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(directory / _PARAMS, target)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"checkpoint {directory} is damaged or incomplete: {first}") from None
+    return with_params(config, params, dtype=dtype)
+
+
+def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
+    """The model of a checkpoint, a workdir, a HF directory or a hub id, and its tokenizer's place.
+
+    A HF model's float16 or bfloat16 weights stay as stored; on a CPU, activations are float32,
+    since products of few bfloat16 rows run far below the memory's bandwidth there.
+    """
+    local = Path(path).absolute()
+    if not local.exists() or (local / "config.json").is_file() and not (
+        local / "checkpoints"
+    ).is_dir():
+        directory = resolve_source(path)
+        model = load_hf(directory)
+    else:
+        model = load_checkpoint(local)
+        directory = _step_directory(local) / _TOKENIZER
+    if jax.default_backend() == "cpu":
+        model.dtype = jnp.dtype("float32")
+    return model, directory
+
+
+class TrainingCheckpoints:
+    """A workdir's checkpoints/, through Orbax's manager: asynchronous, the newest few kept."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory.absolute()
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            ),
+            item_handlers={
+                _CONFIG: ocp.JsonCheckpointHandler(),
+                _PARAMS: ocp.StandardCheckpointHandler(),
+                _TOKENIZER: TokenizerHandler(),
+                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        return self.manager.latest_step()
+
+    def step_directory(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def save(
+        self, step: int, model: Decoder, params: dict, optimizer: Any, tokenizer: Path | None
+    ) -> None:
+        """Starts a save of this step; training may go on while it is written."""
+        if step not in self.manager.all_steps():
+            self.manager.save(step, args=save_args(model, params, tokenizer, optimizer))
+
+    def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
+        """Weights and optimizer state of a step, onto the shardings that the targets carry."""
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _PARAMS: ocp.args.StandardRestore(params),
+                    _OPTIMIZER: ocp.args.StandardRestore(optimizer),
+                }
+            ),
+        )
+        return restored[_PARAMS], restored[_OPTIMIZER]
+
+    def close(self) -> None:
+        """Waits for a save in progress."""
+        self.manager.wait_until_finished()
+        self.manager.close()

@@ -1,0 +1,229 @@
+"""The four commands. Each reads its flags, calls the library, and turns a user's mistake into one
+message on stderr and exit code 2."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from finermoe_jax.config import MoEConfig, RunConfig, run_config
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.files import find
+
+FLAGS = flags.FLAGS
+
+
+# --- flags and errors -----------------------------------------------------------------------
+
+
+def _run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
+    """Parses the flags, runs main, exits with 0 only when the work is done."""
+    with _clear_errors():
+        define()
+        flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
+        argv = [_find_config(argument) for argument in sys.argv]
+        sys.argv = argv  # ml_collections reads overrides from there
+        if any(a in ("-h", "--help", "-help", "--helpfull", "--helpshort") for a in argv[1:]):
+            print(usage)
+            print(_help())
+            sys.exit(0)
+        rest = FLAGS(argv)[1:]
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+        main()
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except (InputError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _help() -> str:
+    own = [name for name in FLAGS if name in _OWN_FLAGS]
+    return "\n".join(f"  --{name}  {FLAGS[name].help}" for name in sorted(own))
+
+
+_OWN_FLAGS: list[str] = []
+
+
+def _flag(define: Callable[..., Any], name: str, default: Any, text: str) -> None:
+    define(name, default, text)
+    _OWN_FLAGS.append(name)
+
+
+def _find_config(argument: str) -> str:
+    """--config=configs/x.py:variant, found in the working directory or in the package."""
+    prefix, equals, value = argument.partition("=")
+    if prefix not in ("--config", "-config") or not equals:
+        return argument
+    path, colon, variant = value.partition(":")
+    if path and not find(path).is_file():
+        folder = find(os.path.dirname(path) or ".")
+        known = [os.path.join(os.path.dirname(path), p.name) for p in folder.glob("*.py")]
+        hint = near_misses(path, known) if known else ""
+        raise InputError(f"config file {path} does not exist. {hint}")
+    return f"{prefix}={find(path)}{colon}{variant}"
+
+
+def _define_config(default: str | None) -> None:
+    config_flags.DEFINE_config_file(
+        "config",
+        str(find(default)) if default else None,
+        "configs/NAME.py or configs/NAME.py:VARIANT; --config.FIELD=VALUE overrides a field",
+        lock_config=True,
+    )
+    _OWN_FLAGS.append("config")
+    _flag(flags.DEFINE_bool, "print_config", False, "print the resolved config and exit")
+
+
+def _config() -> RunConfig:
+    """The config file with its overrides, checked."""
+    try:
+        values = FLAGS.config
+    except Exception as error:  # whatever a config file may raise
+        raise InputError(f"the config file failed: {type(error).__name__}: {error}") from None
+    return run_config(values.to_dict())
+
+
+def _require(name: str) -> Any:
+    value = FLAGS[name].value
+    if value in (None, ""):
+        raise InputError(f"--{name} is needed; see --help")
+    return value
+
+
+# --- the commands ---------------------------------------------------------------------------
+
+
+def train() -> None:
+    """train.py"""
+
+    def define() -> None:
+        _define_config("configs/demo.py")
+        _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
+              "(default: a new directory under runs/)")  # fmt: skip
+
+    def main() -> None:
+        config = _config()
+        if FLAGS.print_config:
+            print(json.dumps(dataclasses.asdict(config), indent=2))
+            return
+        from finermoe_jax import training
+
+        workdir = FLAGS.workdir
+        if not workdir:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            workdir = f"runs/{_config_name()}-{stamp}"
+        training.train(config, Path(workdir))
+
+    _run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
+         main)  # fmt: skip
+
+
+def _config_name() -> str:
+    value = next((a for a in sys.argv if a.lstrip("-").startswith("config=")), "=demo.py")
+    name, _, variant = Path(value.partition("=")[2]).name.partition(".py")
+    return name + variant.replace(":", "-")
+
+
+def convert_hf() -> None:
+    """convert_hf.py"""
+
+    def define() -> None:
+        _define_config(None)
+        _flag(flags.DEFINE_string, "source", "", "HF directory, hub id, or a checkpoint of ours")
+        _flag(flags.DEFINE_string, "target", "", "new or empty directory to write")
+        _flag(flags.DEFINE_string, "to", "orbax",
+              "orbax: a checkpoint of ours, a dense source upcycled as the config says (default "
+              "32,2,1,2); hf: a Hugging Face directory")  # fmt: skip
+
+    def main() -> None:
+        config = _config() if FLAGS["config"].present else None
+        if FLAGS.print_config:
+            moe = config.moe if config else MoEConfig()
+            print(json.dumps(dataclasses.asdict(moe) if moe else None, indent=2))
+            return
+        source, target = _require("source"), Path(_require("target"))
+        if FLAGS.to not in ("orbax", "hf"):
+            raise InputError(f"--to={FLAGS.to} must be orbax or hf")
+        from finermoe_jax.convert import convert
+
+        moe = config.moe if config else MoEConfig()
+        convert(source, target, FLAGS.to, moe, seed=config.train.seed if config else 0)
+        print(target)
+
+    _run("Convert: python convert_hf.py --source=DIR|hub-id --target=DIR [--config=FILE] "
+         "[--to=orbax|hf]", define, main)  # fmt: skip
+
+
+def evaluate() -> None:
+    """eval.py"""
+
+    def define() -> None:
+        _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
+        _flag(flags.DEFINE_string, "text", "", "perplexity of a .txt or .jsonl file")
+        _flag(flags.DEFINE_integer, "sequence_length", 0,
+              "tokens per window (default: the model's limit, at most 2048)")  # fmt: skip
+        _flag(flags.DEFINE_string, "output", "", "also write the results as JSON to this file")
+
+    def main() -> None:
+        path, text = _require("checkpoint"), find(_require("text"))
+        if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
+            raise InputError(f"--output={FLAGS.output}: its directory does not exist")
+        from finermoe_jax.evaluation import perplexity
+
+        result = json.dumps(perplexity(path, text, FLAGS.sequence_length), indent=2)
+        if FLAGS.output:
+            Path(FLAGS.output).write_text(result + "\n")
+        print(result)
+
+    _run("Evaluate: python eval.py --checkpoint=DIR --text=FILE.txt [--output=FILE.json]", define,
+         main)  # fmt: skip
+
+
+def generate() -> None:
+    """generate.py"""
+
+    def define() -> None:
+        _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
+        _flag(flags.DEFINE_string, "prompt", "", "text to continue")
+        _flag(flags.DEFINE_integer, "max_new_tokens", 64, "tokens to add")
+        _flag(flags.DEFINE_float, "temperature", 0.0, "0: most likely token; else sample")
+        _flag(flags.DEFINE_integer, "seed", 0, "of the sampling")
+
+    def main() -> None:
+        path, prompt = _require("checkpoint"), _require("prompt")
+        from finermoe_jax.checkpoint import load_model
+        from finermoe_jax.generation import complete
+        from finermoe_jax.tokenizers import load_tokenizer
+
+        model, files = load_model(path)
+        tokenizer = load_tokenizer(files, model.config.vocab_size)
+        pieces = complete(
+            model, tokenizer, prompt, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed
+        )
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+    _run("Generate: python generate.py --checkpoint=DIR --prompt=TEXT", define, main)

@@ -1,0 +1,36 @@
+"""Conversion between Hugging Face directories and Orbax checkpoints."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from finermoe_jax.checkpoint import load_checkpoint, load_model, save_checkpoint
+from finermoe_jax.config import MoEConfig
+from finermoe_jax.hf_weights import load_hf, read_config, refuse_occupied, resolve_source, save_hf
+from finermoe_jax.upcycle import upcycle_model, upcycled_config
+
+
+def convert(
+    source: str, target: Path, to: Literal["orbax", "hf"], moe: MoEConfig | None, seed: int
+) -> None:
+    """Writes `target`, a new or empty directory that appears only when complete.
+
+    To "orbax", a dense HF source is upcycled as `moe` says (None: imported as it is) and a
+    FineRMoE source is imported as it is. To "hf", a checkpoint of ours is exported.
+
+    Raises InputError for whatever the source, the target or the sizes have wrong.
+    """
+    refuse_occupied(target.absolute())
+    if to == "hf":
+        _, tokenizer = load_model(source)
+        save_hf(load_checkpoint(source), target, tokenizer)
+        return
+    directory = resolve_source(source)
+    config = read_config(directory)
+    if config.moe is not None or moe is None:
+        model = load_hf(directory)
+    else:
+        upcycled_config(config, moe)  # sizes that do not divide, before any tensor is read
+        model = upcycle_model(load_hf(directory), moe, jax.random.key(seed))
+    save_checkpoint(model, target, tokenizer=directory)

@@ -1,0 +1,230 @@
+"""The decoder: Qwen2 with dense or FineRMoE layers. Letters: finermoe_jax/config.py."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
+from finermoe_jax.config import LayerKind, ModelConfig
+from finermoe_jax.layers import MLP, Embedding, RMSNorm, rotary_angles
+from finermoe_jax.moe import FineRMoE
+from finermoe_jax.routing import Routing
+
+
+class Features(NamedTuple):
+    """The decoder's result before the vocabulary.
+
+    routing and aux_loss have one entry per MoE layer; the latter is Eq. 11, weight not applied.
+    """
+
+    hidden: Float[Array, "B T D"]
+    aux_loss: Float[Array, " L"]
+    routing: tuple[Routing, ...]
+    cache: KVCache | None
+
+
+class Output(NamedTuple):
+    """What `model(input_ids)` returns; see `Features`."""
+
+    logits: Float[Array, "B T V"]
+    aux_loss: Float[Array, " L"]
+    routing: tuple[Routing, ...]
+    cache: KVCache | None
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
+        self.input_norm = RMSNorm(d, eps, dtype, rngs)
+        self.attention = Attention(config, dtype, rngs)
+        self.post_norm = RMSNorm(d, eps, dtype, rngs)
+        if kind == "moe":
+            self.moe = FineRMoE(config, dtype, rngs)
+        else:
+            self.mlp = MLP(d, config.intermediate_size, std, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array],
+        mask: Array,
+        real: Array,
+        cache: LayerCache | None,
+        cache_length: Array | int,
+    ) -> tuple[Array, LayerCache | None, tuple[Routing, Array] | None]:
+        attended, cache = self.attention(self.input_norm(x), angles, mask, cache, cache_length)
+        x = x + attended
+        normed = self.post_norm(x)
+        if not hasattr(self, "moe"):
+            return x + self.mlp(normed), cache, None
+        y, routing, aux_loss = self.moe(normed, real)
+        return x + y, cache, (routing, aux_loss)
+
+
+# What the backward pass finds stored; the rest of a layer it computes again.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm, lm_head (None where tied to the embedding).
+
+    `runs[r][p]` holds the blocks at place p of run r's repeating pattern, stacked over the
+    repeats and scanned, so that compile time does not grow with depth (ModelConfig.layer_runs).
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        """dtype is the activations', param_dtype the weights' own."""
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        std, d = config.initializer_range, config.hidden_size
+        self.embed = Embedding(config.vocab_size, d, std, param_dtype, rngs)
+        self.runs = nnx.List(
+            nnx.List(_stacked_blocks(config, kind, repeats, param_dtype, rngs) for kind in pattern)
+            for pattern, repeats in config.layer_runs
+        )
+        self.final_norm = RMSNorm(d, config.rms_norm_eps, param_dtype, rngs)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Embedding(config.vocab_size, d, std, param_dtype, rngs)
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Output:
+        """Float32 logits of every position, and what the routers did. See `features`."""
+        features = self.features(input_ids, attention_mask, position_ids, segment_ids)
+        return Output(self.logits(features.hidden), *features[1:])
+
+    def features(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        remat: str = "none",
+    ) -> Features:
+        """Final hidden states [B, T, D] in `dtype`.
+
+        Args:
+          input_ids: tokens.
+          attention_mask: nonzero at real tokens, left- or right-padded; None: all are real.
+          position_ids: rotary positions; None: the real tokens of a row count from 0.
+          segment_ids: documents packed into a row; attention stays inside each.
+          cache: written from slot cache.length on; its rows' positions continue there.
+          remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
+        """
+        batch, tokens = input_ids.shape
+        real = (
+            jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
+        )
+        if cache is None:
+            valid, offset, first = real, jnp.int32(0), jnp.zeros(batch, jnp.int32)
+        else:
+            offset, first = cache.length, cache.positions
+            valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, offset))
+        if position_ids is None:
+            counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
+            position_ids = first[:, None] + jnp.maximum(counted, 0)
+        angles = rotary_angles(
+            position_ids, self.config.attention_head_dim, self.config.rope_theta
+        )
+        mask = build_mask(valid, offset + jnp.arange(tokens), segment_ids)
+
+        x = self.embed(input_ids, self.dtype)
+        traces: list[tuple[Routing, Array]] = []
+        caches = []
+        for index, run in enumerate(self.runs):
+            layer_caches = cache.layers[index] if cache else (None,) * len(run)
+            x, written, run_traces = _scan_run(
+                run, x, angles, mask, real, layer_caches, offset, remat
+            )
+            caches.append(written)
+            traces += run_traces
+        new_cache = None
+        if cache is not None:
+            advanced = first + real.sum(axis=1, dtype=jnp.int32)
+            new_cache = KVCache(tuple(caches), valid, offset + tokens, advanced)
+        aux_loss = jnp.stack([aux for _, aux in traces]) if traces else jnp.zeros(0)
+        return Features(self.final_norm(x), aux_loss, tuple(r for r, _ in traces), new_cache)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of the vocabulary, accumulated and returned in float32."""
+        head = self.lm_head or self.embed
+        return jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            head.weight[...].astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+build_mask = attention_mask  # the method's argument of HF's name hides the function
+
+
+def _stacked_blocks(
+    config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> Block:
+    """One Block whose parameters carry a leading axis "layer" of size repeats."""
+
+    @nnx.split_rngs(splits=repeats)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
+    def build(rngs: nnx.Rngs) -> Block:
+        return Block(config, kind, dtype, rngs)
+
+    return build(rngs)
+
+
+def _scan_run(
+    run: nnx.List,
+    x: Array,
+    angles: tuple[Array, Array],
+    mask: Array,
+    real: Array,
+    caches: tuple[LayerCache | None, ...],
+    cache_length: Array,
+    remat: str,
+) -> tuple[Array, tuple[LayerCache | None, ...], list[tuple[Routing, Array]]]:
+    """Scans the run's repeats. Returns x, the written caches, and its MoE layers' traces in order."""
+    graphdef, stacked = nnx.split(run)
+
+    def body(x: Array, layer: tuple) -> tuple:
+        state, layer_caches = layer
+        written, traces = [], []
+        for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
+            x, cache, trace = block(x, angles, mask, real, cache, cache_length)
+            written.append(cache)
+            traces.append(trace)
+        return x, (tuple(written), tuple(traces))
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x, (written, traces) = jax.lax.scan(body, x, (stacked, caches))
+    repeats = jax.tree.leaves(stacked)[0].shape[0]
+    return (
+        x,
+        written,
+        [
+            jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], trace)
+            for repeat in range(repeats)
+            for trace in traces
+            if trace is not None
+        ],
+    )

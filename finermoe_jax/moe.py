@@ -1,0 +1,138 @@
+"""The FineRMoE layer: parameters, dispatch, expert compute, combine (paper §3).
+
+Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
+their slots. Letters: finermoe_jax/config.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.config import ModelConfig
+from finermoe_jax.layers import MLP, normal, param
+from finermoe_jax.routing import Routing, load_balancing_loss, route
+from pallas_kernels.expert_ffn import expert_ffn
+
+
+class FineRMoE(nnx.Module):
+    """Routed experts, fine in both dimensions, beside a gated shared expert."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        assert config.moe is not None
+        self.moe = moe = config.moe
+        d, e = config.hidden_size, moe.num_experts
+        f, w = config.expert_intermediate_size, config.expert_output_size
+        init = normal(config.initializer_range)
+        self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
+        if moe.separate_routers:
+            self.group_router = param(
+                rngs, (moe.num_groups, d), ("router", "embed"), dtype, init
+            )
+        # Gate rows first, then up rows. The model width is minor: stored the other way round,
+        # XLA pads a copy of all experts at every call on a TPU.
+        self.gate_up = param(
+            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
+        )
+        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
+        if config.shared_expert_size:
+            self.shared = MLP(d, config.shared_expert_size, config.initializer_range, dtype, rngs)
+            self.shared_gate = param(rngs, (d,), ("embed",), dtype, init)
+        if moe.concat_proj != "none":
+            self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
+        """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
+
+        mask marks real tokens; it touches the loss only.
+        """
+        routing, slot_order = self._route(x)
+        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
+        y = self._routed(x, routing, slot_order)
+        if self.moe.concat_proj == "routed":
+            y = self._project(y)
+        if hasattr(self, "shared"):
+            gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
+            y += jax.nn.sigmoid(gate)[..., None] * self.shared(x)
+        if self.moe.concat_proj == "all":
+            y = self._project(y)
+        return y, routing, aux_loss
+
+    def _route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
+        dtype = jnp.dtype(self.moe.router_dtype)
+
+        def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
+            # HIGHEST: a TPU would otherwise round the operands to bfloat16, and 0.08 % of the
+            # tokens would choose other experts.
+            return jnp.einsum(
+                "BTD,ED->BTE",
+                x.astype(dtype),
+                weight[...].astype(dtype),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+
+        candidates = logits(self.group_router) if self.moe.separate_routers else None
+        return route(logits(self.router), self.moe, x.dtype, candidates)
+
+    def _routed(
+        self, x: Float[Array, "B T D"], routing: Routing, slot_order: Int[Array, "B T A"]
+    ) -> Float[Array, "B T D"]:
+        """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
+        batch, tokens, width = x.shape
+        active = self.moe.num_active
+        experts = jnp.take_along_axis(routing.experts, slot_order, axis=-1).reshape(-1)
+        weights = jnp.take_along_axis(routing.weights, slot_order, axis=-1).reshape(-1)
+        order = jnp.argsort(experts, stable=True)
+        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        group_sizes = jnp.bincount(experts, length=self.moe.num_experts).astype(jnp.int32)
+        rows = dispatch(x.reshape(-1, width), order, inverse, active)
+        y = expert_ffn(
+            rows,
+            self.gate_up[...].astype(x.dtype),
+            self.down[...].astype(x.dtype),
+            group_sizes,
+            permute(weights, order, inverse),
+        )
+        y = permute(y, inverse, order)
+        slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
+        return y.reshape(batch, tokens, slots, per_slot, -1).sum(axis=3).reshape(x.shape)
+
+    def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return jnp.einsum("BTC,DC->BTD", y, self.concat_proj[...].astype(y.dtype))
+
+
+# Both maps are permutations (one after a repeat), so their transposes are gathers too. Left to
+# JAX they would be scatter-adds, which are slow everywhere and have been miscompiled inside scans.
+
+
+@jax.custom_vjp
+def permute(
+    x: Float[Array, "M *C"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M *C"]:
+    """x[order], for a permutation and its inverse."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+def dispatch(
+    x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
+) -> Float[Array, "M D"]:
+    """Each token's row `active` times, in the given order of the M = T * active copies."""
+
+    @jax.custom_vjp
+    def gather(x: Array) -> Array:
+        return x[order // active]
+
+    def backward(_: None, g: Array) -> tuple[Array]:
+        return (g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),)
+
+    gather.defvjp(lambda x: (gather(x), None), backward)
+    return gather(x)

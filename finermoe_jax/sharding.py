@@ -1,0 +1,141 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Mesh axes: data (replicated weights), fsdp (weights and optimizer state split along the model
+width), expert (experts split), tensor (heads, FFN width and vocabulary split).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from finermoe_jax.config import MeshConfig
+from finermoe_jax.errors import InputError
+
+# Logical axis → mesh axes. None: the axis is never split. Parameters first, activations below.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layer": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "concat": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "router": None,
+    "expert": "expert",
+    "expert_mlp": None,
+    "expert_in": "fsdp",
+    "expert_out": None,
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or the given ones), axes in MeshConfig's order.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise InputError(f"mesh {sizes}: sizes are positive, and at most one is -1 (the rest)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if rest:
+        sizes[rest[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices; "
+            "set one of the axes to -1 to take the rest"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def spec(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str
+) -> tuple[PartitionSpec, list[str]]:
+    """The PartitionSpec of an array with logical `axes`, and a note per axis left whole.
+
+    One rule for what does not divide: an axis that its mesh axes do not divide is left whole
+    (replicated), and the note says so.
+
+    Raises InputError: a logical axis without a rule, or two that claim one mesh axis.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    notes: list[str] = []
+    claimed: dict[str, str] = {}
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in RULES:
+            raise InputError(f"{name}: logical axis {axis!r} has no rule in sharding.RULES")
+        target = RULES[axis]
+        mesh_axes = (target,) if isinstance(target, str) else target or ()
+        parts = math.prod(mesh.shape[m] for m in mesh_axes)
+        if parts > 1 and size % parts:
+            notes.append(
+                f"{name}: {axis} of size {size} is not a multiple of {'*'.join(mesh_axes)}="
+                f"{parts} and stays whole on every device"
+            )
+            target, mesh_axes = None, ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in claimed:
+                raise InputError(
+                    f"{name}: logical axes {claimed[mesh_axis]!r} and {axis!r} both claim mesh "
+                    f"axis {mesh_axis!r}"
+                )
+            claimed[mesh_axis] = axis
+        entries.append(target)
+    return PartitionSpec(*entries), notes
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh) -> tuple[dict, list[str]]:
+    """A NamedSharding per parameter, as a pure dict like the parameters', and notes (`spec`)."""
+    notes: list[str] = []
+    shardings = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = "/".join(map(str, path))
+        axes = variable.get_metadata().get("out_sharding")
+        if axes is None:
+            raise InputError(f"parameter {name} declares no logical axes")
+        partition, left_whole = spec(axes, variable.shape, mesh, name)
+        shardings[path] = NamedSharding(mesh, partition)
+        notes += left_whole
+    return nnx.traversals.unflatten_mapping(shardings), notes
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a [batch, sequence] array."""
+    axes = RULES["batch"], RULES["sequence"]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is split."""
+    axes = RULES["batch"]
+    assert isinstance(axes, tuple)
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def like_params(tree: Any, shardings: dict, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: each leaf as the parameter whose path it ends in."""
+    by_path = dict(nnx.traversals.flatten_mapping(shardings))
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        keys = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        return by_path[keys] if keys in by_path else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -1,0 +1,38 @@
+"""Tokenizers, loaded through transformers from local files; nothing is executed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.hf_weights import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory, checked against the model's vocabulary.
+
+    Raises InputError: no tokenizer files, unreadable ones, or more tokens than vocab_size.
+    """
+    if not has_tokenizer(directory):
+        raise InputError(
+            f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES[:2])}, "
+            "vocab.json); name a directory that does with --config.data.tokenizer"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"the tokenizer in {directory} cannot be read: {error}") from None
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model's vocab_size is "
+            f"{vocab_size}; its ids would not fit the embedding: use the model's own tokenizer"
+        )
+    return tokenizer

@@ -1,0 +1,87 @@
+"""expert_ffn: SwiGLU experts over rows sorted by expert."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.expert_ffn import blocked, reference
+
+Implementation = Literal["reference", "cpu"]
+
+
+def expert_ffn(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Array:
+    """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
+
+    Dropless for every distribution of rows; differentiable in every array but group_sizes.
+
+    Args:
+      rows: [M, D], sorted by expert; float32 or bfloat16.
+      gate_up: [E, 2F, D], the F gate rows first, then the F up rows.
+      down: [E, F, W].
+      group_sizes: int32 [E], rows of each expert; they sum to M.
+      row_weights: [M].
+      implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX, work
+        proportional to the rows), or None, which is "cpu" on every platform as yet.
+      interpret: run a Pallas kernel interpreted; the implementations above have none.
+
+    Returns:
+      [M, W] in the dtype of rows, accumulated in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that contradict each other, group sizes (where concrete) that
+        are negative or do not sum to M, an unknown implementation.
+    """
+    _check(rows, gate_up, down, group_sizes, row_weights)
+    if interpret:
+        raise ValueError(f"interpret=True: implementation={implementation} has no Pallas kernel")
+    match implementation:
+        case "reference":
+            return reference.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
+        case "cpu" | None:
+            return blocked.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
+    raise ValueError(f"implementation={implementation!r} must be 'reference', 'cpu' or None")
+
+
+def _check(
+    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
+) -> None:
+    for name, array, rank in (
+        ("rows", rows, 2),
+        ("gate_up", gate_up, 3),
+        ("down", down, 3),
+        ("group_sizes", group_sizes, 1),
+        ("row_weights", row_weights, 1),
+    ):
+        if array.ndim != rank:
+            raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")
+    experts, double_f, width = gate_up.shape
+    for what, got, wanted in (
+        ("gate_up's last axis against rows' width D", width, rows.shape[1]),
+        ("gate_up's middle axis 2F against twice down's F", double_f, 2 * down.shape[1]),
+        ("down's experts against gate_up's", down.shape[0], experts),
+        ("group_sizes' length against the experts", group_sizes.shape[0], experts),
+        ("row_weights' length against the rows", row_weights.shape[0], rows.shape[0]),
+    ):
+        if got != wanted:
+            raise ValueError(f"{what}: {got} != {wanted}")
+    for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"{name} is {array.dtype}; float32 and bfloat16 are supported")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes.dtype}; it must be an integer type")
+    if not isinstance(group_sizes, jax.core.Tracer):
+        if (group_sizes < 0).any() or group_sizes.sum() != rows.shape[0]:
+            raise ValueError(
+                f"group_sizes must be non-negative and sum to the {rows.shape[0]} rows; they sum "
+                f"to {group_sizes.sum()}, the smallest is {group_sizes.min()}"
+            )
