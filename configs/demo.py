@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.update(
         steps=150,
         compute_dtype="float32",
-        remat="none",
+        remat="dots",
         eval_every=50,
         checkpoint_every=50,
     )

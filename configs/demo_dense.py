@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.train.update(
         steps=600,
         compute_dtype="float32",
-        remat="none",
+        remat="dots",
         eval_every=100,
         checkpoint_every=200,
     )

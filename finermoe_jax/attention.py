@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
-from finermoe_jax.layers import normal, param, rotate
+from finermoe_jax.layers import normal, param, project, rotate
 
 
 class LayerCache(NamedTuple):
@@ -63,6 +63,31 @@ def attention_mask(
     return mask[:, None]
 
 
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v; each of the K heads serves N / K queries. Scores are float32.
+
+    The queries of one k, v head are stacked along the token axis, so that both products are
+    plain batched ones. Masked scores are finite: a fully masked row stays free of NaN.
+    """
+    batch, tokens, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
+    q = jnp.einsum("BTKGH->BKGTH", q).reshape(batch, kv_heads, -1, width)
+    k, v = jnp.einsum("BSKH->BKSH", k), jnp.einsum("BSKH->BKSH", v)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
+    mask = jnp.tile(mask, (1, 1, heads // kv_heads, 1))
+    scores = jnp.where(mask, scores / width**0.5, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("BKQS,BKSH->BKQH", probabilities, v)
+    y = y.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
+    return jnp.einsum("BKGTH->BTKGH", y).reshape(batch, tokens, heads, width)
+
+
 class Attention(nnx.Module):
     """Qwen2's attention: biases (if any) on q, k, v only; rotary positions; N/K heads share k, v."""
 
@@ -91,9 +116,9 @@ class Attention(nnx.Module):
         cache_length: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends; with a cache, writes k and v at slot cache_length and attends over all slots."""
-        q = jnp.einsum("BTD,NHD->BTNH", x, self.query[...].astype(x.dtype))
-        k = jnp.einsum("BTD,KHD->BTKH", x, self.key[...].astype(x.dtype))
-        v = jnp.einsum("BTD,KHD->BTKH", x, self.value[...].astype(x.dtype))
+        q = project("BTD,NHD->BTNH", x, self.query[...])
+        k = project("BTD,KHD->BTKH", x, self.key[...])
+        v = project("BTD,KHD->BTKH", x, self.value[...])
         if self.bias:
             q += self.query_bias[...].astype(x.dtype)[None, None]
             k += self.key_bias[...].astype(x.dtype)[None, None]
@@ -106,6 +131,5 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
             )
             k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-        # Masked scores are finite there, so a fully masked row stays free of NaN.
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return jnp.einsum("BTNH,DNH->BTD", y, self.out[...].astype(x.dtype)), cache
+        y = attend(q, k, v, mask)
+        return project("BTNH,DNH->BTD", y, self.out[...]), cache

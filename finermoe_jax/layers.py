@@ -4,7 +4,9 @@ Matrices are stored [out, in] as in HF: the model width is the minor axis, a mul
 every published size, and conversion is a copy. Axis letters: finermoe_jax/config.py.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,43 @@ def normal(std: float) -> Callable[..., Array]:
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return init
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project(
+    equation: str,
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """jnp.einsum(equation, x, weight) with operands in x's dtype: every product with a weight.
+
+    Accumulated in float32 where the platform can, returned in out_dtype (default: x's). The
+    backward pass holds x and the cotangent as arrays of their own: XLA on a CPU would otherwise
+    fuse the element-wise work that made them into the transposes that the weight gradient needs,
+    which is several times slower than either.
+    """
+    return jnp.einsum(
+        equation, x, weight.astype(x.dtype), preferred_element_type=out_dtype or x.dtype
+    )
+
+
+def _project_backward(
+    equation: str, _: DTypeLike | None, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, weight = saved
+    x, dy = _materialized((x, dy.astype(x.dtype)))
+    _, vjp = jax.vjp(lambda x, w: jnp.einsum(equation, x, w.astype(x.dtype)), x, weight)
+    return vjp(dy)
+
+
+project.defvjp(lambda equation, x, w, out: (project(equation, x, w, out), (x, w)), _project_backward)
+
+
+def _materialized(arrays: Any) -> Any:
+    return jax.lax.platform_dependent(
+        arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -87,6 +126,6 @@ class MLP(nnx.Module):
         self.down = param(rngs, (width, hidden), ("embed", "mlp"), dtype, normal(std))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = jnp.einsum("BTD,FD->BTF", x, self.gate[...].astype(x.dtype))
-        up = jnp.einsum("BTD,FD->BTF", x, self.up[...].astype(x.dtype))
-        return jnp.einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+        gate = project("BTD,FD->BTF", x, self.gate[...])
+        up = project("BTD,FD->BTF", x, self.up[...])
+        return project("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down[...])

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
 from finermoe_jax.config import LayerKind, ModelConfig
-from finermoe_jax.layers import MLP, Embedding, RMSNorm, rotary_angles
+from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing
 
@@ -166,14 +166,9 @@ class Decoder(nnx.Module):
         return Features(self.final_norm(x), aux_loss, tuple(r for r, _ in traces), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of the vocabulary, accumulated and returned in float32."""
+        """Scores of the vocabulary, as float32."""
         head = self.lm_head or self.embed
-        return jnp.einsum(
-            "...D,VD->...V",
-            hidden,
-            head.weight[...].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return project("...D,VD->...V", hidden, head.weight[...], jnp.float32)
 
 
 build_mask = attention_mask  # the method's argument of HF's name hides the function

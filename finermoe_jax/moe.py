@@ -4,6 +4,8 @@ Dropless: routed rows are sorted by expert, computed in groups of any size, and 
 their slots. Letters: finermoe_jax/config.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
-from finermoe_jax.layers import MLP, normal, param
+from finermoe_jax.layers import MLP, normal, param, project
 from finermoe_jax.routing import Routing, load_balancing_loss, route
 from pallas_kernels.expert_ffn import expert_ffn
 
@@ -101,7 +103,7 @@ class FineRMoE(nnx.Module):
         return y.reshape(batch, tokens, slots, per_slot, -1).sum(axis=3).reshape(x.shape)
 
     def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return jnp.einsum("BTC,DC->BTD", y, self.concat_proj[...].astype(y.dtype))
+        return project("BTC,DC->BTD", y, self.concat_proj[...])
 
 
 # Both maps are permutations (one after a repeat), so their transposes are gathers too. Left to
@@ -122,17 +124,19 @@ permute.defvjp(
 )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(
     x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
 ) -> Float[Array, "M D"]:
     """Each token's row `active` times, in the given order of the M = T * active copies."""
+    return x[order // active]
 
-    @jax.custom_vjp
-    def gather(x: Array) -> Array:
-        return x[order // active]
 
-    def backward(_: None, g: Array) -> tuple[Array]:
-        return (g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),)
-
-    gather.defvjp(lambda x: (gather(x), None), backward)
-    return gather(x)
+dispatch.defvjp(
+    lambda x, order, inverse, active: (dispatch(x, order, inverse, active), inverse),
+    lambda active, inverse, g: (
+        g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),
+        None,
+        None,
+    ),
+)
