@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"unknown variant {variant!r}; known: ct")
     else:
         config.moe.update(intermediate_granularity=8, output_granularity=2)
-    config.prompts = ("The following example", "def ", ".. function::")
+    config.prompts = ("The following example shows", "import ", "Return the")
     config.data.update(
         path="demo/pydoc_small.txt",
         sequence_length=256,

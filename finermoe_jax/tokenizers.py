@@ -24,10 +24,14 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
             f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES[:2])}, "
             "vocab.json); name a directory that does with --config.data.tokenizer"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # tokenizer.json says everything. AutoTokenizer would look at a config.json beside it and
+    # rebuild the splitting rules of that model type, which are not always the file's.
+    complete = (directory / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if complete else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"the tokenizer in {directory} cannot be read: {error}") from None
     if len(tokenizer) > vocab_size:

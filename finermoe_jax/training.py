@@ -29,7 +29,7 @@ from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
 from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.upcycle import upcycle_model, upcycled_config, with_params
+from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
 
 # --- the step -------------------------------------------------------------------------------
 
@@ -306,10 +306,7 @@ def _start(config: RunConfig) -> _Start:
     source, files = load_model(find(config.init_from))
     if config.model is not None:
         _check_agreement(config, source)
-    params = nnx.to_pure_dict(nnx.state(source))
-    source = with_params(
-        source.config, jax.tree.map(lambda p: p.astype(stored), params), dtype=compute
-    )
+    source = cast(source, stored, compute)
     if config.moe is None or source.config.moe is not None:
         if config.moe is not None:
             wanted = upcycled_config(source.config, config.moe)

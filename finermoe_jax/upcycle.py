@@ -150,6 +150,12 @@ def with_params(config: ModelConfig, params: dict, *, dtype: Any) -> Decoder:
     return nnx.merge(graphdef, state)
 
 
+def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
+    """The same model with weights of another dtype; dtype is the activations', None keeps it."""
+    params = jax.tree.map(lambda p: p.astype(param_dtype), nnx.to_pure_dict(nnx.state(model)))
+    return with_params(model.config, params, dtype=dtype or model.dtype)
+
+
 def upcycle(
     dense_model: Decoder,
     *,

@@ -12,7 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of the package is imported: every annotated shape is checked at each call.
-install_import_hook("finermoe_jax", "typeguard.typechecked").__enter__()
+install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
