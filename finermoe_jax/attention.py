@@ -89,7 +89,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Qwen2's attention: biases (if any) on q, k, v only; rotary positions; N/K heads share k, v."""
+    """Qwen2's attention: biases on q, k, v only; rotary positions; N / K query heads share k, v."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.attention_head_dim

@@ -42,25 +42,29 @@ class TokenizerHandler(ocp.CheckpointHandler):
     """An Orbax item that holds the tokenizer's files as they are."""
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
+        """Copies the files; the first process alone."""
         if jax.process_index() == 0 and args.source is not None:
             for name in TOKENIZER_FILES:
                 if (args.source / name).is_file():
                     shutil.copyfile(args.source / name, Path(directory) / name)
 
     def restore(self, directory: epath.Path, args: "TokenizerRestore") -> Path:
+        """The directory that holds them."""
         return Path(directory)
 
 
 @ocp.args.register_with_handler(TokenizerHandler, for_save=True)
 @dataclasses.dataclass
 class TokenizerSave(ocp.args.CheckpointArgs):
+    """The directory whose tokenizer files are saved; None saves none."""
+
     source: Path | None
 
 
 @ocp.args.register_with_handler(TokenizerHandler, for_restore=True)
 @dataclasses.dataclass
 class TokenizerRestore(ocp.args.CheckpointArgs):
-    pass
+    """Nothing to say: the files are used where they are."""
 
 
 def _describe(model: Decoder) -> dict[str, Any]:
@@ -131,7 +135,9 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: single, shapes)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(dtype), sharding=sharding
+        ),
         shapes,
         shardings,
     )
@@ -161,9 +167,9 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
     since products of few bfloat16 rows run far below the memory's bandwidth there.
     """
     local = Path(path).absolute()
-    if not local.exists() or (local / "config.json").is_file() and not (
-        local / "checkpoints"
-    ).is_dir():
+    if not local.exists() or (
+        (local / "config.json").is_file() and not (local / "checkpoints").is_dir()
+    ):
         directory = resolve_source(path)
         model = load_hf(directory)
     else:
@@ -193,10 +199,8 @@ class TrainingCheckpoints:
         )
 
     def latest_step(self) -> int | None:
+        """The newest complete step; None in a new workdir."""
         return self.manager.latest_step()
-
-    def step_directory(self, step: int) -> Path:
-        return self.directory / str(step)
 
     def save(
         self, step: int, model: Decoder, params: dict, optimizer: Any, tokenizer: Path | None

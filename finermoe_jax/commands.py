@@ -24,8 +24,8 @@ FLAGS = flags.FLAGS
 # --- flags and errors -----------------------------------------------------------------------
 
 
-def _run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
-    """Parses the flags, runs main, exits with 0 only when the work is done."""
+def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
+    """A command: parses the flags, runs main, exits with 0 only when the work is done."""
     with _clear_errors():
         define()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
@@ -35,7 +35,13 @@ def _run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> No
             print(usage)
             print(_help())
             sys.exit(0)
-        rest = FLAGS(argv)[1:]
+        try:
+            rest = FLAGS(argv)[1:]
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            # ml_collections lets its own errors through for a field that does not exist.
+            raise InputError(f"--config: {_last_line(error)}") from None
+        except flags.Error as error:
+            raise InputError(_last_line(error)) from None
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
         main()
@@ -45,7 +51,7 @@ def _run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> No
 def _clear_errors() -> Iterator[None]:
     try:
         yield
-    except (InputError, flags.Error) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -55,6 +61,14 @@ def _clear_errors() -> Iterator[None]:
         # The reader of our output has gone; nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _last_line(error: Exception) -> str:
+    """The message without the traceback that ml_collections puts into it."""
+    message = str(error.args[0]) if error.args else repr(error)
+    if "Traceback" in message:
+        return message.strip().splitlines()[-1]
+    return " ".join(message.replace("\\n", " ").split()).strip("'\"")
 
 
 def _help() -> str:
@@ -84,7 +98,8 @@ def _find_config(argument: str) -> str:
     return f"{prefix}={find(path)}{colon}{variant}"
 
 
-def _define_config(default: str | None) -> None:
+def define_config(default: str | None) -> None:
+    """Defines --config and --print_config."""
     config_flags.DEFINE_config_file(
         "config",
         str(find(default)) if default else None,
@@ -95,7 +110,7 @@ def _define_config(default: str | None) -> None:
     _flag(flags.DEFINE_bool, "print_config", False, "print the resolved config and exit")
 
 
-def _config() -> RunConfig:
+def read_config() -> RunConfig:
     """The config file with its overrides, checked."""
     try:
         values = FLAGS.config
@@ -118,12 +133,12 @@ def train() -> None:
     """train.py"""
 
     def define() -> None:
-        _define_config("configs/demo.py")
+        define_config("configs/demo.py")
         _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
               "(default: a new directory under runs/)")  # fmt: skip
 
     def main() -> None:
-        config = _config()
+        config = read_config()
         if FLAGS.print_config:
             print(json.dumps(dataclasses.asdict(config), indent=2))
             return
@@ -135,7 +150,7 @@ def train() -> None:
             workdir = f"runs/{_config_name()}-{stamp}"
         training.train(config, Path(workdir))
 
-    _run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
+    run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
          main)  # fmt: skip
 
 
@@ -149,7 +164,7 @@ def convert_hf() -> None:
     """convert_hf.py"""
 
     def define() -> None:
-        _define_config(None)
+        define_config(None)
         _flag(flags.DEFINE_string, "source", "", "HF directory, hub id, or a checkpoint of ours")
         _flag(flags.DEFINE_string, "target", "", "new or empty directory to write")
         _flag(flags.DEFINE_string, "to", "orbax",
@@ -159,7 +174,7 @@ def convert_hf() -> None:
               "float32 or bfloat16 weights in the target (default: as in the source)")  # fmt: skip
 
     def main() -> None:
-        config = _config() if FLAGS["config"].present else None
+        config = read_config() if FLAGS["config"].present else None
         if FLAGS.print_config:
             moe = config.moe if config else MoEConfig()
             print(json.dumps(dataclasses.asdict(moe) if moe else None, indent=2))
@@ -176,7 +191,7 @@ def convert_hf() -> None:
         convert(source, target, FLAGS.to, moe, seed=seed, dtype=FLAGS.dtype or None)
         print(target)
 
-    _run("Convert: python convert_hf.py --source=DIR|hub-id --target=DIR [--config=FILE] "
+    run("Convert: python convert_hf.py --source=DIR|hub-id --target=DIR [--config=FILE] "
          "[--to=orbax|hf]", define, main)  # fmt: skip
 
 
@@ -201,7 +216,7 @@ def evaluate() -> None:
             Path(FLAGS.output).write_text(result + "\n")
         print(result)
 
-    _run("Evaluate: python eval.py --checkpoint=DIR --text=FILE.txt [--output=FILE.json]", define,
+    run("Evaluate: python eval.py --checkpoint=DIR --text=FILE.txt [--output=FILE.json]", define,
          main)  # fmt: skip
 
 
@@ -231,4 +246,4 @@ def generate() -> None:
             print(piece, end="", flush=True)
         print()
 
-    _run("Generate: python generate.py --checkpoint=DIR --prompt=TEXT", define, main)
+    run("Generate: python generate.py --checkpoint=DIR --prompt=TEXT", define, main)

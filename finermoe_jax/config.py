@@ -116,6 +116,7 @@ class MoEConfig:
 
     @property
     def num_experts(self) -> int:
+        """N, the routed experts of a layer."""
         return self.num_groups * self.group_size
 
     @property
@@ -195,6 +196,7 @@ class ModelConfig:
 
     @property
     def attention_head_dim(self) -> int:
+        """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
@@ -299,6 +301,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """Length, precision, memory and rhythm of a run."""
+
     steps: int = 2980
     # Microbatches per optimizer step; their gradients are averaged.
     grad_accumulation: int = 1
@@ -376,7 +380,7 @@ def default_config() -> Any:
 
     config = ConfigDict(
         {
-            field.name: dataclasses.asdict(field.default)
+            field.name: dataclasses.asdict(field.default)  # type: ignore[arg-type]
             if dataclasses.is_dataclass(field.default)
             else field.default
             for field in dataclasses.fields(RunConfig)
@@ -414,7 +418,7 @@ def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`, or InputError. Ints serve as floats, lists as tuples."""
+    """`value` as the type `hint`, or InputError. Ints serve as floats, lists as tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -5,7 +5,7 @@ import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -17,7 +17,7 @@ from finermoe_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_documents(path: Path) -> list[str]:
@@ -109,6 +109,8 @@ class Windows(grain.sources.RandomAccessDataSource):
         return max(0, (len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         start = int(index) * self.length
         return np.asarray(self.tokens[start : start + self.length + 1], np.int32)
 

@@ -62,7 +62,7 @@ def stream(
     graphdef, state = nnx.split(model)
     batch, tokens = ids.shape
     cache = init_cache(model.config, batch, tokens + max_new_tokens, model.dtype)
-    last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
+    last = tokens - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
     token, cache = _step(
         graphdef, state, jnp.asarray(ids, jnp.int32), jnp.asarray(mask), jnp.asarray(last),
         cache, temperature, jax.random.fold_in(key, 0),
@@ -98,9 +98,7 @@ def _step(
     return token.astype(jnp.int32), features.cache
 
 
-def _check(
-    model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int, temperature: float
-) -> None:
+def _check(model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int, temperature: float) -> None:
     if ids.ndim != 2 or not ids.size:
         raise InputError(f"input_ids has shape {ids.shape}; it must be [batch, tokens], not empty")
     if mask.shape != ids.shape:

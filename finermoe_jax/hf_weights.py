@@ -5,6 +5,7 @@ Nothing is unpickled or executed: only safetensors are read.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -142,7 +143,11 @@ def _targets(rule: Rule, layer: int, repeat: int, config: ModelConfig) -> Iterat
         return
     assert config.moe is not None
     for e in range(config.moe.num_experts):
-        yield name.replace("{e}", str(e)), lambda ours, e=e: rule.view(ours[repeat, e])
+        yield name.replace("{e}", str(e)), functools.partial(_expert_view, rule, repeat, e)
+
+
+def _expert_view(rule: Rule, repeat: int, expert: int, ours: np.ndarray) -> np.ndarray:
+    return rule.view(ours[repeat, expert])
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -227,12 +232,15 @@ class TensorFiles(contextlib.ExitStack):
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header."""
         return tuple(self.files[self.where[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
+        """safetensors' name of a tensor's dtype."""
         return self.files[self.where[name]].get_slice(name).get_dtype()
 
     def tensor(self, name: str) -> np.ndarray:
+        """A tensor's values."""
         return self.files[self.where[name]].get_tensor(name)
 
 
@@ -261,12 +269,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                str(source), allow_patterns=["*.safetensors", INDEX_FILE, "config.json"]
-                + list(TOKENIZER_FILES)
-            )
-        )  # fmt: skip
+        wanted = ["*.safetensors", INDEX_FILE, "config.json", *TOKENIZER_FILES]
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # the hub client raises many unrelated types
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
@@ -329,7 +333,7 @@ def _check_tensors(
     files: TensorFiles, table: dict[Path_, list[Target]], flat: dict, config: ModelConfig
 ) -> None:
     """Every name, shape and dtype on both sides, all complaints in one InputError."""
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for path, targets in table.items():
         # A view of zero bytes tells the HF tensor's shape.
         ours = np.broadcast_to(np.empty((), np.int8), flat[path].shape)
@@ -360,8 +364,7 @@ def _check_tensors(
         complaints.append(f"{len(dtypes)} not of {', '.join(_DTYPES)}:{_listing(dtypes)}")
     if complaints:
         raise InputError(
-            f"the tensors in {files.directory} do not fit its config.json\n"
-            + "\n".join(complaints)
+            f"the tensors in {files.directory} do not fit its config.json\n" + "\n".join(complaints)
         )
 
 

@@ -66,7 +66,9 @@ def _project_backward(
     return vjp(dy)
 
 
-project.defvjp(lambda equation, x, w, out: (project(equation, x, w, out), (x, w)), _project_backward)
+project.defvjp(
+    lambda equation, x, w, out: (project(equation, x, w, out), (x, w)), _project_backward
+)
 
 
 def _materialized(arrays: Any) -> Any:
@@ -83,6 +85,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, (size,), ("embed",), dtype, nnx.initializers.ones)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalizes each position, in x's dtype."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
@@ -114,6 +117,7 @@ class Embedding(nnx.Module):
         self.weight = param(rngs, (vocab, width), ("vocab", "embed"), dtype, normal(std))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """Each id's row, cast to dtype."""
         return self.weight[...][ids].astype(dtype)
 
 
@@ -126,6 +130,7 @@ class MLP(nnx.Module):
         self.down = param(rngs, (width, hidden), ("embed", "mlp"), dtype, normal(std))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the layer, in x's dtype."""
         gate = project("BTD,FD->BTF", x, self.gate[...])
         up = project("BTD,FD->BTF", x, self.up[...])
         return project("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down[...])

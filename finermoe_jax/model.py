@@ -1,7 +1,7 @@
 """The decoder: Qwen2 with dense or FineRMoE layers. Letters: finermoe_jax/config.py."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         cache_length: Array | int,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, Array] | None]:
+        """Returns x, the written cache, and a MoE layer's routing and Eq. 11 loss."""
         attended, cache = self.attention(self.input_norm(x), angles, mask, cache, cache_length)
         x = x + attended
         normed = self.post_norm(x)
@@ -132,9 +133,7 @@ class Decoder(nnx.Module):
           remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
         """
         batch, tokens = input_ids.shape
-        real = (
-            jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
-        )
+        real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
         if cache is None:
             valid, offset, first = real, jnp.int32(0), jnp.zeros(batch, jnp.int32)
         else:
@@ -143,14 +142,12 @@ class Decoder(nnx.Module):
         if position_ids is None:
             counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
             position_ids = first[:, None] + jnp.maximum(counted, 0)
-        angles = rotary_angles(
-            position_ids, self.config.attention_head_dim, self.config.rope_theta
-        )
+        angles = rotary_angles(position_ids, self.config.attention_head_dim, self.config.rope_theta)
         mask = build_mask(valid, offset + jnp.arange(tokens), segment_ids)
 
         x = self.embed(input_ids, self.dtype)
         traces: list[tuple[Routing, Array]] = []
-        caches = []
+        caches: list[Any] = []
         for index, run in enumerate(self.runs):
             layer_caches = cache.layers[index] if cache else (None,) * len(run)
             x, written, run_traces = _scan_run(
@@ -197,12 +194,14 @@ def _scan_run(
     cache_length: Array,
     remat: str,
 ) -> tuple[Array, tuple[LayerCache | None, ...], list[tuple[Routing, Array]]]:
-    """Scans the run's repeats. Returns x, the written caches, and its MoE layers' traces in order."""
+    """Scans the repeats. Returns x, the written caches, and the MoE layers' traces in order."""
+    graphdef: Any
     graphdef, stacked = nnx.split(run)
 
     def body(x: Array, layer: tuple) -> tuple:
         state, layer_caches = layer
-        written, traces = [], []
+        written: list[Any] = []
+        traces: list[Any] = []
         for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
             x, cache, trace = block(x, angles, mask, real, cache, cache_length)
             written.append(cache)
@@ -211,15 +210,16 @@ def _scan_run(
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x, (written, traces) = jax.lax.scan(body, x, (stacked, caches))
+    scanned: Any = jax.lax.scan(body, x, (stacked, caches))
+    x, (new_caches, stacked_traces) = scanned
     repeats = jax.tree.leaves(stacked)[0].shape[0]
     return (
         x,
-        written,
+        new_caches,
         [
             jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], trace)
             for repeat in range(repeats)
-            for trace in traces
+            for trace in stacked_traces
             if trace is not None
         ],
     )

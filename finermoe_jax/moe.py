@@ -29,9 +29,7 @@ class FineRMoE(nnx.Module):
         init = normal(config.initializer_range)
         self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
         if moe.separate_routers:
-            self.group_router = param(
-                rngs, (moe.num_groups, d), ("router", "embed"), dtype, init
-            )
+            self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
         # Gate rows first, then up rows. The model width is minor: stored the other way round,
         # XLA pads a copy of all experts at every call on a TPU.
         self.gate_up = param(

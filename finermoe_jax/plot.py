@@ -39,9 +39,7 @@ def draw_loss(workdir: Path) -> Path:
         for i in range(len(losses))
     ]
     top.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training, each step")
-    top.plot(
-        steps, smooth, color="#1f5f99", linewidth=1.6, label=f"training, mean of {span} steps"
-    )
+    top.plot(steps, smooth, color="#1f5f99", linewidth=1.6, label=f"training, mean of {span} steps")
     dense = [e for e in evals if e["name"] == "dense base"]
     scored = [e for e in evals if e["name"] != "dense base"]
     if dense:
@@ -70,6 +68,7 @@ def draw_loss(workdir: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
+    """The command; returns the exit code."""
     if len(argv) != 2 or argv[1] in ("-h", "--help"):
         print("usage: python -m finermoe_jax.plot WORKDIR", file=sys.stderr)
         return 0 if argv[1:] in (["-h"], ["--help"]) else 2

@@ -1,5 +1,6 @@
 """Tokenizers, loaded through transformers from local files; nothing is executed."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer's files."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
@@ -24,6 +26,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
             f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES[:2])}, "
             "vocab.json); name a directory that does with --config.data.tokenizer"
         )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json says everything. AutoTokenizer would look at a config.json beside it and

@@ -1,5 +1,6 @@
 """Training: start or resume, step, score, save."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -67,7 +68,7 @@ def train_step(
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, opt_state, metrics | {"grad_norm": optax.global_norm(grads)}
+    return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def batch_loss(
@@ -78,7 +79,11 @@ def batch_loss(
     inputs, targets = batch[:, :-1], batch[:, 1:]
     features = model.features(inputs, remat=config.train.remat)
     total = cross_entropy_sum(
-        model, features.hidden, targets, jnp.ones_like(targets, bool), config.train.loss_chunk_tokens
+        model,
+        features.hidden,
+        targets,
+        jnp.ones_like(targets, bool),
+        config.train.loss_chunk_tokens,
     )
     loss = total / targets.size
     aux_loss = features.aux_loss.sum()
@@ -152,22 +157,40 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     tokenizer = load_tokenizer(start.tokenizer_files, model_config.vocab_size)
     if not config.data.path:
         raise InputError("data.path is empty; name a .txt or .jsonl file to train on")
-    text = data.read_documents(find(config.data.path))
-    tokens = data.tokenize(text, tokenizer, show_progress=True)
+    documents = data.read_documents(find(config.data.path))
+    tokens = data.tokenize(documents, tokenizer, show_progress=True)
     windows, held_out = data.split_held_out(tokens, config.data)
     _write_config(workdir, config)
 
-    log = _Log(workdir)
+    with contextlib.closing(
+        TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
+    ) as checkpoints:
+        _run(config, workdir, mesh, start, tokenizer, (windows, held_out), checkpoints, say)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    say(f"peak memory {peak:.2f} GiB · loss curve in {plot.draw_loss(workdir)}")
+
+
+def _run(
+    config: RunConfig,
+    workdir: Path,
+    mesh: Mesh,
+    start: _Start,
+    tokenizer: Any,
+    text: tuple[data.Windows, data.Windows],
+    checkpoints: TrainingCheckpoints,
+    say: Callable[[str], None],
+) -> None:
+    """Everything between checked input and the last checkpoint."""
+    log, (windows, held_out) = _Log(workdir), text
     shardings, notes = sharding.param_shardings(start.model, mesh)
     for note in notes:
         say(note)
-    checkpoints = TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
     graphdef, state = nnx.split(start.model)
     tx = optimizer(config.optimizer, config.train.steps)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     say(
-        f"{count:,} parameters · {len(tokens):,} tokens of text · {len(windows)} training and "
-        f"{len(held_out)} held-out windows of {length} · {dict(mesh.shape)} · {workdir}"
+        f"{count:,} parameters · {len(windows):,} training and {len(held_out)} held-out windows "
+        f"of {windows.length} tokens · mesh {dict(mesh.shape)} · {workdir}"
     )
 
     def report(name: str, model: Decoder, step: int) -> None:
@@ -178,9 +201,9 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
             log.evaluation(name, step, loss)
             say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
         for prompt in config.prompts:
-            text = "".join(complete(model, tokenizer, prompt, config.prompt_tokens, 0.0, 0))
-            log.sample(name, step, prompt, text)
-            say(f"  {prompt!r} → {text!r}")
+            words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens, 0.0, 0))
+            log.sample(name, step, prompt, words)
+            say(f"  {prompt!r} → {words!r}")
 
     first = checkpoints.latest_step()
     if first is None:
@@ -193,31 +216,22 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
         checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files)
         first = 0
     else:
-        target = abstract_params(model_config, config.train.param_dtype, shardings)
-        opt_shapes = jax.eval_shape(tx.init, target)
-        opt_target = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            opt_shapes,
-            sharding.like_params(opt_shapes, shardings, mesh),
+        target = abstract_params(start.model.config, config.train.param_dtype, shardings)
+        params, opt_state = checkpoints.restore(
+            first, target, _abstract_optimizer(tx, target, shardings, mesh)
         )
-        params, opt_state = checkpoints.restore(first, target, opt_target)
         log.cut(first)
         say(f"resumed from step {first} of {config.train.steps}")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     start.model = nnx.merge(graphdef, abstract)  # free the weights that params now holds
     del state
 
-    params, opt_state = _loop(
+    params, _ = _loop(
         config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
         checkpoints, log, report,
     )  # fmt: skip
-    final = rebuild(graphdef, params)
     if first < config.train.steps:
-        report(f"step {config.train.steps}", final, config.train.steps)
-    checkpoints.close()
-    picture = plot.draw_loss(workdir)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(f"peak memory {peak:.2f} GiB · loss curve in {picture}")
+        report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
 
 
 def _loop(
@@ -253,9 +267,7 @@ def _loop(
             clock, since = now, step
             # The rate that this step used: Optax counts updates from 0.
             rate = float(schedule(step - 1))
-            log.metrics(
-                {"step": step, **values, "learning_rate": rate, "tokens_per_second": speed}
-            )
+            log.metrics({"step": step, **values, "learning_rate": rate, "tokens_per_second": speed})
             bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if step % settings.checkpoint_every == 0 or step == steps:
@@ -279,12 +291,25 @@ def _global_batches(
         yield jax.make_array_from_process_local_data(rows, np.asarray(batch), shape)
 
 
+def _abstract_optimizer(
+    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
+) -> Any:
+    """Shapes, dtypes and shardings of the optimizer's state."""
+    shapes = jax.eval_shape(tx.init, params)
+    return jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        shapes,
+        sharding.like_params(shapes, shardings, mesh),
+    )
+
+
 def _init_optimizer(
     tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
 ) -> Any:
-    shapes = jax.eval_shape(tx.init, params)
-    placed = sharding.like_params(shapes, shardings, mesh)
-    return jax.jit(tx.init, out_shardings=placed)(params)
+    abstract = _abstract_optimizer(tx, params, shardings, mesh)
+    return jax.jit(tx.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
+        params
+    )
 
 
 def _start(config: RunConfig) -> _Start:
@@ -322,7 +347,8 @@ def _start(config: RunConfig) -> _Start:
 
 def _check_agreement(config: RunConfig, source: Decoder) -> None:
     found = dataclasses.asdict(source.config)
-    stated = dataclasses.asdict(config.model)  # type: ignore[call-overload]
+    assert config.model is not None
+    stated = dataclasses.asdict(config.model)
     for free in ("moe", "initializer_range", "head_dim"):
         found.pop(free), stated.pop(free)
     if source.config.moe is not None:
@@ -347,7 +373,7 @@ def _refuse_differences(what: str, found: dict, stated: dict, way_out: str) -> N
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
@@ -404,9 +430,7 @@ class _Log:
         self._append("evals.jsonl", {"name": name, "step": step, "loss": loss})
 
     def sample(self, name: str, step: int, prompt: str, text: str) -> None:
-        self._append(
-            "samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text}
-        )
+        self._append("samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text})
 
     def cut(self, step: int) -> None:
         """Drops what an interrupted run logged after the step that is resumed from."""

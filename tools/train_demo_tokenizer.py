@@ -1,6 +1,6 @@
 """Trains the demo's byte-level BPE tokenizer on its text.
 
-    python tools/train_demo_tokenizer.py        # writes finermoe_jax/demo/model/tokenizer*.json
+python tools/train_demo_tokenizer.py        # writes finermoe_jax/demo/model/tokenizer*.json
 """
 
 import json
@@ -14,6 +14,7 @@ END = "<|endoftext|>"
 
 
 def main() -> None:
+    """Trains and writes the files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

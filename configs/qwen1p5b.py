@@ -1,0 +1,16 @@
+"""Qwen2.5-1.5B upcycled to FineRMoE and trained as the paper does (Table 5).
+
+    python train.py --config=configs/qwen1p5b.py --config.data.path=TEXT.jsonl --workdir=DIR
+    python convert_hf.py --source=Qwen/Qwen2.5-1.5B --target=DIR --config=configs/qwen1p5b.py
+
+128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variant `:ct` keeps the model dense. The parameter
+counts: python -m finermoe_jax.params --config=configs/qwen1p5b.py
+"""
+
+from ml_collections import ConfigDict
+
+from finermoe_jax.published import qwen_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    return qwen_config("1.5B", variant)

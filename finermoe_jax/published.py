@@ -1,0 +1,46 @@
+"""The published models: dense shapes and the paper's recipe (Table 5), for configs/qwen*.py."""
+
+import dataclasses
+from typing import Any
+
+from finermoe_jax.config import ModelConfig, default_config
+
+_QWEN: Any = dict(rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
+
+QWEN2P5 = {
+    "0.5B": ModelConfig(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "1.5B": ModelConfig(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "7B": ModelConfig(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False, **_QWEN,
+    ),
+}  # fmt: skip
+
+# Global batch 2048 sequences of 8192 tokens, 50 B tokens.
+_STEPS = round(50e9 / (2048 * 8192))
+
+
+def qwen_config(size: str, variant: str) -> Any:
+    """The run that made FineRMoE from Qwen2.5-{size}; variant "ct" trains the dense model on.
+
+    Granularities, optimizer, schedule and batch are the defaults of finermoe_jax/config.py. A
+    size or variant that does not exist raises KeyError or ValueError.
+    """
+    config = default_config()
+    config.init_from = f"Qwen/Qwen2.5-{size}"
+    shape = dataclasses.asdict(QWEN2P5[size])
+    del shape["moe"]
+    with config.unlocked():
+        config.model = type(config)(shape)
+    if variant == "ct":
+        config.moe = None
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; known: ct")
+    config.train.update(steps=_STEPS, grad_accumulation=64)
+    return config

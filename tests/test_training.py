@@ -1,0 +1,254 @@
+"""The training step, the loss, sharding, and a run that stops and goes on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from finermoe_jax import sharding
+from finermoe_jax.checkpoint import load_checkpoint
+from finermoe_jax.config import MeshConfig, MoEConfig, RunConfig, run_config
+from finermoe_jax.errors import InputError
+from finermoe_jax.losses import cross_entropy_sum
+from finermoe_jax.model import Decoder
+from finermoe_jax.optim import decayed, learning_rate, optimizer
+from finermoe_jax.plot import read_lines
+from finermoe_jax.training import train, train_step
+from tests.test_config import SMALL, _preset
+
+MOE = dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 1, 2, 1), num_hidden_layers=2)
+
+
+def _model(config=MOE):
+    # Large weights, so that routing decisions are far from ties and gradients from zero.
+    config = dataclasses.replace(config, initializer_range=0.3)
+    return Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(1))
+
+
+def _batch(rows, length=17):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 64, (rows, length)), jnp.int32)
+
+
+def _run(rows, **train_settings):
+    values = dict(model=dataclasses.asdict(SMALL), moe=None)
+    config = run_config(values)
+    settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, **(settings | train_settings)),
+        data=dataclasses.replace(config.data, global_batch_size=rows, sequence_length=16),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_fraction=0.0),
+    )
+
+
+def _steps(config: RunConfig, mesh_config, count=3):
+    model = _model()
+    size = np.prod([v for v in dataclasses.astuple(mesh_config)])
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
+    shardings, _ = sharding.param_shardings(model, mesh)
+    graphdef, state = nnx.split(model)
+    params = jax.device_put(nnx.to_pure_dict(state), shardings)
+    tx = optimizer(config.optimizer, config.train.steps)
+    opt_state = tx.init(params)
+    placed = sharding.like_params(opt_state, shardings, mesh)
+    opt_state = jax.device_put(opt_state, placed)
+    step = jax.jit(functools.partial(train_step, graphdef, config, tx))
+    losses = []
+    for _ in range(count):
+        batch = jax.device_put(_batch(config.data.global_batch_size), sharding.batch_sharding(mesh))
+        params, opt_state, metrics = step(params, opt_state, batch)
+        losses.append([float(metrics[k]) for k in ("loss", "aux_loss", "grad_norm")])
+    return np.asarray(losses), jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _steps(_run(8), MeshConfig(1, 1, 1, 1))
+
+
+def _same(result, reference):
+    np.testing.assert_allclose(result[0], reference[0], rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(result[1]), jax.tree.leaves(reference[1]), strict=True):
+        # Adam's first steps divide a gradient by its own size: noise in tiny ones is amplified.
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b) + 1e-6
+
+
+def test_loss_falls(one_device):
+    assert one_device[0][-1, 0] < one_device[0][0, 0]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(8, 1, 1, 1),
+        MeshConfig(1, 8, 1, 1),
+        MeshConfig(1, 1, 4, 1),
+        MeshConfig(1, 1, 1, 2),
+        MeshConfig(2, 1, 2, 2),
+        MeshConfig(1, 2, 2, 2),
+    ],
+)
+def test_every_mesh_gives_one_devices_result(mesh, one_device):
+    _same(_steps(_run(8), mesh), one_device)
+
+
+def test_accumulation_equals_the_large_batch(one_device):
+    _same(_steps(_run(8, grad_accumulation=4), MeshConfig(1, 1, 1, 1)), one_device)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_recomputation_changes_nothing(remat, one_device):
+    _same(_steps(_run(8, remat=remat), MeshConfig(1, 1, 1, 1)), one_device)
+
+
+def test_chunked_loss_is_the_plain_cross_entropy():
+    model, batch = _model(), _batch(3)
+    out = model(batch[:, :-1])
+    nll = -jnp.take_along_axis(
+        jax.nn.log_softmax(out.logits), batch[:, 1:, None], axis=-1
+    )[..., 0]  # fmt: skip
+    mask = jnp.asarray(np.random.default_rng(1).random(nll.shape) < 0.7)
+    hidden = model.features(batch[:, :-1]).hidden
+    for chunk in (1, 15, 21, 1000):
+        total = cross_entropy_sum(model, hidden, batch[:, 1:], mask, chunk)
+        np.testing.assert_allclose(total, jnp.where(mask, nll, 0).sum(), rtol=1e-5)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(layers):
+        config = dataclasses.replace(MOE, num_hidden_layers=layers)
+        model = _model(config)
+        graphdef, state = nnx.split(model)
+
+        def loss(state):
+            features = nnx.merge(graphdef, state).features(_batch(1))
+            return features.hidden.sum() + features.aux_loss.sum()
+
+        return jax.jit(jax.grad(loss)).lower(state).as_text().count("\n")
+
+    # Each MoE layer's aux loss is unstacked for the caller; nothing else may grow.
+    assert size(8) - size(4) < 0.02 * size(4)
+
+
+def test_schedule_warms_up_and_ends_at_the_final_rate():
+    config = _preset("qwen0p5b").optimizer
+    rate = learning_rate(config, 3000)
+    assert float(rate(0)) == 0 and float(rate(15)) == pytest.approx(5e-6)
+    assert float(rate(30)) == pytest.approx(1e-5) and float(rate(3000)) == pytest.approx(1e-7)
+
+
+def test_norms_and_biases_are_not_decayed():
+    flags = nnx.traversals.flatten_mapping(decayed(nnx.to_pure_dict(nnx.state(_model()))))
+    kept = {"/".join(map(str, path[3:])) for path, flag in flags.items() if not flag}
+    kept.discard("")
+    assert kept == {
+        "input_norm/scale", "post_norm/scale", "attention/query_bias", "attention/key_bias",
+        "attention/value_bias",
+    }  # fmt: skip
+    assert not flags[("final_norm", "scale")] and flags[("embed", "weight")]
+
+
+def test_axes_that_do_not_divide_stay_whole_and_are_named():
+    model = _model()
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])
+    _, notes = sharding.param_shardings(model, mesh)
+    assert any("kv_heads of size 2" in note and "tensor=4" in note for note in notes)
+    assert not any("/query:" in note for note in notes)
+
+
+def test_axes_without_a_rule_and_axes_that_collide_are_refused():
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])
+    with pytest.raises(InputError, match="w: logical axis 'depth' has no rule"):
+        sharding.spec(("depth",), (4,), mesh, "w")
+    with pytest.raises(InputError, match=r"'heads' and 'mlp' both claim mesh axis 'tensor'"):
+        sharding.spec(("heads", "mlp"), (4, 4), mesh, "w")
+    with pytest.raises(InputError, match="for 8 devices"):
+        sharding.make_mesh(MeshConfig(3, 1, 1, 1))
+
+
+# --- whole runs -----------------------------------------------------------------------------
+
+
+def _tiny(steps, **settings):
+    config = _preset("demo")
+    return dataclasses.replace(
+        config,
+        prompts=("Return the",),
+        prompt_tokens=4,
+        data=dataclasses.replace(
+            config.data, sequence_length=32, global_batch_size=8, eval_windows=4
+        ),
+        train=dataclasses.replace(
+            config.train, steps=steps, eval_every=100, checkpoint_every=2, **settings
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "straight"
+    train(_tiny(4), workdir, say=lambda _: None)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_readme_names(straight):
+    for name in ("config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "loss.png"):
+        assert (straight / name).stat().st_size > 0, name
+    lines = read_lines(straight / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    needed = {"loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert all(needed <= line.keys() for line in lines)
+    names = [e["name"] for e in read_lines(straight / "evals.jsonl")]
+    assert names == ["dense base", "step 0", "step 4"]
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["0", "2", "4"]
+    files = {p.name for p in (straight / "checkpoints" / "4" / "tokenizer").iterdir()}
+    assert "tokenizer.json" in files
+
+
+@pytest.mark.slow
+def test_resuming_gives_the_same_run(straight, tmp_path):
+    workdir = tmp_path / "resumed"
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(message):
+        if message.startswith("held-out loss  step 2"):
+            raise Stop
+
+    # The first part is the same run, broken off by an exception while scoring step 2.
+    config = _tiny(4)
+    part = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=2))
+    with pytest.raises(Stop):
+        train(part, workdir, say=stop_after_two)
+    said = []
+    train(part, workdir, say=said.append)
+    assert any("resumed from step 2 of 4" in message for message in said)
+    ours, theirs = (read_lines(d / "metrics.jsonl") for d in (workdir, straight))
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(load_checkpoint(workdir))),
+        jax.tree.leaves(nnx.state(load_checkpoint(straight))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_workdir_keeps_its_config(straight):
+    before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
+    with pytest.raises(InputError, match=r"train.seed: 0 there, 7 in the config"):
+        train(_tiny(4, seed=7), straight, say=lambda _: None)
+    assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
+
+
+def test_a_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(_tiny(4), tmp_path, say=lambda _: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

