@@ -29,7 +29,7 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
     with _clear_errors():
         define()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
-        argv = [_find_config(argument) for argument in sys.argv]
+        argv = [_find_config(argument) for argument in _join_config(sys.argv)]
         sys.argv = argv  # ml_collections reads overrides from there
         if any(a in ("-h", "--help", "-help", "--helpfull", "--helpshort") for a in argv[1:]):
             print(usage)
@@ -82,6 +82,14 @@ _OWN_FLAGS: list[str] = []
 def _flag(define: Callable[..., Any], name: str, default: Any, text: str) -> None:
     define(name, default, text)
     _OWN_FLAGS.append(name)
+
+
+def _join_config(argv: list[str]) -> list[str]:
+    """`--config FILE` as `--config=FILE`."""
+    for i, argument in enumerate(argv[:-1]):
+        if argument in ("--config", "-config"):
+            return [*argv[:i], f"{argument}={argv[i + 1]}", *argv[i + 2 :]]
+    return argv
 
 
 def _find_config(argument: str) -> str:

@@ -8,9 +8,9 @@ _PACKAGE = Path(__file__).parent
 def find(path: str) -> Path:
     """A relative path as it stands in the working directory or, failing that, in the package.
 
-    So `demo/model` and, in an installed wheel, `configs/demo.py` work from anywhere.
+    So `demo/model` and `configs/demo.py` work from anywhere: configs/ lies beside the package in a
+    clone and inside it in an installed wheel.
     """
     local = Path(path)
-    if not local.is_absolute() and not local.exists() and (_PACKAGE / local).exists():
-        return _PACKAGE / local
-    return local
+    places = (local, _PACKAGE / local, _PACKAGE.parent / local)
+    return next((place for place in places if place.exists()), local)

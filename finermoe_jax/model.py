@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -104,13 +105,15 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Int[Array, "B T"] | None = None,
-        position_ids: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: Int[Array | np.ndarray, "B T"] | None = None,
+        position_ids: Int[Array | np.ndarray, "B T"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
         """Float32 logits of every position, and what the routers did. See `features`."""
-        features = self.features(input_ids, attention_mask, position_ids, segment_ids)
+        masks = (attention_mask, position_ids, segment_ids)
+        mask, positions, segments = (None if x is None else jnp.asarray(x) for x in masks)
+        features = self.features(jnp.asarray(input_ids), mask, positions, segments)
         return Output(self.logits(features.hidden), *features[1:])
 
     def features(
