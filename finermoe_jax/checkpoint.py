@@ -9,9 +9,14 @@ Orbax writes into a temporary directory and renames it, so that a checkpoint is 
 not at all.
 """
 
+import contextlib
 import dataclasses
+import gc
+import logging
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +128,14 @@ def _step_directory(path: Path) -> Path:
 
 def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
     """Architecture, activation dtype and weight dtype of a checkpoint directory."""
-    values = read_json(checkpoint / _CONFIG / "metadata")
-    config = from_dict(ModelConfig, values.get("model") or {}, f"{checkpoint}: model")
-    return config, values["dtype"], values["param_dtype"]
+    path = checkpoint / _CONFIG / "metadata"
+    values = read_json(path)
+    config = from_dict(ModelConfig, values.get("model") or {}, f"{path}: model")
+    dtype, param_dtype = values.get("dtype"), values.get("param_dtype")
+    for name in (dtype, param_dtype):
+        if name not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"{path}: {dtype=} and {param_dtype=} must both name a float type")
+    return config, str(dtype), str(param_dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
@@ -143,6 +153,26 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
     )
 
 
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keeps a failing read to one error.
+
+    Orbax reads many arrays at once. The first failure is raised to us; the others, which it cuts
+    off, would print tracebacks from threads and callbacks of their own.
+    """
+    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+    enabled = not logger.disabled
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        gc.collect()  # what is reported at collection is reported now
+        sys.excepthook, sys.unraisablehook = hooks
+        logger.disabled = not enabled
+
+
 def load_checkpoint(path: str | os.PathLike) -> Decoder:
     """The model of an Orbax checkpoint of ours, or of a training workdir's newest step.
 
@@ -152,10 +182,10 @@ def load_checkpoint(path: str | os.PathLike) -> Decoder:
     config, dtype, param_dtype = read_description(directory)
     target = abstract_params(config, param_dtype)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(directory / _PARAMS, target)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # what Orbax raises depends on what is broken
+        first = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
         raise InputError(f"checkpoint {directory} is damaged or incomplete: {first}") from None
     return with_params(config, params, dtype=dtype)
 

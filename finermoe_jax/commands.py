@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,21 +28,18 @@ FLAGS = flags.FLAGS
 def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
     """A command: parses the flags, runs main, exits with 0 only when the work is done."""
     with _clear_errors():
-        define()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
-        argv = [_find_config(argument) for argument in _join_config(sys.argv)]
-        sys.argv = argv  # ml_collections reads overrides from there
-        if any(a in ("-h", "--help", "-help", "--helpfull", "--helpshort") for a in argv[1:]):
-            print(usage)
-            print(_help())
-            sys.exit(0)
+        # ml_collections reads overrides from sys.argv, for a default config at its definition.
+        sys.argv = [_find_config(argument) for argument in _join_config(sys.argv)]
         try:
-            rest = FLAGS(argv)[1:]
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            # ml_collections lets its own errors through for a field that does not exist.
-            raise InputError(f"--config: {_last_line(error)}") from None
-        except flags.Error as error:
-            raise InputError(_last_line(error)) from None
+            define()
+            if any(a in ("-h", "--help", "-help", "--helpfull", "--helpshort") for a in sys.argv):
+                print(usage)
+                print(_help())
+                return
+            rest = FLAGS(sys.argv)[1:]
+        except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+            raise InputError(_flag_message(error)) from None
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
         main()
@@ -52,8 +50,13 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        # At once, without the interpreter's shutdown: threads that a refused read has left
+        # behind in a library would add tracebacks of their own.
+        sys.excepthook = lambda *_: None
+        sys.unraisablehook = lambda _: None
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -63,12 +66,17 @@ def _clear_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def _last_line(error: Exception) -> str:
-    """The message without the traceback that ml_collections puts into it."""
-    message = str(error.args[0]) if error.args else repr(error)
+def _flag_message(error: Exception) -> str:
+    """A flag's error in one line: ml_collections puts tracebacks and nested quotes into them."""
+    message = str(error)
+    if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
+        return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
+    if isinstance(error, (KeyError, AttributeError)):
+        name = message.strip("\"'\\")
+        return f"--config has no field {name!r}; --print_config shows those it has"
     if "Traceback" in message:
         return message.strip().splitlines()[-1]
-    return " ".join(message.replace("\\n", " ").split()).strip("'\"")
+    return " ".join(message.replace("\\n", " ").split())
 
 
 def _help() -> str:

@@ -175,6 +175,8 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.head_dim is not None and self.head_dim < 1:
+            raise InputError(f"head_dim={self.head_dim} must be at least 1, or left away")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="

@@ -48,7 +48,8 @@ def read_documents(path: Path) -> list[str]:
 
 def _json_texts(path: Path, text: str) -> list[str]:
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -339,8 +339,9 @@ def _check_tensors(
         ours = np.broadcast_to(np.empty((), np.int8), flat[path].shape)
         wanted |= {name: view(ours).shape for name, view in targets}
     present = {name for name in files.where if not _IGNORED.search(name)}
-    if config.tie_word_embeddings and "lm_head.weight" in present:
-        head, embedding = (files.tensor(n) for n in ("lm_head.weight", _TOP[0].name))
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if config.tie_word_embeddings and present.issuperset(both):
+        head, embedding = (files.tensor(name) for name in both)
         if not np.array_equal(head, embedding):
             raise InputError(
                 f"{files.directory}: tie_word_embeddings is true, but lm_head.weight differs "

@@ -22,8 +22,10 @@ NEW_WEIGHT_STD = 0.02
 
 
 def split_gate_up(
-    gate: Float[Array, "*L H D"], up: Float[Array, "*L H D"], moe: MoEConfig
-) -> Float[Array, "*L E F2 D"]:
+    gate: Float[Array | np.ndarray, "*L H D"],
+    up: Float[Array | np.ndarray, "*L H D"],
+    moe: MoEConfig,
+) -> Float[Array | np.ndarray, "*L E F2 D"]:
     """Each expert's slice of the intermediate channels, gate rows first (Eq. 9).
 
     Expert e takes slice e mod G_I: the numbering runs over (slot, candidate, copy, slice).
@@ -40,8 +42,8 @@ def split_gate_up(
 
 
 def split_down(
-    down: Float[Array, "*L D H"], moe: MoEConfig, shared_expert: bool
-) -> Float[Array, "*L E F W"]:
+    down: Float[Array | np.ndarray, "*L D H"], moe: MoEConfig, shared_expert: bool
+) -> Float[Array | np.ndarray, "*L E F W"]:
     """Each expert's slice of the intermediate channels and of its slot's outputs (Eq. 10).
 
     Stored [F, W], transposed from HF's. Without a shared expert the slices are multiplied by G_I,

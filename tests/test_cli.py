@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import finermoe_jax as fm
 from finermoe_jax.config import run_config
 from finermoe_jax.convert import convert
+from finermoe_jax.data import read_documents
 from finermoe_jax.evaluation import perplexity
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.training import train
@@ -204,23 +205,41 @@ def test_variants_without_a_published_form_are_not_exported(dense, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("part", ["config/metadata", "params", "tokenizer"])
-def test_damaged_checkpoints(dense, tmp_path, part):
-    """Weights or architecture lost: refused. The tokenizer lost: nothing of the model is."""
+@pytest.mark.parametrize("part", ["params", "tokenizer"])
+def test_checkpoints_with_an_emptied_part(dense, tmp_path, part):
+    """Weights lost: refused. The tokenizer lost: nothing of the model is."""
     convert(str(dense), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=0)
     path = tmp_path / "checkpoint" / part
-    if path.is_dir():
-        for file in [p for p in path.rglob("*") if p.is_file()]:
-            file.unlink()
-    else:
-        path.write_text("{")
+    for file in [p for p in path.rglob("*") if p.is_file()]:
+        file.unlink()
     before = snapshot(tmp_path)
     if part == "tokenizer":
         fm.load_checkpoint(tmp_path / "checkpoint")
         refuses(["no tokenizer"], load_tokenizer, path, 96)
     else:
-        refuses(["checkpoint"], fm.load_checkpoint, tmp_path / "checkpoint")
+        refuses(["checkpoint", "damaged"], fm.load_checkpoint, tmp_path / "checkpoint")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: "{", ["not readable as JSON"]),
+        (lambda text: "[]", ["not a JSON object"]),
+        (lambda text: "{}", ["model lacks", "vocab_size"]),
+        (lambda text: text.replace('"dtype"', '"dytpe"'), ["dtype"]),
+        (lambda text: text.replace('"moe"', '"meo"'), ["no field 'meo'", "moe"]),
+        (lambda text: text.replace('"hidden_size": 24', '"hidden_size": 48'), ["checkpoint"]),
+    ],
+    ids=["cut", "list", "empty", "no dtype", "unknown field", "another size"],
+)
+def test_checkpoints_with_a_damaged_description(dense, tmp_path, change, words):
+    convert(str(dense), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=0)
+    path = tmp_path / "checkpoint" / "config" / "metadata"
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    refuses(words, fm.load_checkpoint, tmp_path / "checkpoint")
 
 
 def same_weights(got, wanted):
@@ -328,6 +347,14 @@ def test_bad_text(dense, tmp_path, name, content, words):
     refuses_training(words, tmp_path, dense, path)
     if "training windows" not in str(words):
         refuses(words, perplexity, str(dense), path, 0)
+
+
+def test_line_separators_inside_json_strings(tmp_path):
+    """A JSON-lines file has one object between line feeds; other separators belong to the text."""
+    texts = ["a\u2028b", "c\x85d", "e\x1cf", "g\u2029h\r\ni"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_documents(tmp_path / "a.jsonl") == texts
 
 
 def test_text_shorter_than_its_held_out_window(dense, tmp_path):
@@ -469,8 +496,8 @@ def assert_refused(result, *words):
     [
         (["--config=configs/demoo.py"], ["configs/demoo.py", "configs/demo.py"]),
         (["--config=configs/demo.py:cx"], ["unknown variant 'cx'", "ct"]),
-        (["--config=configs/demo.py", "--config.train.stepps=3"], ["stepps", '"steps"']),
-        (["--config.train.stepps=3"], ["stepps", '"steps"']),
+        (["--config=configs/demo.py", "--config.train.stepps=3"], ["'stepps'", "'steps'"]),
+        (["--config.train.stepps=3"], ["'stepps'", "'steps'"]),
         (["--config=configs/demo.py", "--config.train.steps=many"], ["steps", "many"]),
         (["--workdri={tmp}/run"], ["workdri", "workdir"]),
     ],
@@ -517,6 +544,20 @@ def test_eval_and_generate_commands(dense, tmp_path):
     result = command("generate.py", f"--checkpoint={tmp_path}", "--prompt=w1", cwd=tmp_path)
     assert_refused(result, str(tmp_path), "neither a checkpoint")
     assert list(snapshot(tmp_path)) == ["text.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_checkpoints_with_damaged_weights(dense, tmp_path, damage):
+    convert(str(dense), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=0)
+    files = [p for p in (tmp_path / "checkpoint" / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    if damage == "cut":
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    else:
+        largest.unlink()
+    result = command("generate.py", f"--checkpoint={tmp_path / 'checkpoint'}", "--prompt=w1")
+    assert_refused(result, str(tmp_path / "checkpoint"), "damaged or incomplete")
 
 
 @pytest.mark.slow

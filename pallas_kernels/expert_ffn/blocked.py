@@ -26,7 +26,7 @@ def _blocks(group_sizes: Array, rows: int, block: int) -> tuple[Array, Array, Ar
     experts = group_sizes.shape[0]
     per_expert = -(-group_sizes // block)
     last = jnp.cumsum(per_expert)
-    index = jnp.arange(rows // block + min(experts, rows))
+    index = jnp.arange(max(1, rows // block + min(experts, rows)))
     expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), experts - 1)
     done = (index - (last - per_expert)[expert]) * block
     start = (jnp.cumsum(group_sizes) - group_sizes)[expert] + done
@@ -83,9 +83,9 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
         dx_all, dweight_all, dw_in_all, dw_out_all = carry
         e, s = expert[b], start[b]
         w_in, w_out = gate_up[e].astype(f32), down[e].astype(f32)
-        # Rows of the next expert must not reach this one's weight gradient.
-        mine = (jnp.arange(block) < own[b]).astype(f32)[:, None]
-        x, dy = _take(x_all, s, block), _take(dy_all, s, block) * mine
+        # Rows of the next expert, NaN or not, must not reach this one's weight gradient.
+        mine = (jnp.arange(block) < own[b])[:, None]
+        x, dy = (jnp.where(mine, _take(a, s, block), 0.0) for a in (x_all, dy_all))
         weight = _take(weight_all, s, block)[:, None]
         gate, up = _hidden(x, w_in)
         sigmoid = jax.nn.sigmoid(gate)

@@ -1,0 +1,271 @@
+"""expert_ffn: every implementation against float64 NumPy, forward and all four gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.expert_ffn import expert_ffn
+
+IMPLEMENTATIONS = ["cpu", "reference"]
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+ARRAYS = ("rows", "gate_up", "down", "row_weights")
+# D, F, W. Distributions of one shape and number of rows share a compilation.
+SMALL, ODD = (16, 24, 8), (9, 7, 5)
+GROUPS = {
+    "balanced": (SMALL, [12] * 8),
+    "empty groups": (SMALL, [0, 40, 0, 0, 31, 1, 24, 0]),
+    "empty at the ends only": (SMALL, [0, 16, 16, 16, 16, 16, 16, 0]),
+    "all rows on the first": (SMALL, [96, 0, 0, 0, 0, 0, 0, 0]),
+    "all rows on the last": (SMALL, [0, 0, 0, 0, 0, 0, 0, 96]),
+    "all rows on one in the middle": (SMALL, [0, 0, 0, 96, 0, 0, 0, 0]),
+    "ragged": (SMALL, [1, 2, 3, 5, 8, 13, 21, 43]),
+    "one row": (SMALL, [0, 0, 1]),
+    "one row for each": (SMALL, [1] * 5),
+    "fewer rows than experts": (SMALL, [0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1]),
+    "no rows": (SMALL, [0, 0, 0]),
+    "one expert": (SMALL, [37]),
+    "odd widths": (ODD, [5, 0, 11, 3]),
+    "width one": ((1, 1, 1), [3, 4]),
+    "not a multiple of any block": (SMALL, [129, 1, 127, 0, 64]),
+    "many rows for few experts": ((8, 6, 8), [200, 121]),
+}
+LARGEST = "many rows for few experts"
+
+
+def make(name, dtype, seed=0):
+    """Arguments of expert_ffn and a cotangent; values that dtype holds exactly."""
+    (d, f, w), sizes = GROUPS[name]
+    rng = np.random.default_rng(seed)
+    m, e = sum(sizes), len(sizes)
+
+    def draw(*shape, scale=1.0):
+        return jnp.asarray(rng.standard_normal(shape) * scale, dtype)
+
+    arguments = {
+        "rows": draw(m, d),
+        "gate_up": draw(e, 2 * f, d, scale=d**-0.5),
+        "down": draw(e, f, w, scale=f**-0.5),
+        "group_sizes": jnp.asarray(sizes, jnp.int32),
+        "row_weights": jnp.asarray(rng.uniform(0.1, 1.0, m), dtype),
+    }
+    return arguments, draw(m, w)
+
+
+def truth(arguments, cotangent):
+    """Output and gradients, row by row in float64."""
+    x, gate_up, down, weights = (np.asarray(arguments[k], np.float64) for k in ARRAYS)
+    dy = np.asarray(cotangent, np.float64)
+    owner = np.repeat(np.arange(len(gate_up)), np.asarray(arguments["group_sizes"]))
+    f = down.shape[1]
+    y = np.zeros(dy.shape)
+    dx, dgate_up, ddown, dweights = (np.zeros(a.shape) for a in (x, gate_up, down, weights))
+    for m, e in enumerate(owner):
+        wg, wu = gate_up[e, :f], gate_up[e, f:]
+        g, u = wg @ x[m], wu @ x[m]
+        s = 1 / (1 + np.exp(-g))
+        active = g * s * u
+        plain = active @ down[e]
+        y[m] = weights[m] * plain
+        dweights[m] = plain @ dy[m]
+        dactive = weights[m] * (down[e] @ dy[m])
+        ddown[e] += weights[m] * np.outer(active, dy[m])
+        dg, du = dactive * u * (s + g * s * (1 - s)), dactive * g * s
+        dx[m] = dg @ wg + du @ wu
+        dgate_up[e, :f] += np.outer(dg, x[m])
+        dgate_up[e, f:] += np.outer(du, x[m])
+    return {"y": y, "rows": dx, "gate_up": dgate_up, "down": ddown, "row_weights": dweights}
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def compute(arguments, cotangent, implementation):
+    """Output and gradients, by the implementation."""
+    sizes = arguments["group_sizes"]
+
+    def forward(rows, gate_up, down, row_weights):
+        return expert_ffn(rows, gate_up, down, sizes, row_weights, implementation)
+
+    y, pull = jax.vjp(forward, *(arguments[name] for name in ARRAYS))
+    return {"y": y} | dict(zip(ARRAYS, pull(cotangent), strict=True))
+
+
+def assert_close(got, wanted, tolerance):
+    """Each array's error, in norm, relative to the array's norm."""
+    for name, array in wanted.items():
+        assert got[name].shape == array.shape, name
+        error = np.linalg.norm((np.asarray(got[name], np.float64) - array).ravel())
+        assert error <= tolerance * np.linalg.norm(array.ravel()), (name, error)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", GROUPS)
+def test_output_and_gradients(name, dtype, implementation):
+    arguments, cotangent = make(name, dtype)
+    got = compute(arguments, cotangent, implementation)
+    assert got["y"].dtype == dtype
+    assert all(got[key].dtype == arguments[key].dtype for key in ARRAYS)
+    assert_close(got, truth(arguments, cotangent), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_group_sizes(seed, implementation):
+    arguments, cotangent = make("balanced", jnp.float32, seed)
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.full(8, 0.3))
+    arguments["group_sizes"] = jnp.asarray(rng.multinomial(96, shares), jnp.int32)
+    got = compute(arguments, cotangent, implementation)
+    assert_close(got, truth(arguments, cotangent), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_of_another_dtype_than_rows(implementation):
+    arguments, cotangent = make("ragged", jnp.bfloat16)
+    arguments["row_weights"] = arguments["row_weights"].astype(jnp.float32)
+    arguments["down"] = arguments["down"].astype(jnp.float32)
+    got = compute(arguments, cotangent, implementation)
+    assert got["y"].dtype == got["rows"].dtype == got["gate_up"].dtype == jnp.bfloat16
+    assert got["down"].dtype == got["row_weights"].dtype == jnp.float32
+    assert_close(got, truth(arguments, cotangent), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
+def test_the_tolerance_catches_one_wrong_row(dtype):
+    """One row of the largest case is computed by its neighbour's expert."""
+    arguments, cotangent = make(LARGEST, dtype)
+    wanted = truth(arguments, cotangent)
+    off_by_one = arguments | {"group_sizes": arguments["group_sizes"] + jnp.array([-1, 1])}
+    got = compute(off_by_one, cotangent, "cpu")
+    assert (np.asarray(got["y"] != compute(arguments, cotangent, "cpu")["y"]).any(1)).sum() == 1
+    for name in wanted:
+        with pytest.raises(AssertionError, match=name):
+            assert_close({name: got[name]}, {name: wanted[name]}, TOLERANCE[dtype])
+
+
+def test_default_is_an_implementation_that_works_without_jit():
+    arguments, cotangent = make("ragged", jnp.float32)
+    y = expert_ffn(**arguments)
+    assert_close({"y": y}, {"y": truth(arguments, cotangent)["y"]}, 1e-5)
+
+
+def test_experts_without_rows_are_not_read():
+    """What the weights of an idle expert hold reaches no output; its gradient is exactly 0."""
+    arguments, cotangent = make("empty groups", jnp.float32)
+    idle = np.asarray(arguments["group_sizes"]) == 0
+    clean = compute(arguments, cotangent, "cpu")
+    for name in ("gate_up", "down"):
+        arguments[name] = arguments[name].at[np.flatnonzero(idle)].set(jnp.nan)
+    got = compute(arguments, cotangent, "cpu")
+    for name, array in clean.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert not np.asarray(got["gate_up"])[idle].any()
+    assert not np.asarray(got["down"])[idle].any()
+
+
+# --- work -----------------------------------------------------------------------------------
+
+
+def arrays_of(jaxpr):
+    """Abstract values of every variable, inner jaxprs included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for variable in (*jaxpr.invars, *jaxpr.constvars):
+        yield variable.aval
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield variable.aval
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, (list, tuple)) else [parameter]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from arrays_of(inner)
+
+
+def products_of(jaxpr):
+    """Multiply-adds of each matrix product, inner jaxprs counted once."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = np.prod([shape[axis] for axis in contracted])
+            yield int(depth * equation.outvars[0].aval.size)
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, (list, tuple)) else [parameter]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from products_of(inner)
+
+
+def test_work_is_not_rows_times_experts():
+    m, e, d, f, w = 512, 64, 32, 24, 20
+    shapes = {
+        "rows": jax.ShapeDtypeStruct((m, d), jnp.float32),
+        "gate_up": jax.ShapeDtypeStruct((e, 2 * f, d), jnp.float32),
+        "down": jax.ShapeDtypeStruct((e, f, w), jnp.float32),
+        "group_sizes": jax.ShapeDtypeStruct((e,), jnp.int32),
+        "row_weights": jax.ShapeDtypeStruct((m,), jnp.float32),
+    }
+    cotangent = jax.ShapeDtypeStruct((m, w), jnp.float32)
+
+    def jaxpr(implementation):
+        step = functools.partial(compute, implementation=implementation)
+        return jax.make_jaxpr(step)(shapes, cotangent)
+
+    def largest(implementation):
+        return max(getattr(aval, "size", 0) for aval in arrays_of(jaxpr(implementation)))
+
+    # Nothing in memory beyond the weights and, padded by a block, the rows.
+    assert largest("cpu") <= max(e * 2 * f * d, (m + 128) * d)
+    assert largest("reference") >= m * e * f, "the search misses inner arrays"
+    # One step of any loop multiplies a block of rows with one expert's weights.
+    per_row = 3 * d * f + 3 * f * w
+    assert max(products_of(jaxpr("cpu"))) < m * e * per_row / 100
+    assert max(products_of(jaxpr("reference"))) >= m * e * d * f
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+def shaped(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(rows=shaped(6)), ["rows", "(6,)", "2 axes"]),
+        (dict(gate_up=shaped(10, 4)), ["gate_up", "(10, 4)", "3 axes"]),
+        (dict(down=shaped(5, 3)), ["down", "(5, 3)", "3 axes"]),
+        (dict(group_sizes=shaped(1, 2, dtype=jnp.int32)), ["group_sizes", "(1, 2)", "1 axes"]),
+        (dict(row_weights=shaped(6, 1)), ["row_weights", "(6, 1)", "1 axes"]),
+        (dict(rows=shaped(6, 7)), ["rows", "4 != 7"]),
+        (dict(gate_up=shaped(2, 9, 4)), ["2F", "9 != 10"]),
+        (dict(down=shaped(2, 6, 3)), ["2F", "10 != 12"]),
+        (dict(down=shaped(3, 5, 3)), ["experts", "3 != 2"]),
+        (dict(group_sizes=jnp.array([6, 0, 0])), ["group_sizes", "3 != 2"]),
+        (dict(row_weights=shaped(5)), ["row_weights", "5 != 6"]),
+        (dict(rows=shaped(6, 4, dtype=jnp.float16)), ["rows", "float16", "bfloat16"]),
+        (dict(gate_up=shaped(2, 10, 4, dtype=jnp.int8)), ["gate_up", "int8", "bfloat16"]),
+        (dict(down=shaped(2, 5, 3, dtype=jnp.float16)), ["down", "float16", "bfloat16"]),
+        (dict(group_sizes=jnp.array([3.0, 3.0])), ["group_sizes", "float32", "integer"]),
+        (dict(group_sizes=jnp.array([3, 4])), ["group_sizes", "6 rows", "7"]),
+        (dict(group_sizes=jnp.array([7, -1])), ["group_sizes", "-1"]),
+        (dict(implementation="mosaic"), ["'mosaic'", "'cpu'", "'reference'"]),
+        (dict(implementation="CPU"), ["'CPU'", "'cpu'"]),
+        (dict(interpret=True), ["interpret=True"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_name_the_values(changes, message):
+    good = dict(
+        rows=shaped(6, 4),
+        gate_up=shaped(2, 10, 4),
+        down=shaped(2, 5, 3),
+        group_sizes=jnp.array([2, 4]),
+        row_weights=shaped(6),
+    )
+    assert expert_ffn(**good).shape == (6, 3)
+    with pytest.raises(ValueError) as error:
+        expert_ffn(**good | changes)
+    assert all(part in str(error.value) for part in message), error.value
