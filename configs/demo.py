@@ -10,17 +10,14 @@ granularities are the published ones scaled down. README.md says what to expect.
 from ml_collections import ConfigDict
 
 from finermoe_jax import default_config
+from finermoe_jax.published import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "demo/model"
-    if variant == "ct":
-        config.moe = None
-    elif variant:
-        raise ValueError(f"unknown variant {variant!r}; known: ct")
-    else:
-        config.moe.update(intermediate_granularity=8, output_granularity=2)
+    config.moe.update(intermediate_granularity=8, output_granularity=2)
+    apply_variant(config, variant)
     config.prompts = ("The following example shows", "import ", "Return the")
     config.data.update(
         path="demo/pydoc_small.txt",

@@ -75,7 +75,7 @@ def _flag_message(error: Exception) -> str:
         name = message.strip("\"'\\")
         return f"--config has no field {name!r}; --print_config shows those it has"
     if "Traceback" in message:
-        return message.strip().splitlines()[-1]
+        return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
     return " ".join(message.replace("\\n", " ").split())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from finermoe_jax.config import ModelConfig, default_config
+from finermoe_jax.errors import InputError
 
 _QWEN: Any = dict(rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
 
@@ -26,21 +27,28 @@ QWEN2P5 = {
 _STEPS = round(50e9 / (2048 * 8192))
 
 
+def apply_variant(config: Any, variant: str) -> None:
+    """What `--config=configs/NAME.py:VARIANT` changes in a preset, in place.
+
+    "" is the preset itself; "ct" keeps the model dense and trains it on (the paper's CT). Raises
+    InputError for another name.
+    """
+    if variant == "ct":
+        config.moe = None
+    elif variant:
+        raise InputError(f"unknown variant {variant!r}; known: ct")
+
+
 def qwen_config(size: str, variant: str) -> Any:
     """The run that made FineRMoE from Qwen2.5-{size}; variant "ct" trains the dense model on.
 
-    Granularities, optimizer, schedule and batch are the defaults of finermoe_jax/config.py. A
-    size or variant that does not exist raises KeyError or ValueError.
+    Granularities, optimizer, schedule and batch are the defaults of finermoe_jax/config.py.
     """
     config = default_config()
     config.init_from = f"Qwen/Qwen2.5-{size}"
     shape = dataclasses.asdict(QWEN2P5[size])
     del shape["moe"]
-    with config.unlocked():
-        config.model = type(config)(shape)
-    if variant == "ct":
-        config.moe = None
-    elif variant:
-        raise ValueError(f"unknown variant {variant!r}; known: ct")
+    config.model = type(config)(shape)
+    apply_variant(config, variant)
     config.train.update(steps=_STEPS, grad_accumulation=64)
     return config
