@@ -1,4 +1,8 @@
-"""Grouped-query attention, its masks and its KV cache. Axis letters: finermoe_jax/config.py."""
+"""Grouped-query attention, its masks and its KV cache.
+
+Axis letters: finermoe_jax/config.py; here G is the queries that share one k, v head, Q all of them
+over all tokens.
+"""
 
 from typing import NamedTuple
 

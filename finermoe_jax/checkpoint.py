@@ -108,8 +108,20 @@ def save_checkpoint(
         target.rmdir()
     params = nnx.to_pure_dict(nnx.state(model))
     source = Path(tokenizer) if tokenizer is not None else None
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(target, args=save_args(model, params, source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(target, args=save_args(model, params, source))
+    except BaseException:
+        for partial in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def newest_checkpoint(steps: Path) -> Path | None:
+    """The newest complete step of a directory of numbered checkpoints."""
+    numbers = ocp.utils.checkpoint_steps(steps) if steps.is_dir() else []
+    return steps / str(max(numbers)) if numbers else None
 
 
 def _step_directory(path: Path) -> Path:
@@ -117,13 +129,13 @@ def _step_directory(path: Path) -> Path:
     if (path / _PARAMS).is_dir() and (path / _CONFIG).is_dir():
         return path
     steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    numbers = ocp.utils.checkpoint_steps(steps) if steps.is_dir() else []
-    if not numbers:
+    newest = newest_checkpoint(steps)
+    if newest is None:
         raise InputError(
             f"{path} is neither a checkpoint ({_PARAMS}/ and {_CONFIG}/), nor a training workdir "
             "with checkpoints/, nor a Hugging Face directory with config.json"
         )
-    return steps / str(max(numbers))
+    return newest
 
 
 def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:

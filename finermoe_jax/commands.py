@@ -38,7 +38,7 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
                 print(_help())
                 return
             rest = FLAGS(sys.argv)[1:]
-        except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a config file may raise
             raise InputError(_flag_message(error)) from None
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
@@ -49,7 +49,11 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
 def _clear_errors() -> Iterator[None]:
     try:
         yield
-    except InputError as error:
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, OSError) as error:
         # At once, without the interpreter's shutdown: threads that a refused read has left
         # behind in a library would add tracebacks of their own.
         sys.excepthook = lambda *_: None
@@ -60,10 +64,6 @@ def _clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone; nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _flag_message(error: Exception) -> str:
@@ -71,6 +71,8 @@ def _flag_message(error: Exception) -> str:
     message = str(error)
     if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
         return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
+    if isinstance(error, SyntaxError) or "config_config" in message:
+        return f"the config file failed: {type(error).__name__}: {message}"
     if isinstance(error, (KeyError, AttributeError)):
         name = message.strip("\"'\\")
         return f"--config has no field {name!r}; --print_config shows those it has"
@@ -135,6 +137,11 @@ def read_config() -> RunConfig:
     return run_config(values.to_dict())
 
 
+def print_config(config: RunConfig) -> None:
+    """Writes the resolved config to stdout, as JSON."""
+    print(json.dumps(dataclasses.asdict(config), indent=2))
+
+
 def _require(name: str) -> Any:
     value = FLAGS[name].value
     if value in (None, ""):
@@ -156,7 +163,7 @@ def train() -> None:
     def main() -> None:
         config = read_config()
         if FLAGS.print_config:
-            print(json.dumps(dataclasses.asdict(config), indent=2))
+            print_config(config)
             return
         from finermoe_jax import training
 
@@ -195,9 +202,13 @@ def convert_hf() -> None:
             moe = config.moe if config else MoEConfig()
             print(json.dumps(dataclasses.asdict(moe) if moe else None, indent=2))
             return
-        source, target = _require("source"), Path(_require("target"))
+        source, target = str(find(_require("source"))), Path(_require("target"))
         if FLAGS.to not in ("orbax", "hf"):
             raise InputError(f"--to={FLAGS.to} must be orbax or hf")
+        if FLAGS.to == "hf" and config:
+            raise InputError(
+                "--to=hf exports a checkpoint as it is; --config belongs to --to=orbax"
+            )
         if FLAGS.dtype not in ("", "float32", "bfloat16"):
             raise InputError(f"--dtype={FLAGS.dtype} must be float32 or bfloat16")
         from finermoe_jax.convert import convert
@@ -257,7 +268,8 @@ def generate() -> None:
         pieces = complete(
             model, tokenizer, prompt, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed
         )
-        print(prompt, end="", flush=True)
+        first = next(pieces, "")  # the input is checked before anything is printed
+        print(prompt + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()

@@ -348,12 +348,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model is None and not self.init_from:
             raise InputError("a run needs init_from (weights to start from) or model (a shape)")
+        if self.model is not None and self.model.moe is not None:
+            raise InputError("config.model states the dense shape; the experts go into config.moe")
         if self.moe is not None and self.model is not None:
             dataclasses.replace(self.model, moe=self.moe)  # divisibility, before any work
-        data, train = self.data, self.train
+        data, train, optimizer = self.data, self.train, self.optimizer
         for name, value in (
             ("data.sequence_length", data.sequence_length),
             ("data.global_batch_size", data.global_batch_size),
+            ("data.eval_windows", data.eval_windows),
+            ("prompt_tokens", self.prompt_tokens),
             ("train.steps", train.steps),
             ("train.grad_accumulation", train.grad_accumulation),
             ("train.loss_chunk_tokens", train.loss_chunk_tokens),
@@ -364,8 +368,21 @@ class RunConfig:
         ):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
-        if not 0 <= data.eval_fraction < 1:
-            raise InputError(f"data.eval_fraction={data.eval_fraction} must lie in [0, 1)")
+        for name, number, low, high in (
+            ("data.eval_fraction", data.eval_fraction, 0, 0.999),
+            ("data.seed", data.seed, 0, 2**32 - 1),
+            ("train.seed", train.seed, 0, 2**32 - 1),
+            ("train.aux_loss_weight", train.aux_loss_weight, 0, 1e6),
+            ("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1),
+            ("optimizer.beta1", optimizer.beta1, 0, 0.999999),
+            ("optimizer.beta2", optimizer.beta2, 0, 0.999999),
+            ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e6),
+            ("optimizer.clip_norm", optimizer.clip_norm, 1e-12, 1e12),
+            ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e6),
+            ("optimizer.final_learning_rate", optimizer.final_learning_rate, 0, 1e6),
+        ):
+            if not low <= number <= high:  # also refuses NaN
+                raise InputError(f"{name}={number} must lie between {low} and {high}")
         if data.global_batch_size % train.grad_accumulation:
             raise InputError(
                 f"data.global_batch_size={data.global_batch_size} must be a multiple of "

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def read_documents(path: Path) -> list[str]:
             text = stream.read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     documents = [text] if kind == ".txt" else _json_texts(path, text)
     if not any(document.strip() for document in documents):
@@ -58,6 +59,8 @@ def _json_texts(path: Path, text: str) -> list[str]:
             texts.append(None)
         if not isinstance(texts[-1], str):
             raise InputError(f'{path}, line {number}: not a JSON object with a "text" string')
+        if not texts[-1].isascii() and any("\ud800" <= c <= "\udfff" for c in texts[-1]):
+            raise InputError(f"{path}, line {number}: half of a surrogate pair, which is no text")
     return texts
 
 

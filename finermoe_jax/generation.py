@@ -127,18 +127,24 @@ def complete(
 ) -> Iterator[str]:
     """The continuation of one text prompt, piece by piece, until the end-of-text token.
 
-    Raises InputError when the prompt has no token.
+    Raises InputError, at the call, when the prompt has no token or does not fit (`generate`).
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputError("the prompt is empty; give at least one character")
-    tokens: list[int] = []
+    ids = np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)[None]
+    if not ids.size:
+        raise InputError("a prompt is empty; give at least one character")
+    _check(model, ids, np.ones_like(ids), max_new_tokens, temperature)
+    return _pieces(tokenizer, stream(model, ids, None, max_new_tokens, temperature, seed))
+
+
+def _pieces(tokenizer: Any, tokens: Iterator[np.ndarray]) -> Iterator[str]:
+    """The text that each new token adds."""
+    so_far: list[int] = []
     shown = ""
-    for token in stream(model, np.asarray([ids]), None, max_new_tokens, temperature, seed):
+    for token in tokens:
         if int(token[0]) == tokenizer.eos_token_id:
             break
-        tokens.append(int(token[0]))
-        text = tokenizer.decode(tokens)
+        so_far.append(int(token[0]))
+        text = tokenizer.decode(so_far)
         # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
         if text.endswith("\ufffd"):
             continue

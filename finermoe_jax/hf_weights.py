@@ -445,6 +445,7 @@ def save_hf(
         )
         for file, tensors in zip(names, shards, strict=True):
             save_file(tensors, directory / file, metadata={"format": "pt"})
+            (directory / file).chmod(0o644)  # safetensors writes for the owner alone
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},

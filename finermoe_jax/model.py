@@ -35,7 +35,6 @@ class Output(NamedTuple):
     logits: Float[Array, "B T V"]
     aux_loss: Float[Array, " L"]
     routing: tuple[Routing, ...]
-    cache: KVCache | None
 
 
 class Block(nnx.Module):
@@ -114,7 +113,7 @@ class Decoder(nnx.Module):
         masks = (attention_mask, position_ids, segment_ids)
         mask, positions, segments = (None if x is None else jnp.asarray(x) for x in masks)
         features = self.features(jnp.asarray(input_ids), mask, positions, segments)
-        return Output(self.logits(features.hidden), *features[1:])
+        return Output(self.logits(features.hidden), features.aux_loss, features.routing)
 
     def features(
         self,
@@ -131,7 +130,8 @@ class Decoder(nnx.Module):
           input_ids: tokens.
           attention_mask: nonzero at real tokens, left- or right-padded; None: all are real.
           position_ids: rotary positions; None: the real tokens of a row count from 0.
-          segment_ids: documents packed into a row; attention stays inside each.
+          segment_ids: documents packed into a row; attention stays inside each. Positions run on
+            unless position_ids restart them.
           cache: written from slot cache.length on; its rows' positions continue there.
           remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
         """

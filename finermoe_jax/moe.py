@@ -91,8 +91,8 @@ class FineRMoE(nnx.Module):
         rows = dispatch(x.reshape(-1, width), order, inverse, active)
         y = expert_ffn(
             rows,
-            self.gate_up[...].astype(x.dtype),
-            self.down[...].astype(x.dtype),
+            self.gate_up[...],  # not cast here: only the experts that own a row are read
+            self.down[...],
             group_sizes,
             permute(weights, order, inverse),
         )

@@ -12,7 +12,8 @@ _NOT_DECAYED = ("scale", "query_bias", "key_bias", "value_bias")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to the final rate at the last step (Table 5)."""
+    """Rate of the update that follows `count` others: linear from 0 over the warm-up, then a
+    cosine that reaches the final rate after `steps` updates (Table 5)."""
     warmup = max(1, round(config.warmup_fraction * steps)) if config.warmup_fraction else 0
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,

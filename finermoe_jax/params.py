@@ -109,6 +109,9 @@ def main() -> None:
             print(table(_published()))
             return
         config = commands.read_config()
+        if flags.FLAGS.print_config:
+            commands.print_config(config)
+            return
         model = config.model or read_config(resolve_source(find(config.init_from)))
         if config.moe and model.moe is None:
             model = upcycled_config(model, config.moe)

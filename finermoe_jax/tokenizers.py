@@ -24,7 +24,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
     if not has_tokenizer(directory):
         raise InputError(
             f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES[:2])}, "
-            "vocab.json); name a directory that does with --config.data.tokenizer"
+            "vocab.json); put the model's tokenizer files there, or in training name a "
+            "directory that has them in data.tokenizer"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -37,9 +38,10 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"the tokenizer in {directory} cannot be read: {error}") from None
-    if len(tokenizer) > vocab_size:
+    largest = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
+    if largest > vocab_size:
         raise InputError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model's vocab_size is "
+            f"the tokenizer in {directory} has {largest} tokens, the model's vocab_size is "
             f"{vocab_size}; its ids would not fit the embedding: use the model's own tokenizer"
         )
     return tokenizer

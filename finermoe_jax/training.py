@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -20,12 +21,19 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from finermoe_jax import data, plot, sharding
-from finermoe_jax.checkpoint import TrainingCheckpoints, abstract_params, load_model
+from finermoe_jax.checkpoint import (
+    TrainingCheckpoints,
+    abstract_params,
+    load_model,
+    newest_checkpoint,
+    read_description,
+)
 from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.generation import complete
 from finermoe_jax.hf_config import read_json
+from finermoe_jax.hf_weights import copy_tokenizer, with_shapes
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
@@ -60,12 +68,14 @@ def train_step(
         (_, metrics), grads = compute(graphdef, config, params, batch)
     else:
         zeros = (
-            jax.tree.map(jnp.zeros_like, params),
+            # In float32, or small gradients would be lost in a long sum of bfloat16.
+            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
             {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -101,20 +111,27 @@ def rebuild(graphdef: Any, params: dict) -> Decoder:
 def held_out_loss(model: Decoder, windows: data.Windows, count: int, chunk_tokens: int) -> float:
     """Mean cross-entropy, nats per token, of the first `count` windows; float64 sum on the host."""
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def score(state: Any, batch: Array) -> Array:
-        merged = nnx.merge(graphdef, state)
-        hidden = merged.features(batch[:, :-1]).hidden
-        real = jnp.ones((batch.shape[0], batch.shape[1] - 1), bool)
-        return cross_entropy_sum(merged, hidden, batch[:, 1:], real, chunk_tokens)
-
     count = min(count, len(windows))
-    rows = max(r for r in range(1, 17) if count % r == 0)
+    rows = min(16, count)
     total = 0.0
     for start in range(0, count, rows):
-        total += float(score(state, np.stack([windows[start + i] for i in range(rows)])))
+        batch = np.zeros((rows, windows.length + 1), np.int32)
+        real = np.arange(rows) < count - start
+        batch[real] = [windows[start + i] for i in range(real.sum())]
+        total += float(_score(graphdef, state, batch, real, chunk_tokens))
     return total / (count * windows.length)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
+def _score(
+    graphdef: Any, state: Any, batch: Array, real: Array, chunk_tokens: int
+) -> Float[Array, ""]:
+    """Summed cross-entropy of the real rows of a batch of windows [B, T + 1]."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.features(batch[:, :-1]).hidden
+    targets = batch[:, 1:]
+    mask = jnp.broadcast_to(real[:, None], targets.shape)
+    return cross_entropy_sum(model, hidden, targets, mask, chunk_tokens)
 
 
 # --- the run --------------------------------------------------------------------------------
@@ -132,7 +149,8 @@ class _Start:
 def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) -> None:
     """Runs or resumes the training that `config` describes, in `workdir`.
 
-    Writes config.json, metrics.jsonl, evals.jsonl, samples.jsonl, checkpoints/ and loss.png.
+    Writes config.json, metrics.jsonl, evals.jsonl, samples.jsonl, checkpoints/, tokenizer/ and
+    loss.png. A resumed run needs the workdir and the text, not init_from.
 
     Raises InputError for whatever is wrong with the input, before the first step.
     """
@@ -146,7 +164,8 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
             f"train.grad_accumulation) must be a multiple of the {parts} devices that share it"
         )
     _claim(workdir, config)
-    start = _start(config)
+    newest = newest_checkpoint(workdir / "checkpoints")
+    start = _start(config) if newest is None else _restart(config, newest, workdir)
     model_config = start.model.config
     length = config.data.sequence_length
     if length > model_config.max_position_embeddings:
@@ -160,7 +179,10 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     documents = data.read_documents(find(config.data.path))
     tokens = data.tokenize(documents, tokenizer, show_progress=True)
     windows, held_out = data.split_held_out(tokens, config.data)
-    _write_config(workdir, config)
+    for prompt in config.prompts:
+        complete(start.model, tokenizer, prompt, config.prompt_tokens, 0.0, 0)  # checks it
+    _prepare(workdir, config, start.tokenizer_files)
+    start.tokenizer_files = workdir / "tokenizer"
 
     with contextlib.closing(
         TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
@@ -206,6 +228,7 @@ def _run(
             say(f"  {prompt!r} → {words!r}")
 
     first = checkpoints.latest_step()
+    log.cut(-1 if first is None else first)
     if first is None:
         if start.dense is not None:
             report("dense base", start.dense, 0)
@@ -220,7 +243,6 @@ def _run(
         params, opt_state = checkpoints.restore(
             first, target, _abstract_optimizer(tx, target, shardings, mesh)
         )
-        log.cut(first)
         say(f"resumed from step {first} of {config.train.steps}")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     start.model = nnx.merge(graphdef, abstract)  # free the weights that params now holds
@@ -230,7 +252,7 @@ def _run(
         config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
         checkpoints, log, report,
     )  # fmt: skip
-    if first < config.train.steps:
+    if not log.has_evaluation(config.train.steps):  # a kill may have come just before it
         report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
 
 
@@ -345,12 +367,22 @@ def _start(config: RunConfig) -> _Start:
     return _Start(upcycle_model(source, config.moe, key), source, tokenizer or files)
 
 
+def _restart(config: RunConfig, checkpoint: Path, workdir: Path) -> _Start:
+    """What a resumed run begins with: shapes alone, and the tokenizer that the workdir keeps."""
+    model_config, _, _ = read_description(checkpoint)
+    model = with_shapes(model_config)
+    model.dtype = jnp.dtype(config.train.compute_dtype)
+    return _Start(model, None, workdir / "tokenizer")
+
+
 def _check_agreement(config: RunConfig, source: Decoder) -> None:
     found = dataclasses.asdict(source.config)
     assert config.model is not None
     stated = dataclasses.asdict(config.model)
-    for free in ("moe", "initializer_range", "head_dim"):
+    for free in ("moe", "initializer_range"):
         found.pop(free), stated.pop(free)
+    found["head_dim"] = source.config.attention_head_dim
+    stated["head_dim"] = config.model.attention_head_dim
     if source.config.moe is not None:
         found.pop("tie_word_embeddings"), stated.pop("tie_word_embeddings")
     _refuse_differences(
@@ -402,14 +434,18 @@ def _claim(workdir: Path, config: RunConfig) -> None:
         raise InputError(f"{workdir} is not empty and holds no run; give a new --workdir")
 
 
-def _write_config(workdir: Path, config: RunConfig) -> None:
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        partial = workdir / ".config.json.partial"
-        partial.write_text(text)
-        partial.rename(workdir / "config.json")
-        (workdir / "checkpoints").mkdir(exist_ok=True)
+def _prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
+    """Makes the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses."""
+    if jax.process_index() != 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / ".config.json.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    partial.rename(workdir / "config.json")
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    (workdir / "tokenizer").mkdir(exist_ok=True)
+    if tokenizer_files != workdir / "tokenizer":
+        copy_tokenizer(tokenizer_files, workdir / "tokenizer")
 
 
 class _Log:
@@ -428,6 +464,11 @@ class _Log:
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
         self._append("evals.jsonl", {"name": name, "step": step, "loss": loss})
+
+    def has_evaluation(self, step: int) -> bool:
+        return any(
+            e["name"] == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
+        )
 
     def sample(self, name: str, step: int, prompt: str, text: str) -> None:
         self._append("samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text})

@@ -25,7 +25,7 @@ def expert_ffn(
     Dropless for every distribution of rows; differentiable in every array but group_sizes.
 
     Args:
-      rows: [M, D], sorted by expert; float32 or bfloat16.
+      rows: [M, D], sorted by expert; float32, bfloat16 or float16, as the weights.
       gate_up: [E, 2F, D], the F gate rows first, then the F up rows.
       down: [E, F, W].
       group_sizes: int32 [E], rows of each expert; they sum to M.
@@ -75,8 +75,10 @@ def _check(
         if got != wanted:
             raise ValueError(f"{what}: {got} != {wanted}")
     for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"{name} is {array.dtype}; float32 and bfloat16 are supported")
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} is {array.dtype}; float32, bfloat16 and float16 are supported"
+            )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes is {group_sizes.dtype}; it must be an integer type")
     if not isinstance(group_sizes, jax.core.Tracer):
