@@ -1,5 +1,6 @@
 """The decoder: Qwen2 with dense or FineRMoE layers. Letters: finermoe_jax/config.py."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,11 +110,13 @@ class Decoder(nnx.Module):
         position_ids: Int[Array | np.ndarray, "B T"] | None = None,
         segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
-        """Float32 logits of every position, and what the routers did. See `features`."""
+        """Float32 logits of every position, and what the routers did. See `features`.
+
+        Compiled once per shape of its arguments.
+        """
         masks = (attention_mask, position_ids, segment_ids)
-        mask, positions, segments = (None if x is None else jnp.asarray(x) for x in masks)
-        features = self.features(jnp.asarray(input_ids), mask, positions, segments)
-        return Output(self.logits(features.hidden), features.aux_loss, features.routing)
+        given = (None if x is None else jnp.asarray(x) for x in masks)
+        return _output(*nnx.split(self), jnp.asarray(input_ids), *given)
 
     def features(
         self,
@@ -169,6 +172,13 @@ class Decoder(nnx.Module):
         """Scores of the vocabulary, as float32."""
         head = self.lm_head or self.embed
         return project("...D,VD->...V", hidden, head.weight[...], jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
+    model = nnx.merge(graphdef, state)
+    features = model.features(*arguments)
+    return Output(model.logits(features.hidden), features.aux_loss, features.routing)
 
 
 build_mask = attention_mask  # the method's argument of HF's name hides the function
