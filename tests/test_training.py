@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from finermoe_jax import sharding
 from finermoe_jax.checkpoint import load_checkpoint
 from finermoe_jax.config import MeshConfig, MoEConfig, RunConfig, run_config
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import find
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
@@ -221,11 +223,15 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
         if message.startswith("held-out loss  step 2"):
             raise Stop
 
-    # The first part is the same run, broken off by an exception while scoring step 2.
-    config = _tiny(4)
+    # The first part is the same run, broken off by an exception while scoring step 2. What it
+    # began from is gone when it goes on: the workdir is enough.
+    source = tmp_path / "source"
+    shutil.copytree(find("demo/model"), source)
+    config = dataclasses.replace(_tiny(4), init_from=str(source))
     part = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=2))
     with pytest.raises(Stop):
         train(part, workdir, say=stop_after_two)
+    shutil.rmtree(source)
     said = []
     train(part, workdir, say=said.append)
     assert any("resumed from step 2 of 4" in message for message in said)
