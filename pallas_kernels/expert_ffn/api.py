@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.expert_ffn import blocked, reference
+from pallas_kernels.expert_ffn import cpu, reference
 
 Implementation = Literal["reference", "cpu"]
 
@@ -48,7 +48,7 @@ def expert_ffn(
         case "reference":
             return reference.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
         case "cpu" | None:
-            return blocked.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
+            return cpu.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
     raise ValueError(f"implementation={implementation!r} must be 'reference', 'cpu' or None")
 
 

@@ -1,0 +1,51 @@
+"""What a grouped kernel visits, in order: (tile of rows, expert) pairs.
+
+Rows are sorted by expert and cut into tiles of equal size; a tile that holds rows of several
+experts is visited once for each of them. Visits run in the order of the rows, so that a tile
+stays on chip until its last visit and an expert's weights until its last row: each is moved
+once. Letters: E experts, M rows.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Schedule(NamedTuple):
+    """Arrays of length `visits(...)`; those past `count` repeat the last visit and do nothing."""
+
+    expert: Array  # int32, whose rows (and whose weight gradient) the visit computes
+    weights: Array  # int32, whose weights are on chip: `expert`, but an idle expert loads none
+    tile: Array  # int32
+    start: Array  # int32 [E], each expert's first row
+    stop: Array  # int32 [E], one past its last row
+    count: Array  # int32 [1], visits in use
+
+
+def visits(rows: int, experts: int, tile_rows: int) -> int:
+    """The most visits that any distribution of the rows takes."""
+    return -(-rows // tile_rows) + experts - 1
+
+
+def schedule(group_sizes: Array, rows: int, tile_rows: int, visit_idle: bool = False) -> Schedule:
+    """Visits of int32 group_sizes [E] over `rows` rows in tiles of `tile_rows`.
+
+    Experts without rows are left out, or with visit_idle visited once: something must write the
+    zeros of their weight gradients. Rows past the sum of group_sizes belong to no visit.
+    """
+    experts = group_sizes.shape[0]
+    stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    start = stop - group_sizes
+    busy = group_sizes > 0
+    first = jnp.minimum(start // tile_rows, -(-rows // tile_rows) - 1)
+    per_expert = jnp.where(busy, (stop - 1) // tile_rows - first + 1, int(visit_idle))
+    end = jnp.cumsum(per_expert)
+    count = end[-1:]
+    visit = jnp.minimum(jnp.arange(visits(rows, experts, tile_rows)), jnp.maximum(count - 1, 0))
+    expert = jnp.minimum((visit[:, None] >= end[None]).sum(axis=1), experts - 1)
+    tile = first[expert] + visit - (end - per_expert)[expert]
+    # The last busy expert so far; before the first one, the first.
+    loaded = jnp.maximum(lax.cummax(jnp.where(busy, jnp.arange(experts), -1)), jnp.argmax(busy))
+    parts = (expert, loaded[expert], tile, start, stop, count)
+    return Schedule(*(part.astype(jnp.int32) for part in parts))
