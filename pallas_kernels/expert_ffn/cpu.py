@@ -1,8 +1,6 @@
 """expert_ffn in plain JAX: a loop over blocks of rows, each of one expert.
 
-Work and memory traffic are proportional to the rows; only experts that own a row are read. A
-block may reach past its expert's last row: what it writes there is overwritten by the next
-block, since blocks run in the order of the rows.
+Work and memory traffic are proportional to the rows; only experts that own a row are read.
 """
 
 import functools
@@ -11,34 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Rows per block: about an expert's mean share, so that balanced groups fit one block; at least
-# enough to feed the vector units, at most what stays in the second-level cache.
-_MIN_BLOCK, _MAX_BLOCK = 8, 128
-
-
-def _block_rows(rows: int, experts: int) -> int:
-    mean = max(1, rows // experts)
-    return min(max(1 << (mean - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
-
-
-def _blocks(group_sizes: Array, rows: int, block: int) -> tuple[Array, Array, Array, Array]:
-    """Number of blocks in use, and each block's expert, first row and rows of its own."""
-    experts = group_sizes.shape[0]
-    per_expert = -(-group_sizes // block)
-    last = jnp.cumsum(per_expert)
-    index = jnp.arange(max(1, rows // block + min(experts, rows)))
-    expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), experts - 1)
-    done = (index - (last - per_expert)[expert]) * block
-    start = (jnp.cumsum(group_sizes) - group_sizes)[expert] + done
-    return last[-1], expert, start, group_sizes[expert] - done
-
-
-def _pad(x: Array, block: int) -> Array:
-    return jnp.pad(x, ((0, block),) + ((0, 0),) * (x.ndim - 1))
-
-
-def _take(x: Array, start: Array, block: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, start, block).astype(jnp.float32)
+from pallas_kernels.blocks import block_rows, blocks, pad, take
 
 
 def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
@@ -52,14 +23,14 @@ def expert_ffn(
     rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
 ) -> Array:
     """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
-    m, block = rows.shape[0], _block_rows(rows.shape[0], gate_up.shape[0])
-    count, expert, start, _ = _blocks(group_sizes, m, block)
-    x_all = _pad(rows, block)
+    m, block = rows.shape[0], block_rows(rows.shape[0], gate_up.shape[0])
+    count, expert, start, _ = blocks(group_sizes, m, block)
+    x_all = pad(rows, block)
 
     def body(b: Array, out: Array) -> Array:
         w_in = gate_up[expert[b]].astype(jnp.float32)
         w_out = down[expert[b]].astype(jnp.float32)
-        gate, up = _hidden(_take(x_all, start[b], block), w_in)
+        gate, up = _hidden(take(x_all, start[b], block), w_in)
         y = (jax.nn.silu(gate) * up) @ w_out
         return lax.dynamic_update_slice_in_dim(out, y, start[b], 0)
 
@@ -75,9 +46,9 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
     """Recomputes each block's intermediate; nothing of size M x F was stored."""
     rows, gate_up, down, group_sizes, row_weights = saved
     f32 = jnp.float32
-    m, block = rows.shape[0], _block_rows(rows.shape[0], gate_up.shape[0])
-    count, expert, start, own = _blocks(group_sizes, m, block)
-    x_all, dy_all, weight_all = (_pad(a, block) for a in (rows, dy, row_weights))
+    m, block = rows.shape[0], block_rows(rows.shape[0], gate_up.shape[0])
+    count, expert, start, own = blocks(group_sizes, m, block)
+    x_all, dy_all, weight_all = (pad(a, block) for a in (rows, dy, row_weights))
 
     def body(b: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dx_all, dweight_all, dw_in_all, dw_out_all = carry
@@ -85,8 +56,8 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
         w_in, w_out = gate_up[e].astype(f32), down[e].astype(f32)
         # Rows of the next expert, NaN or not, must not reach this one's weight gradient.
         mine = (jnp.arange(block) < own[b])[:, None]
-        x, dy = (jnp.where(mine, _take(a, s, block), 0.0) for a in (x_all, dy_all))
-        weight = _take(weight_all, s, block)[:, None]
+        x, dy = (jnp.where(mine, take(a, s, block), 0.0) for a in (x_all, dy_all))
+        weight = take(weight_all, s, block)[:, None]
         gate, up = _hidden(x, w_in)
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
