@@ -1,0 +1,267 @@
+"""grouped_matmul: one weight matrix per expert over rows sorted by expert.
+
+Letters: E experts, M rows, K contracted width, N output width.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.platform import platform
+
+Implementation = Literal["reference", "cpu", "tpu", "gpu"]
+Interpret = bool | pltpu.InterpretParams | plgpu.InterpretGPUParams
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def grouped_matmul(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    transpose_weights: bool = False,
+    implementation: Implementation | None = None,
+    interpret: Interpret = False,
+) -> Array:
+    """Row m of expert e: x_m W_e, or x_m W_e^T with transpose_weights.
+
+    Dropless for every distribution of rows; differentiable in rows and weights. Only weights of
+    experts that own a row are read (but by "reference").
+
+    Args:
+      rows: [M, K], sorted by expert; float32, bfloat16 or (not on TPU and GPU) float16.
+      weights: [E, K, N], or [E, N, K] with transpose_weights; a dtype of the same list.
+      group_sizes: int32 [E], rows of each expert; they sum to M.
+      transpose_weights: which of its two last axes `weights` contracts.
+      implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX), "tpu",
+        "gpu" (Pallas), or None: by the platform that is compiled for.
+      interpret: run the Pallas kernels of "tpu" or "gpu" interpreted, on any platform; True, or
+        parameters of Pallas's interpreter for that platform.
+
+    Returns:
+      [M, N] in the dtype of rows, accumulated in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that contradict each other or are unsupported, group sizes
+        (where concrete) that are negative or do not sum to M, an unknown implementation, or
+        interpret for one without a Pallas kernel.
+      NotImplementedError: implementation is None on a platform without kernels.
+    """
+    chosen = _choose(implementation, interpret)
+    _check(rows, weights, group_sizes, transpose_weights, chosen)
+    return _product(rows, weights, group_sizes, transpose_weights, chosen, interpret)
+
+
+def weight_gradient(
+    rows: Array,
+    cotangent: Array,
+    group_sizes: Array,
+    implementation: Implementation | None = None,
+    interpret: Interpret = False,
+    out_dtype: DTypeLike | None = None,
+) -> Array:
+    """The third form: sum over rows m of expert e of x_m^T dy_m; zeros for an expert without rows.
+
+    Not differentiable itself. Swap rows and cotangent for the gradient of transposed weights.
+
+    Args:
+      rows: [M, K], sorted by expert; dtypes as in grouped_matmul.
+      cotangent: [M, N].
+      group_sizes: int32 [E], rows of each expert; they sum to M.
+      implementation: as in grouped_matmul.
+      interpret: as in grouped_matmul.
+      out_dtype: of the result, by default the dtype of rows.
+
+    Returns:
+      [E, K, N] in out_dtype, accumulated in float32.
+
+    Raises:
+      ValueError, NotImplementedError: as in grouped_matmul.
+    """
+    chosen = _choose(implementation, interpret)
+    _check_rank(rows=(rows, 2), cotangent=(cotangent, 2), group_sizes=(group_sizes, 1))
+    if cotangent.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"cotangent's rows against rows' M: {cotangent.shape[0]} != {rows.shape[0]}"
+        )
+    out_dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
+    _check_dtypes(chosen, rows=rows.dtype, cotangent=cotangent.dtype, out_dtype=out_dtype)
+    _check_group_sizes(group_sizes, rows.shape[0])
+    return _weight_gradient(rows, cotangent, group_sizes, chosen, interpret, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _product(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    transpose_weights: bool,
+    implementation: Implementation,
+    interpret: Interpret,
+) -> Array:
+    if 0 in rows.shape or 0 in weights.shape:
+        width = weights.shape[1 if transpose_weights else 2]
+        return jnp.zeros((rows.shape[0], width), rows.dtype)
+    # A platform's Pallas is imported where it runs: another's may lack what it needs.
+    match implementation:
+        case "reference":
+            return reference.grouped_matmul(
+                rows, weights, group_sizes, transpose_weights=transpose_weights
+            )
+        case "cpu":
+            return cpu.grouped_matmul(
+                rows, weights, group_sizes, transpose_weights=transpose_weights
+            )
+        case "tpu":
+            from pallas_kernels.grouped_matmul import mosaic_tpu
+
+            return mosaic_tpu.grouped_matmul(
+                rows,
+                weights,
+                group_sizes,
+                transpose_weights=transpose_weights,
+                interpret=interpret,
+            )
+        case "gpu":
+            from pallas_kernels.grouped_matmul import mosaic_gpu
+
+            return mosaic_gpu.grouped_matmul(
+                rows,
+                weights,
+                group_sizes,
+                transpose_weights=transpose_weights,
+                interpret=interpret,
+            )
+
+
+def _weight_gradient(
+    rows: Array,
+    cotangent: Array,
+    group_sizes: Array,
+    implementation: Implementation,
+    interpret: Interpret,
+    out_dtype: DTypeLike,
+) -> Array:
+    shape = (group_sizes.shape[0], rows.shape[1], cotangent.shape[1])
+    if rows.shape[0] == 0 or 0 in shape:
+        return jnp.zeros(shape, out_dtype)
+    match implementation:
+        case "reference":
+            return reference.weight_gradient(rows, cotangent, group_sizes, out_dtype=out_dtype)
+        case "cpu":
+            return cpu.weight_gradient(rows, cotangent, group_sizes, out_dtype=out_dtype)
+        case "tpu":
+            from pallas_kernels.grouped_matmul import mosaic_tpu
+
+            return mosaic_tpu.weight_gradient(
+                rows, cotangent, group_sizes, interpret=interpret, out_dtype=out_dtype
+            )
+        case "gpu":
+            from pallas_kernels.grouped_matmul import mosaic_gpu
+
+            return mosaic_gpu.weight_gradient(
+                rows, cotangent, group_sizes, interpret=interpret, out_dtype=out_dtype
+            )
+
+
+def _forward(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    transpose_weights: bool,
+    implementation: Implementation,
+    interpret: Interpret,
+) -> tuple[Array, tuple[Array, ...]]:
+    y = _product(rows, weights, group_sizes, transpose_weights, implementation, interpret)
+    return y, (rows, weights, group_sizes)
+
+
+def _backward(
+    transpose_weights: bool,
+    implementation: Implementation,
+    interpret: Interpret,
+    saved: tuple[Array, ...],
+    dy: Array,
+) -> tuple[Array | None, ...]:
+    rows, weights, group_sizes = saved
+    drows = _product(dy, weights, group_sizes, not transpose_weights, implementation, interpret)
+    left, right = (dy, rows) if transpose_weights else (rows, dy)
+    dweights = _weight_gradient(left, right, group_sizes, implementation, interpret, weights.dtype)
+    return drows, dweights, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _choose(implementation: Implementation | None, interpret: Interpret) -> Implementation:
+    chosen: Implementation = platform() if implementation is None else implementation
+    if chosen not in get_args(Implementation):
+        raise ValueError(
+            f"implementation={chosen!r} must be None or one of {get_args(Implementation)}"
+        )
+    if interpret and chosen in ("reference", "cpu"):
+        raise ValueError(
+            f"interpret={interpret}: implementation={chosen!r} has no Pallas kernel; name 'tpu' "
+            "or 'gpu'"
+        )
+    return chosen
+
+
+def _check(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    transpose_weights: bool,
+    implementation: Implementation,
+) -> None:
+    _check_rank(rows=(rows, 2), weights=(weights, 3), group_sizes=(group_sizes, 1))
+    contracted = weights.shape[2 if transpose_weights else 1]
+    for what, got, wanted in (
+        (
+            f"K of weights {weights.shape} with transpose_weights={transpose_weights} "
+            f"against K of rows {rows.shape}",
+            contracted,
+            rows.shape[1],
+        ),
+        ("group_sizes' length against the experts", group_sizes.shape[0], weights.shape[0]),
+    ):
+        if got != wanted:
+            raise ValueError(f"{what}: {got} != {wanted}")
+    _check_dtypes(implementation, rows=rows.dtype, weights=weights.dtype)
+    _check_group_sizes(group_sizes, rows.shape[0])
+
+
+def _check_rank(**arrays: tuple[Array, int]) -> None:
+    for name, (array, rank) in arrays.items():
+        if array.ndim != rank:
+            raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")
+
+
+def _check_dtypes(implementation: Implementation, **dtypes: DTypeLike) -> None:
+    supported = _DTYPES if implementation in ("reference", "cpu") else _DTYPES[:2]
+    for name, dtype in dtypes.items():
+        if dtype not in supported:
+            names = ", ".join(jnp.dtype(each).name for each in supported)
+            raise ValueError(
+                f"{name} is {dtype}; implementation={implementation!r} supports {names}"
+            )
+
+
+def _check_group_sizes(group_sizes: Array, rows: int) -> None:
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes.dtype}; it must be an integer type")
+    if group_sizes.shape[0] == 0:
+        raise ValueError("group_sizes is empty; there must be at least one expert")
+    if not isinstance(group_sizes, jax.core.Tracer):
+        if (group_sizes < 0).any() or group_sizes.sum() != rows:
+            raise ValueError(
+                f"group_sizes must be non-negative and sum to the {rows} rows; they sum to "
+                f"{group_sizes.sum()}, the smallest is {group_sizes.min()}"
+            )

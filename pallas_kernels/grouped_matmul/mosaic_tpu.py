@@ -1,0 +1,495 @@
+"""grouped_matmul on TPU: visits of (tile of rows, expert) pairs, each moved on chip once.
+
+Letters: E experts, M rows, K contracted width, N output width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from pallas_kernels.schedule import Schedule, schedule, visits
+
+Interpret = bool | pltpu.InterpretParams | Any
+
+_LANES = 128
+_ROWS_ALIGN = 32  # sublanes of the narrowest supported packing, so that any tile is whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of what one grid step holds on chip.
+
+    `rows` are moved at once, `step` of them multiplied at once: a step that holds no row of the
+    visited expert is skipped. k and n of K and N are moved at once; a product computes `chunk`
+    columns of its n at once, a weight gradient `chunk` rows of its k.
+    """
+
+    rows: int
+    step: int
+    k: int
+    n: int
+    chunk: int = 512
+
+
+class Visits(Protocol):
+    """What a kernel and its index maps ask about a visit."""
+
+    def expert(self, visit: Any) -> Any:
+        """Whose rows the visit computes."""
+
+    def weights(self, visit: Any) -> Any:
+        """Whose weights are on chip."""
+
+    def tile(self, visit: Any) -> Any:
+        """The tile of rows."""
+
+    def start(self, visit: Any) -> Any:
+        """The expert's first row."""
+
+    def stop(self, visit: Any) -> Any:
+        """One past the expert's last row."""
+
+    def used(self, visit: Any) -> Any:
+        """Whether this is a visit at all, or pads the grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """Visits of a schedule whose arrays are prefetched scalars."""
+
+    plan: Schedule
+
+    def expert(self, visit: Any) -> Any:  # noqa: D102
+        return self.plan.expert[visit]
+
+    def weights(self, visit: Any) -> Any:  # noqa: D102
+        return self.plan.weights[visit]
+
+    def tile(self, visit: Any) -> Any:  # noqa: D102
+        return self.plan.tile[visit]
+
+    def start(self, visit: Any) -> Any:  # noqa: D102
+        return self.plan.start[self.plan.expert[visit]]
+
+    def stop(self, visit: Any) -> Any:  # noqa: D102
+        return self.plan.stop[self.plan.expert[visit]]
+
+    def used(self, visit: Any) -> Any:  # noqa: D102
+        return visit < self.plan.count[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced:
+    """Visits in closed form, for experts of equal, aligned shares.
+
+    For estimates only: a compiler that does not run the program cannot know prefetched scalars,
+    but knows these. One of `share` (rows per expert) and `tile_rows` must divide the other.
+    """
+
+    share: int
+    tile_rows: int
+
+    def expert(self, visit: Any) -> Any:  # noqa: D102
+        return visit // max(1, self.share // self.tile_rows)
+
+    def weights(self, visit: Any) -> Any:  # noqa: D102
+        return self.expert(visit)
+
+    def tile(self, visit: Any) -> Any:  # noqa: D102
+        return visit // max(1, self.tile_rows // self.share)
+
+    def start(self, visit: Any) -> Any:  # noqa: D102
+        return self.expert(visit) * self.share
+
+    def stop(self, visit: Any) -> Any:  # noqa: D102
+        return (self.expert(visit) + 1) * self.share
+
+    def used(self, visit: Any) -> Any:  # noqa: D102
+        return visit >= 0
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _up(a: int, b: int) -> int:
+    return _ceil(a, b) * b
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    if a.dtype == b.dtype == jnp.bfloat16:
+        precision = None
+    else:
+        # The MXU multiplies bfloat16: float32 takes several passes, or would be rounded first.
+        precision = lax.Precision.HIGHEST
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision, jnp.float32)
+
+
+def _inside(x: Array, axis: int, first: Any, start: Any, stop: Any) -> Array:
+    """x, but zero where the axis, counted from `first`, is not in start..stop."""
+    shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
+    index = first + lax.broadcasted_iota(jnp.int32, shape, axis)
+    return jnp.where((index >= start) & (index < stop), x, jnp.zeros_like(x))
+
+
+def _chunks(size: int, chunk: int, body: Callable[[Any, int], None]) -> None:
+    """body(offset, length) over 0..size: one loop over whole chunks, then what is left.
+
+    Unrolled, the products of a large tile take the compiler minutes.
+    """
+    whole, rest = divmod(size, chunk)
+    if whole == 1:
+        body(0, chunk)
+    elif whole:
+        lax.fori_loop(0, whole, lambda i, _: body(pl.multiple_of(i * chunk, chunk), chunk), None)
+    if rest:
+        body(whole * chunk, rest)
+
+
+def _steps(plan: Visits, visit: Any, tiles: Tiles, body: Callable[[Any, Any], None]) -> None:
+    """body(step's first row in the tile, its first row of all) for steps with rows to compute."""
+    start, stop, origin = plan.start(visit), plan.stop(visit), plan.tile(visit) * tiles.rows
+
+    def step(offset: Any, length: int) -> None:
+        first = origin + offset
+
+        @pl.when(plan.used(visit) & (start < first + length) & (stop > first))
+        def _() -> None:
+            body(offset, first)
+
+    _chunks(tiles.rows, tiles.step, step)
+
+
+def _product_kernel(
+    plan: Visits,
+    tiles: Tiles,
+    width: int,
+    transpose_weights: bool,
+    rows_ref: Any,
+    weights_ref: Any,
+    out_ref: Any,
+    acc_ref: Any = None,
+) -> None:
+    visit, k_step, k_steps = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
+
+    def body(offset: Any, first: Any) -> None:
+        own = pl.ds(offset, tiles.step)
+        x = rows_ref[own, :]
+        if width % tiles.k:  # the last tile's excess is not zero, and may be NaN
+            x = _inside(x, 1, k_step * tiles.k, 0, width)
+        row = first + lax.broadcasted_iota(jnp.int32, (tiles.step, 1), 0)
+        mine = (row >= plan.start(visit)) & (row < plan.stop(visit))
+
+        def columns(offset: Any, length: int) -> None:
+            some = pl.ds(offset, length)
+            w = weights_ref[0, some, :] if transpose_weights else weights_ref[0, :, some]
+            w_axis = 1 if transpose_weights else 0
+            if width % tiles.k:
+                w = _inside(w, w_axis, k_step * tiles.k, 0, width)
+            y = _dot(x, w, (1, w_axis))
+
+            def store(y: Array) -> None:
+                other = out_ref[own, some].astype(jnp.float32)
+                out_ref[own, some] = jnp.where(mine, y, other).astype(out_ref.dtype)
+
+            if acc_ref is None:
+                store(y)
+                return
+
+            @pl.when(k_step == 0)
+            def _() -> None:
+                acc_ref[own, some] = y
+
+            @pl.when(k_step > 0)
+            def _() -> None:
+                acc_ref[own, some] += y
+
+            @pl.when(k_step == k_steps - 1)
+            def _() -> None:
+                store(acc_ref[own, some])
+
+        _chunks(tiles.n, tiles.chunk, columns)
+
+    _steps(plan, visit, tiles, body)
+
+
+def _gradient_kernel(
+    plan: Visits, tiles: Tiles, rows_ref: Any, cotangent_ref: Any, out_ref: Any, acc_ref: Any
+) -> None:
+    visit = pl.program_id(2)
+    start, stop, origin = plan.start(visit), plan.stop(visit), plan.tile(visit) * tiles.rows
+
+    @pl.when(plan.used(visit) & (origin <= start))
+    def _() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def body(offset: Any, first: Any) -> None:
+        own = pl.ds(offset, tiles.step)
+        # Both, since neither a NaN of another expert's row times zero is zero.
+        dy = _inside(cotangent_ref[own, :], 0, first, start, stop)
+
+        def columns(offset: Any, length: int) -> None:
+            some = pl.ds(offset, length)
+            x = _inside(rows_ref[own, some], 0, first, start, stop)
+            acc_ref[some, :] += _dot(x, dy, (0, 0))
+
+        _chunks(tiles.k, tiles.chunk, columns)
+
+    _steps(plan, visit, tiles, body)
+
+    @pl.when(plan.used(visit) & (origin + tiles.rows >= stop))
+    def _() -> None:
+        out_ref[0] = acc_ref[...].astype(out_ref.dtype)
+
+
+def _call(
+    kernel: Callable[..., None],
+    plan: Schedule | Balanced,
+    grid: tuple[int, int, int],
+    in_blocks: list[tuple[tuple[int, ...], Callable[..., Any]]],
+    out_block: tuple[tuple[int, ...], Callable[..., Any]],
+    operands: tuple[Array, ...],
+    **kwargs: Any,
+) -> Array:
+    """A pallas_call whose kernel and index maps take the plan's visits first."""
+    scalars = tuple(plan) if isinstance(plan, Schedule) else ()
+
+    def visits_of(refs: tuple[Any, ...]) -> Visits:
+        return Scheduled(Schedule(*refs)) if isinstance(plan, Schedule) else plan
+
+    def spec(block: tuple[tuple[int, ...], Callable[..., Any]]) -> pl.BlockSpec:
+        shape, index = block
+        return pl.BlockSpec(shape, lambda *args: index(visits_of(args[3:]), *args[:3]))
+
+    def body(*refs: Any) -> None:
+        kernel(visits_of(refs[: len(scalars)]), *refs[len(scalars) :])
+
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=[spec(block) for block in in_blocks],
+            out_specs=spec(out_block),
+            scratch_shapes=kwargs.pop("scratch_shapes"),
+        ),
+        **kwargs,
+    )(*scalars, *operands)
+
+
+def grouped_matmul(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    *,
+    transpose_weights: bool,
+    interpret: Interpret = False,
+    tiles: Tiles | None = None,
+    share: int | None = None,
+) -> Array:
+    """See api.grouped_matmul. With `share`, every expert is taken to own that many rows."""
+    m, k = rows.shape
+    experts, n = weights.shape[0], weights.shape[1 if transpose_weights else 2]
+    tiles = tiles or product_tiles(m, k, n, experts, rows.dtype, weights.dtype, interpret)
+    tiles = _fitted(tiles, m, k, n)
+    k_steps = _ceil(k, tiles.k)
+    plan, count = _plan(group_sizes, m, tiles, share, visit_idle=False)
+    weights_block = (tiles.n, tiles.k) if transpose_weights else (tiles.k, tiles.n)
+
+    def weights_index(plan: Visits, n: Any, visit: Any, k: Any) -> tuple[Any, ...]:
+        expert = plan.weights(visit)
+        return (expert, n, k) if transpose_weights else (expert, k, n)
+
+    return _call(
+        lambda plan, *refs: _product_kernel(plan, tiles, k, transpose_weights, *refs),
+        plan,
+        (_ceil(n, tiles.n), count, k_steps),
+        [
+            ((tiles.rows, tiles.k), lambda plan, n, visit, k: (plan.tile(visit), k)),
+            ((1, *weights_block), weights_index),
+        ],
+        ((tiles.rows, tiles.n), lambda plan, n, visit, k: (plan.tile(visit), n)),
+        (rows, weights),
+        out_shape=jax.ShapeDtypeStruct((m, n), rows.dtype),
+        scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.n), jnp.float32)] * (k_steps > 1),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_limit(product_bytes(tiles, k, rows.dtype, weights.dtype)),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * m * k * n,
+            transcendentals=0,
+            bytes_accessed=_bytes(rows) * _ceil(n, tiles.n)
+            + _bytes(weights)
+            + m * n * rows.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="grouped_matmul_transposed" if transpose_weights else "grouped_matmul",
+    )
+
+
+def weight_gradient(
+    rows: Array,
+    cotangent: Array,
+    group_sizes: Array,
+    *,
+    interpret: Interpret = False,
+    out_dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    share: int | None = None,
+) -> Array:
+    """See api.weight_gradient. With `share`, every expert is taken to own that many rows."""
+    (m, k), n, experts = rows.shape, cotangent.shape[1], group_sizes.shape[0]
+    out_dtype = jnp.dtype(out_dtype)
+    tiles = tiles or gradient_tiles(
+        m, k, n, experts, rows.dtype, cotangent.dtype, out_dtype, interpret
+    )
+    tiles = _fitted(tiles, m, k, n)
+    plan, count = _plan(group_sizes, m, tiles, share, visit_idle=True)
+    size = gradient_bytes(tiles, rows.dtype, cotangent.dtype, out_dtype)
+    return _call(
+        lambda plan, *refs: _gradient_kernel(plan, tiles, *refs),
+        plan,
+        (_ceil(k, tiles.k), _ceil(n, tiles.n), count),
+        [
+            ((tiles.rows, tiles.k), lambda plan, k, n, visit: (plan.tile(visit), k)),
+            ((tiles.rows, tiles.n), lambda plan, k, n, visit: (plan.tile(visit), n)),
+        ],
+        ((1, tiles.k, tiles.n), lambda plan, k, n, visit: (plan.expert(visit), k, n)),
+        (rows, cotangent),
+        out_shape=jax.ShapeDtypeStruct((experts, k, n), out_dtype),
+        scratch_shapes=[pltpu.VMEM((tiles.k, tiles.n), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_limit(size),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * m * k * n,
+            transcendentals=0,
+            bytes_accessed=_bytes(rows) * _ceil(n, tiles.n)
+            + _bytes(cotangent) * _ceil(k, tiles.k)
+            + experts * k * n * out_dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="grouped_matmul_weight_gradient",
+    )
+
+
+def _plan(
+    group_sizes: Array, rows: int, tiles: Tiles, share: int | None, visit_idle: bool
+) -> tuple[Schedule | Balanced, int]:
+    """The visits and their number in the grid."""
+    experts = group_sizes.shape[0]
+    if share is not None:
+        return Balanced(share, tiles.rows), max(experts, _ceil(rows, tiles.rows))
+    sizes = group_sizes.astype(jnp.int32)
+    plan = schedule(sizes, rows, tiles.rows, visit_idle=visit_idle)
+    return plan, visits(rows, experts, tiles.rows)
+
+
+# --- tile sizes -----------------------------------------------------------------------------
+
+
+def _bytes(x: Array) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _fitted(tiles: Tiles, m: int, k: int, n: int) -> Tiles:
+    """The tiles, no larger than the arrays: a tile as wide as its array needs no alignment."""
+    rows = min(tiles.rows, _up(m, _ROWS_ALIGN))
+    step = min(tiles.step, rows)
+    return Tiles(_up(rows, step), step, min(tiles.k, k), min(tiles.n, n), tiles.chunk)
+
+
+def _block(rows: int, columns: int, dtype: DTypeLike) -> int:
+    """Bytes of a block in VMEM, where both axes are padded."""
+    return _up(rows, _ROWS_ALIGN) * _up(columns, _LANES) * jnp.dtype(dtype).itemsize
+
+
+def product_bytes(tiles: Tiles, k: int, rows: DTypeLike, weights: DTypeLike) -> int:
+    """VMEM that a product needs: blocks twice, since one is moved while one is computed."""
+    return (
+        2 * _block(tiles.rows, tiles.k, rows)
+        + 2 * max(_block(tiles.k, tiles.n, weights), _block(tiles.n, tiles.k, weights))
+        + 2 * _block(tiles.rows, tiles.n, rows)
+        + _block(tiles.rows, tiles.n, jnp.float32) * (1 + (tiles.k < k))
+    )
+
+
+def gradient_bytes(tiles: Tiles, rows: DTypeLike, cotangent: DTypeLike, out: DTypeLike) -> int:
+    """VMEM that a weight gradient needs."""
+    return (
+        2 * _block(tiles.rows, tiles.k, rows)
+        + 2 * _block(tiles.rows, tiles.n, cotangent)
+        + 2 * _block(tiles.k, tiles.n, out)
+        + 2 * _block(tiles.k, tiles.n, jnp.float32)
+    )
+
+
+def _limit(needed: int) -> int:
+    # Beside the blocks, the compiler spills registers and stages operands of the product.
+    return max(16 << 20, needed + needed // 4 + (4 << 20))
+
+
+def _vmem(interpret: Interpret) -> int:
+    # An interpreted kernel has no chip: let it take the tiles of the smallest.
+    return 64 << 20 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def product_tiles(
+    m: int,
+    k: int,
+    n: int,
+    experts: int,
+    rows: DTypeLike,
+    weights: DTypeLike,
+    interpret: Interpret,
+) -> Tiles:
+    """Tiles of a product."""
+    share = max(1, m // experts)
+    tile_rows = min(512, max(128, 1 << (share - 1).bit_length()))
+    budget = _vmem(interpret) * 3 // 4
+    for n_parts in range(1, 257):
+        tiles = Tiles(tile_rows, tile_rows, k, _part(n, n_parts))
+        if _limit(product_bytes(tiles, k, rows, weights)) <= budget:
+            return tiles
+    return Tiles(tile_rows, tile_rows, 512, 512)
+
+
+def gradient_tiles(
+    m: int,
+    k: int,
+    n: int,
+    experts: int,
+    rows: DTypeLike,
+    cotangent: DTypeLike,
+    out: DTypeLike,
+    interpret: Interpret,
+) -> Tiles:
+    """Tiles of a weight gradient."""
+    share = max(1, m // experts)
+    tile_rows = min(512, max(128, 1 << (share - 1).bit_length()))
+    budget = _vmem(interpret) * 3 // 4
+    k_parts = n_parts = 1
+    while True:
+        tiles = Tiles(tile_rows, tile_rows, _part(k, k_parts), _part(n, n_parts))
+        if _limit(gradient_bytes(tiles, rows, cotangent, out)) <= budget:
+            return tiles
+        if tiles.n >= tiles.k:
+            n_parts += 1
+        else:
+            k_parts += 1
+
+
+def _part(size: int, parts: int) -> int:
+    return size if parts == 1 else _up(_ceil(size, parts), _LANES)
