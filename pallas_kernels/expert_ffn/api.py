@@ -1,14 +1,15 @@
 """expert_ffn: SwiGLU experts over rows sorted by expert."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.expert_ffn import cpu, reference
+from pallas_kernels.platform import platform
 
-Implementation = Literal["reference", "cpu"]
+Implementation = Literal["reference", "cpu", "tpu", "gpu"]
 
 
 def expert_ffn(
@@ -18,7 +19,7 @@ def expert_ffn(
     group_sizes: Array,
     row_weights: Array,
     implementation: Implementation | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Array:
     """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
 
@@ -31,25 +32,43 @@ def expert_ffn(
       group_sizes: int32 [E], rows of each expert; they sum to M.
       row_weights: [M].
       implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX, work
-        proportional to the rows), or None, which is "cpu" on every platform as yet.
-      interpret: run a Pallas kernel interpreted; the implementations above have none.
+        proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: by the
+        platform compiled for (pallas_kernels.platform).
+      interpret: True, or Pallas' own parameters: run "tpu" or "gpu" interpreted, on any device.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
 
     Raises:
       ValueError: shapes or dtypes that contradict each other, group sizes (where concrete) that
-        are negative or do not sum to M, an unknown implementation.
+        are negative or do not sum to M, an unknown implementation, interpret without a kernel.
+      NotImplementedError: a device that the chosen implementation has no kernel for.
+
+    Under a trace group sizes are not checked; rows past their sum get unspecified values.
     """
     _check(rows, gate_up, down, group_sizes, row_weights)
-    if interpret:
-        raise ValueError(f"interpret=True: implementation={implementation} has no Pallas kernel")
-    match implementation:
+    arguments = (rows, gate_up, down, group_sizes, row_weights)
+    chosen = implementation or platform()
+    if interpret and chosen in ("reference", "cpu"):
+        raise ValueError(f"interpret={interpret}: implementation={chosen!r} has no Pallas kernel")
+    if rows.shape[0] == 0:
+        chosen = "cpu"  # nothing to launch
+    match chosen:
         case "reference":
-            return reference.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
-        case "cpu" | None:
-            return cpu.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
-    raise ValueError(f"implementation={implementation!r} must be 'reference', 'cpu' or None")
+            return reference.expert_ffn(*arguments)
+        case "cpu":
+            return cpu.expert_ffn(*arguments)
+        case "tpu":
+            from pallas_kernels.expert_ffn import mosaic_tpu
+
+            return mosaic_tpu.expert_ffn(*arguments, interpret)
+        case "gpu":
+            from pallas_kernels.expert_ffn import mosaic_gpu
+
+            return mosaic_gpu.expert_ffn(*arguments, interpret=interpret)
+    raise ValueError(
+        f"implementation={implementation!r} must be one of {get_args(Implementation)} or None"
+    )
 
 
 def _check(
