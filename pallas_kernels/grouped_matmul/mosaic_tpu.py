@@ -5,7 +5,7 @@ Letters: E experts, M rows, K contracted width, N output width.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -28,15 +28,13 @@ class Tiles:
     """Sizes of what one grid step holds on chip.
 
     `rows` are moved at once, `step` of them multiplied at once: a step that holds no row of the
-    visited expert is skipped. k and n of K and N are moved at once; a product computes `chunk`
-    columns of its n at once, a weight gradient `chunk` rows of its k.
+    visited expert is skipped. k and n of K and N are moved at once.
     """
 
     rows: int
     step: int
     k: int
     n: int
-    chunk: int = 512
 
 
 class Visits(Protocol):
@@ -142,32 +140,21 @@ def _inside(x: Array, axis: int, first: Any, start: Any, stop: Any) -> Array:
     return jnp.where((index >= start) & (index < stop), x, jnp.zeros_like(x))
 
 
-def _chunks(size: int, chunk: int, body: Callable[[Any, int], None]) -> None:
-    """body(offset, length) over 0..size: one loop over whole chunks, then what is left.
-
-    Unrolled, the products of a large tile take the compiler minutes.
-    """
-    whole, rest = divmod(size, chunk)
-    if whole == 1:
-        body(0, chunk)
-    elif whole:
-        lax.fori_loop(0, whole, lambda i, _: body(pl.multiple_of(i * chunk, chunk), chunk), None)
-    if rest:
-        body(whole * chunk, rest)
-
-
 def _steps(plan: Visits, visit: Any, tiles: Tiles, body: Callable[[Any, Any], None]) -> None:
     """body(step's first row in the tile, its first row of all) for steps with rows to compute."""
     start, stop, origin = plan.start(visit), plan.stop(visit), plan.tile(visit) * tiles.rows
 
-    def step(offset: Any, length: int) -> None:
+    def step(i: Any, _: None) -> None:
+        offset = pl.multiple_of(i * tiles.step, tiles.step)
         first = origin + offset
 
-        @pl.when(plan.used(visit) & (start < first + length) & (stop > first))
-        def _() -> None:
+        @pl.when(plan.used(visit) & (start < first + tiles.step) & (stop > first))
+        def compute() -> None:
             body(offset, first)
 
-    _chunks(tiles.rows, tiles.step, step)
+    # A loop of fixed length, not one from the expert's first step to its last, which a compiler's
+    # estimate could not know.
+    lax.fori_loop(0, tiles.rows // tiles.step, step, None)
 
 
 def _product_kernel(
@@ -187,38 +174,32 @@ def _product_kernel(
         x = rows_ref[own, :]
         if width % tiles.k:  # the last tile's excess is not zero, and may be NaN
             x = _inside(x, 1, k_step * tiles.k, 0, width)
-        row = first + lax.broadcasted_iota(jnp.int32, (tiles.step, 1), 0)
-        mine = (row >= plan.start(visit)) & (row < plan.stop(visit))
+        w, w_axis = weights_ref[0], 1 if transpose_weights else 0
+        if width % tiles.k:
+            w = _inside(w, w_axis, k_step * tiles.k, 0, width)
+        y = _dot(x, w, (1, w_axis))
 
-        def columns(offset: Any, length: int) -> None:
-            some = pl.ds(offset, length)
-            w = weights_ref[0, some, :] if transpose_weights else weights_ref[0, :, some]
-            w_axis = 1 if transpose_weights else 0
-            if width % tiles.k:
-                w = _inside(w, w_axis, k_step * tiles.k, 0, width)
-            y = _dot(x, w, (1, w_axis))
+        def store(y: Array) -> None:
+            row = first + lax.broadcasted_iota(jnp.int32, (tiles.step, 1), 0)
+            mine = (row >= plan.start(visit)) & (row < plan.stop(visit))
+            other = out_ref[own, :].astype(jnp.float32)
+            out_ref[own, :] = jnp.where(mine, y, other).astype(out_ref.dtype)
 
-            def store(y: Array) -> None:
-                other = out_ref[own, some].astype(jnp.float32)
-                out_ref[own, some] = jnp.where(mine, y, other).astype(out_ref.dtype)
+        if acc_ref is None:
+            store(y)
+            return
 
-            if acc_ref is None:
-                store(y)
-                return
+        @pl.when(k_step == 0)
+        def _() -> None:
+            acc_ref[own, :] = y
 
-            @pl.when(k_step == 0)
-            def _() -> None:
-                acc_ref[own, some] = y
+        @pl.when(k_step > 0)
+        def _() -> None:
+            acc_ref[own, :] += y
 
-            @pl.when(k_step > 0)
-            def _() -> None:
-                acc_ref[own, some] += y
-
-            @pl.when(k_step == k_steps - 1)
-            def _() -> None:
-                store(acc_ref[own, some])
-
-        _chunks(tiles.n, tiles.chunk, columns)
+        @pl.when(k_step == k_steps - 1)
+        def _() -> None:
+            store(acc_ref[own, :])
 
     _steps(plan, visit, tiles, body)
 
@@ -236,14 +217,8 @@ def _gradient_kernel(
     def body(offset: Any, first: Any) -> None:
         own = pl.ds(offset, tiles.step)
         # Both, since neither a NaN of another expert's row times zero is zero.
-        dy = _inside(cotangent_ref[own, :], 0, first, start, stop)
-
-        def columns(offset: Any, length: int) -> None:
-            some = pl.ds(offset, length)
-            x = _inside(rows_ref[own, some], 0, first, start, stop)
-            acc_ref[some, :] += _dot(x, dy, (0, 0))
-
-        _chunks(tiles.k, tiles.chunk, columns)
+        x, dy = (_inside(ref[own, :], 0, first, start, stop) for ref in (rows_ref, cotangent_ref))
+        acc_ref[...] += _dot(x, dy, (0, 0))
 
     _steps(plan, visit, tiles, body)
 
@@ -408,7 +383,7 @@ def _fitted(tiles: Tiles, m: int, k: int, n: int) -> Tiles:
     """The tiles, no larger than the arrays: a tile as wide as its array needs no alignment."""
     rows = min(tiles.rows, _up(m, _ROWS_ALIGN))
     step = min(tiles.step, rows)
-    return Tiles(_up(rows, step), step, min(tiles.k, k), min(tiles.n, n), tiles.chunk)
+    return Tiles(_up(rows, step), step, min(tiles.k, k), min(tiles.n, n))
 
 
 def _block(rows: int, columns: int, dtype: DTypeLike) -> int:
@@ -441,9 +416,46 @@ def _limit(needed: int) -> int:
     return max(16 << 20, needed + needed // 4 + (4 << 20))
 
 
-def _vmem(interpret: Interpret) -> int:
-    # An interpreted kernel has no chip: let it take the tiles of the smallest.
-    return 64 << 20 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+# What a grid step costs beside its work, as bytes that could have been moved meanwhile.
+_STEP_BYTES = 256 << 10
+
+# Of a chip's VMEM, the rest being for what the compiler keeps there between kernels.
+_VMEM_SHARE = 0.75
+
+
+def _chip(interpret: Interpret) -> tuple[float, int]:
+    """VMEM for a kernel, and columns of a matrix unit."""
+    if interpret:  # no chip: the tiles of the smallest
+        return _VMEM_SHARE * (64 << 20), 128
+    info = pltpu.get_tpu_info()
+    return _VMEM_SHARE * info.vmem_capacity_bytes, info.mxu_column_size
+
+
+def _row_tiles(m: int, experts: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows moved and rows computed at once: the best for balanced groups, then smaller ones.
+
+    Experts of few rows share a tile. Large tiles are computed in steps, since every border
+    between experts costs one step twice; steps narrower than a matrix unit cost more than that.
+    """
+    share = max(1, m // experts)
+    rows = min(512, max(_ROWS_ALIGN, 1 << (share - 1).bit_length()))
+    while True:
+        yield rows, min(rows, max(rows // 2, columns))
+        if rows <= 128:
+            return
+        rows //= 2
+
+
+def _widths(size: int) -> list[int]:
+    """Widths in which an axis may be cut: all of it, or a multiple of 128."""
+    cuts = {_up(_ceil(size, parts), _LANES) for parts in range(2, _ceil(size, _LANES) + 1)}
+    return [size, *sorted(cuts, reverse=True)]
+
+
+def _depths(size: int) -> list[int]:
+    """Likewise for a contracted axis: without a rest, which must be masked, where possible."""
+    widths = _widths(size)
+    return [width for width in widths if size % width == 0] if size % _LANES == 0 else widths
 
 
 def product_tiles(
@@ -455,15 +467,25 @@ def product_tiles(
     weights: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """Tiles of a product."""
-    share = max(1, m // experts)
-    tile_rows = min(512, max(128, 1 << (share - 1).bit_length()))
-    budget = _vmem(interpret) * 3 // 4
-    for n_parts in range(1, 257):
-        tiles = Tiles(tile_rows, tile_rows, k, _part(n, n_parts))
-        if _limit(product_bytes(tiles, k, rows, weights)) <= budget:
-            return tiles
-    return Tiles(tile_rows, tile_rows, 512, 512)
+    """The tiles of a product that move the fewest bytes and fit the chip."""
+    budget, columns = _chip(interpret)
+    x, w = jnp.dtype(rows).itemsize, jnp.dtype(weights).itemsize
+
+    def cost(tiles: Tiles) -> int:
+        n_steps, k_steps = _ceil(n, tiles.n), _ceil(k, tiles.k)
+        most = visits(m, experts, tiles.rows)
+        # In several pieces of k, an expert's weights come anew for each of its tiles.
+        weights_moved = (most if k_steps > 1 else experts) * k * n * w
+        return m * k * x * n_steps + weights_moved + _STEP_BYTES * most * n_steps * k_steps
+
+    options = [
+        Tiles(tile_rows, step, tile_k, tile_n)
+        for tile_rows, step in _row_tiles(m, experts, columns)
+        for tile_k in _depths(k)
+        for tile_n in _widths(n)
+    ]
+    fitting = [t for t in options if _limit(product_bytes(t, k, rows, weights)) <= budget]
+    return min(fitting, key=cost)
 
 
 def gradient_tiles(
@@ -476,20 +498,20 @@ def gradient_tiles(
     out: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """Tiles of a weight gradient."""
-    share = max(1, m // experts)
-    tile_rows = min(512, max(128, 1 << (share - 1).bit_length()))
-    budget = _vmem(interpret) * 3 // 4
-    k_parts = n_parts = 1
-    while True:
-        tiles = Tiles(tile_rows, tile_rows, _part(k, k_parts), _part(n, n_parts))
-        if _limit(gradient_bytes(tiles, rows, cotangent, out)) <= budget:
-            return tiles
-        if tiles.n >= tiles.k:
-            n_parts += 1
-        else:
-            k_parts += 1
+    """The tiles of a weight gradient that move the fewest bytes and fit the chip."""
+    budget, columns = _chip(interpret)
+    x, dy = jnp.dtype(rows).itemsize, jnp.dtype(cotangent).itemsize
 
+    def cost(tiles: Tiles) -> int:
+        k_steps, n_steps = _ceil(k, tiles.k), _ceil(n, tiles.n)
+        steps = k_steps * n_steps * visits(m, experts, tiles.rows)
+        return m * (k * x * n_steps + n * dy * k_steps) + _STEP_BYTES * steps
 
-def _part(size: int, parts: int) -> int:
-    return size if parts == 1 else _up(_ceil(size, parts), _LANES)
+    options = [
+        Tiles(tile_rows, step, tile_k, tile_n)
+        for tile_rows, step in _row_tiles(m, experts, columns)
+        for tile_k in _widths(k)
+        for tile_n in _widths(n)
+    ]
+    fitting = [t for t in options if _limit(gradient_bytes(t, rows, cotangent, out)) <= budget]
+    return min(fitting, key=cost)
