@@ -391,11 +391,20 @@ def _block(rows: int, columns: int, dtype: DTypeLike) -> int:
     return _up(rows, _ROWS_ALIGN) * _up(columns, _LANES) * jnp.dtype(dtype).itemsize
 
 
+def _staged(blocks: int, *dtypes: DTypeLike) -> int:
+    """Bytes of the bfloat16 parts into which operands of several passes are split."""
+    return (
+        0 if {jnp.dtype(each) for each in dtypes} == {jnp.dtype(jnp.bfloat16)} else 3 * blocks // 2
+    )
+
+
 def product_bytes(tiles: Tiles, k: int, rows: DTypeLike, weights: DTypeLike) -> int:
     """VMEM that a product needs: blocks twice, since one is moved while one is computed."""
+    weight_block = max(_block(tiles.k, tiles.n, weights), _block(tiles.n, tiles.k, weights))
     return (
         2 * _block(tiles.rows, tiles.k, rows)
-        + 2 * max(_block(tiles.k, tiles.n, weights), _block(tiles.n, tiles.k, weights))
+        + 2 * weight_block
+        + _staged(weight_block + _block(tiles.step, tiles.k, rows), rows, weights)
         + 2 * _block(tiles.rows, tiles.n, rows)
         + _block(tiles.rows, tiles.n, jnp.float32) * (1 + (tiles.k < k))
     )
@@ -403,9 +412,10 @@ def product_bytes(tiles: Tiles, k: int, rows: DTypeLike, weights: DTypeLike) -> 
 
 def gradient_bytes(tiles: Tiles, rows: DTypeLike, cotangent: DTypeLike, out: DTypeLike) -> int:
     """VMEM that a weight gradient needs."""
+    row_blocks = _block(tiles.rows, tiles.k, rows) + _block(tiles.rows, tiles.n, cotangent)
     return (
-        2 * _block(tiles.rows, tiles.k, rows)
-        + 2 * _block(tiles.rows, tiles.n, cotangent)
+        2 * row_blocks
+        + _staged(row_blocks, rows, cotangent)
         + 2 * _block(tiles.k, tiles.n, out)
         + 2 * _block(tiles.k, tiles.n, jnp.float32)
     )
@@ -416,19 +426,55 @@ def _limit(needed: int) -> int:
     return max(16 << 20, needed + needed // 4 + (4 << 20))
 
 
-# What a grid step costs beside its work, as bytes that could have been moved meanwhile.
-_STEP_BYTES = 256 << 10
-
 # Of a chip's VMEM, the rest being for what the compiler keeps there between kernels.
 _VMEM_SHARE = 0.75
 
+# What a grid step takes beside its work, from the compiler's estimates.
+_STEP_SECONDS = 0.2e-6
 
-def _chip(interpret: Interpret) -> tuple[float, int]:
-    """VMEM for a kernel, and columns of a matrix unit."""
-    if interpret:  # no chip: the tiles of the smallest
-        return _VMEM_SHARE * (64 << 20), 128
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    vmem: float  # bytes for a kernel
+    columns: int  # of a matrix unit
+    flops: float  # per second, in bfloat16
+    bandwidth: float  # bytes per second of HBM
+
+
+def _chip(interpret: Interpret) -> _Chip:
+    if interpret:  # no chip: the tiles of a small one
+        return _Chip(_VMEM_SHARE * (64 << 20), 128, 2e14, 8e11)
     info = pltpu.get_tpu_info()
-    return _VMEM_SHARE * info.vmem_capacity_bytes, info.mxu_column_size
+    return _Chip(
+        _VMEM_SHARE * info.vmem_capacity_bytes,
+        info.mxu_column_size,
+        info.bf16_ops_per_second,
+        info.mem_bw_bytes_per_second,
+    )
+
+
+def _seconds(
+    chip: _Chip,
+    tiles: Tiles,
+    share: int,
+    dtypes: tuple[DTypeLike, DTypeLike],
+    row_bytes: int,
+    expert_bytes: int,
+    every_visit: bool,
+) -> float:
+    """For the visits of one expert's rows, with one piece of k and n on chip.
+
+    What an expert moves, and not its rows, is moved during one of its visits only (or anew in
+    `every_visit`): many visits of few rows wait for it.
+    """
+    passes = 1 if set(dtypes) == {jnp.dtype(jnp.bfloat16)} else 6
+    rows = max(min(tiles.rows, _up(share, tiles.step)), tiles.step)
+    busy = passes * 2 * rows * tiles.k * tiles.n / chip.flops
+    moved = min(tiles.rows, share) * row_bytes / chip.bandwidth
+    once = max(busy, moved + expert_bytes / chip.bandwidth)
+    again = once if every_visit else max(busy, moved)
+    count = _ceil(share, tiles.rows)
+    return once + (count - 1) * again + count * _STEP_SECONDS
 
 
 def _row_tiles(m: int, experts: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -467,24 +513,33 @@ def product_tiles(
     weights: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """The tiles of a product that move the fewest bytes and fit the chip."""
-    budget, columns = _chip(interpret)
-    x, w = jnp.dtype(rows).itemsize, jnp.dtype(weights).itemsize
+    """The tiles of a product that take the least time, by a model, and fit the chip."""
+    chip = _chip(interpret)
+    dtypes = jnp.dtype(rows), jnp.dtype(weights)
+    x, w = (dtype.itemsize for dtype in dtypes)
 
-    def cost(tiles: Tiles) -> int:
+    def cost(tiles: Tiles) -> float:
         n_steps, k_steps = _ceil(n, tiles.n), _ceil(k, tiles.k)
-        most = visits(m, experts, tiles.rows)
+        row_bytes = x * (tiles.k + tiles.n // k_steps)
         # In several pieces of k, an expert's weights come anew for each of its tiles.
-        weights_moved = (most if k_steps > 1 else experts) * k * n * w
-        return m * k * x * n_steps + weights_moved + _STEP_BYTES * most * n_steps * k_steps
+        one = _seconds(
+            chip,
+            tiles,
+            max(1, m // experts),
+            dtypes,
+            row_bytes,
+            w * tiles.k * tiles.n,
+            k_steps > 1,
+        )
+        return n_steps * k_steps * one
 
     options = [
         Tiles(tile_rows, step, tile_k, tile_n)
-        for tile_rows, step in _row_tiles(m, experts, columns)
+        for tile_rows, step in _row_tiles(m, experts, chip.columns)
         for tile_k in _depths(k)
         for tile_n in _widths(n)
     ]
-    fitting = [t for t in options if _limit(product_bytes(t, k, rows, weights)) <= budget]
+    fitting = [t for t in options if _limit(product_bytes(t, k, rows, weights)) <= chip.vmem]
     return min(fitting, key=cost)
 
 
@@ -498,20 +553,28 @@ def gradient_tiles(
     out: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """The tiles of a weight gradient that move the fewest bytes and fit the chip."""
-    budget, columns = _chip(interpret)
-    x, dy = jnp.dtype(rows).itemsize, jnp.dtype(cotangent).itemsize
+    """The tiles of a weight gradient that take the least time, by a model, and fit the chip."""
+    chip = _chip(interpret)
+    dtypes = jnp.dtype(rows), jnp.dtype(cotangent)
+    x, dy = (dtype.itemsize for dtype in dtypes)
 
-    def cost(tiles: Tiles) -> int:
-        k_steps, n_steps = _ceil(k, tiles.k), _ceil(n, tiles.n)
-        steps = k_steps * n_steps * visits(m, experts, tiles.rows)
-        return m * (k * x * n_steps + n * dy * k_steps) + _STEP_BYTES * steps
+    def cost(tiles: Tiles) -> float:
+        one = _seconds(
+            chip,
+            tiles,
+            max(1, m // experts),
+            dtypes,
+            x * tiles.k + dy * tiles.n,
+            jnp.dtype(out).itemsize * tiles.k * tiles.n,
+            False,
+        )
+        return _ceil(k, tiles.k) * _ceil(n, tiles.n) * one
 
     options = [
         Tiles(tile_rows, step, tile_k, tile_n)
-        for tile_rows, step in _row_tiles(m, experts, columns)
+        for tile_rows, step in _row_tiles(m, experts, chip.columns)
         for tile_k in _widths(k)
         for tile_n in _widths(n)
     ]
-    fitting = [t for t in options if _limit(gradient_bytes(t, rows, cotangent, out)) <= budget]
+    fitting = [t for t in options if _limit(gradient_bytes(t, rows, cotangent, out)) <= chip.vmem]
     return min(fitting, key=cost)
