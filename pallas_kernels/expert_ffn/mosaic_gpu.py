@@ -1,35 +1,38 @@
 """expert_ffn on Hopper GPUs: gate, up, activation, down and routing weight in one kernel.
 
-Letters: E experts, M rows, D model width, F intermediate, W output width. Tiles, rings and stores
-are those of grouped_matmul/mosaic_gpu.py, whose docstring also says what float32, Blackwell and
-older GPUs get: float32 and experts of more than MAX_FUSED_F go through its grouped matmuls one
-after the other, Blackwell through cpu.py.
+Letters: E experts, M rows, D model width, F intermediate, W output width; F' is F up to a multiple
+of 64. Tiles, rings and stores are those of grouped_matmul/mosaic_gpu.py, whose docstring also says
+what float32, Blackwell and older GPUs get: float32, and experts of more than MAX_FUSED_F, go
+through its grouped matmuls one after the other; Blackwell goes through cpu.py.
 
 **Forward.** Shared memory does not hold an expert, but it holds what a tile of R rows needs between
-the two products: the activated intermediate, [R, F] in the dtype of rows. For 128 columns of F at a
-time, x and the gate and up weights stream through the ring and the activated result goes to shared
-memory; then the down weights stream. The intermediate never reaches HBM. R is 128 where [128, F]
-leaves room for the ring (F up to 384) and 64 otherwise; the two multiplying warpgroups share the
-rows of a tile of 128 and the columns of a tile of 64.
+the two products: the activated intermediate, [R, F'] in the dtype of rows. For 128 columns of F at
+a time, x and the gate and up weights stream through the ring and the activated result goes to
+shared memory; then the down weights stream. The intermediate never reaches HBM. R is 128 where
+[128, F'] leaves room for the ring (F' up to 384) and 64 otherwise; the two multiplying warpgroups
+share the rows of a tile of 128 and the columns of a tile of 64.
 
-**Backward.** Nothing of size M x F is kept from the forward pass. One kernel recomputes gate and up,
-multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
+**Backward.** Nothing of size M x F is kept from the forward pass. One kernel recomputes gate and
+up, multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
 activated intermediate times the routing weight, and the gradient of the routing weight. Three
 grouped matmuls make the gradients of rows, gate_up and down of these.
 
-**Bytes.** With F' = F up to a multiple of 64, V = sum over experts of ceil((rows + o) / R), o < 8
-(see grouped_matmul), P = ceil(F / 128) passes over x and 2-byte elements, the copies bring in
+**Bytes.** With T tiles = sum over experts of ceil((rows + o) / R), o < 8 (see grouped_matmul), and
+elements of two bytes, the copies bring in, in elements,
 
-    forward:   V (P R D + 2 F D + F W ceil(W / 256) 256 / W) and write M W
-    fused backward kernel: V (P R (D + W) + 2 F D + F W) and write 3 M F'
+    forward:                T (ceil(F / 128) R D + 2 F' D + F' W)
+    fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W),   here R = 128
 
-at most. From HBM to the L2 cache go the rows once for each tile that reads them in a short time:
-forward M D + (touched experts) (2 F D + F W) + M W, the lower bound itself, as long as a tile's
-[R, D] of all multiprocessors and the experts in flight stay in L2; where an expert owns more than R
-rows its weights come from L2 for all tiles but the first. Backward the intermediates' 3 M F' are
-written once and read once more each, and rows and cotangent read twice:
+and write M W and 3 M F'. HBM carries less: a tile's rows are read again and again by the one
+multiprocessor that needs them, and an expert's weights by those that work on its tiles side by
+side, so that both come from the L2 cache but for the first time. At best, then,
 
-    M (2 D + 2 W + D) + 6 M F' + (touched experts) 2 F D + (touched experts) (2 F D + F W) + gradients
+    forward:   M D + X + M W                             X = touched experts' 3 matrices
+    backward:  M (3 D + 2 W) + 8 M F' + X + Y + gradients         Y = their gate and up
+
+of which the forward is the lower bound itself. Backward that would be M (2 D + W) + X + gradients:
+reading rows, cotangent, gate and up twice, and the intermediates' round trips, is the price of
+matrix products whose sums live in registers.
 """
 
 import functools
@@ -47,7 +50,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import ALL, STEP, WARPGROUP_ROWS, 
 
 # Columns of F and of W come in blocks of this many; W in tiles of several.
 BLOCK = 64
-W_BLOCKS = 4
+W_BLOCKS = 2
 # The activated intermediate of 128 rows has this much shared memory at most; the ring has the rest.
 _ACTIVE_BYTES = 96 * 1024
 _RING_AND_ACTIVE_BYTES = 200 * 1024
@@ -66,7 +69,7 @@ def expert_ffn(
     """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
 
     Dropless for every distribution of rows; differentiable in every array but group_sizes, in the
-    dtype of each. Weights of an expert without rows are not read, and their gradient is exactly 0.
+    dtype of each. Weights of an expert without rows reach nothing; their gradient is exactly 0.
 
     Args:
       rows: [M, D], sorted by expert; bfloat16, float16 or float32.
@@ -143,7 +146,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _prepare(
     rows: Array, gate_up: Array, down: Array, row_weights: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """As the kernels take them: [M, D], [2E, F, D], [E, F, W] padded for TMA, and float32 [M + 128].
+    """What the kernels take: [M, D], [2E, F, D] and [E, F, W] padded for TMA, float32 weights.
 
     A half of an expert's gate_up is an array of its own, so that the zeros with which TMA fills
     what lies past its F rows stand where the other half's would be.
@@ -216,11 +219,13 @@ def _forward_kernel(
                 expert = table[0, index]
                 some_rows = pl.ds(matmul.eights(table[1, index]), tile)
 
-                def hidden(chunk: Array | int, blocks: int, step: Array) -> Array:
+                def hidden(chunk: Array, blocks: int, step: Array) -> Array:
                     def fetch(i: Array, _: None) -> None:
                         depth = pl.ds(i * STEP, STEP)
                         copies = [(x.at[some_rows, depth], x_ring, ALL)]
-                        copies += _gate_and_up(w_in, w_ring, expert, chunk, blocks, depth)
+                        copies += _gate_and_up(
+                            w_in, w_ring, expert, chunk * (2 * BLOCK), blocks, depth
+                        )
                         matmul.fill(step + i, filled, freed, copies)
 
                     lax.fori_loop(0, d_steps, fetch, None)
@@ -240,7 +245,7 @@ def _forward_kernel(
                         for b in range(W_BLOCKS)
                     ]
                     matmul.fill(step + i, filled, freed, copies)
-                    # A slot is full after five arrivals; here no rows of x are among them.
+                    # A slot is full after three arrivals; here no rows of x are among them.
                     plgpu.barrier_arrive(filled.at[lax.rem(step + i, jnp.int32(slots))])
 
                 lax.fori_loop(0, f_blocks * w_tiles, fetch, None)
@@ -251,32 +256,33 @@ def _forward_kernel(
         @pl.when(warpgroup < 2)
         def _multiply():
             plgpu.set_max_registers(matmul.MULTIPLY_REGISTERS, action="increase")
-            offset = jnp.int32(0) if split else warpgroup * WARPGROUP_ROWS
+            offset = 0 if split else warpgroup * WARPGROUP_ROWS
             my_rows = pl.ds(offset, WARPGROUP_ROWS)
 
             def one(index: Array, step: Array) -> Array:
-                def hidden(chunk: Array | int, blocks: int, step: Array) -> Array:
-                    mine = 1 if split else blocks
-                    first_block = warpgroup if split else jnp.int32(0)
-                    my_w = pl.ds(first_block * 2 * BLOCK, mine * 2 * BLOCK)
+                def hidden(chunk: Array, blocks: int, step: Array) -> Array:
+                    # In the ring: gate, then up. Whole rows take both at once; a half of the
+                    # columns takes its own block of each.
+                    width = BLOCK if split else 2 * blocks * BLOCK
+                    starts = [warpgroup * BLOCK, (warpgroup + 2) * BLOCK] if split else [0]
 
-                    def accumulate(acc) -> Array:
+                    def accumulate(*accs) -> list[Array]:
                         def multiply(i: Array, slot: Array) -> None:
-                            w_tile = w_ring.at[slot].at[my_w].transpose((1, 0))
-                            plgpu.wgmma(acc, x_ring.at[slot].at[my_rows], w_tile)
+                            for acc, start in zip(accs, starts, strict=True):
+                                w_tile = w_ring.at[slot].at[pl.ds(start, width)]
+                                x_tile = x_ring.at[slot].at[my_rows]
+                                plgpu.wgmma(acc, x_tile, w_tile.transpose((1, 0)))
 
-                        matmul.drain(step, d_steps, filled, freed, multiply)
-                        return acc[...]
+                        matmul.drain(step, d_steps, filled, freed, multiply, len(starts))
+                        return [acc[...] for acc in accs]
 
-                    values = pl.run_scoped(
-                        accumulate, plgpu.ACC((WARPGROUP_ROWS, mine * 2 * BLOCK))
-                    )
-                    for b in range(mine):
-                        gate, up = _halves(values, b)
-                        at = (2 * chunk + b + first_block) * BLOCK
-                        active[my_rows, pl.ds(at, BLOCK)] = (gate * _sigmoid(gate) * up).astype(
-                            dtype
-                        )
+                    accs = [plgpu.ACC((WARPGROUP_ROWS, width))] * len(starts)
+                    values = pl.run_scoped(accumulate, *accs)
+                    for b in range(1 if split else blocks):
+                        gate, up = values if split else _gate_up_block(values[0], b)
+                        column = (2 * chunk + (warpgroup if split else b)) * BLOCK
+                        result = gate * _sigmoid(gate) * up
+                        active[my_rows, pl.ds(column, BLOCK)] = result.astype(dtype)
                     return step + d_steps
 
                 step = _chunks(f_blocks, hidden, step)
@@ -289,7 +295,7 @@ def _forward_kernel(
                 own = matmul.own_rows((table[2, index], table[3, index]), offset)
                 scale = _row_weights(weights, first)
                 mine = W_BLOCKS // 2 if split else W_BLOCKS
-                my_first = warpgroup * mine if split else jnp.int32(0)
+                my_first = warpgroup * mine if split else 0
 
                 def columns(w_tile: Array, step: Array) -> Array:
                     def accumulate(*accs) -> list[Array]:
@@ -337,7 +343,7 @@ def _forward_kernel(
             x_ring=plgpu.SMEM((slots, tile, STEP), dtype, transforms=layout),
             w_ring=plgpu.SMEM((slots, 4 * BLOCK, STEP), dtype, transforms=layout),
             active=plgpu.SMEM((tile, f_blocks * BLOCK), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=5, num_barriers=slots),
+            filled=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             both=plgpu.Barrier(num_arrivals=2),
             **matmul.staging(dtype),
@@ -354,25 +360,22 @@ def _chunks(f_blocks: int, chunk: Any, carry: Any) -> Any:
     return chunk(jnp.int32(f_blocks // 2), 1, carry) if f_blocks % 2 else carry
 
 
-def _halves(values: Array, block: int) -> tuple[Array, Array]:
-    """Gate and up of a block of a chunk."""
-    at = 2 * block * BLOCK
-    return values[:, at : at + BLOCK], values[:, at + BLOCK : at + 2 * BLOCK]
+def _gate_up_block(values: Array, block: int) -> tuple[Array, Array]:
+    """Gate and up of a block of a chunk, whose columns are all of gate, then all of up."""
+    at, up = block * BLOCK, values.shape[1] // 2
+    return values[:, at : at + BLOCK], values[:, up + at : up + at + BLOCK]
 
 
 def _gate_and_up(
-    w_in: Any, ring: Any, expert: Array, chunk: Array | int, blocks: int, depth: Any
+    w_in: Any, ring: Any, expert: Array, first: Array, blocks: int, depth: Any
 ) -> list[tuple]:
-    """Four copies: for each block of a chunk its gate rows, then its up rows."""
-    rows = BLOCK * blocks // 2  # half a block each where there is only one
-    copies = []
-    for half in range(2):
-        for part in range(2):
-            f = part * rows
-            to = (f // BLOCK) * 2 * BLOCK + half * BLOCK + f % BLOCK
-            source = w_in.at[2 * expert + half, pl.ds(chunk * (2 * BLOCK) + f, rows), depth]
-            copies.append((source, ring, pl.ds(to, rows)))
-    return copies
+    """Copies of the gate rows of some blocks, the first at `first`, and behind them the up rows."""
+    rows = blocks * BLOCK
+    some_f = pl.ds(first, rows)
+    return [
+        (w_in.at[2 * expert + half, some_f, depth], ring, pl.ds(half * rows, rows))
+        for half in range(2)
+    ]
 
 
 def _backward_kernel(
@@ -392,7 +395,7 @@ def _backward_kernel(
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
     tile, f_blocks = matmul.TILE_ROWS, -(-f // BLOCK)
     f_padded, d_steps, w_steps = f_blocks * BLOCK, d // STEP, width // STEP
-    slots = matmul.RING_BYTES // ((tile + 4 * BLOCK) * STEP * 2)
+    slots = matmul.RING_BYTES // ((tile + 2 * BLOCK) * STEP * 2)
     table, count = matmul.work(group_sizes, m, tile)
 
     def body(
@@ -409,27 +412,28 @@ def _backward_kernel(
                 expert = table[0, index]
                 some_rows = pl.ds(matmul.eights(table[1, index]), tile)
 
-                def chunk(number: Array | int, blocks: int, step: Array) -> Array:
+                def block(number: Array, step: Array) -> Array:
+                    column = number * BLOCK
+
                     def fetch_hidden(i: Array, _: None) -> None:
                         depth = pl.ds(i * STEP, STEP)
                         copies = [(x.at[some_rows, depth], x_ring, ALL)]
-                        copies += _gate_and_up(w_in, w_ring, expert, number, blocks, depth)
+                        copies += _gate_and_up(w_in, w_ring, expert, column, 1, depth)
                         matmul.fill(step + i, filled, freed, copies)
 
                     def fetch_cotangent(i: Array, _: None) -> None:
-                        depth, rows = pl.ds(i * STEP, STEP), BLOCK * blocks // 4
+                        depth, half = pl.ds(i * STEP, STEP), BLOCK // 2
                         copies = [(dy.at[some_rows, depth], x_ring, ALL)]
-                        for part in range(4):  # as many as of gate and up: so many arrivals
-                            some_f = pl.ds(number * (2 * BLOCK) + part * rows, rows)
-                            source = w_out.at[expert, some_f, depth]
-                            copies.append((source, w_ring, pl.ds(part * rows, rows)))
+                        for f in (0, half):  # two, as of gate and up: as many arrivals
+                            source = w_out.at[expert, pl.ds(column + f, half), depth]
+                            copies.append((source, w_ring, pl.ds(f, half)))
                         matmul.fill(step + d_steps + i, filled, freed, copies)
 
                     lax.fori_loop(0, d_steps, fetch_hidden, None)
                     lax.fori_loop(0, w_steps, fetch_cotangent, None)
                     return step + d_steps + w_steps
 
-                return _chunks(f_blocks, chunk, step)
+                return lax.fori_loop(0, f_blocks, block, step)
 
             matmul.each_of_mine(count[0], one)
 
@@ -443,9 +447,8 @@ def _backward_kernel(
                 first = matmul.eights(table[1, index]) + offset
                 own = matmul.own_rows((table[2, index], table[3, index]), offset)
 
-                def chunk(
-                    number: Array | int, blocks: int, carry: tuple[Array, Array]
-                ) -> tuple[Array, Array]:
+                # Two blocks at a time, as in the forward pass, overflow registers.
+                def block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                     step, dweight = carry
 
                     def accumulate(acc, dacc) -> tuple[Array, Array]:
@@ -456,47 +459,45 @@ def _backward_kernel(
 
                             return product
 
-                        hidden = multiply(acc, 2 * blocks * BLOCK)
-                        dactive = multiply(dacc, blocks * BLOCK)
+                        hidden = multiply(acc, 2 * BLOCK)
+                        dactive = multiply(dacc, BLOCK)
                         matmul.drain(step, d_steps, filled, freed, hidden)
                         matmul.drain(step + d_steps, w_steps, filled, freed, dactive)
                         return acc[...], dacc[...]
 
-                    values, dvalues = pl.run_scoped(
+                    values, dactive = pl.run_scoped(
                         accumulate,
-                        plgpu.ACC((WARPGROUP_ROWS, 2 * blocks * BLOCK)),
-                        plgpu.ACC((WARPGROUP_ROWS, blocks * BLOCK)),
+                        plgpu.ACC((WARPGROUP_ROWS, 2 * BLOCK)),
+                        plgpu.ACC((WARPGROUP_ROWS, BLOCK)),
                     )
+                    gate, up = _gate_up_block(values, 0)
+                    sigmoid = _sigmoid(gate)
+                    silu = gate * sigmoid
+                    product = silu * up
+                    dweight += (product * dactive).sum(axis=1)
                     scale = _row_weights(weights, first)
-                    for b in range(blocks):
-                        gate, up = _halves(values, b)
-                        dactive = dvalues[:, b * BLOCK : (b + 1) * BLOCK]
-                        sigmoid = _sigmoid(gate)
-                        silu = gate * sigmoid
-                        product = silu * up
-                        dweight += (product * dactive).sum(axis=1)
-                        dactive *= scale
-                        dgate = dactive * up * (sigmoid + silu * (1.0 - sigmoid))
-                        column = (2 * number + b) * BLOCK
-                        for out, at, block in (
-                            (dhidden, column, dgate),
-                            (dhidden, column + f_padded, dactive * silu),
-                            (active, column, product * scale),
-                        ):
-                            matmul.store_rows(
-                                block,
-                                warpgroup=warpgroup,
-                                own=own,
-                                target=lambda row, rows, more, columns, out=out, at=at: out.at[
-                                    pl.ds(first + row, rows), pl.ds(at + more, columns)
-                                ],
-                                **stage,
-                            )
+                    dactive *= scale
+                    dgate = dactive * up * (sigmoid + silu * (1.0 - sigmoid))
+                    column = number * BLOCK
+                    for out, at, result in (
+                        (dhidden, column, dgate),
+                        (dhidden, column + f_padded, dactive * silu),
+                        (active, column, product * scale),
+                    ):
+                        matmul.store_rows(
+                            result,
+                            warpgroup=warpgroup,
+                            own=own,
+                            target=lambda row, rows, more, columns, out=out, at=at: out.at[
+                                pl.ds(first + row, rows), pl.ds(at + more, columns)
+                            ],
+                            **stage,
+                        )
                     return step + d_steps + w_steps, dweight
 
                 zeros = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
                 zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
-                step, dweight = _chunks(f_blocks, chunk, (step, zeros))
+                step, dweight = lax.fori_loop(0, f_blocks, block, (step, zeros))
                 matmul.store_partial(
                     lax.broadcast_in_dim(dweight, (WARPGROUP_ROWS, 8), (0,)),
                     stage_dweights,
@@ -519,8 +520,8 @@ def _backward_kernel(
         ],
         scratch_types=dict(
             x_ring=plgpu.SMEM((slots, tile, STEP), dtype, transforms=layout),
-            w_ring=plgpu.SMEM((slots, 4 * BLOCK, STEP), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=5, num_barriers=slots),
+            w_ring=plgpu.SMEM((slots, 2 * BLOCK, STEP), dtype, transforms=layout),
+            filled=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             stage_dweights=plgpu.SMEM((2, WARPGROUP_ROWS, 8), jnp.float32),
             **matmul.staging(dtype),

@@ -61,7 +61,7 @@ _COLUMNS = (256, 192, 128, 64)
 RING_BYTES = 192 * 1024
 _MAX_SLOTS = 6
 # The copying warpgroup needs few registers; the multiplying ones take what it gives up.
-COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
+COPY_REGISTERS, MULTIPLY_REGISTERS = 80, 208
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _BLACKWELL = ("B100", "B200", "B300", "GB10", "GB200", "GB300", "RTX PRO", "RTX 50")
@@ -141,8 +141,9 @@ def _pairs(left: Sequence[Array], right: Sequence[Array]) -> list[tuple[Array, A
     return [(left[i], right[j]) for rank, i, j in order if rank < 3]
 
 
-def _columns(width: int) -> int:
-    # A tile narrower than the widest pays for its rows again: 32 columns' worth, roughly.
+def tile_columns(width: int) -> int:
+    """Columns of a tile of an output so wide."""
+    # Each further tile reads its rows again, which costs about what 32 columns do.
     return min(_COLUMNS, key=lambda columns: -(-width // columns) * (columns + 32))
 
 
@@ -391,7 +392,7 @@ def product(
     rows, weights = padded(rows), padded(weights).reshape(-1, *padded(weights).shape[2:])
     m = rows.shape[0]
     section_steps = rows.shape[1] // (sections * STEP)
-    steps, columns = sections * section_steps, _columns(n)
+    steps, columns = sections * section_steps, tile_columns(n)
     n_tiles = -(-n // columns)
     slots = _slots((TILE_ROWS + columns) * STEP * 2)
     table, count = work(group_sizes, m, TILE_ROWS)
@@ -548,7 +549,7 @@ def sum_of_products(
     dtype, experts, n = rows.dtype, group_sizes.shape[0], cotangent.shape[1]
     rows, cotangent = padded(rows), padded(cotangent)
     count, depth = sections[0], sections[1] + -sections[1] % 8
-    columns = _columns(n)
+    columns = tile_columns(n)
     section_blocks = rows.shape[1] // (count * WARPGROUP_ROWS)
     k_tiles, n_tiles = -(-rows.shape[1] // TILE_ROWS), -(-n // columns)
     slots = _slots((TILE_ROWS + columns) * STEP * 2)
