@@ -315,6 +315,8 @@ class TrainConfig:
     # Activations' and master weights' dtypes.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Implementation of the expert kernels (pallas_kernels); "auto" goes by the platform.
+    kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
     # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,
     # "dots" keeps the results of matrix products.
     remat: Literal["none", "full", "dots"] = "full"

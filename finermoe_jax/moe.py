@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.layers import MLP, normal, param, project
 from finermoe_jax.routing import Routing, load_balancing_loss, route
-from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.expert_ffn import Implementation, expert_ffn
 
 
 class FineRMoE(nnx.Module):
@@ -43,15 +43,19 @@ class FineRMoE(nnx.Module):
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        kernel: Implementation | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
         """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
 
-        mask marks real tokens; it touches the loss only.
+        mask marks real tokens; it touches the loss only. kernel chooses the implementation of the
+        experts (pallas_kernels.expert_ffn); None goes by the platform.
         """
         routing, slot_order = self._route(x)
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
-        y = self._routed(x, routing, slot_order)
+        y = self._routed(x, routing, slot_order, kernel)
         if self.moe.concat_proj == "routed":
             y = self._project(y)
         if hasattr(self, "shared"):
@@ -78,7 +82,11 @@ class FineRMoE(nnx.Module):
         return route(logits(self.router), self.moe, x.dtype, candidates)
 
     def _routed(
-        self, x: Float[Array, "B T D"], routing: Routing, slot_order: Int[Array, "B T A"]
+        self,
+        x: Float[Array, "B T D"],
+        routing: Routing,
+        slot_order: Int[Array, "B T A"],
+        kernel: Implementation | None,
     ) -> Float[Array, "B T D"]:
         """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
         batch, tokens, width = x.shape
@@ -95,6 +103,7 @@ class FineRMoE(nnx.Module):
             self.down[...],
             group_sizes,
             permute(weights, order, inverse),
+            kernel,
         )
         y = permute(y, inverse, order)
         slots, per_slot = self.moe.output_granularity, self.moe.active_per_group

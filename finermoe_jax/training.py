@@ -39,6 +39,8 @@ from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
+from pallas_kernels.expert_ffn import Implementation
+from pallas_kernels.platform import platform
 
 # --- the step -------------------------------------------------------------------------------
 
@@ -163,9 +165,11 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
             f"a microbatch of {microbatch} sequences (data.global_batch_size / "
             f"train.grad_accumulation) must be a multiple of the {parts} devices that share it"
         )
+    kernel = _kernel(config)
     _claim(workdir, config)
     newest = newest_checkpoint(workdir / "checkpoints")
     start = _start(config) if newest is None else _restart(config, newest, workdir)
+    start.model.kernel = kernel
     model_config = start.model.config
     length = config.data.sequence_length
     if length > model_config.max_position_embeddings:
@@ -264,12 +268,16 @@ def _loop(
 ) -> tuple[dict, Any]:  # fmt: skip
     """Steps first … steps - 1, with logging, held-out scores and saves on the way."""
     settings, steps = config.train, config.train.steps
-    opt_shardings = sharding.like_params(opt_state, shardings, mesh)
+    places = (
+        sharding.row_major(params, shardings),
+        sharding.row_major(opt_state, sharding.like_params(opt_state, shardings, mesh)),
+    )
+    params, opt_state = jax.device_put((params, opt_state), places)
     rows = sharding.batch_sharding(mesh)
     step_fn = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),
-        in_shardings=(shardings, opt_shardings, rows),
-        out_shardings=(shardings, opt_shardings, sharding.replicated(mesh)),
+        in_shardings=(*places, rows),
+        out_shardings=(*places, sharding.replicated(mesh)),
         donate_argnums=(0, 1),
     )
     schedule = learning_rate(config.optimizer, steps)
@@ -332,6 +340,19 @@ def _init_optimizer(
     return jax.jit(tx.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
         params
     )
+
+
+def _kernel(config: RunConfig) -> Implementation | None:
+    """The implementation of the experts that train.kernel names; None: by the platform."""
+    kernel = config.train.kernel
+    if kernel == "auto":
+        return None
+    if kernel in ("tpu", "gpu") and kernel != platform():
+        raise InputError(
+            f"train.kernel={kernel!r} runs on a {kernel} and the devices here are {platform()}: "
+            'set train.kernel="auto"'
+        )
+    return kernel
 
 
 def _start(config: RunConfig) -> _Start:

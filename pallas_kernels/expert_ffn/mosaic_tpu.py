@@ -61,6 +61,11 @@ class Call:
         """Whether weights are cast on chip, once per expert."""
         return {self.in_dtype, self.out_dtype} != {self.row_dtype}
 
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of one expert's gate_up and down."""
+        return (2 * self.f, self.d), (self.f, self.w)
+
     def vmem_bytes(self) -> int:
         """Estimated need: buffered blocks, scratch, and what a whole tile computes with."""
         row, rows = self.row_dtype.itemsize, self.tiles.rows
@@ -137,12 +142,12 @@ def _dot(a: Array, b: Array, contraction: Any) -> Array:
     return lax.dot_general(a, b, contraction, precision, jnp.float32)
 
 
-def _changes(indices: Array, visit: Array, last: int) -> tuple[Array, Array]:
-    """Whether the visit is the first, and the last, with its index."""
-    before = indices[jnp.maximum(visit - 1, 0)]
+def _edges(indices: Any) -> tuple[Array, Array]:
+    """Whether this visit is the first, and whether it is the last, with its index."""
+    visit, last = pl.program_id(0), pl.num_programs(0) - 1
+    before, here = indices[jnp.maximum(visit - 1, 0)], indices[visit]
     after = indices[jnp.minimum(visit + 1, last)]
-    first = (visit == 0) | (indices[visit] != before)
-    return first, (visit == last) | (indices[visit] != after)
+    return (visit == 0) | (here != before), (visit == last) | (here != after)
 
 
 def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
@@ -179,7 +184,7 @@ def _weights(plan: Schedule, call: Call, refs: Sequence[Any], casts: Sequence[An
     views = [ref.at[0] for ref in refs]
     if not call.casts:
         return views
-    arrived, _ = _changes(plan.weights, pl.program_id(0), pl.num_programs(0) - 1)
+    arrived, _ = _edges(plan.weights)
 
     @pl.when(arrived)
     def _() -> None:
@@ -215,7 +220,7 @@ def _backward_kernel(
     grads = (dw_in_ref.at[0], dw_out_ref.at[0])
     left = list(sums)
     sum_in, sum_out = (ref if ref.dtype == jnp.float32 else left.pop(0) for ref in grads)
-    begins, ends = _changes(plan.expert, pl.program_id(0), pl.num_programs(0) - 1)
+    begins, ends = _edges(plan.expert)
 
     @pl.when(begins)
     def _() -> None:
@@ -254,74 +259,73 @@ def _backward_kernel(
 # --- the calls ------------------------------------------------------------------------------
 
 
+def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """What the kernel moves at each visit, in and out; a block that stays is not moved again.
+
+    The index maps take the visit, and the schedule's arrays unless `plan` is given.
+    """
+
+    def at(index: Callable[[Any, Schedule], tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        return lambda i, *arrays: index(i, Schedule(*arrays) if plan is None else plan)
+
+    row, lane = at(lambda i, p: (p.tile[i], 0)), at(lambda i, p: (0, p.tile[i]))
+    buffered = None if call.tiles.buffers == 2 else pl.Buffered(call.tiles.buffers)
+
+    def per_expert(index: Callable[..., tuple[Any, ...]]) -> list[pl.BlockSpec]:
+        return [
+            pl.BlockSpec((1, *shape), index, pipeline_mode=buffered) for shape in call.weight_shapes
+        ]
+
+    x, y = (
+        pl.BlockSpec((call.tiles.rows, call.d), row),
+        pl.BlockSpec((call.tiles.rows, call.w), row),
+    )
+    weight = pl.BlockSpec((1, call.tiles.rows), lane)
+    weights = per_expert(at(lambda i, p: (p.weights[i], 0, 0)))
+    if call.kind == "forward":
+        return [x, weight, *weights], [y]
+    grads = per_expert(at(lambda i, p: (p.expert[i], 0, 0)))
+    return [x, y, weight, *weights], [x, weight, *grads]
+
+
 def pallas_call(
     call: Call, plan: Schedule, interpret: Any = False, name: str | None = None
 ) -> Callable[..., Any]:
-    """The kernel as a function of its arrays.
+    """The kernel as a function of its arrays, which returns a list of arrays.
 
     plan holds arrays, which are prefetched, or anything else that can be indexed by a visit or an
     expert: closed forms, where the compiler is to estimate the time of a known distribution.
     """
     prefetched = isinstance(plan.expert, jax.Array)
-
-    def at(*maps: Callable[..., Any]) -> list[Callable[..., Any]]:
-        def bind(index: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda i, *refs: index(i, Schedule(*refs) if prefetched else plan)
-
-        return [bind(index) for index in maps]
-
-    row, lane, weights, grads = at(
-        lambda i, p: (p.tile[i], 0),
-        lambda i, p: (0, p.tile[i]),
-        lambda i, p: (p.weights[i], 0, 0),
-        lambda i, p: (p.expert[i], 0, 0),
-    )
-    mode = None if call.tiles.buffers == 2 else pl.Buffered(call.tiles.buffers)
-    tile, f, d, w = call.tiles.rows, call.f, call.d, call.w
-    x, y = pl.BlockSpec((tile, d), row), pl.BlockSpec((tile, w), row)
-    weight = pl.BlockSpec((1, tile), lane)
-    shapes = ((2 * f, d), (f, w))
-    dtypes = (call.in_dtype, call.out_dtype)
-    experts = [pl.BlockSpec((1, *shape), weights, pipeline_mode=mode) for shape in shapes]
-    scratch = [pltpu.VMEM(shape, call.row_dtype) for shape in shapes] if call.casts else []
-    kernel: Any
-    if call.kind == "forward":
-        kernel, inputs, outputs = _forward_kernel, [x, weight, *experts], y
-        result: Any = jax.ShapeDtypeStruct((call.m, w), call.row_dtype)
-    else:
-        kernel, inputs = _backward_kernel, [x, y, weight, *experts]
-        outputs = [x, weight] + [
-            pl.BlockSpec((1, *shape), grads, pipeline_mode=mode) for shape in shapes
-        ]
-        scratch += [
-            pltpu.VMEM(shape, jnp.float32)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-            if dtype != jnp.float32
-        ]
-        result = [
-            jax.ShapeDtypeStruct((call.m, d), call.row_dtype),
-            jax.ShapeDtypeStruct((1, call.m), jnp.float32),
-        ] + [
-            jax.ShapeDtypeStruct((call.e, *shape), dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-        ]
     fields = len(Schedule._fields) if prefetched else 0
+    weight_dtypes = (call.in_dtype, call.out_dtype)
+    scratch = []
+    if call.casts:
+        scratch += [pltpu.VMEM(shape, call.row_dtype) for shape in call.weight_shapes]
+    results = [((call.m, call.w), call.row_dtype)]
+    kernel: Any = _forward_kernel
+    if call.kind == "backward":
+        kernel = _backward_kernel
+        gradients = list(zip(call.weight_shapes, weight_dtypes, strict=True))
+        scratch += [pltpu.VMEM(shape, jnp.float32) for shape, t in gradients if t != jnp.float32]
+        results = [((call.m, call.d), call.row_dtype), ((1, call.m), jnp.dtype(jnp.float32))]
+        results += [((call.e, *shape), dtype) for shape, dtype in gradients]
 
     def body(*refs: Any) -> None:
         kernel(Schedule(*refs[:fields]) if prefetched else plan, call, *refs[fields:])
 
-    grid = plan.expert.shape[0] if prefetched else plan.count[0]
+    inputs, outputs = block_specs(call, None if prefetched else plan)
     limit = min(call.vmem_bytes() * 5 // 4, _chip(interpret).vmem_capacity_bytes - 2**21)
     run = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=fields,
-            grid=(grid,),
+            grid=(plan.expert.shape[0] if prefetched else plan.count[0],),
             in_specs=inputs,
             out_specs=outputs,
             scratch_shapes=scratch,
         ),
-        out_shape=result,
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=limit
         ),
@@ -369,7 +373,8 @@ def expert_ffn(
     if call is None:
         return _unfused(rows, gate_up, down, group_sizes, row_weights, interpret)
     run = _launch(call, group_sizes, interpret)
-    return run(x, weights.astype(jnp.float32)[None], gate_up, down)[:m]
+    (y,) = run(x, weights.astype(jnp.float32)[None], gate_up, down)
+    return y[:m]
 
 
 def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:

@@ -1,0 +1,94 @@
+"""Compile for a TPU that is not there: a chip's mesh, and the cycles its compiler expects.
+
+Everything here is the compiler's estimate. It ranks variants; it measures nothing.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# What libtpu reads before it finds that no TPU is attached.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+class Peak(NamedTuple):
+    """One core's published peaks, per cycle of the clock that the estimates count in."""
+
+    clock: float  # Hz
+    flops: float  # bf16, per second
+    bandwidth: float  # HBM bytes per second
+
+    def bound(self, flops: float, moved: float) -> float:
+        """Cycles that neither the MXU nor the HBM can go below."""
+        return max(flops / self.flops, moved / self.bandwidth) * self.clock
+
+
+# Clocks are those at which the estimates of a large product meet the published FLOP/s.
+PEAKS = {"v5e": Peak(1.5e9, 197e12, 819e9), "v6e": Peak(1.75e9, 918e12, 1640e9)}
+
+
+@contextlib.contextmanager
+def chip(name: str) -> Iterator[Any]:
+    """A context that compiles for one chip; yields the sharding to give to the arguments."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield NamedSharding(mesh, PartitionSpec())
+
+
+def compile_for(function: Any, arguments: Sequence[Any], sharding: Any) -> Any:
+    """jit(function) compiled for the chip of the sharding; arguments need shape and dtype."""
+    import jax
+
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
+    return jax.jit(function).trace(*specs).lower(lowering_platforms=("tpu",)).compile()
+
+
+def estimate(script: str, job: dict[str, Any], timeout: float = 900) -> dict[str, Any]:
+    """Runs `script --job` in a process of its own, whose output is a JSON object.
+
+    Adds "cycles", the estimates of the kernels that it compiled, by name; "error" on failure: the
+    simulator ends the whole process on what it cannot handle.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"--xla_jf_dump_static_llo_profile_to={directory}" if job.get("cycles") else ""
+        try:
+            run = subprocess.run(
+                [sys.executable, script, "--job", json.dumps(job)],
+                env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"longer than {timeout} s"}
+        cycles = {}
+        for path in glob.glob(f"{directory}/**/*.textproto", recursive=True):
+            found = re.search(r"estimated_cycles: (\d+)", Path(path).read_text())
+            if found:
+                cycles[re.split(r"\.\d+_|_TPU", Path(path).name)[0]] = int(found.group(1))
+        if run.returncode:
+            lines = [line for line in run.stderr.splitlines() if "rror" in line or "Check" in line]
+            return {"error": " ".join(lines[-3:])[:400] or run.stderr[-400:], "cycles": cycles}
+        return json.loads(run.stdout.splitlines()[-1]) | {"cycles": cycles}

@@ -1,0 +1,352 @@
+"""The fused expert kernels as the TPU compiler sees them. No TPU is needed, and none was used.
+
+    python benchmarks/tpu_kernels.py --compile    every chip, size and load: does it fit and lower
+    python benchmarks/tpu_kernels.py --cycles     estimated cycles against the bound, v5e and v6e
+    python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' own transfers
+    python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
+    python benchmarks/tpu_kernels.py --tune       the table of pallas_kernels/expert_ffn/tiles_tpu.py
+
+Needs libtpu beside jax (the extra `tpu`). Results go to stdout as Markdown, progress to stderr.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import sys
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from benchmarks import tpu_compiler
+from benchmarks.tpu_compiler import PEAKS, TOPOLOGIES
+
+SIZES = {"0.5B": (896, 152), "1.5B": (1536, 280), "7B": (3584, 592)}  # D, F; W is D / 2
+EXPERTS = 128
+LOADS = (16, 128, 512, 2048)  # rows per expert
+KINDS = ("forward", "backward")
+_FORMULA_EXPERTS = 128
+
+
+class Formula:
+    """Stands where a prefetched array does: the simulator reads those as zeros."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value(index)
+
+
+def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any, int]:
+    """The schedule of experts with `load` rows each, the first of which starts at row `shift`."""
+    from pallas_kernels.schedule import Schedule
+
+    rows = load * experts
+    if load < tile:
+        assert tile % load == 0 and shift == 0
+        per_tile = tile // load
+        expert, tile_of, count = Formula(lambda i: i), Formula(lambda i: i // per_tile), experts
+    else:
+        assert load % tile == 0 and 0 <= shift < tile
+        per_expert = load // tile + bool(shift)
+        rows += tile * bool(shift)
+        expert = Formula(lambda i: i // per_expert)
+        tile_of = Formula(lambda i: i // per_expert * (load // tile) + i % per_expert)
+        count = experts * per_expert
+    start = Formula(lambda e: e * load + shift)
+    stop = Formula(lambda e: (e + 1) * load + shift)
+    return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count)), rows
+
+
+def simulated_f(chip: str, kind: str, f: int) -> int:
+    """F of the simulated twin: on v5e the dump fails on half a bfloat16 tile of rows."""
+    return -(-f // 16) * 16 if chip == "v5e" and kind == "backward" else f
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One compilation in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.expert_ffn import expert_ffn, mosaic_tpu
+
+    d, f, load, experts = job["d"], job["f"], job["load"], job["experts"]
+    w, dtype = d // 2, jnp.dtype(job.get("dtype", "bfloat16"))
+    stored = jnp.dtype(job.get("stored", dtype.name))
+
+    def shaped(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    with tpu_compiler.chip(job["chip"]) as sharding:
+        rows = load * experts
+        x, dy = shaped(rows, d), shaped(rows, w)
+        gate_up = shaped(experts, 2 * f, d, dtype=stored)
+        down = shaped(experts, f, w, dtype=stored)
+        if not job["cycles"]:
+            sizes, weight = shaped(experts, dtype=jnp.int32), shaped(rows, dtype=jnp.float32)
+
+            def forward(x: Any, gate_up: Any, down: Any, weight: Any, sizes: Any) -> Any:
+                return expert_ffn(x, gate_up, down, sizes, weight, "tpu")
+
+            def backward(dy: Any, sizes: Any, *arrays: Any) -> Any:
+                return jax.vjp(lambda *a: forward(*a, sizes), *arrays)[1](dy)
+
+            if job["kind"] == "forward":
+                function, arguments = forward, [x, gate_up, down, weight, sizes]
+            else:
+                function, arguments = backward, [dy, sizes, x, gate_up, down, weight]
+            call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down)
+            compiled = tpu_compiler.compile_for(function, arguments, sharding)
+            memory = compiled.memory_analysis()
+            return {
+                "temporaries": memory.temp_size_in_bytes,
+                "fused": call is not None,
+                "tiles": call and [call.tiles.rows, call.tiles.step, call.tiles.buffers],
+                "vmem": call and call.vmem_bytes(),
+            }
+        call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down)
+        if job.get("tiles"):
+            call = mosaic_tpu.Call(
+                job["kind"], rows, d, experts, f, w, dtype, stored, stored,
+                mosaic_tpu.Tiles(*job["tiles"]),
+            )  # fmt: skip
+        if call is None:
+            return {"error": "does not fit"}
+        import dataclasses
+
+        plan, rows = closed_form(load, experts, call.tiles.rows, job.get("shift", 0))
+        call = dataclasses.replace(call, m=rows)
+        x, dy, weight = shaped(rows, d), shaped(rows, w), shaped(1, rows, dtype=jnp.float32)
+        arguments = [x, *([dy] if job["kind"] == "backward" else []), weight, gate_up, down]
+        run = mosaic_tpu.pallas_call(call, plan, name="twin")
+        tpu_compiler.compile_for(lambda *a: run(*a), arguments, sharding)
+        return {"tiles": [call.tiles.rows, call.tiles.step, call.tiles.buffers]}
+
+
+def flops_and_bytes(kind: str, d: int, f: int, load: int) -> tuple[int, int]:
+    """Of one expert: FLOPs with the recomputation; rows, weights and gradients moved once."""
+    w = d // 2
+    gate_up, down = 4 * load * d * f, 2 * load * f * w
+    weights = 2 * (2 * f * d + f * w)
+    if kind == "forward":
+        return gate_up + down, weights + 2 * load * (d + w)
+    return 3 * gate_up + 2 * down, 2 * weights + 2 * load * (2 * d + w)
+
+
+def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each in its own process, as many at once as there are cores."""
+    from tqdm import tqdm
+
+    with concurrent.futures.ThreadPoolExecutor(ARGS.workers) as pool:
+        results = pool.map(lambda job: tpu_compiler.estimate(__file__, job), jobs)
+        return list(tqdm(results, total=len(jobs), unit="kernel"))
+
+
+def jobs_of(chips: Any, loads: Any = LOADS, **extra: Any) -> list[dict[str, Any]]:
+    """All sizes, kinds and loads for the chips."""
+    return [
+        dict(chip=chip, size=size, d=SIZES[size][0], f=SIZES[size][1], kind=kind, load=load)
+        | {"experts": EXPERTS, "cycles": False}
+        | extra
+        for chip, size, kind, load in itertools.product(chips, SIZES, KINDS, loads)
+    ]
+
+
+def compile_all() -> None:
+    """Every chip, size, direction and load through the public function."""
+    stored = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+    print("| chip | size | direction | rows, weights | rows per expert | tile, step, buffers |")
+    print("|---|---|---|---|---|---|")
+    failed = 0
+    for dtype, weights in stored[: 1 if ARGS.quick else 3]:
+        loads = (128,) if ARGS.quick else LOADS if dtype == weights == "bfloat16" else (512,)
+        jobs = jobs_of(TOPOLOGIES, loads, dtype=dtype, stored=weights)
+        for job, result in zip(jobs, run_jobs(jobs), strict=True):
+            failed += "error" in result
+            outcome = result.get("error") or result["tiles"] or "unfused"
+            print(f"| {job['chip']} | {job['size']} | {job['kind']} | {dtype}, {weights} | "
+                  f"{job['load']} | {outcome} |")  # fmt: skip
+    if failed:
+        raise SystemExit(f"{failed} kernels do not compile")
+
+
+def cycles() -> None:
+    """Estimated cycles against the bound."""
+    print("| chip | size | direction | rows per expert | tile | cycles | MXU bound | HBM bound | "
+          "of the bound | groups across tiles |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    jobs = jobs_of(PEAKS, cycles=True)
+    for job in jobs:
+        job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
+    shifted = [job | {"shift": 64} for job in jobs if job["load"] >= 512]
+    results = run_jobs(jobs + shifted)
+    across = {
+        (job["chip"], job["size"], job["kind"], job["load"]): result
+        for job, result in zip(shifted, results[len(jobs) :], strict=True)
+    }
+    for job, result in zip(jobs, results, strict=False):
+        peak, (d, f) = PEAKS[job["chip"]], SIZES[job["size"]]
+        flops, moved = flops_and_bytes(job["kind"], d, f, job["load"])
+        head = f"| {job['chip']} | {job['size']} | {job['kind']} | {job['load']} | "
+        if not result.get("cycles", {}).get("twin"):
+            print(f"{head}{result.get('error', result)} |")
+            continue
+        got = result["cycles"]["twin"] / EXPERTS
+        other = across.get((job["chip"], job["size"], job["kind"], job["load"]), {})
+        shift = other.get("cycles", {}).get("twin")
+        share = f"{peak.bound(flops, moved) * EXPERTS / shift:.0%}" if shift else ""
+        print(f"{head}{result['tiles'][0]} | {got:,.0f} | {peak.bound(flops, 0):,.0f} | "
+              f"{peak.bound(0, moved):,.0f} | {peak.bound(flops, moved) / got:.0%} | {share} |")  # fmt: skip
+
+
+def transfers() -> None:
+    """Bytes that the block specs move against the least possible, by load and distribution."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.expert_ffn import mosaic_tpu, tiles_tpu
+    from pallas_kernels.schedule import schedule
+
+    rng = np.random.default_rng(0)
+    skewed = rng.dirichlet(np.full(EXPERTS, 0.3))
+    shares = {"equal": None, "drawn evenly": np.full(EXPERTS, 1 / EXPERTS), "skewed": skewed}
+    print(f"| size | rows per expert | direction | {' | '.join(shares)} |")
+    print("|---|---|---|" + "---|" * len(shares))
+    bf16 = jnp.dtype("bfloat16")
+    for size, load, kind in itertools.product(SIZES, LOADS, KINDS):
+        (d, f), m = SIZES[size], load * EXPERTS
+        ratios = []
+        for share in shares.values():
+            sizes = np.full(EXPERTS, load) if share is None else rng.multinomial(m, share)
+            tiles = next(tiles_tpu.choices("v5e", kind, d, f, load))
+            call = mosaic_tpu.Call(
+                kind, m, d, EXPERTS, f, d // 2, bf16, bf16, bf16, mosaic_tpu.Tiles(*tiles)
+            )
+            plan = schedule(jnp.asarray(sizes, jnp.int32), m, tiles[0], kind == "backward")
+            plan = jax.tree.map(np.asarray, plan)
+            moved = 0
+            for spec in itertools.chain(*mosaic_tpu.block_specs(call, None)):
+                visited = [spec.index_map(i, *plan) for i in range(len(plan.expert))]
+                loads = sum(a != b for a, b in itertools.pairwise([None, *visited]))
+                lane = spec.block_shape[:1] == (1,) and len(spec.block_shape) == 2
+                moved += loads * int(np.prod(spec.block_shape)) * (4 if lane else 2)
+            per_expert, empty = flops_and_bytes(kind, d, f, 1)[1], flops_and_bytes(kind, d, f, 0)[1]
+            least = m * (per_expert - empty) + empty * np.count_nonzero(sizes)
+            if kind == "backward":  # an idle expert's gradient is written, its weights not read
+                least += empty // 2 * np.count_nonzero(sizes == 0)
+            ratios.append(f"{moved / least:.3f}")
+        print(f"| {size} | {load} | {kind} | {' | '.join(ratios)} |")
+
+
+def layers() -> None:
+    """Temporaries of the whole layer, forward and backward, and copies of its expert weights."""
+    print("| chip | size | tokens | experts' weights, MB | temporaries, MB | weight copies |")
+    print("|---|---|---|---|---|---|")
+    jobs = [job for job in jobs_of(PEAKS, (128,), layer=True) if job["kind"] == "forward"]
+    for job, result in zip(jobs, run_jobs(jobs), strict=True):
+        if "error" in result:
+            raise SystemExit(result["error"])
+        print(f"| {job['chip']} | {job['size']} | {result['tokens']} | "
+              f"{result['weights'] / 1e6:.0f} | {result['temporaries'] / 1e6:.0f} | "
+              f"{result['copies']} |")  # fmt: skip
+
+
+def layer_work(job: dict[str, Any]) -> dict[str, Any]:
+    """Compiles one FineRMoE layer and its gradient as training does."""
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from finermoe_jax import sharding
+    from finermoe_jax.config import MoEConfig
+    from finermoe_jax.moe import FineRMoE
+    from finermoe_jax.published import QWEN2P5
+    from finermoe_jax.upcycle import upcycled_config
+
+    config = upcycled_config(QWEN2P5[job["size"]], MoEConfig())
+    build = lambda: nnx.split(FineRMoE(config, jnp.bfloat16, nnx.Rngs(0)))  # noqa: E731
+    graphdef, state = nnx.eval_shape(build)
+    tokens = job["load"] * config.moe.num_experts // config.moe.num_active
+    x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
+
+    def both(state: Any, x: Any, dy: Any) -> Any:
+        def forward(state: Any, x: Any) -> Any:
+            return nnx.merge(graphdef, state)(x, jnp.ones(x.shape[:2], bool))[0]
+
+        y, pull = jax.vjp(forward, state, x)
+        return y, pull(dy)
+
+    with tpu_compiler.chip(job["chip"]) as placed:
+        formats = sharding.row_major(state, jax.tree.map(lambda _: placed, state))
+        shaped = jax.tree.map(
+            lambda a, f: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=f), state, formats
+        )
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+        jitted = jax.jit(both, out_shardings=(None, (formats, None)))
+        compiled = jitted.trace(shaped, x, x).lower(lowering_platforms=("tpu",)).compile()
+    experts = config.moe.num_experts
+    # An array as large as all gate_up or down weights that is neither an argument nor a gradient.
+    copies = re.findall(
+        rf"= bf16\[{experts},\d\d+,\d\d+\]\S* (?:copy|fusion|pad)", compiled.as_text()
+    )
+    f, d, w = config.expert_intermediate_size, config.hidden_size, config.expert_output_size
+    return {
+        "tokens": tokens,
+        "weights": 2 * experts * f * (2 * d + w),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "copies": len(copies),
+    }
+
+
+def tune() -> None:
+    """The fastest tile for every chip, size, direction and load, as the source of the table."""
+    jobs = []
+    for job in jobs_of(TOPOLOGIES, experts=16, cycles=True):
+        job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
+        for rows in (128, 256, 512, 1024):
+            if rows <= max(128, job["load"]) and rows * 16 >= job["load"]:
+                buffers = 1 if job["chip"] in ("v5p", "tpu7x") and job["size"] == "7B" else 2
+                jobs.append(
+                    job | {"tiles": [rows, 128, buffers if job["kind"] == "backward" else 2]}
+                )
+    best: dict[Any, dict[int, Any]] = {}
+    for job, result in zip(jobs, run_jobs(jobs), strict=True):
+        d, f = SIZES[job["size"]]
+        got = result.get("cycles", {}).get("twin")
+        print(job["chip"], job["size"], job["kind"], job["load"], job["tiles"],
+              got or result.get("error"), file=sys.stderr)  # fmt: skip
+        if got:
+            entry = best.setdefault((job["chip"], job["kind"], d, f), {})
+            entry[job["load"]] = min(entry.get(job["load"], (float("inf"),)), (got, job["tiles"]))
+    print("TABLE = {")
+    for key, loads in best.items():
+        print(f"    {key!r}: {{")
+        for load, (_, tiles) in loads.items():
+            print(f"        {load}: {tuple(tiles)},")
+        print("    },")
+    print("}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for mode in ("compile", "cycles", "bytes", "layers", "tune", "quick"):
+        parser.add_argument(f"--{mode}", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    ARGS = parser.parse_args()
+    if ARGS.job:
+        print(json.dumps((layer_work if ARGS.job.get("layer") else work)(ARGS.job)))
+    if ARGS.compile:
+        compile_all()
+    if ARGS.cycles:
+        cycles()
+    if ARGS.bytes:
+        transfers()
+    if ARGS.layers:
+        layers()
+    if ARGS.tune:
+        tune()
