@@ -318,9 +318,7 @@ def _forward_kernel(
                                 values * scale,
                                 warpgroup=warpgroup,
                                 own=own,
-                                target=lambda row, rows, at, columns: y.at[
-                                    pl.ds(first + row, rows), pl.ds(column + at, columns)
-                                ],
+                                target=matmul.window(y, first, column),
                                 **stage,
                             )
 
@@ -423,7 +421,7 @@ def _backward_kernel(
 
                     def fetch_cotangent(i: Array, _: None) -> None:
                         depth, half = pl.ds(i * STEP, STEP), BLOCK // 2
-                        copies = [(dy.at[some_rows, depth], x_ring, ALL)]
+                        copies: list[tuple] = [(dy.at[some_rows, depth], x_ring, ALL)]
                         for f in (0, half):  # two, as of gate and up: as many arrivals
                             source = w_out.at[expert, pl.ds(column + f, half), depth]
                             copies.append((source, w_ring, pl.ds(f, half)))
@@ -488,9 +486,7 @@ def _backward_kernel(
                             result,
                             warpgroup=warpgroup,
                             own=own,
-                            target=lambda row, rows, more, columns, out=out, at=at: out.at[
-                                pl.ds(first + row, rows), pl.ds(at + more, columns)
-                            ],
+                            target=matmul.window(out, first, at),
                             **stage,
                         )
                     return step + d_steps + w_steps, dweight

@@ -64,7 +64,7 @@ _MAX_SLOTS = 6
 COPY_REGISTERS, MULTIPLY_REGISTERS = 80, 208
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_BLACKWELL = ("B100", "B200", "B300", "GB10", "GB200", "GB300", "RTX PRO", "RTX 50")
+_BLACKWELL = ("Blackwell", "B100", "B200", "B300", "GB10", "GB200", "GB300", "RTX PRO", "RTX 50")
 
 
 def uses_wgmma(interpret: Interpret) -> bool:
@@ -247,6 +247,13 @@ def staging(dtype: DTypeLike) -> dict:
         "stage_whole": plgpu.SMEM((2, *shape), dtype, transforms=layout),
         "stage_partial": plgpu.SMEM(shape, dtype),
     }
+
+
+def window(out: Any, first: Array, column: Array) -> Callable[[Any, int, int, int], Any]:
+    """The target of a store whose row 0 and column 0 are out's `first` and `column`."""
+    return lambda row, rows, at, columns: out.at[
+        pl.ds(first + row, rows), pl.ds(column + at, columns)
+    ]
 
 
 def store_whole(
@@ -458,9 +465,7 @@ def product(
                     pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, columns))),
                     warpgroup=warpgroup,
                     own=own_rows((table[2, tile], table[3, tile]), offset),
-                    target=lambda row, rows, at, width: out.at[
-                        pl.ds(first + row, rows), pl.ds(column + at, width)
-                    ],
+                    target=window(out, first, column),
                     **stage,
                 )
                 return step + steps
