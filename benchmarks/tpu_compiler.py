@@ -57,12 +57,23 @@ def chip(name: str) -> Iterator[Any]:
         yield NamedSharding(mesh, PartitionSpec())
 
 
-def compile_for(function: Any, arguments: Sequence[Any], sharding: Any) -> Any:
-    """jit(function) compiled for the chip of the sharding; arguments need shape and dtype."""
-    import jax
+def compile_for(
+    function: Any, arguments: Sequence[Any], sharding: Any, row_major: bool = False
+) -> Any:
+    """jit(function) compiled for the chip of the sharding; arguments need shape and dtype.
 
-    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
-    return jax.jit(function).trace(*specs).lower(lowering_platforms=("tpu",)).compile()
+    row_major: all memory in the order of the axes; XLA may otherwise add copies of its own.
+    """
+    import jax
+    from jax.experimental.layout import Format, Layout
+
+    def place(a: Any) -> Any:
+        return Format(Layout(tuple(range(a.ndim))), sharding) if row_major else sharding
+
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)) for a in arguments]
+    out = jax.tree.map(place, jax.eval_shape(function, *specs)) if row_major else None
+    traced = jax.jit(function, out_shardings=out).trace(*specs)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
 def estimate(script: str, job: dict[str, Any], timeout: float = 900) -> dict[str, Any]:

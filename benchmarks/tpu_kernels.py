@@ -3,8 +3,9 @@
     python benchmarks/tpu_kernels.py --compile    every chip, size and load: does it fit and lower
     python benchmarks/tpu_kernels.py --cycles     estimated cycles against the bound, v5e and v6e
     python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' own transfers
+    python benchmarks/tpu_kernels.py --unfused    against three grouped products
     python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
-    python benchmarks/tpu_kernels.py --tune       the table of pallas_kernels/expert_ffn/tiles_tpu.py
+    python benchmarks/tpu_kernels.py --tune       prints the table of expert_ffn/tiles_tpu.py
 
 Needs libtpu beside jax (the extra `tpu`). Results go to stdout as Markdown, progress to stderr.
 """
@@ -40,21 +41,30 @@ class Formula:
 
 
 def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any, int]:
-    """The schedule of experts with `load` rows each, the first of which starts at row `shift`."""
+    """The schedule of experts with `load` rows each, the first of which starts at row `shift`.
+
+    Shifts instead of divisions where possible: a division costs the scalar core more than the
+    load of a prefetched number, which it stands for.
+    """
     from pallas_kernels.schedule import Schedule
 
     rows = load * experts
     if load < tile:
         assert tile % load == 0 and shift == 0
-        per_tile = tile // load
-        expert, tile_of, count = Formula(lambda i: i), Formula(lambda i: i // per_tile), experts
-    else:
-        assert load % tile == 0 and 0 <= shift < tile
-        per_expert = load // tile + bool(shift)
-        rows += tile * bool(shift)
+        bits = (tile // load).bit_length() - 1
+        expert, tile_of, count = Formula(lambda i: i), Formula(lambda i: i >> bits), experts
+    elif shift:
+        assert load % tile == 0 and shift < tile
+        rows += tile
+        per_expert = load // tile + 1
         expert = Formula(lambda i: i // per_expert)
-        tile_of = Formula(lambda i: i // per_expert * (load // tile) + i % per_expert)
+        tile_of = Formula(lambda i: i - i // per_expert)
         count = experts * per_expert
+    else:
+        assert load % tile == 0
+        bits = (load // tile).bit_length() - 1
+        expert, tile_of = Formula(lambda i: i >> bits), Formula(lambda i: i)
+        count = experts * load // tile
     start = Formula(lambda e: e * load + shift)
     stop = Formula(lambda e: (e + 1) * load + shift)
     return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count)), rows
@@ -123,6 +133,64 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         run = mosaic_tpu.pallas_call(call, plan, name="twin")
         tpu_compiler.compile_for(lambda *a: run(*a), arguments, sharding)
         return {"tiles": [call.tiles.rows, call.tiles.step, call.tiles.buffers]}
+
+
+def unfused_work(job: dict[str, Any]) -> dict[str, Any]:
+    """One product of the unfused route: gate_up in one, gate or up alone, or down."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import mosaic_tpu
+
+    d, f, load, experts = job["d"], job["f"], job["load"], job["experts"]
+    k, n, transposed = {
+        "gate and up": (d, 2 * f, True),
+        "gate": (d, f, True),
+        "down": (-(-f // 128) * 128 if job["chip"] == "v5e" else f, d // 2, False),
+    }[job["kind"]]
+    with tpu_compiler.chip(job["chip"]) as sharding:
+        rows = jax.ShapeDtypeStruct((load * experts, k), jnp.bfloat16)
+        shape = (experts, n, k) if transposed else (experts, k, n)
+        weights, sizes = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((experts,), jnp.int32),
+        )
+
+        def product(rows: Any, weights: Any, sizes: Any) -> Any:
+            return mosaic_tpu.grouped_matmul(
+                rows, weights, sizes, transpose_weights=transposed, interpret=False, share=load
+            )
+
+        tpu_compiler.compile_for(product, [rows, weights, sizes], sharding, row_major=True)
+    return {}
+
+
+def unfused() -> None:
+    """The fused kernel against three tuned grouped products and the activation between them."""
+    print("| chip | size | rows per expert | fused | gate, up, down, activation | ratio | "
+          "gate and up in one | ratio |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    every_job = jobs_of(PEAKS, (128, 512), experts=32, cycles=True)
+    jobs = [job for job in every_job if job["kind"] == "forward"]
+    parts = ["forward", "gate", "gate and up", "down"]
+    every = [job | {"kind": kind, "unfused": kind != "forward"} for job in jobs for kind in parts]
+    results = iter(run_jobs(every))
+    for job in jobs:
+        taken = {}
+        for kind in parts:
+            result = next(results)
+            if (
+                len(cycles := [c for name, c in result["cycles"].items() if "copy" not in name])
+                != 1
+            ):
+                raise SystemExit(f"{job} {kind}: {result}")
+            taken[kind] = cycles[0] / job["experts"]
+        peak = PEAKS[job["chip"]]
+        active = peak.bound(0, 2 * 3 * job["f"] * job["load"])
+        three = 2 * taken["gate"] + taken["down"] + active
+        two = taken["gate and up"] + taken["down"] + active
+        fused = taken["forward"]
+        print(f"| {job['chip']} | {job['size']} | {job['load']} | {fused:,.0f} | {three:,.0f} | "
+              f"{fused / three:.2f} | {two:,.0f} | {fused / two:.2f} |")  # fmt: skip
 
 
 def flops_and_bytes(kind: str, d: int, f: int, load: int) -> tuple[int, int]:
@@ -303,24 +371,23 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def tune() -> None:
-    """The fastest tile for every chip, size, direction and load, as the source of the table."""
+    """The fastest tile for every chip, size and direction, as the source of the table.
+
+    Only where there is a choice: experts with fewer rows than the next tile get the smallest.
+    """
     jobs = []
-    for job in jobs_of(TOPOLOGIES, experts=16, cycles=True):
+    for job in jobs_of(TOPOLOGIES, (512, 2048), experts=16, cycles=True):
         job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
-        for rows in (128, 256, 512, 1024):
-            if rows <= max(128, job["load"]) and rows * 16 >= job["load"]:
-                buffers = 1 if job["chip"] in ("v5p", "tpu7x") and job["size"] == "7B" else 2
-                jobs.append(
-                    job | {"tiles": [rows, 128, buffers if job["kind"] == "backward" else 2]}
-                )
+        for rows in (256, 512, 1024) if job["kind"] == "forward" else (128, 256, 512):
+            if rows <= job["load"] and (rows > 128 or job["size"] == "7B"):
+                jobs.append(job | {"tiles": [rows, 128, 1 if rows == 128 else 2]})
     best: dict[Any, dict[int, Any]] = {}
     for job, result in zip(jobs, run_jobs(jobs), strict=True):
-        d, f = SIZES[job["size"]]
         got = result.get("cycles", {}).get("twin")
         print(job["chip"], job["size"], job["kind"], job["load"], job["tiles"],
               got or result.get("error"), file=sys.stderr)  # fmt: skip
         if got:
-            entry = best.setdefault((job["chip"], job["kind"], d, f), {})
+            entry = best.setdefault((job["chip"], job["kind"], *SIZES[job["size"]]), {})
             entry[job["load"]] = min(entry.get(job["load"], (float("inf"),)), (got, job["tiles"]))
     print("TABLE = {")
     for key, loads in best.items():
@@ -333,13 +400,15 @@ def tune() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for mode in ("compile", "cycles", "bytes", "layers", "tune", "quick"):
+    for mode in ("compile", "cycles", "bytes", "layers", "unfused", "tune", "quick"):
         parser.add_argument(f"--{mode}", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     ARGS = parser.parse_args()
     if ARGS.job:
-        print(json.dumps((layer_work if ARGS.job.get("layer") else work)(ARGS.job)))
+        kind = "layer" if "layer" in ARGS.job else "unfused" if ARGS.job.get("unfused") else ""
+        run = {"layer": layer_work, "unfused": unfused_work, "": work}[kind]
+        print(json.dumps(run(ARGS.job)))
     if ARGS.compile:
         compile_all()
     if ARGS.cycles:
@@ -348,5 +417,7 @@ if __name__ == "__main__":
         transfers()
     if ARGS.layers:
         layers()
+    if ARGS.unfused:
+        unfused()
     if ARGS.tune:
         tune()
