@@ -31,6 +31,9 @@ arrays live in HBM: this path is for checks, not for speed. An infinity becomes 
 **Other GPUs.** wgmma exists on compute capability 9 alone. On Blackwell the plain-JAX loop of
 cpu.py runs: correct, dropless, work proportional to the rows, one block of rows at a time and so
 far from fast. Older GPUs raise NotImplementedError.
+
+**Interpreted**, each warpgroup is a thread of XLA's CPU pool, and a pool of fewer threads may wait
+for ever: on a machine of few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +63,7 @@ ALL = slice(None)
 _COLUMNS = (256, 192, 128, 64)
 RING_BYTES = 192 * 1024
 _MAX_SLOTS = 6
-# The copying warpgroup needs few registers; the multiplying ones take what it gives up.
+# Found by trying: with fewer for the copying warpgroup ptxas spills registers of the fused kernel.
 COPY_REGISTERS, MULTIPLY_REGISTERS = 80, 208
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
