@@ -4,6 +4,7 @@
     python benchmarks/tpu_kernels.py --cycles     estimated cycles against the bound, v5e and v6e
     python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' own transfers
     python benchmarks/tpu_kernels.py --unfused    against three grouped products
+    python benchmarks/tpu_kernels.py --gather     would fetching the rows in the kernel pay
     python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
     python benchmarks/tpu_kernels.py --tune       prints the table of expert_ffn/tiles_tpu.py
 
@@ -172,7 +173,11 @@ def unfused() -> None:
     every_job = jobs_of(PEAKS, (128, 512), experts=32, cycles=True)
     jobs = [job for job in every_job if job["kind"] == "forward"]
     parts = ["forward", "gate", "gate and up", "down"]
-    every = [job | {"kind": kind, "unfused": kind != "forward"} for job in jobs for kind in parts]
+    every = [
+        job | {"kind": kind} | ({} if kind == "forward" else {"worker": "unfused"})
+        for job in jobs
+        for kind in parts
+    ]
     results = iter(run_jobs(every))
     for job in jobs:
         taken = {}
@@ -191,6 +196,61 @@ def unfused() -> None:
         fused = taken["forward"]
         print(f"| {job['chip']} | {job['size']} | {job['load']} | {fused:,.0f} | {three:,.0f} | "
               f"{fused / three:.2f} | {two:,.0f} | {fused / two:.2f} |")  # fmt: skip
+
+
+def gather_work(job: dict[str, Any]) -> dict[str, Any]:
+    """Tiles of 128 rows fetched row by row; bfloat16 rows as words, which alone can be moved so."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    tile, tiles, words = 128, job["experts"], job["d"] // 2
+
+    def kernel(index: Any, x: Any, out: Any, rows: Any, semaphore: Any) -> None:
+        first = pl.program_id(0) * tile
+
+        def fetch(r: Any, _: None) -> None:
+            row = pl.ds(index[first + r], 1)
+            pltpu.make_async_copy(x.at[row], rows.at[pl.ds(r, 1)], semaphore).start()
+
+        jax.lax.fori_loop(0, tile, fetch, None)
+        pltpu.make_async_copy(x.at[pl.ds(0, tile)], rows, semaphore).wait()
+        out[...] = rows[...]
+
+    with tpu_compiler.chip(job["chip"]) as sharding:
+        run = pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((tiles * tile, words), jnp.uint32),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(tiles,),
+                in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+                out_specs=pl.BlockSpec((tile, words), lambda i, _: (i, 0)),
+                scratch_shapes=[pltpu.VMEM((tile, words), jnp.uint32), pltpu.SemaphoreType.DMA],
+            ),
+            name="gather",
+        )
+        index = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)
+        x = jax.ShapeDtypeStruct((tiles * tile, words), jnp.uint32)
+        tpu_compiler.compile_for(run, [index, x], sharding, row_major=True)
+    return {}
+
+
+def gather() -> None:
+    """Cycles that a kernel spends on fetching 128 rows itself, against what that would save."""
+    print(
+        "| chip | size | fetching 128 rows | XLA's gather of them, HBM bound |\n|---|---|---|---|"
+    )
+    jobs = [
+        job | {"worker": "gather"}
+        for job in jobs_of(PEAKS, (128,), experts=16, cycles=True)
+        if job["kind"] == "forward"
+    ]
+    for job, result in zip(jobs, run_jobs(jobs), strict=True):
+        fetched = result["cycles"]["gather"] / job["experts"]
+        saved = PEAKS[job["chip"]].bound(0, 2 * 128 * 2 * job["d"])  # written, and read again
+        print(f"| {job['chip']} | {job['size']} | {fetched:,.0f} | {saved:,.0f} |")
 
 
 def flops_and_bytes(kind: str, d: int, f: int, load: int) -> tuple[int, int]:
@@ -243,10 +303,11 @@ def compile_all() -> None:
 def cycles() -> None:
     """Estimated cycles against the bound."""
     print("| chip | size | direction | rows per expert | tile | cycles | MXU bound | HBM bound | "
-          "of the bound | groups across tiles |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+          "of the bound | groups across tiles |\n" + "|---" * 10 + "|")  # fmt: skip
     jobs = jobs_of(PEAKS, cycles=True)
     for job in jobs:
         job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
+        job["experts"] = EXPERTS if job["load"] <= 512 else 32  # simulated visit by visit
     shifted = [job | {"shift": 64} for job in jobs if job["load"] >= 512]
     results = run_jobs(jobs + shifted)
     across = {
@@ -260,12 +321,14 @@ def cycles() -> None:
         if not result.get("cycles", {}).get("twin"):
             print(f"{head}{result.get('error', result)} |")
             continue
-        got = result["cycles"]["twin"] / EXPERTS
-        other = across.get((job["chip"], job["size"], job["kind"], job["load"]), {})
-        shift = other.get("cycles", {}).get("twin")
-        share = f"{peak.bound(flops, moved) * EXPERTS / shift:.0%}" if shift else ""
-        print(f"{head}{result['tiles'][0]} | {got:,.0f} | {peak.bound(flops, 0):,.0f} | "
-              f"{peak.bound(0, moved):,.0f} | {peak.bound(flops, moved) / got:.0%} | {share} |")  # fmt: skip
+        got = result["cycles"]["twin"] / job["experts"]
+        key = (job["chip"], job["size"], job["kind"], job["load"])
+        shift = across.get(key, {}).get("cycles", {}).get("twin")
+        bound = peak.bound(flops, moved)
+        share = f"{bound * job['experts'] / shift:.0%}" if shift else ""
+        figures = (got, peak.bound(flops, 0), peak.bound(0, moved))
+        print(f"{head}{result['tiles'][0]} | {' | '.join(f'{x:,.0f}' for x in figures)} | "
+              f"{bound / got:.0%} | {share} |")  # fmt: skip
 
 
 def transfers() -> None:
@@ -312,7 +375,7 @@ def layers() -> None:
     """Temporaries of the whole layer, forward and backward, and copies of its expert weights."""
     print("| chip | size | tokens | experts' weights, MB | temporaries, MB | weight copies |")
     print("|---|---|---|---|---|---|")
-    jobs = [job for job in jobs_of(PEAKS, (128,), layer=True) if job["kind"] == "forward"]
+    jobs = [job for job in jobs_of(PEAKS, (128,), worker="layer") if job["kind"] == "forward"]
     for job, result in zip(jobs, run_jobs(jobs), strict=True):
         if "error" in result:
             raise SystemExit(result["error"])
@@ -376,11 +439,20 @@ def tune() -> None:
     Only where there is a choice: experts with fewer rows than the next tile get the smallest.
     """
     jobs = []
-    for job in jobs_of(TOPOLOGIES, (512, 2048), experts=16, cycles=True):
-        job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
-        for rows in (256, 512, 1024) if job["kind"] == "forward" else (128, 256, 512):
-            if rows <= job["load"] and (rows > 128 or job["size"] == "7B"):
-                jobs.append(job | {"tiles": [rows, 128, 1 if rows == 128 else 2]})
+    tiles = {
+        ("forward", 512): (256, 512),
+        ("forward", 2048): (512, 1024),
+        ("backward", 512): (128, 256, 512),
+    }
+    for job in jobs_of(TOPOLOGIES, (512, 2048), cycles=True):
+        for rows in tiles.get((job["kind"], job["load"]), ()):
+            if rows > 128 or job["size"] == "7B":  # where a chip may have room for no more
+                jobs.append(
+                    job
+                    | {"tiles": [rows, 128, 1 if rows == 128 else 2]}
+                    | {"experts": 4096 // job["load"]}
+                    | {"f": simulated_f(job["chip"], job["kind"], job["f"])}
+                )
     best: dict[Any, dict[int, Any]] = {}
     for job, result in zip(jobs, run_jobs(jobs), strict=True):
         got = result.get("cycles", {}).get("twin")
@@ -389,26 +461,20 @@ def tune() -> None:
         if got:
             entry = best.setdefault((job["chip"], job["kind"], *SIZES[job["size"]]), {})
             entry[job["load"]] = min(entry.get(job["load"], (float("inf"),)), (got, job["tiles"]))
-    print("TABLE = {")
     for key, loads in best.items():
-        print(f"    {key!r}: {{")
-        for load, (_, tiles) in loads.items():
-            print(f"        {load}: {tuple(tiles)},")
-        print("    },")
-    print("}")
+        print(f"{key!r}: { ({load: tuple(tiles) for load, (_, tiles) in loads.items()})!r},")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for mode in ("compile", "cycles", "bytes", "layers", "unfused", "tune", "quick"):
+    for mode in ("compile", "cycles", "bytes", "layers", "unfused", "gather", "tune", "quick"):
         parser.add_argument(f"--{mode}", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     ARGS = parser.parse_args()
     if ARGS.job:
-        kind = "layer" if "layer" in ARGS.job else "unfused" if ARGS.job.get("unfused") else ""
-        run = {"layer": layer_work, "unfused": unfused_work, "": work}[kind]
-        print(json.dumps(run(ARGS.job)))
+        workers = {"layer": layer_work, "unfused": unfused_work, "gather": gather_work}
+        print(json.dumps(workers.get(ARGS.job.get("worker"), work)(ARGS.job)))
     if ARGS.compile:
         compile_all()
     if ARGS.cycles:
@@ -419,5 +485,7 @@ if __name__ == "__main__":
         layers()
     if ARGS.unfused:
         unfused()
+    if ARGS.gather:
+        gather()
     if ARGS.tune:
         tune()

@@ -16,7 +16,7 @@ from finermoe_jax.config import LayerKind, ModelConfig
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing
-from pallas_kernels.expert_ffn import Implementation
+from pallas_kernels.platform import Implementation
 
 
 class Features(NamedTuple):

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.layers import MLP, normal, param, project
 from finermoe_jax.routing import Routing, load_balancing_loss, route
-from pallas_kernels.expert_ffn import Implementation, expert_ffn
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.platform import Implementation
 
 
 class FineRMoE(nnx.Module):

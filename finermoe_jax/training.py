@@ -39,8 +39,7 @@ from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
-from pallas_kernels.expert_ffn import Implementation
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import Implementation, platform
 
 # --- the step -------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""Which platform the kernels of a computation are for."""
+"""Which platform the kernels of a computation are for, and which implementation it gets."""
 
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 
 Platform = Literal["cpu", "tpu", "gpu"]
+Implementation = Literal["reference", "cpu", "tpu", "gpu"]
 
 
 def platform() -> Platform:
@@ -23,3 +24,28 @@ def platform() -> Platform:
     if name not in get_args(Platform):
         raise NotImplementedError(f"platform {name!r}; kernels exist for {get_args(Platform)}")
     return cast(Platform, name)
+
+
+def choose(implementation: Implementation | None, interpret: Any) -> Implementation:
+    """The implementation asked for, or the platform's.
+
+    Raises:
+      ValueError: an unknown implementation, or interpret for one without a Pallas kernel.
+      NotImplementedError: a platform without kernels, or another platform's kernel uninterpreted.
+    """
+    chosen: Implementation = platform() if implementation is None else implementation
+    if chosen not in get_args(Implementation):
+        raise ValueError(
+            f"implementation={chosen!r} must be None or one of {get_args(Implementation)}"
+        )
+    if interpret and chosen in ("reference", "cpu"):
+        raise ValueError(
+            f"interpret={interpret}: implementation={chosen!r} has no Pallas kernel; name 'tpu' "
+            "or 'gpu'"
+        )
+    if chosen in ("tpu", "gpu") and not interpret and chosen != platform():
+        raise NotImplementedError(
+            f"implementation={chosen!r} is compiled for a {chosen}, and this program for a "
+            f"{platform()}: pass implementation=None, or interpret=True to try the kernel here"
+        )
+    return chosen

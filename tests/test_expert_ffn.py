@@ -1,15 +1,17 @@
 """expert_ffn: every implementation against float64 NumPy, forward and all four gradients."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.expert_ffn import expert_ffn, mosaic_tpu
 
-IMPLEMENTATIONS = ["cpu", "reference", "tpu"]
+IMPLEMENTATIONS = ["cpu", "reference", "tpu"]  # "gpu": tests/test_mosaic_gpu.py
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 ARRAYS = ("rows", "gate_up", "down", "row_weights")
 # D, F, W. Distributions of one shape and number of rows share a compilation.
@@ -31,6 +33,7 @@ GROUPS = {
     "width one": ((1, 1, 1), [3, 4]),
     "not a multiple of any block": (SMALL, [129, 1, 127, 0, 64]),
     "many rows for few experts": ((8, 6, 8), [200, 121]),
+    "whole tiles": (SMALL, [512, 0, 256, 300, 84]),
 }
 LARGEST = "many rows for few experts"
 
@@ -152,18 +155,78 @@ def test_default_is_an_implementation_that_works_without_jit():
     assert_close({"y": y}, {"y": truth(arguments, cotangent)["y"]}, 1e-5)
 
 
-def test_experts_without_rows_are_not_read():
+@pytest.mark.parametrize("implementation", ["cpu", "tpu"])
+def test_experts_without_rows_are_not_read(implementation):
     """What the weights of an idle expert hold reaches no output; its gradient is exactly 0."""
     arguments, cotangent = make("empty groups", jnp.float32)
     idle = np.asarray(arguments["group_sizes"]) == 0
-    clean = compute(arguments, cotangent, "cpu")
+    clean = compute(arguments, cotangent, implementation)
     for name in ("gate_up", "down"):
         arguments[name] = arguments[name].at[np.flatnonzero(idle)].set(jnp.nan)
-    got = compute(arguments, cotangent, "cpu")
+    got = compute(arguments, cotangent, implementation)
     for name, array in clean.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
     assert not np.asarray(got["gate_up"])[idle].any()
     assert not np.asarray(got["down"])[idle].any()
+
+
+# --- the TPU kernels ------------------------------------------------------------------------
+
+
+def test_default_goes_by_the_platform_and_another_kernel_is_refused():
+    arguments, _ = make("one row", jnp.float32)
+    for name in ("tpu", "gpu"):
+        with pytest.raises(NotImplementedError, match=f"'{name}'.*for a cpu.*interpret=True"):
+            expert_ffn(**arguments, implementation=name)
+
+
+@pytest.mark.parametrize("stored", TOLERANCE, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", ["whole tiles", "empty groups", "not a multiple of any block"])
+def test_tpu_kernels_under_the_strict_interpreter(name, stored):
+    """No race, no use of memory that nothing wrote, no access out of bounds."""
+    strict = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )
+    arguments, cotangent = make(name, jnp.bfloat16)
+    for weights in ("gate_up", "down"):  # another dtype than the rows' is cast on chip
+        arguments[weights] = arguments[weights].astype(stored)
+
+    def forward(rows, gate_up, down, row_weights):
+        sizes = arguments["group_sizes"]
+        return expert_ffn(rows, gate_up, down, sizes, row_weights, "tpu", strict)
+
+    y, pull = jax.vjp(forward, *(arguments[name] for name in ARRAYS))
+    got = {"y": y} | dict(zip(ARRAYS, pull(cotangent), strict=True))
+    assert_close(got, truth(arguments, cotangent), TOLERANCE[jnp.bfloat16])
+
+
+def test_rows_of_others_do_not_reach_a_weight_gradient():
+    """One expert's rows are NaN; the others', in the same tile, are computed all the same."""
+    arguments, cotangent = make("ragged", jnp.float32)
+    stop = np.cumsum(arguments["group_sizes"])
+    clean = compute(arguments, cotangent, "tpu")
+    arguments["rows"] = arguments["rows"].at[stop[4] : stop[5]].set(jnp.nan)
+    got = compute(arguments, cotangent, "tpu")
+    for name in ("gate_up", "down"):
+        others = np.arange(8) != 5
+        np.testing.assert_array_equal(got[name][others], clean[name][others], err_msg=name)
+        assert np.isnan(got[name][5]).any()
+
+
+def test_an_expert_too_large_for_the_chip_goes_through_grouped_matmul(monkeypatch):
+    arguments, cotangent = make("ragged", jnp.float32)
+    small = dataclasses.replace(mosaic_tpu._chip(True), vmem_capacity_bytes=3 * 2**20)
+    monkeypatch.setattr(mosaic_tpu, "_chip", lambda interpret: small)
+    rows, gate_up, down = (arguments[name] for name in ARRAYS[:3])
+    assert mosaic_tpu.plan_call("forward", rows, gate_up, down, True) is None
+    got = compute.__wrapped__(arguments, cotangent, "tpu")
+    assert_close(got, truth(arguments, cotangent), TOLERANCE[jnp.float32])
+
+
+def test_tpu_refuses_float16():
+    arguments, _ = make("one row", jnp.float16)
+    with pytest.raises(ValueError, match=r"rows is float16; .*float32 or bfloat16"):
+        expert_ffn(**arguments, implementation="tpu", interpret=True)
 
 
 # --- work -----------------------------------------------------------------------------------

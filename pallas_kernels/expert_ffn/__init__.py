@@ -1,3 +1,3 @@
-from pallas_kernels.expert_ffn.api import Implementation, expert_ffn
+from pallas_kernels.expert_ffn.api import expert_ffn
 
-__all__ = ["Implementation", "expert_ffn"]
+__all__ = ["expert_ffn"]

@@ -1,15 +1,13 @@
 """expert_ffn: SwiGLU experts over rows sorted by expert."""
 
-from typing import Any, Literal, get_args
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.expert_ffn import cpu, reference
-from pallas_kernels.platform import platform
-
-Implementation = Literal["reference", "cpu", "tpu", "gpu"]
+from pallas_kernels.platform import Implementation, choose
 
 
 def expert_ffn(
@@ -48,9 +46,7 @@ def expert_ffn(
     """
     _check(rows, gate_up, down, group_sizes, row_weights)
     arguments = (rows, gate_up, down, group_sizes, row_weights)
-    chosen = implementation or platform()
-    if interpret and chosen in ("reference", "cpu"):
-        raise ValueError(f"interpret={interpret}: implementation={chosen!r} has no Pallas kernel")
+    chosen = choose(implementation, interpret)
     if rows.shape[0] == 0:
         chosen = "cpu"  # nothing to launch
     match chosen:
@@ -66,9 +62,7 @@ def expert_ffn(
             from pallas_kernels.expert_ffn import mosaic_gpu
 
             return mosaic_gpu.expert_ffn(*arguments, interpret=interpret)
-    raise ValueError(
-        f"implementation={implementation!r} must be one of {get_args(Implementation)} or None"
-    )
+    assert_never(chosen)
 
 
 def _check(

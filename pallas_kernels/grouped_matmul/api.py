@@ -4,20 +4,15 @@ Letters: E experts, M rows, K contracted width, N output width.
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import cpu, reference
-from pallas_kernels.platform import platform
-
-Implementation = Literal["reference", "cpu", "tpu", "gpu"]
-Interpret = bool | pltpu.InterpretParams | plgpu.InterpretGPUParams
+from pallas_kernels.platform import Implementation, choose
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -28,7 +23,7 @@ def grouped_matmul(
     group_sizes: Array,
     transpose_weights: bool = False,
     implementation: Implementation | None = None,
-    interpret: Interpret = False,
+    interpret: Any = False,
 ) -> Array:
     """Row m of expert e: x_m W_e, or x_m W_e^T with transpose_weights.
 
@@ -54,7 +49,7 @@ def grouped_matmul(
         interpret for one without a Pallas kernel.
       NotImplementedError: implementation is None on a platform without kernels.
     """
-    chosen = _choose(implementation, interpret)
+    chosen = choose(implementation, interpret)
     _check(rows, weights, group_sizes, transpose_weights, chosen)
     return _product(rows, weights, group_sizes, transpose_weights, chosen, interpret)
 
@@ -64,7 +59,7 @@ def weight_gradient(
     cotangent: Array,
     group_sizes: Array,
     implementation: Implementation | None = None,
-    interpret: Interpret = False,
+    interpret: Any = False,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
     """The third form: sum over rows m of expert e of x_m^T dy_m; zeros for an expert without rows.
@@ -85,7 +80,7 @@ def weight_gradient(
     Raises:
       ValueError, NotImplementedError: as in grouped_matmul.
     """
-    chosen = _choose(implementation, interpret)
+    chosen = choose(implementation, interpret)
     _check_rank(rows=(rows, 2), cotangent=(cotangent, 2), group_sizes=(group_sizes, 1))
     if cotangent.shape[0] != rows.shape[0]:
         raise ValueError(
@@ -104,7 +99,7 @@ def _product(
     group_sizes: Array,
     transpose_weights: bool,
     implementation: Implementation,
-    interpret: Interpret,
+    interpret: Any,
 ) -> Array:
     if 0 in rows.shape or 0 in weights.shape:
         width = weights.shape[1 if transpose_weights else 2]
@@ -146,7 +141,7 @@ def _weight_gradient(
     cotangent: Array,
     group_sizes: Array,
     implementation: Implementation,
-    interpret: Interpret,
+    interpret: Any,
     out_dtype: DTypeLike,
 ) -> Array:
     shape = (group_sizes.shape[0], rows.shape[1], cotangent.shape[1])
@@ -177,7 +172,7 @@ def _forward(
     group_sizes: Array,
     transpose_weights: bool,
     implementation: Implementation,
-    interpret: Interpret,
+    interpret: Any,
 ) -> tuple[Array, tuple[Array, ...]]:
     y = _product(rows, weights, group_sizes, transpose_weights, implementation, interpret)
     return y, (rows, weights, group_sizes)
@@ -186,7 +181,7 @@ def _forward(
 def _backward(
     transpose_weights: bool,
     implementation: Implementation,
-    interpret: Interpret,
+    interpret: Any,
     saved: tuple[Array, ...],
     dy: Array,
 ) -> tuple[Array | None, ...]:
@@ -198,20 +193,6 @@ def _backward(
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _choose(implementation: Implementation | None, interpret: Interpret) -> Implementation:
-    chosen: Implementation = platform() if implementation is None else implementation
-    if chosen not in get_args(Implementation):
-        raise ValueError(
-            f"implementation={chosen!r} must be None or one of {get_args(Implementation)}"
-        )
-    if interpret and chosen in ("reference", "cpu"):
-        raise ValueError(
-            f"interpret={interpret}: implementation={chosen!r} has no Pallas kernel; name 'tpu' "
-            "or 'gpu'"
-        )
-    return chosen
 
 
 def _check(
