@@ -13,14 +13,14 @@ from jax import Array, lax
 
 
 class Schedule(NamedTuple):
-    """Arrays of length `visits(...)`; those past `count` repeat the last visit and do nothing."""
+    """Arrays of length `visits(...)`; those past `used` repeat the last visit and do nothing."""
 
     expert: Array  # int32, whose rows (and whose weight gradient) the visit computes
     weights: Array  # int32, whose weights are on chip: `expert`, but an idle expert loads none
     tile: Array  # int32
     start: Array  # int32 [E], each expert's first row
     stop: Array  # int32 [E], one past its last row
-    count: Array  # int32 [1], visits in use
+    used: Array  # int32 [1], number of visits that are
 
 
 def visits(rows: int, experts: int, tile_rows: int) -> int:
@@ -41,11 +41,11 @@ def schedule(group_sizes: Array, rows: int, tile_rows: int, visit_idle: bool = F
     first = jnp.minimum(start // tile_rows, -(-rows // tile_rows) - 1)
     per_expert = jnp.where(busy, (stop - 1) // tile_rows - first + 1, int(visit_idle))
     end = jnp.cumsum(per_expert)
-    count = end[-1:]
-    visit = jnp.minimum(jnp.arange(visits(rows, experts, tile_rows)), jnp.maximum(count - 1, 0))
+    used = end[-1:]
+    visit = jnp.minimum(jnp.arange(visits(rows, experts, tile_rows)), jnp.maximum(used - 1, 0))
     expert = jnp.minimum((visit[:, None] >= end[None]).sum(axis=1), experts - 1)
     tile = first[expert] + visit - (end - per_expert)[expert]
     # The last busy expert so far; before the first one, the first.
     loaded = jnp.maximum(lax.cummax(jnp.where(busy, jnp.arange(experts), -1)), jnp.argmax(busy))
-    parts = (expert, loaded[expert], tile, start, stop, count)
+    parts = (expert, loaded[expert], tile, start, stop, used)
     return Schedule(*(part.astype(jnp.int32) for part in parts))

@@ -1,7 +1,6 @@
 """grouped_matmul: every implementation against float64 NumPy, all three forms."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul import grouped_matmul, mosaic_tpu, weight_gradient
 from pallas_kernels.platform import platform
 
-IMPLEMENTATIONS = ["cpu", "reference", "tpu"]
-if importlib.util.find_spec("pallas_kernels.grouped_matmul.mosaic_gpu"):
-    IMPLEMENTATIONS.append("gpu")
+IMPLEMENTATIONS = ["cpu", "reference", "tpu", "gpu"]
 PALLAS = ("tpu", "gpu")
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 # K, N. Distributions of one shape and number of rows share a compilation.
@@ -39,6 +36,7 @@ GROUPS = {
     "wider than a tile": ((300, 260), [0, 40, 0, 3, 30]),
 }
 LARGEST = "many rows for few experts"
+FEW = ("ragged", "odd widths")
 # The gradient of one orientation is a product of the other, so that each case covers both.
 CASES = [(name, False) for name in GROUPS] + [
     (name, True)
@@ -94,6 +92,8 @@ def assert_close(got, wanted, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize(("name", "transpose"), CASES, ids=str)
 def test_output_and_gradients(name, transpose, dtype, implementation):
+    if implementation == "gpu" and dtype == jnp.float32 and name not in FEW:
+        pytest.skip("float32 is six bfloat16 products there, ten seconds each interpreted")
     arguments = make(name, dtype, transpose)
     got = compute(*arguments, transpose, implementation)
     assert all(array.dtype == dtype for array in got.values())
@@ -313,7 +313,7 @@ def shaped(*shape, dtype=jnp.float32):
         (dict(rows=shaped(6, 4, dtype=jnp.int32)), ["rows", "int32", "bfloat16"]),
         (dict(weights=shaped(2, 4, 3, dtype=jnp.int8)), ["weights", "int8", "bfloat16"]),
         (
-            dict(rows=shaped(6, 4, dtype=jnp.float16), implementation="tpu"),
+            dict(rows=shaped(6, 4, dtype=jnp.float16), implementation="tpu", interpret=True),
             ["rows", "float16", "'tpu'", "bfloat16"],
         ),
         (dict(group_sizes=jnp.array([3.0, 3.0])), ["group_sizes", "float32", "integer"]),

@@ -125,7 +125,8 @@ def plan_call(
     chip = _chip(interpret)
     (m, d), (e, f, w) = rows.shape, down.shape
     call = Call(kind, m, d, e, f, w, rows.dtype, gate_up.dtype, down.dtype, Tiles(128, 128))
-    name = str(chip.chip_version.value)
+    version = str(chip.chip_version)
+    name = version if version.startswith("v") else f"tpu{version}"
     for tiles in tiles_tpu.choices(name, kind, d, f, max(1, m // e)):
         candidate = dataclasses.replace(call, tiles=Tiles(*tiles))
         if tiles[0] <= m and candidate.vmem_bytes() <= chip.vmem_capacity_bytes - 3 * 2**20:
@@ -160,7 +161,7 @@ def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
     expert, origin = plan.expert[visit], plan.tile[visit] * tiles.rows
     start = jnp.clip(plan.start[expert] - origin, 0, tiles.rows)
     stop = jnp.clip(plan.stop[expert] - origin, 0, tiles.rows)
-    stop = jnp.where(visit < plan.count[0], stop, start)
+    stop = jnp.where(visit < plan.used[0], stop, start)
     whole = stop - start == tiles.rows
     pl.when(whole)(lambda: body(0, tiles.rows, lambda new, old, axis: new))
 
@@ -187,7 +188,7 @@ def _weights(plan: Schedule, call: Call, refs: Sequence[Any], casts: Sequence[An
     arrived, _ = _edges(plan.weights)
 
     @pl.when(arrived)
-    def _() -> None:
+    def cast_all() -> None:
         for view, cast in zip(views, casts, strict=True):
             cast[...] = view[...].astype(cast.dtype)
 
@@ -302,7 +303,7 @@ def pallas_call(
     scratch = []
     if call.casts:
         scratch += [pltpu.VMEM(shape, call.row_dtype) for shape in call.weight_shapes]
-    results = [((call.m, call.w), call.row_dtype)]
+    results: list[tuple[tuple[int, ...], Any]] = [((call.m, call.w), call.row_dtype)]
     kernel: Any = _forward_kernel
     if call.kind == "backward":
         kernel = _backward_kernel
@@ -320,7 +321,7 @@ def pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=fields,
-            grid=(plan.expert.shape[0] if prefetched else plan.count[0],),
+            grid=(plan.expert.shape[0] if prefetched else plan.used[0],),
             in_specs=inputs,
             out_specs=outputs,
             scratch_shapes=scratch,

@@ -81,7 +81,7 @@ class Scheduled:
         return self.plan.stop[self.plan.expert[visit]]
 
     def used(self, visit: Any) -> Any:  # noqa: D102
-        return visit < self.plan.count[0]
+        return visit < self.plan.used[0]
 
 
 @dataclasses.dataclass(frozen=True)
