@@ -291,6 +291,7 @@ def test_a_mixture_is_imported_as_it_is(tmp_path):
         (dict(train__steps="10"), ["config.train.steps='10'", "int"]),
         (dict(train__steps=1.5), ["config.train.steps=1.5", "int"]),
         (dict(train__seed=None), ["config.train.seed=None", "int"]),
+        (dict(train__kernel="triton"), ["config.train.kernel='triton'", "auto", "tpu"]),
         (dict(optimizer__clip_norm="1"), ["config.optimizer.clip_norm='1'", "float"]),
         (dict(moe__plain_top_k=1), ["config.moe.plain_top_k=1", "bool"]),
         (dict(moe__concat_proj=True), ["config.moe.concat_proj=True", "none, routed, all"]),
@@ -406,6 +407,14 @@ def test_stated_sizes_that_are_not_the_sources(dense, tmp_path):
     refuses_training(
         ["vocab_size: 96 there, 97", "rope_theta: 1000000.0 there, 10000.0"],
         tmp_path, dense, text_file(tmp_path), model=stated,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["tpu", "gpu"])
+def test_a_kernel_of_another_platform(dense, tmp_path, kernel):
+    refuses_training(
+        [f"train.kernel='{kernel}'", "are cpu", 'train.kernel="auto"'],
+        tmp_path, dense, text_file(tmp_path), train__kernel=kernel,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.upcycle import split_down, split_gate_up
+from pallas_kernels.expert_ffn import cpu
 from tests import naive
 
 VARIANTS = {
@@ -121,9 +122,9 @@ def weights_of(parameters):
 
 # Compiling takes nearly all the time.
 @functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+    jax.jit, static_argnums=(0, 4), compiler_options={"xla_backend_optimization_level": 0}
 )
-def run(s, params, x, mask):
+def run(s, params, x, mask, kernel=None):
     config = ModelConfig(
         vocab_size=1,
         hidden_size=s.hidden_size,
@@ -143,7 +144,7 @@ def run(s, params, x, mask):
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     assert shapes == jax.tree.map(jnp.shape, params)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(x, mask)
+    return nnx.merge(graphdef, state)(x, mask, kernel)
 
 
 def gaps(s, weights, x):
@@ -296,6 +297,21 @@ def test_tokens_do_not_depend_on_each_other():
     y, _, _ = run(s, parameters(weights), x, mask)
     alone, _, _ = run(s, parameters(weights), x[1:, 2:3], mask[1:, 2:3])
     assert relative(alone[0, 0], y[1, 2]) < 1e-6
+
+
+def test_the_kernel_asked_for_computes_the_layer(monkeypatch):
+    s = fixed("published")
+    weights, x, mask = clear_case(s, 2, 6)
+    y, _, _ = run(s, parameters(weights), x, mask, "cpu")
+
+    def refuse(*_):
+        raise AssertionError("the other implementation")
+
+    monkeypatch.setattr(cpu, "expert_ffn", refuse)
+    other, _, _ = run(s, parameters(weights), x, mask, "reference")
+    assert relative(other, np.asarray(y)) < 1e-6
+    with pytest.raises(AssertionError, match="the other implementation"):
+        run(s, parameters(weights), x, mask)
 
 
 def test_one_wrong_expert_is_caught():
