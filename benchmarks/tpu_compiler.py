@@ -58,11 +58,16 @@ def chip(name: str) -> Iterator[Any]:
 
 
 def compile_for(
-    function: Any, arguments: Sequence[Any], sharding: Any, row_major: bool = False
+    function: Any,
+    arguments: Sequence[Any],
+    sharding: Any,
+    row_major: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """jit(function) compiled for the chip of the sharding; arguments need shape and dtype.
 
     row_major: all memory in the order of the axes; XLA may otherwise add copies of its own.
+    options: XLA's, by name.
     """
     import jax
     from jax.experimental.layout import Format, Layout
@@ -72,7 +77,7 @@ def compile_for(
 
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)) for a in arguments]
     out = jax.tree.map(place, jax.eval_shape(function, *specs)) if row_major else None
-    traced = jax.jit(function, out_shardings=out).trace(*specs)
+    traced = jax.jit(function, out_shardings=out, compiler_options=options).trace(*specs)
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 

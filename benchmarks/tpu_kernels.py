@@ -4,6 +4,7 @@
     python benchmarks/tpu_kernels.py --cycles     estimated cycles against the bound, v5e and v6e
     python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' own transfers
     python benchmarks/tpu_kernels.py --unfused    against three grouped products
+    python benchmarks/tpu_kernels.py --ragged-dot XLA's own route, in bytes
     python benchmarks/tpu_kernels.py --gather     would fetching the rows in the kernel pay
     python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
     python benchmarks/tpu_kernels.py --tune       prints the table of expert_ffn/tiles_tpu.py
@@ -196,6 +197,46 @@ def unfused() -> None:
         fused = taken["forward"]
         print(f"| {job['chip']} | {job['size']} | {job['load']} | {fused:,.0f} | {three:,.0f} | "
               f"{fused / three:.2f} | {two:,.0f} | {fused / two:.2f} |")  # fmt: skip
+
+
+def ragged_dot_work(job: dict[str, Any]) -> dict[str, Any]:
+    """The unfused route by XLA's own ragged product, with its kernel switched on."""
+    import jax
+    import jax.numpy as jnp
+
+    d, f, experts = job["d"], job["f"], job["experts"]
+    rows = job["load"] * experts
+
+    def route(x: Any, gate_up: Any, down: Any, sizes: Any, weights: Any) -> Any:
+        h = jax.lax.ragged_dot(x, gate_up.swapaxes(1, 2), sizes)
+        active = jax.nn.silu(h[:, :f]) * h[:, f:] * weights[:, None]
+        return jax.lax.ragged_dot(active, down, sizes)
+
+    shapes = ((rows, d), (experts, 2 * f, d), (experts, f, d // 2), (experts,), (rows,))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    arguments[3] = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    with tpu_compiler.chip(job["chip"]) as sharding:
+        compiled = tpu_compiler.compile_for(
+            route, arguments, sharding, row_major=True,
+            options={"xla_tpu_enable_ragged_dot_kernel": True},
+        )  # fmt: skip
+    return {"moved": compiled.cost_analysis()["bytes accessed"]}
+
+
+def ragged_dot() -> None:
+    """HBM bytes that XLA counts for its own route against the bound, which the fused one meets."""
+    print("| chip | size | rows per expert | lax.ragged_dot, MB | bound, MB | ratio |")
+    print("|---|---|---|---|---|---|")
+    jobs = [
+        job | {"worker": "ragged_dot"}
+        for job in jobs_of(PEAKS, (128, 512))
+        if job["kind"] == "forward"
+    ]
+    for job, result in zip(jobs, run_jobs(jobs), strict=True):
+        _, least = flops_and_bytes("forward", job["d"], job["f"], job["load"])
+        moved, least = result["moved"] / 1e6, least * EXPERTS / 1e6
+        print(f"| {job['chip']} | {job['size']} | {job['load']} | {moved:,.0f} | {least:,.0f} | "
+              f"{moved / least:.2f} |")  # fmt: skip
 
 
 def gather_work(job: dict[str, Any]) -> dict[str, Any]:
@@ -467,13 +508,28 @@ def tune() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for mode in ("compile", "cycles", "bytes", "layers", "unfused", "gather", "tune", "quick"):
+    for mode in (
+        "compile",
+        "cycles",
+        "bytes",
+        "layers",
+        "unfused",
+        "ragged-dot",
+        "gather",
+        "tune",
+        "quick",
+    ):
         parser.add_argument(f"--{mode}", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     ARGS = parser.parse_args()
     if ARGS.job:
-        workers = {"layer": layer_work, "unfused": unfused_work, "gather": gather_work}
+        workers = {
+            "layer": layer_work,
+            "unfused": unfused_work,
+            "ragged_dot": ragged_dot_work,
+            "gather": gather_work,
+        }
         print(json.dumps(workers.get(ARGS.job.get("worker"), work)(ARGS.job)))
     if ARGS.compile:
         compile_all()
@@ -485,6 +541,8 @@ if __name__ == "__main__":
         layers()
     if ARGS.unfused:
         unfused()
+    if ARGS.ragged_dot:
+        ragged_dot()
     if ARGS.gather:
         gather()
     if ARGS.tune:
