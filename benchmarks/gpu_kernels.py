@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_kernels.py [--sizes=0.5B,1.5B,7B] [--rows=16,128,512,2048] [--blackwell]
 
-takes about half a minute a size and number of rows, and needs `jax[cuda13]` (or jax-cuda13-plugin,
-jax-cuda13-pjrt and a ptxas), no GPU. It fails if any kernel spills registers or goes over the
+takes about half a minute a size and number of rows, and needs the extra `compile-cuda` (the plugin,
+pjrt and ptxas), no GPU. It fails if any kernel spills registers or goes over the
 shared memory. Nothing here was run on a GPU: registers, spills, shared memory and temporaries are
 the compiler's, bytes are counted from the kernels' own tiles. --blackwell also compiles for a B200,
 where the plain-JAX fallback is what must compile.
