@@ -9,7 +9,7 @@
     python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
     python benchmarks/tpu_kernels.py --tune       prints the table of expert_ffn/tiles_tpu.py
 
-Needs libtpu beside jax (the extra `compile-tpu`). Results go to stdout as Markdown, progress to stderr.
+Needs libtpu beside jax (the extra `compile-tpu`). Markdown goes to stdout, progress to stderr.
 """
 
 import argparse
