@@ -271,7 +271,7 @@ def _loop(
         sharding.row_major(params, shardings),
         sharding.row_major(opt_state, sharding.like_params(opt_state, shardings, mesh)),
     )
-    params, opt_state = jax.device_put((params, opt_state), places)
+    params, opt_state = jax.device_put((params, opt_state), places, donate=True)
     rows = sharding.batch_sharding(mesh)
     step_fn = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),

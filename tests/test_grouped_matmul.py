@@ -10,28 +10,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import grouped_matmul, mosaic_tpu, weight_gradient
 from pallas_kernels.platform import platform
+from tests import test_expert_ffn
+from tests.test_expert_ffn import TOLERANCE, assert_close
 
 IMPLEMENTATIONS = ["cpu", "reference", "tpu", "gpu"]
 PALLAS = ("tpu", "gpu")
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
-# K, N. Distributions of one shape and number of rows share a compilation.
-SMALL, ODD = (16, 24), (9, 7)
-GROUPS = {
-    "balanced": (SMALL, [12] * 8),
-    "empty groups": (SMALL, [0, 40, 0, 0, 31, 1, 24, 0]),
-    "empty at the ends only": (SMALL, [0, 16, 16, 16, 16, 16, 16, 0]),
-    "all rows on the first": (SMALL, [96, 0, 0, 0, 0, 0, 0, 0]),
-    "all rows on the last": (SMALL, [0, 0, 0, 0, 0, 0, 0, 96]),
-    "all rows on one in the middle": (SMALL, [0, 0, 0, 96, 0, 0, 0, 0]),
-    "ragged": (SMALL, [1, 2, 3, 5, 8, 13, 21, 43]),
-    "one row": (SMALL, [0, 0, 1]),
-    "one row for each": (SMALL, [1] * 5),
-    "fewer rows than experts": (SMALL, [0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1]),
-    "no rows": (SMALL, [0, 0, 0]),
-    "one expert": (SMALL, [37]),
-    "odd widths": (ODD, [5, 0, 11, 3]),
-    "width one": ((1, 1), [3, 4]),
-    "not a multiple of any block": (SMALL, [129, 1, 127, 0, 64]),
+# K, N and rows of each expert.
+GROUPS = {name: ((k, n), sizes) for name, ((k, n, _), sizes) in test_expert_ffn.GROUPS.items()}
+GROUPS |= {
     "many rows for few experts": ((8, 8), [200, 121]),
     "wider than a tile": ((300, 260), [0, 40, 0, 3, 30]),
 }
@@ -80,20 +66,18 @@ def compute(rows, weights, sizes, cotangent, transpose=False, implementation="cp
     return {"y": y, "rows": drows, "weights": dweights}
 
 
-def assert_close(got, wanted, tolerance):
-    """Each array's error, in norm, relative to the array's norm."""
-    for name, array in wanted.items():
-        assert got[name].shape == array.shape, name
-        error = np.linalg.norm((np.asarray(got[name], np.float64) - array).ravel())
-        assert error <= tolerance * np.linalg.norm(array.ravel()), (name, error)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize(("name", "transpose"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "transpose", "dtype", "implementation"),
+    [
+        pytest.param(*case, dtype, implementation, id=f"{case}-{dtype.__name__}-{implementation}")
+        for implementation in IMPLEMENTATIONS
+        for dtype in TOLERANCE
+        for case in CASES
+        # On the GPU float32 is six bfloat16 products, ten seconds each interpreted.
+        if implementation != "gpu" or dtype == jnp.bfloat16 or case[0] in FEW
+    ],
+)
 def test_output_and_gradients(name, transpose, dtype, implementation):
-    if implementation == "gpu" and dtype == jnp.float32 and name not in FEW:
-        pytest.skip("float32 is six bfloat16 products there, ten seconds each interpreted")
     arguments = make(name, dtype, transpose)
     got = compute(*arguments, transpose, implementation)
     assert all(array.dtype == dtype for array in got.values())

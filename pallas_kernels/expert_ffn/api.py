@@ -24,7 +24,7 @@ def expert_ffn(
     Dropless for every distribution of rows; differentiable in every array but group_sizes.
 
     Args:
-      rows: [M, D], sorted by expert; float32, bfloat16 or float16, as the weights.
+      rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, as the weights.
       gate_up: [E, 2F, D], the F gate rows first, then the F up rows.
       down: [E, F, W].
       group_sizes: int32 [E], rows of each expert; they sum to M.
@@ -78,6 +78,8 @@ def _check(
         if array.ndim != rank:
             raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")
     experts, double_f, width = gate_up.shape
+    if experts == 0:
+        raise ValueError(f"gate_up has shape {gate_up.shape}: there must be at least one expert")
     for what, got, wanted in (
         ("gate_up's last axis against rows' width D", width, rows.shape[1]),
         ("gate_up's middle axis 2F against twice down's F", double_f, 2 * down.shape[1]),

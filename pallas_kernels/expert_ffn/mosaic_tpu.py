@@ -43,7 +43,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One kernel call: what it reads and writes, without the arrays. M is a multiple of 128."""
+    """One kernel call: what it reads and writes, without the arrays. M is at least 128."""
 
     kind: str  # "forward" or "backward"
     m: int
@@ -177,7 +177,7 @@ def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
 
         body(first, tiles.step, own)
 
-    @pl.when(jnp.logical_not(whole))
+    @pl.when(jnp.logical_not(whole) & (start < stop))
     def _() -> None:
         lax.fori_loop(start // tiles.step, pl.cdiv(stop, tiles.step), step, None)
 
@@ -362,7 +362,8 @@ def expert_ffn(
 ) -> Array:
     """See api.expert_ffn. Weights of another dtype than the rows are cast on chip.
 
-    An expert that does not fit on chip goes through grouped_matmul, its intermediate through HBM.
+    An expert that does not fit on chip goes through grouped_matmul: its intermediate through HBM,
+    its weights cast there to the dtype of the rows, and their gradients rounded to it.
 
     Raises:
       ValueError: a dtype that the MXU does not multiply.

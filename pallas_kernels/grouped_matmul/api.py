@@ -47,7 +47,8 @@ def grouped_matmul(
       ValueError: shapes or dtypes that contradict each other or are unsupported, group sizes
         (where concrete) that are negative or do not sum to M, an unknown implementation, or
         interpret for one without a Pallas kernel.
-      NotImplementedError: implementation is None on a platform without kernels.
+      NotImplementedError: a platform without kernels, or another platform's kernel without
+        interpret.
     """
     chosen = choose(implementation, interpret)
     _check(rows, weights, group_sizes, transpose_weights, chosen)

@@ -148,7 +148,7 @@ def _steps(plan: Visits, visit: Any, tiles: Tiles, body: Callable[[Any, Any], No
         offset = pl.multiple_of(i * tiles.step, tiles.step)
         first = origin + offset
 
-        @pl.when(plan.used(visit) & (start < first + tiles.step) & (stop > first))
+        @pl.when(plan.used(visit) & (start < stop) & (start < first + tiles.step) & (stop > first))
         def compute() -> None:
             body(offset, first)
 
