@@ -1,13 +1,22 @@
-"""Perplexity of a text."""
+"""Scores of a text: the held-out loss of a run, perplexity of a file."""
 
+import functools
 import math
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
 
 from finermoe_jax import data
 from finermoe_jax.checkpoint import load_model
 from finermoe_jax.errors import InputError
+from finermoe_jax.losses import cross_entropy_sum
+from finermoe_jax.model import Decoder
 from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.training import held_out_loss
 
 
 def perplexity(checkpoint: str, text: Path, sequence_length: int) -> dict[str, float | int]:
@@ -38,3 +47,29 @@ def perplexity(checkpoint: str, text: Path, sequence_length: int) -> dict[str, f
         )
     loss = held_out_loss(model, windows, len(windows), chunk_tokens=1024)
     return {"perplexity": math.exp(loss), "loss": loss, "tokens": len(windows) * length}
+
+
+def held_out_loss(model: Decoder, windows: data.Windows, count: int, chunk_tokens: int) -> float:
+    """Mean cross-entropy, nats per token, of the first `count` windows; float64 sum on the host."""
+    graphdef, state = nnx.split(model)
+    count = min(count, len(windows))
+    rows = min(16, count)
+    total = 0.0
+    for start in range(0, count, rows):
+        batch = np.zeros((rows, windows.length + 1), np.int32)
+        real = np.arange(rows) < count - start
+        batch[real] = [windows[start + i] for i in range(real.sum())]
+        total += float(_score(graphdef, state, batch, real, chunk_tokens))
+    return total / (count * windows.length)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
+def _score(
+    graphdef: Any, state: Any, batch: Array, real: Array, chunk_tokens: int
+) -> Float[Array, ""]:
+    """Summed cross-entropy of the real rows of a batch of windows [B, T + 1]."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.features(batch[:, :-1]).hidden
+    targets = batch[:, 1:]
+    mask = jnp.broadcast_to(real[:, None], targets.shape)
+    return cross_entropy_sum(model, hidden, targets, mask, chunk_tokens)

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
 from finermoe_jax.config import LayerKind, ModelConfig
+from finermoe_jax.expert_parallel import ONE_DEVICE, Placement
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing
-from pallas_kernels.platform import Implementation
 
 
 class Features(NamedTuple):
@@ -60,7 +60,7 @@ class Block(nnx.Module):
         real: Array,
         cache: LayerCache | None,
         cache_length: Array | int,
-        kernel: Implementation | None,
+        placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, Array] | None]:
         """Returns x, the written cache, and a MoE layer's routing and Eq. 11 loss."""
         attended, cache = self.attention(self.input_norm(x), angles, mask, cache, cache_length)
@@ -68,7 +68,7 @@ class Block(nnx.Module):
         normed = self.post_norm(x)
         if not hasattr(self, "moe"):
             return x + self.mlp(normed), cache, None
-        y, routing, aux_loss = self.moe(normed, real, kernel)
+        y, routing, aux_loss = self.moe(normed, real, placement)
         return x + y, cache, (routing, aux_loss)
 
 
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         """dtype is the activations', param_dtype the weights' own."""
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.kernel: Implementation | None = None  # of the experts; None goes by the platform
+        self.placement = ONE_DEVICE
         std, d = config.initializer_range, config.hidden_size
         self.embed = Embedding(config.vocab_size, d, std, param_dtype, rngs)
         self.runs = nnx.List(
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
         for index, run in enumerate(self.runs):
             layer_caches = cache.layers[index] if cache else (None,) * len(run)
             x, written, run_traces = _scan_run(
-                run, x, angles, mask, real, layer_caches, offset, remat, self.kernel
+                run, x, angles, mask, real, layer_caches, offset, remat, self.placement
             )
             caches.append(written)
             traces += run_traces
@@ -209,7 +209,7 @@ def _scan_run(
     caches: tuple[LayerCache | None, ...],
     cache_length: Array,
     remat: str,
-    kernel: Implementation | None,
+    placement: Placement,
 ) -> tuple[Array, tuple[LayerCache | None, ...], list[tuple[Routing, Array]]]:
     """Scans the repeats. Returns x, the written caches, and the MoE layers' traces in order."""
     graphdef: Any
@@ -220,7 +220,7 @@ def _scan_run(
         written: list[Any] = []
         traces: list[Any] = []
         for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
-            x, cache, trace = block(x, angles, mask, real, cache, cache_length, kernel)
+            x, cache, trace = block(x, angles, mask, real, cache, cache_length, placement)
             written.append(cache)
             traces.append(trace)
         return x, (tuple(written), tuple(traces))

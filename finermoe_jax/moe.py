@@ -1,10 +1,8 @@
 """The FineRMoE layer: parameters, dispatch, expert compute, combine (paper §3).
 
 Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
-their slots. Letters: finermoe_jax/config.py.
+their slots (finermoe_jax/expert_parallel.py). Letters: finermoe_jax/config.py.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
+from finermoe_jax.expert_parallel import ONE_DEVICE, Placement, routed_experts
 from finermoe_jax.layers import MLP, normal, param, project
 from finermoe_jax.routing import Routing, load_balancing_loss, route
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.platform import Implementation
 
 
 class FineRMoE(nnx.Module):
@@ -47,16 +44,16 @@ class FineRMoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
-        kernel: Implementation | None = None,
+        placement: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
         """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
 
-        mask marks real tokens; it touches the loss only. kernel chooses the implementation of the
-        experts (pallas_kernels.expert_ffn); None goes by the platform.
+        mask marks real tokens; it touches the loss only. placement says on which devices, and
+        by which kernel, the experts are computed.
         """
         routing, slot_order = self._route(x)
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
-        y = self._routed(x, routing, slot_order, kernel)
+        y = self._routed(x, routing, slot_order, placement)
         if self.moe.concat_proj == "routed":
             y = self._project(y)
         if hasattr(self, "shared"):
@@ -87,64 +84,14 @@ class FineRMoE(nnx.Module):
         x: Float[Array, "B T D"],
         routing: Routing,
         slot_order: Int[Array, "B T A"],
-        kernel: Implementation | None,
+        placement: Placement,
     ) -> Float[Array, "B T D"]:
         """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
-        batch, tokens, width = x.shape
-        active = self.moe.num_active
-        experts = jnp.take_along_axis(routing.experts, slot_order, axis=-1).reshape(-1)
-        weights = jnp.take_along_axis(routing.weights, slot_order, axis=-1).reshape(-1)
-        order = jnp.argsort(experts, stable=True)
-        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        group_sizes = jnp.bincount(experts, length=self.moe.num_experts).astype(jnp.int32)
-        rows = dispatch(x.reshape(-1, width), order, inverse, active)
-        y = expert_ffn(
-            rows,
-            self.gate_up[...],  # not cast here: only the experts that own a row are read
-            self.down[...],
-            group_sizes,
-            permute(weights, order, inverse),
-            kernel,
-        )
-        y = permute(y, inverse, order)
+        experts = jnp.take_along_axis(routing.experts, slot_order, axis=-1)
+        weights = jnp.take_along_axis(routing.weights, slot_order, axis=-1)
+        y = routed_experts(x, experts, weights, self.gate_up[...], self.down[...], placement)
         slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
-        return y.reshape(batch, tokens, slots, per_slot, -1).sum(axis=3).reshape(x.shape)
+        return y.reshape(*x.shape[:2], slots, per_slot, -1).sum(axis=3).reshape(x.shape)
 
     def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return project("BTC,DC->BTD", y, self.concat_proj[...])
-
-
-# Both maps are permutations (one after a repeat), so their transposes are gathers too. Left to
-# JAX they would be scatter-adds, which are slow everywhere and have been miscompiled inside scans.
-
-
-@jax.custom_vjp
-def permute(
-    x: Float[Array, "M *C"], order: Int[Array, " M"], inverse: Int[Array, " M"]
-) -> Float[Array, "M *C"]:
-    """x[order], for a permutation and its inverse."""
-    return x[order]
-
-
-permute.defvjp(
-    lambda x, order, inverse: (x[order], inverse),
-    lambda inverse, g: (g[inverse], None, None),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dispatch(
-    x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
-) -> Float[Array, "M D"]:
-    """Each token's row `active` times, in the given order of the M = T * active copies."""
-    return x[order // active]
-
-
-dispatch.defvjp(
-    lambda x, order, inverse, active: (dispatch(x, order, inverse, active), inverse),
-    lambda active, inverse, g: (
-        g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),
-        None,
-        None,
-    ),
-)

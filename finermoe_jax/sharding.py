@@ -34,6 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert_out": None,
     "batch": ("data", "fsdp", "expert"),
     "sequence": None,
+    "routed_sequence": "tensor",
+    "width": None,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config import ModelConfig, MoEConfig
+from finermoe_jax.expert_parallel import Placement
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.upcycle import split_down, split_gate_up
 from pallas_kernels.expert_ffn import cpu
@@ -144,7 +145,7 @@ def run(s, params, x, mask, kernel=None):
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     assert shapes == jax.tree.map(jnp.shape, params)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(x, mask, kernel)
+    return nnx.merge(graphdef, state)(x, mask, Placement(kernel=kernel))
 
 
 def gaps(s, weights, x):

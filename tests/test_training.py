@@ -19,7 +19,8 @@ from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
 from finermoe_jax.plot import read_lines
-from finermoe_jax.training import train, train_step
+from finermoe_jax.step import train_step
+from finermoe_jax.training import train
 from tests.test_config import SMALL, _preset
 
 MOE = dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 1, 2, 1), num_hidden_layers=2)

@@ -1,0 +1,126 @@
+"""One optimizer step as a function of arrays, and its compilation for a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from finermoe_jax import sharding
+from finermoe_jax.config import RunConfig
+from finermoe_jax.losses import cross_entropy_sum
+from finermoe_jax.model import Decoder
+
+
+def train_step(
+    graphdef: Any,
+    config: RunConfig,
+    tx: optax.GradientTransformation,
+    params: dict,
+    opt_state: Any,
+    batch: Int[Array, "B T1"],
+) -> tuple[dict, Any, dict[str, Float[Array, ""]]]:
+    """One optimizer step on a global batch of windows; inputs are [:, :-1], targets [:, 1:].
+
+    The loss is the mean cross-entropy in nats per token plus aux_loss_weight times the sum over
+    layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches, whose mean
+    gradient is that of the whole batch: windows are all full, and Eq. 11 is per sequence.
+    """
+    parts = config.train.grad_accumulation
+    compute = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+
+    def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, None]:
+        (_, metrics), grads = compute(graphdef, config, params, part)
+        return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), None
+
+    if parts == 1:
+        (_, metrics), grads = compute(graphdef, config, params, batch)
+    else:
+        zeros = (
+            # In float32, or small gradients would be lost in a long sum of bfloat16.
+            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+            {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
+        )
+        # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
+        pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
+        (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+def batch_loss(
+    graphdef: Any, config: RunConfig, params: dict, batch: Int[Array, "B T1"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The training loss of a microbatch; `loss` and `aux_loss` (summed over layers) apart."""
+    model = rebuild(graphdef, params)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    features = model.features(inputs, remat=config.train.remat)
+    total = cross_entropy_sum(
+        model,
+        features.hidden,
+        targets,
+        jnp.ones_like(targets, bool),
+        config.train.loss_chunk_tokens,
+    )
+    loss = total / targets.size
+    aux_loss = features.aux_loss.sum()
+    return loss + config.train.aux_loss_weight * aux_loss, {"loss": loss, "aux_loss": aux_loss}
+
+
+def rebuild(graphdef: Any, params: dict) -> Decoder:
+    """The decoder from its graph and a pure dict of arrays."""
+    return nnx.merge(graphdef, nnx.State(params))
+
+
+def jit_step(
+    graphdef: Any,
+    config: RunConfig,
+    tx: optax.GradientTransformation,
+    params: dict,
+    opt_state: Any,
+    shardings: dict,
+    mesh: Mesh,
+) -> tuple[Callable[[dict, Any, Array], tuple[dict, Any, dict]], tuple[Any, Any]]:
+    """train_step(params, opt_state, batch), jitted for a mesh; it consumes its first two.
+
+    Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
+    """
+    places = (
+        sharding.row_major(params, shardings),
+        sharding.row_major(opt_state, sharding.like_params(opt_state, shardings, mesh)),
+    )
+    step = jax.jit(
+        lambda p, o, b: train_step(graphdef, config, tx, p, o, b),
+        in_shardings=(*places, sharding.batch_sharding(mesh)),
+        out_shardings=(*places, sharding.replicated(mesh)),
+        donate_argnums=(0, 1),
+    )
+    return step, places
+
+
+def abstract_optimizer(
+    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
+) -> Any:
+    """Shapes, dtypes and shardings of the optimizer's state."""
+    shapes = jax.eval_shape(tx.init, params)
+    return jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        shapes,
+        sharding.like_params(shapes, shardings, mesh),
+    )
+
+
+def init_optimizer(
+    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
+) -> Any:
+    """The optimizer's state for these parameters, born on its shardings."""
+    abstract = abstract_optimizer(tx, params, shardings, mesh)
+    return jax.jit(tx.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
+        params
+    )
