@@ -20,24 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
 from finermoe_jax.dispatch import dispatch, inverse_of, permute
+from finermoe_jax.sharding import Placement
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.platform import Implementation, platform
-
-
-class Placement(NamedTuple):
-    """Where experts are computed."""
-
-    mesh: Mesh | None = None  # axes as in finermoe_jax/sharding.py; None: one device
-    kernel: Implementation | None = None  # of pallas_kernels.expert_ffn; None: by the platform
-
-
-ONE_DEVICE = Placement()
 
 
 def routed_experts(

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
 from finermoe_jax.config import LayerKind, ModelConfig
-from finermoe_jax.expert_parallel import ONE_DEVICE, Placement
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing
+from finermoe_jax.sharding import ONE_DEVICE, Placement
 
 
 class Features(NamedTuple):

@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
-from finermoe_jax.expert_parallel import ONE_DEVICE, Placement, routed_experts
+from finermoe_jax.expert_parallel import routed_experts
 from finermoe_jax.layers import MLP, normal, param, project
 from finermoe_jax.routing import Routing, load_balancing_loss, route
+from finermoe_jax.sharding import ONE_DEVICE, Placement
 
 
 class FineRMoE(nnx.Module):

@@ -7,7 +7,7 @@ width), expert (experts split), tensor (heads, FFN width and vocabulary split).
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
+from pallas_kernels.platform import Implementation
 
 # Logical axis → mesh axes. None: the axis is never split. Parameters first, activations below.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -37,6 +38,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "routed_sequence": "tensor",
     "width": None,
 }
+
+
+class Placement(NamedTuple):
+    """Where and how a model is computed."""
+
+    mesh: Mesh | None = None  # None: one device
+    kernel: Implementation | None = None  # of pallas_kernels.expert_ffn; None: by the platform
+
+
+ONE_DEVICE = Placement()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -29,12 +29,12 @@ from finermoe_jax.checkpoint import (
 from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.evaluation import held_out_loss
-from finermoe_jax.expert_parallel import Placement
 from finermoe_jax.files import find
 from finermoe_jax.generation import complete
 from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
+from finermoe_jax.sharding import Placement
 from finermoe_jax.step import abstract_optimizer, init_optimizer, jit_step, rebuild
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config import ModelConfig, MoEConfig
-from finermoe_jax.expert_parallel import Placement
 from finermoe_jax.moe import FineRMoE
+from finermoe_jax.sharding import Placement
 from finermoe_jax.upcycle import split_down, split_gate_up
 from pallas_kernels.expert_ffn import cpu
 from tests import naive
