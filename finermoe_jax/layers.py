@@ -11,8 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from finermoe_jax import sharding
+from finermoe_jax.sharding import ONE_DEVICE, Placement
+
+_ACTIVATION = ("batch", "sequence", "width")
 
 
 def param(
@@ -61,7 +67,7 @@ def _project_backward(
     equation: str, _: DTypeLike | None, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, weight = saved
-    x, dy = _materialized((x, dy.astype(x.dtype)))
+    x, dy = materialized((x, dy.astype(x.dtype)))
     _, vjp = jax.vjp(lambda x, w: jnp.einsum(equation, x, w.astype(x.dtype)), x, weight)
     return vjp(dy)
 
@@ -71,7 +77,8 @@ project.defvjp(
 )
 
 
-def _materialized(arrays: Any) -> Any:
+def materialized(arrays: Any) -> Any:
+    """The arrays, on a CPU as arrays of their own: what made them is not fused into their use."""
     return jax.lax.platform_dependent(
         arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays
     )
@@ -82,7 +89,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps = eps
-        self.scale = param(rngs, (size,), ("embed",), dtype, nnx.initializers.ones)
+        self.scale = param(rngs, (size,), ("norm",), dtype, nnx.initializers.ones)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Normalizes each position, in x's dtype."""
@@ -116,9 +123,35 @@ class Embedding(nnx.Module):
     def __init__(self, vocab: int, width: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = param(rngs, (vocab, width), ("vocab", "embed"), dtype, normal(std))
 
-    def __call__(self, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        """Each id's row, cast to dtype."""
-        return self.weight[...][ids].astype(dtype)
+    def __call__(
+        self, ids: Int[Array, "B T"], dtype: DTypeLike, placement: Placement = ONE_DEVICE
+    ) -> Float[Array, "B T D"]:
+        """Each id's row, cast to dtype.
+
+        On a mesh every device looks up its slice of the width, for the tokens of all devices that
+        hold other slices of the same rows; the slices then change places. The table stays put.
+        """
+        mesh, table = placement.mesh, self.weight[...]
+        if mesh is None or mesh.size == 1:
+            return table[ids].astype(dtype)
+        stored, _ = sharding.spec(("vocab", "embed"), table.shape, mesh, "embedding")
+        columns = sharding.mesh_axes(stored[1])
+        tokens, _ = sharding.spec(("batch", "sequence"), ids.shape, mesh, "tokens")
+        if not columns or not {*columns} <= {*sharding.mesh_axes(tokens[0])}:
+            return sharding.constrain(table[ids].astype(dtype), _ACTIVATION, placement)
+
+        def local(table: Array, ids: Array) -> Array:
+            rows = table[jax.lax.all_gather(ids, columns, axis=0, tiled=True)].astype(dtype)
+            return jax.lax.all_to_all(rows, columns, split_axis=0, concat_axis=2, tiled=True)
+
+        lookup = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(PartitionSpec(None, columns), tokens),
+            out_specs=PartitionSpec(*tokens, None),
+            check_vma=False,
+        )
+        return lookup(table, ids)
 
 
 class MLP(nnx.Module):
@@ -129,8 +162,11 @@ class MLP(nnx.Module):
         self.up = param(rngs, (hidden, width), ("mlp", "embed"), dtype, normal(std))
         self.down = param(rngs, (width, hidden), ("embed", "mlp"), dtype, normal(std))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], placement: Placement = ONE_DEVICE
+    ) -> Float[Array, "B T D"]:
         """Applies the layer, in x's dtype."""
         gate = project("BTD,FD->BTF", x, self.gate[...])
         up = project("BTD,FD->BTF", x, self.up[...])
-        return project("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down[...])
+        hidden = sharding.constrain(jax.nn.silu(gate) * up, ("batch", "sequence", "mlp"), placement)
+        return project("BTF,DF->BTD", hidden, self.down[...])

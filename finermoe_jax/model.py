@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from finermoe_jax import sharding
 from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
 from finermoe_jax.config import LayerKind, ModelConfig
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
@@ -67,7 +68,7 @@ class Block(nnx.Module):
         x = x + attended
         normed = self.post_norm(x)
         if not hasattr(self, "moe"):
-            return x + self.mlp(normed), cache, None
+            return x + self.mlp(normed, placement), cache, None
         y, routing, aux_loss = self.moe(normed, real, placement)
         return x + y, cache, (routing, aux_loss)
 
@@ -154,7 +155,7 @@ class Decoder(nnx.Module):
         angles = rotary_angles(position_ids, self.config.attention_head_dim, self.config.rope_theta)
         mask = build_mask(valid, offset + jnp.arange(tokens), segment_ids)
 
-        x = self.embed(input_ids, self.dtype)
+        x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[tuple[Routing, Array]] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
@@ -173,8 +174,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the vocabulary, as float32."""
-        head = self.lm_head or self.embed
-        return project("...D,VD->...V", hidden, head.weight[...], jnp.float32)
+        return project("...D,VD->...V", hidden, self.head[...], jnp.float32)
+
+    @property
+    def head(self) -> nnx.Param:
+        """The [V, D] weight that scores the vocabulary."""
+        return (self.lm_head or self.embed).weight
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -219,6 +224,8 @@ def _scan_run(
         state, layer_caches = layer
         written: list[Any] = []
         traces: list[Any] = []
+        x = sharding.constrain(x, ("batch", "sequence", "width"), placement)
+        state = sharding.gather_dense(state, x.dtype, placement)
         for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
             x, cache, trace = block(x, angles, mask, real, cache, cache_length, placement)
             written.append(cache)

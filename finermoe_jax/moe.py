@@ -37,7 +37,7 @@ class FineRMoE(nnx.Module):
         self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
         if config.shared_expert_size:
             self.shared = MLP(d, config.shared_expert_size, config.initializer_range, dtype, rngs)
-            self.shared_gate = param(rngs, (d,), ("embed",), dtype, init)
+            self.shared_gate = param(rngs, (d,), ("norm",), dtype, init)
         if moe.concat_proj != "none":
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
 
@@ -59,7 +59,7 @@ class FineRMoE(nnx.Module):
             y = self._project(y)
         if hasattr(self, "shared"):
             gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
-            y += jax.nn.sigmoid(gate)[..., None] * self.shared(x)
+            y += jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
         if self.moe.concat_proj == "all":
             y = self._project(y)
         return y, routing, aux_loss

@@ -1,43 +1,53 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Mesh axes: data (replicated weights), fsdp (weights and optimizer state split along the model
-width), expert (experts split), tensor (heads, FFN width and vocabulary split).
+Mesh axes: data (replicated weights), fsdp (weights and optimizer state split, gathered for use),
+expert (experts split, tokens travel to them), tensor (heads, FFN width and vocabulary split).
+Every axis but tensor splits the batch; dense weights are stored split over fsdp and expert alike.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
 from pallas_kernels.platform import Implementation
 
-# Logical axis → mesh axes. None: the axis is never split. Parameters first, activations below.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "layer": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "concat": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "router": None,
-    "expert": "expert",
-    "expert_mlp": None,
-    "expert_in": "fsdp",
-    "expert_out": None,
+# Logical axis → mesh axes, outer first. Parameters, then activations.
+RULES: dict[str, tuple[str, ...]] = {
+    "layer": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "norm": (),
+    "concat": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "router": (),
+    "expert": ("expert", "fsdp"),
+    "expert_mlp": (),
+    "expert_in": (),
+    "expert_out": (),
     "batch": ("data", "fsdp", "expert"),
-    "sequence": None,
-    "routed_sequence": "tensor",
-    "width": None,
+    "sequence": (),
+    "routed_sequence": ("tensor",),  # where work is per token
+    "width": (),
 }
+# The mesh axes over which a parameter's axis is gathered before use; gradients go the other way.
+GATHERED: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "expert"), "expert": ("fsdp",)}
+# Axes whose first mesh axis must divide them: leaving them whole would change the algorithm.
+MUST_DIVIDE = ("expert",)
 
 
 class Placement(NamedTuple):
@@ -77,39 +87,53 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def spec(
-    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str, gathered: bool = False
 ) -> tuple[PartitionSpec, list[str]]:
-    """The PartitionSpec of an array with logical `axes`, and a note per axis left whole.
+    """The PartitionSpec of an array with logical `axes`, and a note per axis not fully split.
 
-    One rule for what does not divide: an axis that its mesh axes do not divide is left whole
-    (replicated), and the note says so.
+    One rule for what does not divide: an axis is split by the longest run of its mesh axes, from
+    the outermost, that divides it; the note says so. With `gathered`, as the array is when used.
 
-    Raises InputError: a logical axis without a rule, or two that claim one mesh axis.
+    Raises InputError: a logical axis without a rule, two that claim one mesh axis, or experts
+    that the expert axis does not divide.
     """
-    entries: list[str | tuple[str, ...] | None] = []
+    entries: list[tuple[str, ...] | None] = []
     notes: list[str] = []
     claimed: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):
         if axis not in RULES:
             raise InputError(f"{name}: logical axis {axis!r} has no rule in sharding.RULES")
-        target = RULES[axis]
-        mesh_axes = (target,) if isinstance(target, str) else target or ()
-        parts = math.prod(mesh.shape[m] for m in mesh_axes)
-        if parts > 1 and size % parts:
-            notes.append(
-                f"{name}: {axis} of size {size} is not a multiple of {'*'.join(mesh_axes)}="
-                f"{parts} and stays whole on every device"
+        wanted = RULES[axis]
+        taken = wanted
+        while size % math.prod(mesh.shape[m] for m in taken):
+            taken = taken[:-1]
+        if axis in MUST_DIVIDE and wanted[0] not in taken:
+            raise InputError(
+                f"{name}: {size} experts cannot be split over mesh axis {wanted[0]}="
+                f"{mesh.shape[wanted[0]]}; make mesh.{wanted[0]} a divisor of {size}"
             )
-            target, mesh_axes = None, ()
-        for mesh_axis in mesh_axes:
+        if any(mesh.shape[m] > 1 for m in wanted[len(taken) :]):
+            parts = math.prod(mesh.shape[m] for m in wanted)
+            notes.append(
+                f"{name}: {axis} of size {size} is not a multiple of {'*'.join(wanted)}={parts} "
+                + (f"and is split over {'*'.join(taken)} only" if taken else "and stays whole")
+            )
+        for mesh_axis in taken:
             if mesh_axis in claimed:
                 raise InputError(
                     f"{name}: logical axes {claimed[mesh_axis]!r} and {axis!r} both claim mesh "
                     f"axis {mesh_axis!r}"
                 )
             claimed[mesh_axis] = axis
-        entries.append(target)
+        if gathered:
+            taken = tuple(m for m in taken if m not in GATHERED.get(axis, ()))
+        entries.append(taken or None)
     return PartitionSpec(*entries), notes
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of a PartitionSpec's entry, which holds a lone one as a string."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh) -> tuple[dict, list[str]]:
@@ -127,30 +151,85 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> tuple[dict, list[str]]:
     return nnx.traversals.unflatten_mapping(shardings), notes
 
 
+def constrain(x: Array, axes: Sequence[str], placement: Placement) -> Array:
+    """x, told to the partitioner to be an activation with these logical axes."""
+    if placement.mesh is None or placement.mesh.size == 1:
+        return x
+    partition, _ = spec(axes, x.shape, placement.mesh, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, partition))
+
+
+def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nnx.State:
+    """A layer's dense parameters as its products want them: cast, then gathered (GATHERED).
+
+    Cast first, so that half as much travels for bfloat16; their gradients are reduced and
+    scattered in the same dtype. The router keeps its own. Expert weights are left as they are:
+    expert_parallel gathers them.
+    """
+    mesh = placement.mesh
+    if mesh is None or mesh.size == 1:
+        return state
+
+    def use(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        x = variable[...]
+        axes = variable.get_metadata()["out_sharding"][-x.ndim :]
+        if "expert" in axes:
+            return variable
+        name = "/".join(map(str, path))
+        stored, used = (
+            NamedSharding(mesh, spec(axes, x.shape, mesh, name, gathered)[0])
+            for gathered in (False, True)
+        )
+        return variable.replace(_gather(x, x.dtype if "router" in axes else dtype, stored, used))
+
+    return nnx.map_state(use, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dtype: DTypeLike, stored: NamedSharding, used: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x.astype(dtype), used)
+
+
+# The cotangent goes straight to the stored shards. Left to JAX it would be summed whole first.
+_gather.defvjp(
+    lambda x, dtype, stored, used: (_gather(x, dtype, stored, used), jnp.zeros((), x.dtype)),
+    lambda dtype, stored, used, like, g: (
+        jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),
+    ),
+)
+
+
+def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) -> Array:
+    """Inside shard_map: the whole of a parameter that is split so, but for the axes in `keep`."""
+    for place, entry in enumerate(partition):
+        names = tuple(name for name in mesh_axes(entry) if name not in keep)
+        if names:
+            x = jax.lax.all_gather(x, names, axis=place, tiled=True)
+    return x
+
+
 def row_major(tree: Any, shardings: Any) -> Any:
-    """A Format per leaf of arrays or shapes: its sharding, and memory in the order of its axes.
+    """A Format per leaf: its sharding and, for stacked expert weights, row-major memory.
 
     Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in the minor axis, because
     its width of 448 is no multiple of 128; every call of a kernel then begins with a copy.
     """
 
-    def place(leaf: Any, sharding: NamedSharding) -> Format:
-        return Format(Layout(tuple(range(leaf.ndim))), sharding)
+    def place(path: tuple, leaf: Any, sharding: NamedSharding) -> Format:
+        experts = leaf.ndim == 4 and jax.tree_util.DictKey("moe") in path
+        return Format(Layout(tuple(range(leaf.ndim))) if experts else None, sharding)
 
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree_util.tree_map_with_path(place, tree, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a [batch, sequence] array."""
-    axes = RULES["batch"], RULES["sequence"]
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
 
 
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts the batch axis is split."""
-    axes = RULES["batch"]
-    assert isinstance(axes, tuple)
-    return math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,6 @@
 """The training step, the loss, sharding, and a run that stops and goes on."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
@@ -19,7 +18,8 @@ from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
 from finermoe_jax.plot import read_lines
-from finermoe_jax.step import train_step
+from finermoe_jax.sharding import Placement
+from finermoe_jax.step import init_optimizer, jit_step
 from finermoe_jax.training import train
 from tests.test_config import SMALL, _preset
 
@@ -52,14 +52,14 @@ def _steps(config: RunConfig, mesh_config, count=3):
     model = _model()
     size = np.prod([v for v in dataclasses.astuple(mesh_config)])
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
+    model.placement = Placement(mesh)
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
     tx = optimizer(config.optimizer, config.train.steps)
-    opt_state = tx.init(params)
-    placed = sharding.like_params(opt_state, shardings, mesh)
-    opt_state = jax.device_put(opt_state, placed)
-    step = jax.jit(functools.partial(train_step, graphdef, config, tx))
+    opt_state = init_optimizer(tx, params, shardings, mesh)
+    step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
+    params, opt_state = jax.device_put((params, opt_state), places)
     losses = []
     for _ in range(count):
         batch = jax.device_put(_batch(config.data.global_batch_size), sharding.batch_sharding(mesh))
