@@ -10,8 +10,12 @@ in further rounds through the same buffer; their number depends on the fullest p
 same everywhere, and is 1 unless a pair holds more than twice its share.
 
 **Bytes.** A row travels as D values and its weight, and comes back as W = D / G_O values; the
-backward pass sends W and gets D. The rows that arrived in the first round are kept for it, later
-rounds send them again.
+backward pass sends W, and gets D and the weight's gradient. The rows that arrived in the first
+round are kept for it, later rounds send them again.
+
+**No second copy** of a token to a device is saved, because the published layout sends none: the
+experts of one slot are neighbours, so a token's slots lie on different devices from two devices
+on. (Several active experts per slot would share a device while a group is not split.)
 """
 
 import functools
@@ -142,13 +146,22 @@ def quota(rows: int, devices: int) -> int:
     return min(rows, -(-2 * rows // devices))
 
 
+def _padded(rows: Array) -> bool:
+    """Whether places that hold no row travel as well.
+
+    On a CPU all do: XLA has no ragged exchange there. One number a row always does: a TPU's ragged
+    exchange would fill it up to 256.
+    """
+    return rows.ndim == 1 or platform() == "cpu"
+
+
 def _to_experts(
     plan: _Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
 ) -> Float[Array, "M *C"]:
     """One round's rows where their experts are: `quota` places for each source in turn."""
     devices, me = plan.sizes.shape[0], plan.device
     first, sent = plan.first(step)[me], plan.moved(step)[me]
-    if platform() == "cpu":  # XLA has no ragged exchange there
+    if _padded(rows):
         place = jnp.minimum(first[:, None] + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
@@ -168,7 +181,7 @@ def _from_experts(
     """`out`, with one round's rows back in their places."""
     devices, me = plan.sizes.shape[0], plan.device
     first, moved = plan.first(step), plan.moved(step)
-    if platform() == "cpu":
+    if _padded(buffer):
         parts = buffer.reshape(devices, plan.quota, *buffer.shape[1:])
         parts = lax.all_to_all(parts, axis, 0, 0)
         row = jnp.arange(out.shape[0])

@@ -120,8 +120,16 @@ def rotate(
 class Embedding(nnx.Module):
     """[V, D] table, used to look tokens up and, where tied or as lm_head, to score them."""
 
-    def __init__(self, vocab: int, width: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = param(rngs, (vocab, width), ("vocab", "embed"), dtype, normal(std))
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        std: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        axes: Sequence[str] = ("vocab", "embed"),
+    ):
+        self.weight = param(rngs, (vocab, width), axes, dtype, normal(std))
 
     def __call__(
         self, ids: Int[Array, "B T"], dtype: DTypeLike, placement: Placement = ONE_DEVICE

@@ -31,7 +31,9 @@ def cross_entropy_sum(
         return _chunked(hidden, weight, targets, mask, chunk_tokens, None)
     axes = ("batch", "routed_sequence", "width")
     tokens, _ = sharding.spec(axes, hidden.shape, mesh, "hidden")
-    stored, _ = sharding.spec(("vocab", "embed"), weight.shape, mesh, "lm_head")
+    stored, _ = sharding.spec(
+        model.head.get_metadata()["out_sharding"], weight.shape, mesh, "lm_head"
+    )
 
     def local(hidden: Array, weight: Array, targets: Array, mask: Array) -> Array:
         return _chunked(hidden, weight, targets, mask, chunk_tokens, stored)[None, None]

@@ -80,6 +80,10 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
+# Scores want the vocabulary split, lookups the width (finermoe_jax/sharding.py).
+_HEAD_AXES = ("scored_vocab", "width")
+
+
 class Decoder(nnx.Module):
     """Embedding, layers, final norm, lm_head (None where tied to the embedding).
 
@@ -104,7 +108,7 @@ class Decoder(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Embedding(config.vocab_size, d, std, param_dtype, rngs)
+            else Embedding(config.vocab_size, d, std, param_dtype, rngs, _HEAD_AXES)
         )
 
     def __call__(

@@ -26,7 +26,8 @@ from pallas_kernels.platform import Implementation
 # Logical axis → mesh axes, outer first. Parameters, then activations.
 RULES: dict[str, tuple[str, ...]] = {
     "layer": (),
-    "vocab": ("tensor",),
+    "vocab": ("tensor",),  # of the lookup; its width moves
+    "scored_vocab": ("tensor", "fsdp", "expert"),  # of lm_head
     "embed": ("fsdp", "expert"),
     "norm": (),
     "concat": (),

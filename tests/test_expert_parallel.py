@@ -1,0 +1,114 @@
+"""Experts over a mesh: one device's numbers, whatever the mesh and the skew; bounded buffers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from finermoe_jax import sharding
+from finermoe_jax.config import MeshConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.expert_parallel import quota, routed_experts
+from finermoe_jax.sharding import ONE_DEVICE, Placement
+
+E, F, D, W, A, B, T = 16, 8, 32, 16, 2, 8, 12
+
+
+def _arguments(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = ((B, T, D), (B, T, A), (E, 2 * F, D), (E, F, W), (B, T, A, W))
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def _experts():
+    """Who is chosen: evenly, one expert alone, and few experts in falling shares."""
+    even = jax.random.randint(jax.random.key(7), (B, T, A), 0, E)
+    return {"even": even, "one": jnp.full_like(even, 5), "few": (even % 3) * (even % 2)}
+
+
+def _mesh(*sizes):
+    return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def _value_and_grads(placement):
+    """By skew; compiled once."""
+    *arguments, cotangent = _arguments()
+
+    def loss(x, weights, gate_up, down, experts):
+        y = routed_experts(x, experts, weights, gate_up, down, placement)
+        return (y * cotangent).sum(), y
+
+    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    results = {skew: compute(*arguments, experts) for skew, experts in _experts().items()}
+    return {skew: [y, *grads] for skew, ((_, y), grads) in results.items()}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _value_and_grads(ONE_DEVICE)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 8, 1), (1, 1, 2, 4), (2, 1, 4, 1), (1, 2, 4, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
+)
+def test_one_devices_result_and_gradients(sizes, one_device):
+    for skew, arrays in _value_and_grads(Placement(_mesh(*sizes))).items():
+        for got, want in zip(arrays, one_device[skew], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_tokens_that_no_axis_divides_are_computed_whole():
+    experts = _experts()["few"]
+    x, weights, gate_up, down, _ = _arguments()
+    placement = Placement(_mesh(1, 1, 4, 2))
+    cut = slice(0, 3), slice(0, 5)  # 3 rows of 5 tokens
+    got, want = (
+        jax.jit(lambda *a, p=p: routed_experts(*a, p))(
+            x[cut], experts[cut], weights[cut], gate_up, down
+        )
+        for p in (placement, ONE_DEVICE)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_do_not_divide_are_refused_by_name():
+    mesh = _mesh(1, 1, 3, 1)
+    with pytest.raises(InputError, match=r"experts: 16 experts .* expert=3; make mesh.expert a"):
+        sharding.spec(("expert",), (16,), mesh, "experts")
+
+
+def test_no_buffer_holds_more_than_twice_a_devices_rows():
+    """The program's shapes do not depend on the routing: the worst skew runs in the same ones."""
+    *arguments, cotangent = _arguments()
+    placement = Placement(_mesh(1, 1, 8, 1))
+
+    def loss(x, weights, gate_up, down, experts):
+        return (routed_experts(x, experts, weights, gate_up, down, placement) * cotangent).sum()
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    text = grad.lower(*arguments, _experts()["one"]).compile().as_text()
+    rows = B * T * A // 8  # a device's
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",")]))
+        for shape in re.findall(r"f32\[([\d,]+)\]", text)
+    ]
+    # The largest are the rows in flight, of D values each, and the kernel's padding of a block.
+    assert max(sizes) <= 2 * rows * D + 2 * rows * D
+    assert quota(rows, 8) * 8 <= 2 * rows + 8
+
+
+def test_no_row_is_dropped_in_any_round():
+    """With weights and experts of ones, every row's result is a function of its own sum."""
+    x, weights, gate_up, down, _ = _arguments()
+    ones = jnp.ones_like(gate_up), jnp.ones_like(down)
+    placement = Placement(_mesh(1, 1, 8, 1))
+    run = jax.jit(lambda experts: routed_experts(x, experts, weights * 0 + 1, *ones, placement))
+    total = np.asarray(x).sum(axis=-1)
+    expected = F * (total / (1 + np.exp(-total)) * total)
+    for experts in _experts().values():
+        y = run(experts)
+        np.testing.assert_allclose(
+            y, np.broadcast_to(expected[..., None, None], y.shape), rtol=1e-4, atol=1e-3
+        )
