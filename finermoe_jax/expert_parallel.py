@@ -105,8 +105,8 @@ def _routed(
     return permute(y, inverse, order).reshape(batch, tokens, active, -1)
 
 
-class _Exchange(NamedTuple):
-    """Who sends how much; the same numbers on every device but `device`."""
+class Exchange(NamedTuple):
+    """Who sends how much to whom; the same on every device but for `device`, its own number."""
 
     sizes: Int[Array, "P E"]  # rows of each source for each expert
     device: Int[Array, ""]
@@ -120,6 +120,7 @@ class _Exchange(NamedTuple):
 
     @property
     def rounds(self) -> Int[Array, ""]:
+        """How often the buffer is filled: as often as the fullest pair needs."""
         return (self.counts.max() + self.quota - 1) // self.quota
 
     def moved(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
@@ -156,7 +157,7 @@ def _padded(rows: Array) -> bool:
 
 
 def _to_experts(
-    plan: _Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
+    plan: Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
 ) -> Float[Array, "M *C"]:
     """One round's rows where their experts are: `quota` places for each source in turn."""
     devices, me = plan.sizes.shape[0], plan.device
@@ -172,7 +173,7 @@ def _to_experts(
 
 
 def _from_experts(
-    plan: _Exchange,
+    plan: Exchange,
     buffer: Float[Array, "M *C"],
     out: Float[Array, "R *C"],
     step: Int[Array, ""] | int,
@@ -198,7 +199,7 @@ def _from_experts(
 
 
 def _compute(
-    plan: _Exchange,
+    plan: Exchange,
     step: Int[Array, ""] | int,
     kernel: Implementation | None,
     rows: Float[Array, "M D"],
@@ -247,9 +248,9 @@ def exchanged_ffn(
     return _exchanged(rows, weights, gate_up, down, sizes, axis, kernel)[0]
 
 
-def _plan(rows: Array, sizes: Array, axis: str) -> _Exchange:
+def _plan(rows: Array, sizes: Array, axis: str) -> Exchange:
     every = lax.all_gather(sizes, axis)
-    return _Exchange(every, lax.axis_index(axis), quota(rows.shape[0], every.shape[0]))
+    return Exchange(every, lax.axis_index(axis), quota(rows.shape[0], every.shape[0]))
 
 
 def _exchanged(
