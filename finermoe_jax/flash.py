@@ -1,8 +1,16 @@
 """Causal attention over whole sequences, on no platform with all scores in memory at once.
 
 What a token sees: itself and what came before it in its own segment. Padding is a segment of its
-own, wherever it lies. Axis letters: finermoe_jax/config.py; here G is the queries that share one
-k, v head, Q all of them over all tokens.
+own, wherever it lies.
+
+    TPU  the library's splash kernel, whatever the segments
+    GPU  cuDNN's kernel in 16-bit types where all tokens are of one segment, as in training; the
+         public way to it knows no segments. The library's kernel for Mosaic GPU does not either,
+         and has no causal backward pass. Everything else goes in blocks of queries.
+    CPU  blocks of queries, each against all keys
+
+Axis letters: finermoe_jax/config.py; here G is the queries that share one k, v head, Q all of them
+over all tokens.
 """
 
 import functools
@@ -17,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax import sharding
 from finermoe_jax.sharding import ONE_DEVICE, Placement
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import Implementation, choose
 
 PADDING = jnp.iinfo(jnp.int32).min  # no document's segment
 QUERY_BLOCK = 512  # queries whose scores exist at one time without a kernel
@@ -43,23 +51,23 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v over the keys that each query sees; N / K queries share k, v.
 
-    A TPU runs the splash kernel, anything else blocks of queries. On a mesh batch and heads are
-    split (sharding.RULES), each device attending alone. Query heads that do not divide leave all
-    heads whole; k, v heads that do not are repeated, to the fewest that do.
+    On a mesh batch and heads are split (sharding.RULES), each device attending alone. Query heads
+    that do not divide leave all heads whole; k, v heads that do not are repeated, to the fewest
+    that do.
 
     Args:
       q: queries, rotated; float32 or bfloat16, the result's dtype.
       k: keys, rotated.
       v: values.
       segment_ids: None: one segment, without padding.
-      placement: its mesh, if any.
-      interpret: runs the TPU's kernel wherever this is.
+      placement: mesh and kernel; "cpu" and "reference" are blocks of queries on any platform.
+      interpret: tries the TPU's kernel, named in placement, on this machine.
 
     Raises:
-      NotImplementedError: neither a CPU nor a TPU nor a GPU.
+      NotImplementedError: no kernels for this platform, or another platform's named.
     """
-    local = functools.partial(_splash, interpret=True) if interpret else _on_one_device
-    mesh = placement.mesh
+    mesh, kernel = placement
+    local = functools.partial(_on_one_device, kernel=kernel, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return local(q, k, v, segment_ids)
     split, _ = sharding.spec(("batch", "sequence", "heads", "head_dim"), q.shape, mesh, "queries")
@@ -77,13 +85,24 @@ def causal_attention(
     return mapped(q, k, v, segment_ids)
 
 
-def _on_one_device(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return (_splash if platform() == "tpu" else _blocked)(q, k, v, segment_ids)
-
-
-def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, interpret: bool = False
+def _on_one_device(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    *,
+    kernel: Implementation | None,
+    interpret: bool,
 ) -> Array:
+    match choose(kernel, interpret):
+        case "tpu":
+            return _splash(q, k, v, segment_ids, interpret)
+        case "gpu" if segment_ids is None and q.dtype.itemsize == 2 and not q.shape[-1] % 8:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return _blocked(q, k, v, segment_ids)
+
+
+def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, interpret: bool) -> Array:
     """The library's kernel. It wants whole blocks: what is added lies behind all real queries."""
     tokens, heads, width = q.shape[1:]
     block, padded = _even_blocks(tokens, SPLASH_BLOCK, LANES)

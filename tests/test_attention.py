@@ -86,8 +86,15 @@ def visible(mask, ids, tokens):
     return sees & real[:, None, :] & real[:, :, None], real
 
 
-def attention(path, q, k, v, ids):
-    return flash.causal_attention(q, k, v, ids, interpret=path == "splash")
+def attention(path, q, k, v, ids, mesh=None):
+    kernel = "tpu" if path == "splash" else None
+    return flash.causal_attention(q, k, v, ids, Placement(mesh, kernel), path == "splash")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(function, q, k, v, ids, dy):
+    y, pull = jax.vjp(lambda q, k, v: function(q, k, v, ids), q, k, v)
+    return y, pull(dy)
 
 
 def check(function, shape, layout, dtype=jnp.float32, tolerance=2e-6):
@@ -96,19 +103,20 @@ def check(function, shape, layout, dtype=jnp.float32, tolerance=2e-6):
     sees, real = visible(mask, ids, shape[1])
     q, k, v, dy = draw(*shape, dtype)
     given = flash.segments(*(None if x is None else jnp.asarray(x) for x in (mask, ids)))
-    y, pull = jax.vjp(lambda q, k, v: function(q, k, v, given), q, k, v)
+    # Whatever comes back at padding, it must not spoil what it is added to.
+    y, anywhere = gradients(function, q, k, v, given, dy)
+    assert all(jnp.isfinite(g).all() for g in anywhere)
+    dy = jnp.where(real[:, :, None, None], dy, 0)
+    y, got = gradients(function, q, k, v, given, dy)
     assert y.dtype == dtype and y.shape == q.shape
     assert jnp.isfinite(y).all()
     close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
     close(np.asarray(y, np.float64)[real], naive(q, k, v, sees)[real])
-    dy = jnp.where(real[:, :, None, None], dy, 0)
     # Rows of padding see themselves in the naive one, only to divide by something.
     sees |= np.eye(shape[1], dtype=bool) & ~real[:, :, None]
-    for got, wanted in zip(pull(dy), gradients_of_naive(q, k, v, dy, sees), strict=True):
-        assert got.dtype == dtype
-        close(np.asarray(got, np.float64), wanted, atol=tolerance * np.abs(wanted).max())
-    # Whatever comes back at padding, it must not spoil what it is added to.
-    assert all(jnp.isfinite(g).all() for g in pull(jnp.ones_like(y)))
+    for g, wanted in zip(got, gradients_of_naive(q, k, v, dy, sees), strict=True):
+        assert g.dtype == dtype
+        close(np.asarray(g, np.float64), wanted, atol=tolerance * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,7 +127,7 @@ def test_blocks_of_queries(monkeypatch, layout, tokens, heads, kv_heads):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens, heads, kv_heads, width", [(300, 6, 2, 64), (128, 2, 2, 128)])
+@pytest.mark.parametrize("tokens, heads, kv_heads, width", [(200, 4, 2, 64), (128, 1, 1, 128)])
 def test_splash(monkeypatch, layout, tokens, heads, kv_heads, width):
     """The TPU's kernel, interpreted: one block, and blocks with a rest."""
     monkeypatch.setattr(flash, "SPLASH_BLOCK", 128)
@@ -132,7 +140,30 @@ def test_bfloat16(monkeypatch, path):
     monkeypatch.setattr(flash, "QUERY_BLOCK", 16)
     monkeypatch.setattr(flash, "SPLASH_BLOCK", 128)
     function = functools.partial(attention, path)
-    check(function, (2, 300, 4, 2, 64), "packed", jnp.bfloat16, tolerance=2**-6)
+    check(function, (2, 200, 2, 1, 64), "packed", jnp.bfloat16, tolerance=2**-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, layout, calls",
+    [(jnp.bfloat16, "whole", 1), (jnp.bfloat16, "packed", 0), (jnp.float32, "whole", 0)],
+)
+def test_gpu(monkeypatch, dtype, layout, calls):
+    """cuDNN gets what it can take, with the right arguments: XLA computes it here by the same."""
+    given = []
+
+    def by_xla(*arguments, implementation, **options):
+        assert implementation == "cudnn"
+        given.append(options)
+        return library(*arguments, implementation="xla", **options)
+
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(flash, "choose", lambda *_: "gpu")
+    tolerance = 2**-6 if dtype == jnp.bfloat16 else 2e-6
+    # A function of its own: what is compiled under these patches is not kept for other tests.
+    function = functools.partial(attention, "blocks")
+    check(function, (2, 24, 6, 2, 8), layout, dtype, tolerance)
+    assert len(given) == calls
 
 
 def test_one_block_computes_what_attend_does():
@@ -146,12 +177,17 @@ def test_one_block_computes_what_attend_does():
 
 # 12 heads over tensor=4 with 2 k, v heads, each needed by two devices; 4 over 2, which divide;
 # 6 over 4, which do not and stay whole; 3 rows over data=2, which stay whole.
-@pytest.mark.parametrize("path", ["blocks", "splash"])
 @pytest.mark.parametrize(
-    "sizes, batch, heads, kv_heads",
-    [((2, 4), 2, 12, 2), ((4, 2), 4, 4, 2), ((2, 4), 2, 6, 2), ((2, 4), 3, 4, 1)],
+    "path, sizes, batch, heads, kv_heads, layout",
+    [
+        ("blocks", (2, 4), 2, 12, 2, "whole"),
+        ("blocks", (2, 4), 2, 12, 2, "packed, padded"),
+        ("blocks", (4, 2), 4, 4, 2, "packed, padded"),
+        ("blocks", (2, 4), 2, 6, 2, "packed, padded"),
+        ("blocks", (2, 4), 3, 4, 1, "packed, padded"),
+        ("splash", (2, 4), 2, 12, 2, "packed, padded"),
+    ],
 )
-@pytest.mark.parametrize("layout", ["whole", "packed, padded"])
 def test_mesh(monkeypatch, path, sizes, batch, heads, kv_heads, layout):
     monkeypatch.setattr(flash, "QUERY_BLOCK", 16)
     monkeypatch.setattr(flash, "SPLASH_BLOCK", 128)
@@ -163,18 +199,11 @@ def test_mesh(monkeypatch, path, sizes, batch, heads, kv_heads, layout):
         given = jnp.resize(given, (batch, tokens))
     *qkv, dy = draw(batch, tokens, heads, kv_heads, 64)
 
-    def run(placement, interpret):
-        def function(*qkv):
-            return flash.causal_attention(*qkv, given, placement, interpret)
-
-        def both(qkv, dy):
-            y, pull = jax.vjp(function, *qkv)
-            return y, *pull(dy)
-
-        return jax.jit(both)(qkv, dy)
-
-    wanted = run(Placement(), False)
-    for got, want in zip(run(Placement(mesh), path == "splash"), wanted, strict=True):
+    wanted = gradients(functools.partial(attention, "blocks"), *qkv, given, dy)
+    function = functools.partial(attention, path, mesh=mesh)
+    for got, want in zip(
+        jax.tree.leaves(gradients(function, *qkv, given, dy)), jax.tree.leaves(wanted), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -183,7 +212,7 @@ def test_mesh_gives_each_device_its_heads():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     seen = []
 
-    def spy(q, k, v, ids):
+    def spy(q, k, v, ids, **_):
         seen.append((q.shape, k.shape, v.shape))
         return q
 
@@ -237,21 +266,21 @@ CONFIG = ModelConfig(
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cache_agrees_with_the_whole_sequence(side):
     """A prefill and single tokens through the cache give what the whole sequence gives."""
-    tokens, split = 12, 7
-    layer = Attention(CONFIG, jnp.float32, nnx.Rngs(0))
+    tokens, split = 8, 6
+    run = nnx.jit(Attention(CONFIG, jnp.float32, nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, tokens, 24)), jnp.float32)
     real = np.ones((2, tokens), np.int32)
-    real[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    real[1, slice(0, 3) if side == "left" else slice(4, 6)] = 0
     mask = jnp.asarray(real)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     cos, sin = rotary_angles(positions, CONFIG.attention_head_dim, CONFIG.rope_theta)
-    whole, no_cache = layer(x, (cos, sin), flash.segments(mask, None))
+    whole, no_cache = run(x, (cos, sin), flash.segments(mask, None))
     assert no_cache is None
     empty = jnp.zeros((2, tokens, 2, CONFIG.attention_head_dim))
     cache, parts = LayerCache(empty, empty), []
     for start, end in [(0, split)] + [(t, t + 1) for t in range(split, tokens)]:
         valid = (mask != 0) & (jnp.arange(tokens) < end)[None]
-        y, cache = layer(
+        y, cache = run(
             x[:, start:end],
             (cos[:, start:end], sin[:, start:end]),
             None,
