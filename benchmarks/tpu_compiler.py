@@ -1,4 +1,4 @@
-"""Compile for a TPU that is not there: a chip's mesh, and the cycles its compiler expects.
+"""Compile for a chip that is not there: its mesh, and the cycles that a TPU's compiler expects.
 
 Everything here is the compiler's estimate. It ranks variants; it measures nothing.
 """
@@ -43,15 +43,20 @@ class Peak(NamedTuple):
 PEAKS = {"v5e": Peak(1.5e9, 197e12, 819e9), "v6e": Peak(1.75e9, 918e12, 1640e9)}
 
 
+def chip(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A context that compiles for one TPU chip; yields the sharding to give to the arguments."""
+    return one_device(platform="tpu", topology_name=TOPOLOGIES[name])
+
+
 @contextlib.contextmanager
-def chip(name: str) -> Iterator[Any]:
-    """A context that compiles for one chip; yields the sharding to give to the arguments."""
+def one_device(**description: Any) -> Iterator[Any]:
+    """`chip` for any of the devices that jax's get_topology_desc can describe."""
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
+    topology = topologies.get_topology_desc(**description)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield NamedSharding(mesh, PartitionSpec())
@@ -63,6 +68,7 @@ def compile_for(
     sharding: Any,
     row_major: bool = False,
     options: dict[str, Any] | None = None,
+    platform: str = "tpu",
 ) -> Any:
     """jit(function) compiled for the chip of the sharding; arguments need shape and dtype.
 
@@ -78,7 +84,7 @@ def compile_for(
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)) for a in arguments]
     out = jax.tree.map(place, jax.eval_shape(function, *specs)) if row_major else None
     traced = jax.jit(function, out_shardings=out, compiler_options=options).trace(*specs)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
+    return traced.lower(lowering_platforms=(platform,)).compile()
 
 
 def estimate(script: str, job: dict[str, Any], timeout: float = 900) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Grouped-query attention, its masks and its KV cache.
-
-Axis letters: finermoe_jax/config.py; here G is the queries that share one k, v head, Q all of them
-over all tokens.
-"""
+"""Grouped-query attention and its KV cache. Axis letters: finermoe_jax/config.py."""
 
 from typing import NamedTuple
 
@@ -13,7 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
+from finermoe_jax.flash import attend, causal_attention
 from finermoe_jax.layers import normal, param, project, rotate
+from finermoe_jax.sharding import ONE_DEVICE, Placement
 
 
 class LayerCache(NamedTuple):
@@ -50,12 +48,12 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) ->
     )
 
 
-def attention_mask(
+def cache_mask(
     valid: Bool[Array, "B S"],
     query_slots: Int[Array, " T"],
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """Which keys each query sees: real tokens at or before it, of its own segment.
+    """Which slots of a cache each query sees: real tokens at or before it, of its own segment.
 
     query_slots are the queries' places among the S keys. With segment_ids the queries are
     all S keys.
@@ -65,31 +63,6 @@ def attention_mask(
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     return mask[:, None]
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"],
-) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v; each of the K heads serves N / K queries. Scores are float32.
-
-    The queries of one k, v head are stacked along the token axis, so that both products are
-    plain batched ones. Masked scores are finite: a fully masked row stays free of NaN.
-    """
-    batch, tokens, heads, width = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    q = jnp.einsum("BTKGH->BKGTH", q).reshape(batch, kv_heads, -1, width)
-    k, v = jnp.einsum("BSKH->BKSH", k), jnp.einsum("BSKH->BKSH", v)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
-    mask = jnp.tile(mask, (1, 1, heads // kv_heads, 1))
-    scores = jnp.where(mask, scores / width**0.5, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("BKQS,BKSH->BKQH", probabilities, v)
-    y = y.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
-    return jnp.einsum("BKGTH->BTKGH", y).reshape(batch, tokens, heads, width)
 
 
 class Attention(nnx.Module):
@@ -115,11 +88,17 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
-        mask: Bool[Array, "B 1 T S"],
+        segment_ids: Int[Array, "B T"] | None,
+        placement: Placement = ONE_DEVICE,
         cache: LayerCache | None = None,
         cache_length: Int[Array, ""] | int = 0,
+        mask: Bool[Array, "B 1 T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends; with a cache, writes k and v at slot cache_length and attends over all slots."""
+        """Attends causally within segments (flash.causal_attention, which also says where).
+
+        With a cache, writes k and v at slot cache_length and attends over all slots that mask
+        shows; segment_ids and placement are then not asked.
+        """
         q = project("BTD,NHD->BTNH", x, self.query[...])
         k = project("BTD,KHD->BTKH", x, self.key[...])
         v = project("BTD,KHD->BTKH", x, self.value[...])
@@ -128,12 +107,14 @@ class Attention(nnx.Module):
             k += self.key_bias[...].astype(x.dtype)[None, None]
             v += self.value_bias[...].astype(x.dtype)[None, None]
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is not None:
+        if cache is None:
+            y = causal_attention(q, k, v, segment_ids, placement)
+        else:
+            assert mask is not None
             start = (0, cache_length, 0, 0)
             cache = LayerCache(
                 jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start),
                 jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
             )
-            k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-        y = attend(q, k, v, mask)
+            y = attend(q, cache.keys.astype(x.dtype), cache.values.astype(x.dtype), mask)
         return project("BTNH,DNH->BTD", y, self.out[...]), cache

@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
-from finermoe_jax.attention import Attention, KVCache, LayerCache, attention_mask
+from finermoe_jax.attention import Attention, KVCache, LayerCache, cache_mask
 from finermoe_jax.config import LayerKind, ModelConfig
+from finermoe_jax.flash import segments
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing
@@ -57,14 +58,17 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: tuple[Array, Array],
-        mask: Array,
+        segment_ids: Array | None,
+        mask: Array | None,
         real: Array,
         cache: LayerCache | None,
         cache_length: Array | int,
         placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, Array] | None]:
         """Returns x, the written cache, and a MoE layer's routing and Eq. 11 loss."""
-        attended, cache = self.attention(self.input_norm(x), angles, mask, cache, cache_length)
+        attended, cache = self.attention(
+            self.input_norm(x), angles, segment_ids, placement, cache, cache_length, mask
+        )
         x = x + attended
         normed = self.post_norm(x)
         if not hasattr(self, "moe"):
@@ -150,14 +154,15 @@ class Decoder(nnx.Module):
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
         if cache is None:
             valid, offset, first = real, jnp.int32(0), jnp.zeros(batch, jnp.int32)
+            mask, segment_ids = None, segments(attention_mask, segment_ids)
         else:
             offset, first = cache.length, cache.positions
             valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, offset))
+            mask = cache_mask(valid, offset + jnp.arange(tokens), segment_ids)
         if position_ids is None:
             counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
             position_ids = first[:, None] + jnp.maximum(counted, 0)
         angles = rotary_angles(position_ids, self.config.attention_head_dim, self.config.rope_theta)
-        mask = build_mask(valid, offset + jnp.arange(tokens), segment_ids)
 
         x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[tuple[Routing, Array]] = []
@@ -165,8 +170,9 @@ class Decoder(nnx.Module):
         for index, run in enumerate(self.runs):
             layer_caches = cache.layers[index] if cache else (None,) * len(run)
             x, written, run_traces = _scan_run(
-                run, x, angles, mask, real, layer_caches, offset, remat, self.placement
-            )
+                run, x, angles, segment_ids, mask, real, layer_caches, offset, remat,
+                self.placement,
+            )  # fmt: skip
             caches.append(written)
             traces += run_traces
         new_cache = None
@@ -193,9 +199,6 @@ def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
     return Output(model.logits(features.hidden), features.aux_loss, features.routing)
 
 
-build_mask = attention_mask  # the method's argument of HF's name hides the function
-
-
 def _stacked_blocks(
     config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> Block:
@@ -213,7 +216,8 @@ def _scan_run(
     run: nnx.List,
     x: Array,
     angles: tuple[Array, Array],
-    mask: Array,
+    segment_ids: Array | None,
+    mask: Array | None,
     real: Array,
     caches: tuple[LayerCache | None, ...],
     cache_length: Array,
@@ -231,7 +235,9 @@ def _scan_run(
         x = sharding.constrain(x, ("batch", "sequence", "width"), placement)
         state = sharding.gather_dense(state, x.dtype, placement)
         for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
-            x, cache, trace = block(x, angles, mask, real, cache, cache_length, placement)
+            x, cache, trace = block(
+                x, angles, segment_ids, mask, real, cache, cache_length, placement
+            )
             written.append(cache)
             traces.append(trace)
         return x, (tuple(written), tuple(traces))
