@@ -160,7 +160,7 @@ def train() -> None:
         _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
               "(default: a new directory under runs/)")  # fmt: skip
         _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
-              "with several processes: how long one may be silent until the others end")  # fmt: skip
+              "of several processes: how long one may be silent until all end")  # fmt: skip
 
     def main() -> None:
         config = read_config()

@@ -35,6 +35,7 @@ _WORKERS = (
 )
 _PREFIX = "finermoe"
 _BEAT, _END = f"{_PREFIX}/beat/", f"{_PREFIX}/end"
+_DONE = "done"
 _WEEK = 7 * 24 * 3600 * 1000  # ms; should a process be lost, the watch ends the wait
 _numbers = itertools.count()
 _hosts: list[str] = []
@@ -233,8 +234,7 @@ def watched(heartbeat_seconds: float, way_on: Callable[[], str]) -> Iterator[Non
     watch.start()
     try:
         yield
-        exchange("done")  # a process that left earlier would be missed
-        watch.over = True
+        watch.finish()
     except BaseException as error:
         failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
         if failed and "RESOURCE_EXHAUSTED" not in str(error):
@@ -251,11 +251,16 @@ class _Watch(threading.Thread):
         super().__init__(name="watch over the processes", daemon=True)
         self.client = ocp.multihost.get_jax_distributed_client()
         self.seconds, self.way_on, self.over = seconds, way_on, False
+        self.unreachable = f"{_name(0)}, the coordinator, was lost: it cannot be reached any more"
         self.heard = {p: ("", time.monotonic()) for p in range(1, jax.process_count())}
 
     def run(self) -> None:
         """Until `over`; ends the process when another is lost."""
         for beat in itertools.count():
+            # A coordinator may hang instead of ending, and what is asked of it with it.
+            alarm = threading.Timer(self.seconds, self._end, [self.unreachable])
+            alarm.daemon = True
+            alarm.start()
             try:
                 self.client.key_value_set(
                     f"{_BEAT}{jax.process_index()}", str(beat), allow_overwrite=True
@@ -269,13 +274,12 @@ class _Watch(threading.Thread):
                 # when the coordinator is.
                 message = self.client.blocking_key_value_get(_END, round(100 * self.seconds))
             except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" in str(error):
-                    if self.over:
-                        return
+                if "DEADLINE_EXCEEDED" in str(error) and not self.over:
                     continue
-                message = f"{_name(0)}, the coordinator, was lost: it cannot be reached any more"
-            if not self.over:
-                self._end(message)
+                message = self.unreachable
+            finally:
+                alarm.cancel()
+            self._end(message)
             return
 
     def _silent(self) -> list[int]:
@@ -290,12 +294,22 @@ class _Watch(threading.Thread):
     def _tell(self, message: str) -> None:
         self.client.key_value_set(_END, message, allow_overwrite=True)
 
-    def _end(self, message: str) -> NoReturn:
+    def _end(self, message: str) -> None:
+        if self.over or message == _DONE:
+            return
         # In one write: threads of libraries may be writing as well.
         os.write(2, f"\nerror: {message}. {self.way_on()}\n".encode())
         if jax.process_index() == 0:
             time.sleep(1)  # the message's readers lose the coordinator with this process
         os._exit(1)
+
+    def finish(self) -> None:
+        """Ends the watch once all processes have done their work: one gone earlier is missed."""
+        exchange(_DONE)
+        self.over = True
+        if jax.process_index() == 0:
+            self._tell(_DONE)
+        self.join(self.seconds)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others what ended this process, then lets it end."""
