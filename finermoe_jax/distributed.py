@@ -297,8 +297,9 @@ class _Watch(threading.Thread):
     def _end(self, message: str) -> None:
         if self.over or message == _DONE:
             return
-        # In one write: threads of libraries may be writing as well.
-        os.write(2, f"\nerror: {message}. {self.way_on()}\n".encode())
+        # At once, and unbuffered: where the coordinator is lost, JAX is about to abort the process.
+        os.write(2, f"\nerror: {message}.".encode())
+        os.write(2, f" {self.way_on()}\n".encode())
         if jax.process_index() == 0:
             time.sleep(1)  # the message's readers lose the coordinator with this process
         os._exit(1)
