@@ -159,19 +159,27 @@ def train() -> None:
         define_config("configs/demo.py")
         _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
               "(default: a new directory under runs/)")  # fmt: skip
+        _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
+              "of several processes: how long one may be silent until all end")  # fmt: skip
 
     def main() -> None:
         config = read_config()
         if FLAGS.print_config:
             print_config(config)
             return
-        from finermoe_jax import training
+        heartbeat = FLAGS.heartbeat_seconds
+        if not 1 <= heartbeat <= 3600:
+            raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
+        from finermoe_jax import distributed, training
+        from finermoe_jax.workdir import way_on
 
+        distributed.initialize(heartbeat)
         workdir = FLAGS.workdir
         if not workdir:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            workdir = f"runs/{_config_name()}-{stamp}"
-        training.train(config, Path(workdir))
+            workdir = distributed.exchange(f"runs/{_config_name()}-{stamp}")[0]
+        with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
+            training.train(config, Path(workdir))
 
     run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
          main)  # fmt: skip

@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,22 +145,31 @@ def split_held_out(tokens: np.ndarray, config: DataConfig) -> tuple[Windows, Win
     return train, evaluation
 
 
-def train_batches(
-    windows: Windows, config: DataConfig, start_step: int, process: int, processes: int
-) -> Iterator[np.ndarray]:
-    """This process's rows [B / processes, T + 1] of every global batch from start_step on.
+class _Batches(grain.sources.RandomAccessDataSource):
+    """Some rows of every global batch, by step."""
 
-    The shuffled order depends on the seed and the epoch alone. A process takes every
-    `processes`-th row, so the global batches are the same for any number of them, and the
-    position in the data is the step number.
+    def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self.order, self.batch_size, self.rows = order, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.stack([self.order[int(step) * self.batch_size + row] for row in self.rows])
+
+    def __repr__(self) -> str:
+        return f"_Batches({len(self.rows)} of {self.batch_size} rows)"
+
+
+def train_batches(
+    windows: Windows, config: DataConfig, start_step: int, rows: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """The given rows [R, T + 1] of every global batch from start_step on.
+
+    The shuffled order depends on the seed and the epoch alone, and row r of step s is its entry
+    s * global_batch_size + r: global batches are the same however many processes share them, and
+    the position in the data is the step number.
     """
-    rows = config.global_batch_size // processes
-    dataset = (
-        grain.MapDataset.source(windows)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .slice(slice(process, None, processes))
-        .batch(rows)
-    )
-    return iter(dataset.slice(slice(start_step, None)).to_iter_dataset())
+    order = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+    batches = grain.MapDataset.source(_Batches(order, config.global_batch_size, rows))
+    return iter(batches.slice(slice(start_step, None)).to_iter_dataset())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import resource
 import sys
 import time
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
-from finermoe_jax import data, plot, sharding
+from finermoe_jax import data, distributed, plot, sharding
 from finermoe_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_params,
@@ -38,7 +39,7 @@ from finermoe_jax.sharding import Placement
 from finermoe_jax.step import abstract_optimizer, init_optimizer, jit_step, rebuild
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
-from finermoe_jax.workdir import Log, claim, prepare, refuse_differences
+from finermoe_jax.workdir import Log, claim, find_shared, prepare, refuse_differences
 from pallas_kernels.platform import Implementation, platform
 
 
@@ -57,16 +58,56 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     Writes config.json, metrics.jsonl, evals.jsonl, samples.jsonl, checkpoints/, tokenizer/ and
     loss.png. A resumed run needs the workdir and the text, not init_from.
 
-    Raises InputError for whatever is wrong with the input, before the first step.
+    With several processes all of them call this, with the same arguments and a workdir that they
+    share; the first one writes and speaks.
+
+    Raises InputError for whatever is wrong with the input, before the first step, and on every
+    process alike.
     """
     workdir = workdir.absolute()
+    first = jax.process_index() == 0
+    if not first:
+        say = _silent
+    stated = json.dumps([dataclasses.asdict(config), str(workdir)])
+    distributed.same(stated, "was started with another config or --workdir than process 0")
+    with distributed.together():
+        mesh, start, tokenizer, text = _checked(config, workdir)
+    distributed.same(
+        str(newest_checkpoint(workdir / "checkpoints")),
+        f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
+        "that all processes share",
+    )
+    with distributed.together():
+        prepare(workdir, config, start.tokenizer_files)
+    with distributed.together():
+        find_shared(workdir)
+    start.tokenizer_files = workdir / "tokenizer"
+
+    with contextlib.closing(
+        TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
+    ) as checkpoints:
+        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
+    if first:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        say(f"peak memory {peak:.2f} GiB · loss curve in {plot.draw_loss(workdir)}")
+
+
+def _silent(message: str) -> None:
+    """What processes other than the first say."""
+
+
+def _checked(
+    config: RunConfig, workdir: Path
+) -> tuple[Mesh, _Start, Any, tuple[data.Windows, data.Windows]]:
+    """All that is read; nothing is written, and nothing said to other processes."""
     mesh = sharding.make_mesh(config.mesh)
     parts = sharding.batch_parts(mesh)
     microbatch = config.data.global_batch_size // config.train.grad_accumulation
     if microbatch % parts:
         raise InputError(
             f"a microbatch of {microbatch} sequences (data.global_batch_size / "
-            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it"
+            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it, "
+            f"in {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
         )
     kernel = _kernel(config)
     claim(workdir, config)
@@ -84,19 +125,11 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     if not config.data.path:
         raise InputError("data.path is empty; name a .txt or .jsonl file to train on")
     documents = data.read_documents(find(config.data.path))
-    tokens = data.tokenize(documents, tokenizer, show_progress=True)
-    windows, held_out = data.split_held_out(tokens, config.data)
+    tokens = data.tokenize(documents, tokenizer, show_progress=jax.process_index() == 0)
+    text = data.split_held_out(tokens, config.data)
     for prompt in config.prompts:
         complete(start.model, tokenizer, prompt, config.prompt_tokens, 0.0, 0)  # checks it
-    prepare(workdir, config, start.tokenizer_files)
-    start.tokenizer_files = workdir / "tokenizer"
-
-    with contextlib.closing(
-        TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
-    ) as checkpoints:
-        _run(config, workdir, mesh, start, tokenizer, (windows, held_out), checkpoints, say)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(f"peak memory {peak:.2f} GiB · loss curve in {plot.draw_loss(workdir)}")
+    return mesh, start, tokenizer, text
 
 
 def _run(
@@ -140,7 +173,7 @@ def _run(
         if start.dense is not None:
             report("dense base", start.dense, 0)
         start.dense = None
-        params = jax.device_put(nnx.to_pure_dict(state), shardings)
+        params = distributed.place(nnx.to_pure_dict(state), shardings)
         opt_state = init_optimizer(tx, params, shardings, mesh)
         report("step 0", rebuild(graphdef, params), 0)
         checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files)
@@ -159,7 +192,9 @@ def _run(
         config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
         checkpoints, log, report,
     )  # fmt: skip
-    if not log.has_evaluation(config.train.steps):  # a kill may have come just before it
+    # A kill may have come just before it. All go by what the first process finds: it may already
+    # be writing when another one looks.
+    if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
         report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
 
 
@@ -180,6 +215,7 @@ def _loop(
     bar = tqdm(
         total=steps, initial=first, desc="training", unit="step", file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
+        disable=jax.process_index() > 0,
     )  # fmt: skip
     clock, since = time.perf_counter(), first
     for step in range(first + 1, steps + 1):
@@ -204,15 +240,25 @@ def _loop(
 
 
 def _global_batches(
-    config: RunConfig, windows: data.Windows, first: int, rows: jax.sharding.NamedSharding
+    config: RunConfig, windows: data.Windows, first: int, sharding: jax.sharding.NamedSharding
 ) -> Iterator[Array]:
-    """Batches [B, T + 1] over all devices, made of each process's own rows."""
-    local = data.train_batches(
-        windows, config.data, first, jax.process_index(), jax.process_count()
-    )
+    """Batches [B, T + 1] over all devices; each process reads the rows that its devices hold."""
     shape = (config.data.global_batch_size, config.data.sequence_length + 1)
-    for batch in local:
-        yield jax.make_array_from_process_local_data(rows, np.asarray(batch), shape)
+
+    def rows_of(index: tuple[slice, ...] | None) -> range:
+        assert index is not None
+        return range(shape[0])[index[0]]
+
+    here = sharding.addressable_devices_indices_map(shape).values()
+    rows = sorted({row for index in here for row in rows_of(index)})
+    for batch in data.train_batches(windows, config.data, first, rows):
+
+        def part(index: tuple[slice, ...] | None, batch: np.ndarray = batch) -> np.ndarray:
+            wanted = rows_of(index)
+            start = rows.index(wanted[0])
+            return batch[start : start + len(wanted)]
+
+        yield jax.make_array_from_callback(shape, sharding, part)
 
 
 def _kernel(config: RunConfig) -> Implementation | None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from finermoe_jax import plot
+from finermoe_jax.checkpoint import newest_checkpoint
 from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.hf_config import read_json
@@ -15,7 +17,10 @@ from finermoe_jax.hf_weights import copy_tokenizer
 
 
 def claim(workdir: Path, config: RunConfig) -> None:
-    """Refuses a directory that holds something else, or a run with another config."""
+    """Refuses a directory that holds something else, or a run with another config.
+
+    The mesh may differ: a run may go on on more devices, or fewer.
+    """
     if not workdir.exists():
         return
     if not workdir.is_dir():
@@ -23,8 +28,8 @@ def claim(workdir: Path, config: RunConfig) -> None:
     if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
         refuse_differences(
             f"{workdir} holds a run with another config",
-            read_json(workdir / "config.json"),
-            dataclasses.asdict(config),
+            read_json(workdir / "config.json") | {"mesh": None},
+            dataclasses.asdict(config) | {"mesh": None},
             "give a new --workdir, or the config that the run began with",
         )
     elif any(workdir.iterdir()):
@@ -43,6 +48,29 @@ def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
     (workdir / "tokenizer").mkdir(exist_ok=True)
     if tokenizer_files != workdir / "tokenizer":
         copy_tokenizer(tokenizer_files, workdir / "tokenizer")
+
+
+def find_shared(workdir: Path) -> None:
+    """Waits until the prepared workdir is seen here too; network file systems may take a while.
+
+    Raises InputError when it is not, since only the first process has prepared it.
+    """
+    deadline = time.monotonic() + 60
+    while not (workdir / "config.json").is_file():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"process 0 has made {workdir}, but it is not there: --workdir must be one "
+                "directory that all processes share"
+            )
+        time.sleep(0.5)
+
+
+def way_on(workdir: Path) -> str:
+    """Where a run that must end now can go on, in a sentence."""
+    newest = newest_checkpoint(workdir.absolute() / "checkpoints")
+    if newest is None:
+        return f"{workdir} holds no complete checkpoint: the run must begin anew."
+    return f"The run can go on from step {newest.name}: --workdir={workdir}."
 
 
 class Log:
