@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -68,12 +69,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices; "
             "set one of the axes to -1 to take the rest"
         )
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        return _sliced_mesh(sizes, slices, devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=devices,
     )
+
+
+def _sliced_mesh(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over several slices, whose data axis alone goes from one to another."""
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh {sizes}: data must be a multiple of the {slices} slices, since it alone goes "
+            "over the slower network between them"
+        )
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    between = (slices, *(1 for _ in inside[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(
