@@ -140,6 +140,8 @@ def compile_step(step: Step, target: Target, say: Callable[[str], None] = print)
     except jax.errors.JaxRuntimeError as error:
         figures["compile_seconds"] = time.perf_counter() - began
         figures["peak_bytes"] = out_of_memory(str(error))
+        if "temporaries (" in str(error):  # the first of two checks, before arguments are added
+            figures["peak_bytes"] += step.state_bytes
         figures["largest"] = largest_allocations(str(error))
         figures["fits"] = False
         return figures
@@ -186,7 +188,7 @@ def out_of_memory(message: str) -> float:
     Raises InputError, with the message, for another error.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B?", message)
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
     if found is None or "RESOURCE_EXHAUSTED" not in message:
         first = next((line for line in message.splitlines() if line.strip()), "no reason")
         raise InputError(f"the program does not compile for this topology: {first[:600]}")

@@ -54,10 +54,10 @@ def _tpu(memory: float, teraflops: float, gigabytes: float, gigabits: float, dev
 # chip); NVIDIA's H100 SXM data sheet, NVLink's 900 GB/s being both directions together. Memory of
 # a TPU is the limit in libtpu's own out-of-memory error.
 CHIPS: Mapping[str, Chip] = {
-    "v5e": _tpu(15.75, 197, 819, 1600, 1),
-    "v5p": _tpu(95.73, 459, 2765, 4800, 1),
-    "v6e": _tpu(31.24, 918, 1640, 3584, 1),
-    "tpu7x": _tpu(94.74, 2307, 7380, 9600, 2),
+    "v5e": _tpu(15.75, 197.0, 819.0, 1600.0, 1),
+    "v5p": _tpu(95.73, 459.0, 2765.0, 4800.0, 1),
+    "v6e": _tpu(31.24, 918.0, 1640.0, 3584.0, 1),
+    "tpu7x": _tpu(94.74, 2307.0, 7380.0, 9600.0, 2),
     "h100": Chip(
         0.9 * 84942979072,
         "0.9 of its 79.1 GiB: needs XLA_PYTHON_CLIENT_MEM_FRACTION=0.9",
