@@ -236,3 +236,60 @@ def _convolution(instruction: Instruction, inside: Computation) -> float:
     batches = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
     batch = lhs[labels[1].index("b")] // batches
     return 2.0 * pairs * batch * rhs[labels[2].index("i")] * rhs[labels[2].index("o")]
+
+
+# --- loops ------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """A running computation, and what its parameter is in the one that called it."""
+
+    computation: Computation
+    argument: str | None  # a loop's initial tuple, by its name in `outer`
+    outer: "Frame | None"
+
+
+def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
+    """How often a loop's body runs; None: that depends on data."""
+    if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
+    compare = condition.instructions[condition.root]
+    if compare.opcode == "fusion":  # operands in the fusion's order
+        inner = module.computations[compare.called[0]]
+        fused = inner.instructions[inner.root]
+        numbers = [inner.instructions[name].inside for name in fused.operands]
+        if not all(n.isdigit() for n in numbers):
+            return None
+        operands = [compare.operands[int(n)] for n in numbers]
+        compare = dataclasses.replace(fused, operands=tuple(operands))
+    direction = compare.attribute(r"direction=(\w+)")
+    if compare.opcode != "compare" or direction not in ("LT", "GT"):
+        return None
+    inside = Frame(condition, loop.operands[0], frame)
+    counter, bound = compare.operands if direction == "LT" else compare.operands[::-1]
+    start, stop = constant(counter, inside), constant(bound, inside)
+    return None if start is None or stop is None else max(0, stop - start)
+
+
+def constant(name: str, frame: Frame) -> int | None:
+    """The integer that an instruction is, or was when its loop began."""
+    found = frame.computation.instructions[name]
+    if found.opcode == "constant":
+        return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
+    if found.opcode in ("copy", "bitcast", "copy-done", "reshape", "convert"):
+        return constant(found.operands[0], frame)
+    if found.opcode == "copy-start":
+        return constant(found.operands[0], frame)
+    if found.opcode != "get-tuple-element":
+        return None
+    index = int(found.attribute(r"index=(\d+)") or -1)
+    source = frame.computation.instructions[found.operands[0]]
+    if source.opcode == "tuple":
+        return constant(source.operands[index], frame)
+    if source.opcode != "parameter" or frame.outer is None or frame.argument is None:
+        return None
+    given = frame.outer.computation.instructions[frame.argument]
+    if given.opcode != "tuple":
+        return None
+    return constant(given.operands[index], frame.outer)

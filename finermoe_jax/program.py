@@ -20,10 +20,10 @@ group of n goes around a ring:
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from finermoe_jax.hlo import (
     Computation,
+    Frame,
     Instruction,
     Module,
     flops,
@@ -31,6 +31,7 @@ from finermoe_jax.hlo import (
     parse,
     replica_groups,
     source_targets,
+    trips,
 )
 
 COLLECTIVES = (
@@ -47,8 +48,9 @@ _FREE = {
     "replica-id", "iota", "opt-barrier", "optimization-barrier", "add-dependency",
 }  # fmt: skip
 _FREE_TARGETS = {
-    "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding",
+    "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "SliceId",
     "GatherScatterIndicesBitpacked", "AsyncCollectiveStart", "AsyncCollectiveDone",
+    "ZeroCrop",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -70,14 +72,6 @@ class Costs:
         return self.matmul_flops + self.kernel_flops
 
 
-class _Frame(NamedTuple):
-    """A running computation, and what its parameter is in the one that called it."""
-
-    computation: Computation
-    argument: str | None  # a loop's initial tuple, by its name in `outer`
-    outer: "_Frame | None"
-
-
 def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) -> Costs:
     """The costs of `compiled.as_text()`.
 
@@ -88,7 +82,7 @@ def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) ->
     """
     walk = _Walk(parse(text), slices, fast_memory)
     entry = walk.module.computations[walk.module.entry]
-    walk.run(_Frame(entry, None, None), 1.0)
+    walk.run(Frame(entry, None, None), 1.0)
     walk.costs.notes = list(dict.fromkeys(walk.costs.notes))
     return walk.costs
 
@@ -100,7 +94,7 @@ class _Walk:
 
     # --- control flow -----------------------------------------------------------------------
 
-    def run(self, frame: _Frame, times: float) -> None:
+    def run(self, frame: Frame, times: float) -> None:
         """Adds what a computation costs when it runs `times` times."""
         chains: set[str] = set()
         for instruction in frame.computation.instructions.values():
@@ -111,16 +105,16 @@ class _Walk:
                 self._branches(instruction, frame, times)
             elif opcode == "call" or (opcode == "async-start" and instruction.called):
                 for name in instruction.called:
-                    self.run(_Frame(self.module.computations[name], None, None), times)
+                    self.run(Frame(self.module.computations[name], None, None), times)
             else:
                 self._count(instruction, frame.computation, times, chains)
 
-    def _branches(self, instruction: Instruction, frame: _Frame, times: float) -> None:
+    def _branches(self, instruction: Instruction, frame: Frame, times: float) -> None:
         self.costs.notes.append("of a conditional the branch with the most HBM bytes is counted")
         branches = []
         for name in instruction.called:
             walk = _Walk(self.module, self.slices, self.fast)
-            walk.run(_Frame(self.module.computations[name], None, None), times)
+            walk.run(Frame(self.module.computations[name], None, None), times)
             branches.append(walk.costs)
         self._add(max(branches, key=lambda costs: (costs.hbm_bytes, costs.flops)))
 
@@ -133,62 +127,18 @@ class _Walk:
             else:
                 setattr(self.costs, field.name, mine + theirs)
 
-    def _loop(self, loop: Instruction, frame: _Frame, times: float) -> None:
+    def _loop(self, loop: Instruction, frame: Frame, times: float) -> None:
         body = self.module.computations[loop.attribute(r"body=%?([\w.\-]+)") or ""]
-        inner = _Frame(body, loop.operands[0], frame)
-        trips = self.trips(loop, frame)
-        if trips is None:
+        inner = Frame(body, loop.operands[0], frame)
+        count = trips(self.module, loop, frame)
+        if count is None:
             where = loop.attribute(r'op_name="([^"]*)"') or loop.name
             place = "/".join(part for part in where.split("/") if "(" not in part)
             self.costs.notes.append(
                 f"a loop whose trips are known only at run time is counted as not run: {place}"
             )
             return
-        self.run(inner, times * trips)
-
-    def trips(self, loop: Instruction, frame: _Frame) -> int | None:
-        """How often a loop's body runs; None: that depends on data."""
-        if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
-            return int(known)
-        condition = self.module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
-        compare = condition.instructions[condition.root]
-        if compare.opcode == "fusion":  # operands in the fusion's order
-            inner = self.module.computations[compare.called[0]]
-            fused = inner.instructions[inner.root]
-            numbers = [inner.instructions[name].inside for name in fused.operands]
-            if not all(n.isdigit() for n in numbers):
-                return None
-            operands = [compare.operands[int(n)] for n in numbers]
-            compare = dataclasses.replace(fused, operands=tuple(operands))
-        direction = compare.attribute(r"direction=(\w+)")
-        if compare.opcode != "compare" or direction not in ("LT", "GT"):
-            return None
-        inside = _Frame(condition, loop.operands[0], frame)
-        counter, bound = compare.operands if direction == "LT" else compare.operands[::-1]
-        start, stop = self.constant(counter, inside), self.constant(bound, inside)
-        return None if start is None or stop is None else max(0, stop - start)
-
-    def constant(self, name: str, frame: _Frame) -> int | None:
-        """The integer that an instruction is, or was when its loop began."""
-        found = frame.computation.instructions[name]
-        if found.opcode == "constant":
-            return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
-        if found.opcode in ("copy", "bitcast", "copy-done", "reshape", "convert"):
-            return self.constant(found.operands[0], frame)
-        if found.opcode == "copy-start":
-            return self.constant(found.operands[0], frame)
-        if found.opcode != "get-tuple-element":
-            return None
-        index = int(found.attribute(r"index=(\d+)") or -1)
-        source = frame.computation.instructions[found.operands[0]]
-        if source.opcode == "tuple":
-            return self.constant(source.operands[index], frame)
-        if source.opcode != "parameter" or frame.outer is None or frame.argument is None:
-            return None
-        given = frame.outer.computation.instructions[frame.argument]
-        if given.opcode != "tuple":
-            return None
-        return self.constant(given.operands[index], frame.outer)
+        self.run(inner, times * count)
 
     # --- one instruction --------------------------------------------------------------------
 
@@ -201,6 +151,9 @@ class _Walk:
             return
         target = instruction.attribute(r'custom_call_target="([^"]+)"')
         if opcode == "custom-call" and target in _FREE_TARGETS:
+            return
+        if opcode in ("send", "recv"):
+            self._between_slices(instruction, inside, times)
             return
         if kind in COLLECTIVES:
             self._collective(kind, instruction, inside, times)
@@ -244,6 +197,18 @@ class _Walk:
             if amount:
                 totals[kind] = totals.get(kind, 0.0) + times * amount
 
+    def _between_slices(self, transfer: Instruction, inside: Computation, times: float) -> None:
+        """A TPU's program is that of one slice; hosts carry what goes to others."""
+        kind = transfer.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if transfer.opcode == "recv" or kind is None:
+            self.costs.hbm_bytes += times * transfer.leaves[0].bytes
+            return
+        kind = kind.lower().replace("_", "-")
+        size = inside.instructions[transfer.operands[0]].leaves[0].bytes
+        amount = _ring(kind, len(set(self.slices)), size) if kind in COLLECTIVES else size
+        self.costs.crossing_bytes[kind] = self.costs.crossing_bytes.get(kind, 0.0) + times * amount
+        self.costs.hbm_bytes += times * size
+
     def _sent(
         self, kind: str, instruction: Instruction, inside: Computation
     ) -> tuple[float, float]:
@@ -284,7 +249,8 @@ class _Walk:
         return max(0.0, _ring(kind, parts, size) - away), away
 
     def _slice(self, device: int) -> int:
-        return self.slices[device] if device < len(self.slices) else 0
+        one = self.module.partitions < len(self.slices)  # the program of one slice
+        return 0 if one or not self.slices else self.slices[device]
 
     # --- fusions ----------------------------------------------------------------------------
 

@@ -149,3 +149,21 @@ def test_a_tpus_text():
     assert found.kernel_flops == 3 * 1000
     assert found.sent_bytes == {"all-gather": 3 * 2 * 64 * 448, "reduce-scatter": 3 * 0.5 * 4 * 256}
     assert len(found.notes) == 0
+
+
+def test_what_hosts_carry_between_slices():
+    text = """HloModule jit_step, num_partitions=4
+
+ENTRY %main (a: f32[256]) -> f32[256] {
+  %a = f32[256]{0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[256]{0}, u32[]{:S(2)}, token[]) send(%a, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[256]{0}, u32[]{:S(2)}, token[]) recv(%after), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2
+  %recv-done = (f32[256]{0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %out = f32[256]{0} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+    found = analyse(text, slices=(0,) * 4 + (1,) * 4, fast_memory=True)
+    assert found.crossing_bytes == {"all-reduce": 2 * 1 / 2 * 1024}
+    assert found.hbm_bytes == 2 * 1024 and not found.sent_bytes
