@@ -11,7 +11,7 @@ from finermoe_jax.topology import HOST_BYTES_PER_SECOND, Target
 _GIB = 2**30
 
 
-def gib(size: float) -> str:
+def gib(size: float | int) -> str:
     """Bytes as GiB."""
     return f"{size / _GIB:9.3f} GiB"
 
