@@ -17,7 +17,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "demo/model"
     config.moe.update(intermediate_granularity=8, output_granularity=2)
-    apply_variant(config, variant)
     config.prompts = ("The following example shows", "import ", "Return the")
     config.data.update(
         path="demo/pydoc_small.txt",
@@ -34,4 +33,5 @@ def get_config(variant: str = "") -> ConfigDict:
         eval_every=50,
         checkpoint_every=50,
     )
+    apply_variant(config, variant)
     return config

@@ -3,8 +3,9 @@
     python train.py --config=configs/qwen1p5b.py --config.data.path=TEXT.jsonl --workdir=DIR
     python convert_hf.py --source=Qwen/Qwen2.5-1.5B --target=DIR --config=configs/qwen1p5b.py
 
-128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variant `:ct` keeps the model dense. The parameter
-counts: python -m finermoe_jax.params --config=configs/qwen1p5b.py
+128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variant `:ct` keeps the model dense, `:lean`
+saves memory (finermoe_jax/published.py). The parameter counts:
+python -m finermoe_jax.params --config=configs/qwen1p5b.py
 """
 
 from ml_collections import ConfigDict

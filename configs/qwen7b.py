@@ -3,8 +3,9 @@
     python train.py --config=configs/qwen7b.py --config.data.path=TEXT.jsonl --workdir=DIR
     python convert_hf.py --source=Qwen/Qwen2.5-7B --target=DIR --config=configs/qwen7b.py
 
-128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variant `:ct` keeps the model dense. The parameter
-counts: python -m finermoe_jax.params --config=configs/qwen7b.py
+128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variant `:ct` keeps the model dense, `:lean`
+saves memory (finermoe_jax/published.py). The parameter counts:
+python -m finermoe_jax.params --config=configs/qwen7b.py
 """
 
 from ml_collections import ConfigDict

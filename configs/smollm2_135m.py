@@ -17,7 +17,6 @@ from finermoe_jax.published import apply_variant
 def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "models/smollm2_135m"
-    apply_variant(config, variant)
     config.model = ConfigDict(
         dict(
             vocab_size=49152,
@@ -46,4 +45,5 @@ def get_config(variant: str = "") -> ConfigDict:
         steps=60, compute_dtype="float32", remat="dots", eval_every=20, checkpoint_every=60,
         keep_checkpoints=1,
     )  # fmt: skip
+    apply_variant(config, variant)
     return config

@@ -94,6 +94,11 @@ def _flag(define: Callable[..., Any], name: str, default: Any, text: str) -> Non
     _OWN_FLAGS.append(name)
 
 
+def define_flag(define: Callable[..., Any], name: str, default: Any, text: str) -> None:
+    """Defines a flag that --help shows, for the `python -m` tools."""
+    _flag(define, name, default, text)
+
+
 def _join_config(argv: list[str]) -> list[str]:
     """`--config FILE` as `--config=FILE`."""
     for i, argument in enumerate(argv[:-1]):

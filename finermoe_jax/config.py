@@ -282,6 +282,11 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
 
+    # "adafactor": second moments kept as a row and a column of each matrix, no first moment; same
+    # schedule, clipping and decay. beta1, beta2 and moment_dtype are AdamW's alone.
+    name: Literal["adamw", "adafactor"] = "adamw"
+    # AdamW's first moment. The second keeps the weights' dtype: Optax has no option for it.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 1e-5
     final_learning_rate: float = 1e-7
     warmup_fraction: float = 0.01
@@ -370,6 +375,11 @@ class RunConfig:
         ):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
+            raise InputError(
+                f"optimizer.moment_dtype={optimizer.moment_dtype} is AdamW's, and optimizer.name="
+                f"{optimizer.name} keeps no first moment: leave it at float32"
+            )
         for name, number, low, high in (
             ("data.eval_fraction", data.eval_fraction, 0, 0.999),
             ("data.seed", data.seed, 0, 2**32 - 1),

@@ -1,16 +1,22 @@
 """Parameter counts, without allocating weights.
 
-python -m finermoe_jax.params [--config=configs/NAME.py[:VARIANT]]
+    python -m finermoe_jax.params [--config=configs/NAME.py[:VARIANT]]
+    python -m finermoe_jax.params --shardings --devices=256 --config=… --config.mesh.fsdp=…
+
+The second shows how a mesh splits every parameter, without its devices.
 """
 
 import dataclasses
 import math
 
+import jax.numpy as jnp
 from absl import flags
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from finermoe_jax import commands
-from finermoe_jax.config import ModelConfig, MoEConfig
+from finermoe_jax import commands, sharding
+from finermoe_jax.config import ModelConfig, MoEConfig, RunConfig
+from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.hf_weights import read_config, resolve_source, with_shapes
 from finermoe_jax.published import QWEN2P5
@@ -29,6 +35,48 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and shape (stacked over its run's layers)."""
     state = nnx.to_flat_state(nnx.state(with_shapes(config), nnx.Param))
     return {"/".join(map(str, path)): tuple(variable.shape) for path, variable in state}
+
+
+def run_model(config: RunConfig) -> ModelConfig:
+    """The model that a run trains: of config.model, or of what init_from holds, upcycled."""
+    if not config.init_from:
+        assert config.model is not None
+        return dataclasses.replace(config.model, moe=config.moe)
+    model = config.model or read_config(resolve_source(find(config.init_from)))
+    if config.moe and model.moe is None:
+        model = upcycled_config(model, config.moe)
+    return model
+
+
+def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> str:
+    """Every parameter with its logical axes, PartitionSpec and bytes per device, and the notes.
+
+    `devices` takes the place of those that are not here; 0: as many as the mesh's sizes, -1 as 1.
+    Raises InputError for sizes that do not multiply to it.
+    """
+    sizes = sharding.mesh_sizes(config.mesh, devices or sharding.least_devices(config.mesh))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    decoder = with_shapes(model)
+    shardings, notes = sharding.param_shardings(decoder, mesh)
+    placed = nnx.traversals.flatten_mapping(shardings)
+    lines, total, width = [], 0, jnp.dtype(config.train.param_dtype).itemsize
+    for path, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
+        size = math.prod(placed[path].shard_shape(variable.shape)) * width
+        total += size
+        lines.append(
+            f"{'/'.join(map(str, path)):<36} {'x'.join(map(str, variable.shape)):<18} "
+            f"{' '.join(variable.get_metadata()['out_sharding']):<36} "
+            f"{_partition(placed[path].spec):<34} {size:>15,}"
+        )
+    head = f"mesh {sizes} · {config.train.param_dtype} · the last column: bytes per device"
+    return "\n".join(
+        [head, *lines, f"{total:,} bytes per device ({total / 2**30:.2f} GiB)", *notes]
+    )
+
+
+def _partition(spec: PartitionSpec) -> str:
+    entries = ("*".join(e) if isinstance(e, tuple) else e or "-" for e in spec)
+    return f"({', '.join(entries)})"
 
 
 def true_counts(config: ModelConfig) -> Counts:
@@ -106,22 +154,37 @@ def main() -> None:
 
     def run() -> None:
         if not flags.FLAGS["config"].present:
+            if flags.FLAGS.shardings:
+                raise InputError("--shardings needs --config, whose mesh it is about")
             print(table(_published()))
             return
         config = commands.read_config()
+        if flags.FLAGS.devices < 0:
+            raise InputError(f"--devices={flags.FLAGS.devices} must be at least 1")
         if flags.FLAGS.print_config:
             commands.print_config(config)
             return
-        model = config.model or read_config(resolve_source(find(config.init_from)))
-        if config.moe and model.moe is None:
-            model = upcycled_config(model, config.moe)
+        model = run_model(config)
+        if flags.FLAGS.shardings:
+            print(sharding_table(config, model, flags.FLAGS.devices))
+            return
         for name, shape in parameter_shapes(model).items():
             print(f"{name:<40}{'x'.join(map(str, shape)):>24}{math.prod(shape):>16,}")
         print(table({"this config": model}))
 
+    def define() -> None:
+        commands.define_config(None)
+        commands.define_flag(
+            flags.DEFINE_bool, "shardings", False, "how config.mesh splits every parameter"
+        )
+        commands.define_flag(
+            flags.DEFINE_integer, "devices", 0,
+            "with --shardings: devices of the mesh (default: the product of its sizes, -1 as 1)",
+        )  # fmt: skip
+
     commands.run(
-        "Parameter counts: python -m finermoe_jax.params [--config=FILE]",
-        lambda: commands.define_config(None),
+        "Parameter counts: python -m finermoe_jax.params [--config=FILE] [--shardings]",
+        define,
         run,
     )
 

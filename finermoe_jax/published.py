@@ -30,17 +30,25 @@ _STEPS = round(50e9 / (2048 * 8192))
 def apply_variant(config: Any, variant: str) -> None:
     """What `--config=configs/NAME.py:VARIANT` changes in a preset, in place.
 
-    "" is the preset itself; "ct" keeps the model dense and trains it on (the paper's CT). Raises
-    InputError for another name.
+    "" is the preset itself; "ct" keeps the model dense and trains it on (the paper's CT); "lean"
+    is for one device of 16 GB: Adafactor, bfloat16 weights, one sequence of at most 2048 tokens a
+    step, so that no gradients are summed in float32. Raises InputError for another name.
     """
     if variant == "ct":
         config.moe = None
+    elif variant == "lean":
+        config.optimizer.name = "adafactor"
+        config.data.global_batch_size = 1
+        config.data.sequence_length = min(config.data.sequence_length, 2048)
+        config.train.update(
+            param_dtype="bfloat16", remat="full", grad_accumulation=1, loss_chunk_tokens=512
+        )
     elif variant:
-        raise InputError(f"unknown variant {variant!r}; known: ct")
+        raise InputError(f"unknown variant {variant!r}; known: ct, lean")
 
 
 def qwen_config(size: str, variant: str) -> Any:
-    """The run that made FineRMoE from Qwen2.5-{size}; variant "ct" trains the dense model on.
+    """The run that made FineRMoE from Qwen2.5-{size}; variants: `apply_variant`.
 
     Granularities, optimizer, schedule and batch are the defaults of finermoe_jax/config.py.
     """
@@ -49,6 +57,6 @@ def qwen_config(size: str, variant: str) -> Any:
     shape = dataclasses.asdict(QWEN2P5[size])
     del shape["moe"]
     config.model = type(config)(shape)
-    apply_variant(config, variant)
     config.train.update(steps=_STEPS, grad_accumulation=64)
+    apply_variant(config, variant)
     return config

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -61,24 +62,41 @@ class Placement(NamedTuple):
 ONE_DEVICE = Placement()
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or the given ones), axes in MeshConfig's order.
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis over so many devices.
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh {sizes}: sizes are positive, and at most one is -1 (the rest)")
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:
-        sizes[rest[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+        sizes[rest[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
         raise InputError(
-            f"mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices; "
+            f"mesh {sizes} has {math.prod(sizes.values())} places for {devices} devices; "
             "set one of the axes to -1 to take the rest"
         )
+    return sizes
+
+
+def least_devices(config: MeshConfig) -> int:
+    """The product of the sizes, "the rest" counted as one."""
+    return math.prod(max(1, size) for size in dataclasses.astuple(config))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or the given ones), axes in MeshConfig's order.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        return _sliced_mesh(sizes, slices, devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -87,8 +105,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
+def _sliced_mesh(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over several slices, whose data axis alone goes from one to another."""
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh {sizes}: data must be a multiple of the {slices} slices, since it alone goes "
+            "over the slower network between them"
+        )
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    between = (slices, *(1 for _ in inside[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 def spec(
-    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str, gathered: bool = False
+    axes: Sequence[str],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    name: str,
+    gathered: bool = False,
 ) -> tuple[PartitionSpec, list[str]]:
     """The PartitionSpec of an array with logical `axes`, and a note per axis not fully split.
 
@@ -137,7 +172,7 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def param_shardings(model: nnx.Module, mesh: Mesh) -> tuple[dict, list[str]]:
+def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict, list[str]]:
     """A NamedSharding per parameter, as a pure dict like the parameters', and notes (`spec`)."""
     notes: list[str] = []
     shardings = {}
@@ -238,12 +273,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def like_params(tree: Any, shardings: dict, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: each leaf as the parameter whose path it ends in."""
-    by_path = dict(nnx.traversals.flatten_mapping(shardings))
+def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: each leaf as the parameter whose path it ends in.
+
+    A leaf that is its parameter less one axis (Adafactor's row and column of second moments) keeps
+    the others' shardings; any other shape is whole on every device.
+    """
+    placed = nnx.traversals.flatten_mapping(shardings)
+    shapes = {path: p.shape for path, p in nnx.traversals.flatten_mapping(params).items()}
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         keys = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        return by_path[keys] if keys in by_path else replicated(mesh)
+        if keys not in placed:
+            return replicated(mesh)
+        shape, entries = shapes[keys], placed[keys].spec
+        entries = (*entries, *(None for _ in shape[len(entries) :]))
+        if leaf.shape == shape:
+            return placed[keys]
+        for axis in range(len(shape)):
+            if leaf.shape == (*shape[:axis], *shape[axis + 1 :]):
+                return NamedSharding(mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+        return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -1,6 +1,5 @@
 """One optimizer step as a function of arrays, and its compilation for a mesh."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from finermoe_jax import sharding
 from finermoe_jax.config import RunConfig
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
+from finermoe_jax.optim import apply_updates
 
 
 def train_step(
@@ -50,7 +50,10 @@ def train_step(
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     updates, opt_state = tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    key = jax.random.fold_in(jax.random.key(config.train.seed), count)
+    params = apply_updates(params, updates, key)
     return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
@@ -86,14 +89,14 @@ def jit_step(
     opt_state: Any,
     shardings: dict,
     mesh: Mesh,
-) -> tuple[Callable[[dict, Any, Array], tuple[dict, Any, dict]], tuple[Any, Any]]:
+) -> tuple[jax.stages.Wrapped, tuple[Any, Any]]:
     """train_step(params, opt_state, batch), jitted for a mesh; it consumes its first two.
 
     Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
     """
     places = (
         sharding.row_major(params, shardings),
-        sharding.row_major(opt_state, sharding.like_params(opt_state, shardings, mesh)),
+        sharding.row_major(opt_state, sharding.like_params(opt_state, params, shardings, mesh)),
     )
     step = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),
@@ -112,7 +115,7 @@ def abstract_optimizer(
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         shapes,
-        sharding.like_params(shapes, shardings, mesh),
+        sharding.like_params(shapes, params, shardings, mesh),
     )
 
 

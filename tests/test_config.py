@@ -42,6 +42,22 @@ def test_published_presets_state_the_papers_recipe(size):
     assert config.train.aux_loss_weight == 0.001 and config.train.compute_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["demo", "qwen0p5b", "qwen7b"])
+def test_lean_variant_is_for_one_small_device(name):
+    config = _preset(name, "lean")
+    assert config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16"
+    assert (config.data.global_batch_size, config.train.grad_accumulation) == (1, 1)
+    assert config.data.sequence_length <= 2048 and config.train.remat == "full"
+    assert config.moe is not None
+
+
+def test_moment_dtype_is_adamws():
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["optimizer"] |= {"name": "adafactor", "moment_dtype": "bfloat16"}
+    with pytest.raises(InputError, match="leave it at float32"):
+        run_config(values)
+
+
 @pytest.mark.parametrize("name", ["demo", "smollm2_135m", "qwen0p5b", "qwen1p5b", "qwen7b"])
 def test_ct_variant_is_dense_and_unknown_variants_are_refused(name):
     assert _preset(name, "ct").moe is None

@@ -6,12 +6,13 @@ import jax
 import pytest
 from flax import nnx
 
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config import MeshConfig, MoEConfig
+from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
-from finermoe_jax.params import paper_counts, true_counts
+from finermoe_jax.params import paper_counts, run_model, sharding_table, true_counts
 from finermoe_jax.published import QWEN2P5
 from finermoe_jax.upcycle import upcycled_config
-from tests.test_config import SMALL
+from tests.test_config import SMALL, _preset
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,21 @@ def test_true_count_is_what_a_model_holds(moe):
     model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     assert true_counts(config).total == held
+
+
+def test_shardings_are_shown_without_devices():
+    config = dataclasses.replace(_preset("qwen7b"), mesh=MeshConfig(-1, 16, 8, 2))
+    model = run_model(config)
+    text = sharding_table(config, model, 256)
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("runs")}
+    assert "layer expert expert_mlp expert_in" in lines["runs/0/0/moe/gate_up"]
+    assert "28x128x1184x3584" in lines["runs/0/0/moe/gate_up"]
+    bytes_each = [int(line.split()[-1].replace(",", "")) for line in lines.values()]
+    whole = 4 * true_counts(model).total
+    assert whole / 256 <= sum(bytes_each) < whole
+    assert "GiB)" in text and "'data': 1" in text
+    assert "stays whole" in sharding_table(
+        dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 8)), model
+    )
+    with pytest.raises(InputError, match="256 places for 8 devices"):
+        sharding_table(dataclasses.replace(config, mesh=MeshConfig(1, 16, 8, 2)), model, 8)

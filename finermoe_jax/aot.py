@@ -1,0 +1,257 @@
+"""Compiles the whole train step for hardware that is not there, and says whether it fits.
+
+    python -m finermoe_jax.aot --config=configs/qwen7b.py --topology=v5e:16x16
+        [--num_slices=2] [--suggest] [--output=FILE.json] [--config.mesh.fsdp=… and other overrides]
+
+Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), no accelerator, no weights, no text.
+Every figure is the compiler's or follows from its program: an estimate, nothing measured.
+
+Exit code 0: it compiled and fits. 1: it does not fit. 2: a mistake in the input.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
+
+from finermoe_jax import candidates, commands, report, sharding
+from finermoe_jax.checkpoint import abstract_params
+from finermoe_jax.config import ModelConfig, RunConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.hf_weights import with_shapes
+from finermoe_jax.optim import optimizer
+from finermoe_jax.params import run_model, true_counts
+from finermoe_jax.program import analyse
+from finermoe_jax.sharding import Placement
+from finermoe_jax.step import abstract_optimizer, jit_step
+from finermoe_jax.topology import Target, describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A run's train step in shapes: what its state takes of each device, and how to compile it."""
+
+    config: RunConfig
+    model: ModelConfig
+    mesh: Mesh
+    notes: list[str]
+    parameter_bytes: int  # per device, as the two below
+    gradient_bytes: int
+    optimizer_bytes: int
+    lower: Callable[[], Any]
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters and optimizer state."""
+        return self.parameter_bytes + self.optimizer_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one device has in flight: its part of a microbatch."""
+        data, parts = self.config.data, sharding.batch_parts(self.mesh)
+        rows = data.global_batch_size // self.config.train.grad_accumulation // parts
+        return rows * data.sequence_length
+
+
+def prepare(config: RunConfig, target: Target) -> Step:
+    """The train step of a config on a target's mesh. Allocates nothing.
+
+    Raises InputError: a mesh that does not multiply, or a microbatch that its devices do not share.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    parts = sharding.batch_parts(mesh)
+    microbatch = config.data.global_batch_size // config.train.grad_accumulation
+    if microbatch % parts:
+        raise InputError(
+            f"a microbatch of {microbatch} sequences (data.global_batch_size / "
+            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it"
+        )
+    model = with_shapes(run_model(config))
+    model.dtype = jnp.dtype(config.train.compute_dtype)
+    kernel = config.train.kernel
+    model.placement = Placement(mesh, None if kernel == "auto" else kernel)
+    shardings, notes = sharding.param_shardings(model, mesh)
+    params = abstract_params(model.config, config.train.param_dtype, shardings)
+    tx = optimizer(config.optimizer, config.train.steps)
+    state = abstract_optimizer(tx, params, shardings, mesh)
+    graphdef = nnx.split(model)[0]
+    step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
+    batch = jax.ShapeDtypeStruct(
+        (config.data.global_batch_size, config.data.sequence_length + 1),
+        jnp.int32,
+        sharding=sharding.batch_sharding(mesh),
+    )
+
+    def lower() -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step.trace(params, state, batch).lower(lowering_platforms=(target.platform,))
+
+    accumulated = config.train.grad_accumulation > 1
+    wide = jax.tree.map(lambda p: p.update(dtype=jnp.float32), params)
+    gradients = per_device_bytes(params) + (per_device_bytes(wide) if accumulated else 0)
+    return Step(
+        config, model.config, mesh, notes, per_device_bytes(params), gradients,
+        per_device_bytes(state), lower,
+    )  # fmt: skip
+
+
+def per_device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded shapes, without the padding of tiles."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def compile_step(step: Step, target: Target, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Compiles, and returns all figures (finermoe_jax/report.py prints them).
+
+    Raises InputError when the compiler refuses the program for another reason than memory.
+    """
+    began = time.perf_counter()
+    figures: dict[str, Any] = {
+        "what": "compiler estimates, nothing measured",
+        "topology": target.name,
+        "slices": target.slices,
+        "devices": len(target.devices),
+        "mesh": dict(step.mesh.shape),
+        "notes": step.notes,
+        "limit_bytes": target.chip.memory,
+        "limit_note": target.chip.memory_note,
+        "parameter_bytes": step.parameter_bytes,
+        "gradient_bytes": step.gradient_bytes,
+        "optimizer_bytes": step.optimizer_bytes,
+        "tokens_per_step": step.config.data.global_batch_size * step.config.data.sequence_length,
+    }
+    lowered = step.lower()
+    say(f"traced in {time.perf_counter() - began:.0f} s, compiling …")
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        figures["compile_seconds"] = time.perf_counter() - began
+        figures["peak_bytes"] = out_of_memory(str(error))
+        if "temporaries (" in str(error):  # the first of two checks, before arguments are added
+            figures["peak_bytes"] += step.state_bytes
+        figures["largest"] = largest_allocations(str(error))
+        figures["fits"] = False
+        return figures
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    figures |= {
+        "compile_seconds": time.perf_counter() - began,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "peak_bytes": peak,
+        "fits": peak <= target.chip.memory,
+    }
+    slices = [target.slice_of(device) for device in step.mesh.devices.flat]
+    costs = analyse(compiled.as_text(), slices, fast_memory=target.platform == "tpu")
+    figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
+    figures |= report.roofline(costs, target, figures["tokens_per_step"], model_flops(step))
+    return figures
+
+
+def model_flops(step: Step) -> float:
+    """FLOPs per token that the model's arithmetic needs, for model FLOPs utilisation.
+
+    6 per active parameter, the input embedding's rows apart, and 12 L N H T of attention (Chowdhery
+    et al., PaLM, appendix B): recomputation does not count.
+    """
+    model, length = step.model, step.config.data.sequence_length
+    active = true_counts(model).active
+    if not model.tie_word_embeddings:
+        active -= model.vocab_size * model.hidden_size
+    heads = model.num_attention_heads * model.attention_head_dim
+    return 6.0 * active + 12.0 * model.num_hidden_layers * heads * length
+
+
+def out_of_memory(message: str) -> float:
+    """The bytes that a program wanted, from XLA's out-of-memory error.
+
+    Raises InputError, with the message, for another error.
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
+    if found is None or "RESOURCE_EXHAUSTED" not in message:
+        first = next((line for line in message.splitlines() if line.strip()), "no reason")
+        raise InputError(f"the program does not compile for this topology: {first[:600]}")
+    return float(found[1]) * units[found[2]]
+
+
+def largest_allocations(message: str) -> list[str]:
+    """The first of the largest allocations that the error lists: size, shape and origin."""
+    found = re.findall(
+        r"Size: (\S+)\s+(?:Operator: op_name=\"([^\"]*)\")?[^\n]*\n\s+Shape: (\S+)", message
+    )
+    return [f"{size}  {shape}  {origin}".rstrip() for size, origin, shape in found[:6]]
+
+
+def main() -> None:
+    """The command."""
+
+    def define() -> None:
+        commands.define_config(None)
+        flag = commands.define_flag
+        flag(flags.DEFINE_string, "topology", "", "v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 "
+             "(chips), h100:8 (GPUs)")  # fmt: skip
+        flag(flags.DEFINE_integer, "num_slices", 1, "TPU slices of that shape; data parallelism "
+             "goes over them")  # fmt: skip
+        flag(flags.DEFINE_bool, "suggest", False, "where it does not fit, compile the changes that "
+             "may help until one fits; without it they are estimated from shapes")  # fmt: skip
+        flag(flags.DEFINE_string, "output", "", "also write all figures as JSON to this file")
+
+    status = 0
+
+    def run() -> None:
+        nonlocal status
+        if not flags.FLAGS["config"].present:
+            raise InputError("--config is needed; see --help")
+        config = commands.read_config()
+        if flags.FLAGS.print_config:
+            commands.print_config(config)
+            return
+        output = Path(flags.FLAGS.output).absolute() if flags.FLAGS.output else None
+        if output and not output.parent.is_dir():
+            raise InputError(f"--output={output}: its directory does not exist")
+        target = describe(flags.FLAGS.topology, flags.FLAGS.num_slices)
+        step = prepare(config, target)
+        print(report.heading(step.mesh, target, config, step.notes), flush=True)
+        figures = compile_step(step, target)
+        print(report.text(figures, target))
+        if not figures["fits"]:
+            status = 1
+            figures["changes"] = candidates.search(
+                step, figures, target, compiling=flags.FLAGS.suggest
+            )
+        if output:
+            output.write_text(json.dumps(figures, indent=2) + "\n")
+
+    commands.run(
+        "Compile the train step for hardware that is not there: python -m finermoe_jax.aot "
+        "--config=FILE --topology=v5e:16x16\nExit code 0: it fits; 1: it does not; 2: a mistake "
+        "in the input. All figures are compiler estimates.",
+        define,
+        run,
+    )
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Changes that may make a train step fit, tried in a stated order.
+
+First those that leave the training's arithmetic as it is, then those that change it. Each alone,
+then one added to another.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finermoe_jax import sharding
+from finermoe_jax.config import RunConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.topology import Target
+
+if TYPE_CHECKING:
+    from finermoe_jax.aot import Step
+
+_MARGIN = 1.25  # of the limit: an estimate above it is not worth a compilation
+
+
+class Change(NamedTuple):
+    """A change and its effect on a config; None where it has none."""
+
+    flag: str
+    apply: Callable[[RunConfig, Target], RunConfig | None]
+
+
+def _train(config: RunConfig, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
+
+
+def _remat(config: RunConfig, target: Target) -> RunConfig | None:
+    return None if config.train.remat == "full" else _train(config, remat="full")
+
+
+def _fsdp(config: RunConfig, target: Target) -> RunConfig | None:
+    mesh = dict(sharding.make_mesh(config.mesh, target.devices).shape)
+    if mesh["data"] == target.slices:
+        return None
+    mesh["fsdp"] *= mesh["data"] // target.slices
+    mesh["data"] = target.slices
+    return dataclasses.replace(config, mesh=type(config.mesh)(**mesh))
+
+
+def _accumulate(config: RunConfig, target: Target) -> RunConfig | None:
+    parts = sharding.batch_parts(sharding.make_mesh(config.mesh, target.devices))
+    count = config.data.global_batch_size // parts
+    if count <= config.train.grad_accumulation or config.data.global_batch_size % count:
+        return None
+    return _train(config, grad_accumulation=count)
+
+
+def _loss(config: RunConfig, target: Target) -> RunConfig | None:
+    rows = config.data.global_batch_size // config.train.grad_accumulation
+    chunk = max(rows, config.train.loss_chunk_tokens // 4)
+    return None if chunk >= config.train.loss_chunk_tokens else _train(
+        config, loss_chunk_tokens=chunk
+    )  # fmt: skip
+
+
+def _moments(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.optimizer.name != "adamw" or config.optimizer.moment_dtype == "bfloat16":
+        return None
+    changed = dataclasses.replace(config.optimizer, moment_dtype="bfloat16")
+    return dataclasses.replace(config, optimizer=changed)
+
+
+def _lean(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16":
+        return None
+    changed = dataclasses.replace(config.optimizer, name="adafactor", moment_dtype="float32")
+    return _train(dataclasses.replace(config, optimizer=changed), param_dtype="bfloat16")
+
+
+def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.data.sequence_length <= 2048:
+        return None
+    data = dataclasses.replace(config.data, sequence_length=2048)
+    return dataclasses.replace(config, data=data)
+
+
+LADDER = (
+    Change("train.remat=full", _remat),
+    Change("mesh.data to mesh.fsdp", _fsdp),
+    Change("train.grad_accumulation up to one sequence per device", _accumulate),
+    Change("train.loss_chunk_tokens to a quarter", _loss),
+    Change("optimizer.moment_dtype=bfloat16", _moments),
+    Change("optimizer.name=adafactor with train.param_dtype=bfloat16", _lean),
+    Change("data.sequence_length=2048", _shorter),
+)
+
+
+def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunConfig]]:
+    """Each change alone, in the ladder's order, then all up to each."""
+    for change in LADDER:
+        if (changed := change.apply(config, target)) is not None:
+            yield change.flag, changed
+    names: list[str] = []
+    for change in LADDER:
+        if (changed := change.apply(config, target)) is not None:
+            config = changed
+            names.append(change.flag)
+            if len(names) > 1:
+                yield " + ".join(names), config
+
+
+def search(
+    step: "Step",
+    figures: dict[str, Any],
+    target: Target,
+    compiling: bool,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Prints and returns the changes with what each would take.
+
+    An estimate: state and gradients of the changed run from its shapes; what else the compiler
+    wanted, in proportion to the tokens in flight. With `compiling`, those within reach are
+    compiled, in order, until one fits.
+    """
+    from finermoe_jax.aot import compile_step, prepare
+
+    limit = target.chip.memory
+    other = max(0.0, figures["peak_bytes"] - step.state_bytes - step.gradient_bytes)
+    rows: list[dict[str, Any]] = []
+    say("\nchanges, in the order tried; estimated from shapes unless compiled:")
+    for name, config in combinations(step.config, target):
+        try:
+            changed = prepare(config, target)
+        except InputError:
+            continue  # a batch that this mesh cannot share
+        state = changed.state_bytes + changed.gradient_bytes
+        row: dict[str, Any] = {
+            "change": name,
+            "estimated_bytes": state + other * changed.tokens / step.tokens,
+        }
+        rows.append(row)
+        if compiling and state <= _MARGIN * limit:
+            try:
+                result = compile_step(changed, target, say=lambda _: None)
+            except InputError as error:
+                row["error"] = str(error)
+            else:
+                row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
+        say(_line(row, limit))
+        if row.get("fits"):
+            say(f"smallest change found that fits: {name}")
+            return rows
+    likely = [row for row in rows if row["estimated_bytes"] <= limit]
+    if compiling or not likely:
+        say("none of these fits; take a larger slice, or more memory per device")
+    else:
+        say(f"by the estimate, try first: {likely[0]['change']} (--suggest compiles to find out)")
+    return rows
+
+
+def _line(row: dict[str, Any], limit: float) -> str:
+    size = row.get("compiled_bytes", row["estimated_bytes"]) / 2**30
+    how = "compiled" if "compiled_bytes" in row else "estimated"
+    if "error" in row:
+        return f"  {row['change']}: does not compile"
+    word = "fits" if size * 2**30 <= limit else "does not fit"
+    return f"  {how:<9} {size:8.2f} GiB  {word:<12}  {row['change']}"
