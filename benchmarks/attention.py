@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -99,8 +98,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def gpu(name: str) -> Any:
-    """As tpu_compiler.chip, for a description in benchmarks/targets."""
-    description = (Path(__file__).parent / "targets" / f"{name}.txtpb").read_text()
+    """As tpu_compiler.chip, for a description in finermoe_jax/targets."""
+    from finermoe_jax.topology import target_description
+
+    description = target_description(name)
     return tpu_compiler.one_device(
         platform="cuda", topology_name="", target_config=description, topology="1x1x1"
     )
