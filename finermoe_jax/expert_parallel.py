@@ -150,10 +150,15 @@ def quota(rows: int, devices: int) -> int:
 def _padded(rows: Array) -> bool:
     """Whether places that hold no row travel as well.
 
-    On a CPU all do: XLA has no ragged exchange there. One number a row always does: a TPU's ragged
-    exchange would fill it up to 256.
+    They do where XLA has no ragged exchange: on a CPU, and on v5e slices of more than 16 chips
+    ("limited ICI routing"). One number a row always travels so: a TPU's ragged exchange would fill
+    it up to 256.
     """
-    return rows.ndim == 1 or platform() == "cpu"
+    if rows.ndim == 1 or platform() == "cpu":
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = mesh.abstract_device.device_kind if mesh.abstract_device else ""
+    return kind == "TPU v5 lite" and mesh.size > 16
 
 
 def _to_experts(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Format, Layout
@@ -96,17 +97,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = mesh_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:
-        return _sliced_mesh(sizes, slices, devices)
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+        placed = _across_slices(sizes, slices, devices)
+    else:
+        placed = mesh_utils.create_device_mesh(
+            list(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _sliced_mesh(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh over several slices, whose data axis alone goes from one to another."""
+def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices of several slices as a mesh whose data axis alone goes from one to another."""
     if sizes["data"] % slices:
         raise InputError(
             f"mesh {sizes}: data must be a multiple of the {slices} slices, since it alone goes "
@@ -114,8 +114,9 @@ def _sliced_mesh(sizes: dict[str, int], slices: int, devices: Sequence[jax.Devic
         )
     inside = (sizes["data"] // slices, *list(sizes.values())[1:])
     between = (slices, *(1 for _ in inside[1:]))
-    placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, between, devices, allow_split_physical_axes=True
+    )
 
 
 def spec(
