@@ -55,13 +55,6 @@ class Step:
         """Parameters and optimizer state."""
         return self.parameter_bytes + self.optimizer_bytes
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that one device has in flight: its part of a microbatch."""
-        data, parts = self.config.data, sharding.batch_parts(self.mesh)
-        rows = data.global_batch_size // self.config.train.grad_accumulation // parts
-        return rows * data.sequence_length
-
 
 def prepare(config: RunConfig, target: Target) -> Step:
     """The train step of a config on a target's mesh. Allocates nothing.
@@ -140,8 +133,6 @@ def compile_step(step: Step, target: Target, say: Callable[[str], None] = print)
     except jax.errors.JaxRuntimeError as error:
         figures["compile_seconds"] = time.perf_counter() - began
         figures["peak_bytes"] = out_of_memory(str(error))
-        if "temporaries (" in str(error):  # the first of two checks, before arguments are added
-            figures["peak_bytes"] += step.state_bytes
         figures["largest"] = largest_allocations(str(error))
         figures["fits"] = False
         return figures
@@ -183,7 +174,7 @@ def model_flops(step: Step) -> float:
 
 
 def out_of_memory(message: str) -> float:
-    """The bytes that a program wanted, from XLA's out-of-memory error.
+    """The bytes that a program wanted, from XLA's out-of-memory error: all, or temporaries alone.
 
     Raises InputError, with the message, for another error.
     """
@@ -214,7 +205,7 @@ def main() -> None:
         flag(flags.DEFINE_integer, "num_slices", 1, "TPU slices of that shape; data parallelism "
              "goes over them")  # fmt: skip
         flag(flags.DEFINE_bool, "suggest", False, "where it does not fit, compile the changes that "
-             "may help until one fits; without it they are estimated from shapes")  # fmt: skip
+             "may help until one fits; without it, count their state and gradients")  # fmt: skip
         flag(flags.DEFINE_string, "output", "", "also write all figures as JSON to this file")
 
     status = 0
@@ -237,9 +228,7 @@ def main() -> None:
         print(report.text(figures, target))
         if not figures["fits"]:
             status = 1
-            figures["changes"] = candidates.search(
-                step, figures, target, compiling=flags.FLAGS.suggest
-            )
+            figures["changes"] = candidates.search(config, target, flags.FLAGS.suggest)
         if output:
             output.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -6,17 +6,12 @@ then one added to another.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from finermoe_jax import sharding
 from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.topology import Target
-
-if TYPE_CHECKING:
-    from finermoe_jax.aot import Step
-
-_MARGIN = 1.25  # of the limit: an estimate above it is not worth a compilation
 
 
 class Change(NamedTuple):
@@ -106,58 +101,44 @@ def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunCo
 
 
 def search(
-    step: "Step",
-    figures: dict[str, Any],
-    target: Target,
-    compiling: bool,
-    say: Callable[[str], None] = print,
+    config: RunConfig, target: Target, compiling: bool, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Prints and returns the changes with what each would take.
+    """Prints and returns the changes, with the bytes of state and gradients that each leaves.
 
-    An estimate: state and gradients of the changed run from its shapes; what else the compiler
-    wanted, in proportion to the tokens in flight. With `compiling`, those within reach are
-    compiled, in order, until one fits.
+    Those are counted from shapes; activations and the compiler's own buffers come on top. With
+    `compiling`, changes whose state and gradients leave room are compiled, in order, until one
+    fits.
     """
     from finermoe_jax.aot import compile_step, prepare
 
     limit = target.chip.memory
-    other = max(0.0, figures["peak_bytes"] - step.state_bytes - step.gradient_bytes)
     rows: list[dict[str, Any]] = []
-    say("\nchanges, in the order tried; estimated from shapes unless compiled:")
-    for name, config in combinations(step.config, target):
+    say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
+    for name, changed in combinations(config, target):
         try:
-            changed = prepare(config, target)
+            step = prepare(changed, target)
         except InputError:
             continue  # a batch that this mesh cannot share
-        state = changed.state_bytes + changed.gradient_bytes
-        row: dict[str, Any] = {
-            "change": name,
-            "estimated_bytes": state + other * changed.tokens / step.tokens,
-        }
+        floor = step.state_bytes + step.gradient_bytes
+        row: dict[str, Any] = {"change": name, "floor_bytes": floor, "possible": floor < limit}
         rows.append(row)
-        if compiling and state <= _MARGIN * limit:
+        verdict = "leaves room" if row["possible"] else "too much"
+        if compiling and row["possible"]:
             try:
-                result = compile_step(changed, target, say=lambda _: None)
+                result = compile_step(step, target, say=lambda _: None)
+                row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
+                verdict = "FITS" if row["fits"] else "does not fit"
+                verdict += f", compiled: {row['compiled_bytes'] / 2**30:.2f} GiB"
             except InputError as error:
                 row["error"] = str(error)
-            else:
-                row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
-        say(_line(row, limit))
+                verdict = "does not compile"
+        say(f"  {floor / 2**30:9.2f}  {verdict:<12}  {name}")
         if row.get("fits"):
-            say(f"smallest change found that fits: {name}")
+            say(f"the first change that fits: {name}")
             return rows
-    likely = [row for row in rows if row["estimated_bytes"] <= limit]
-    if compiling or not likely:
-        say("none of these fits; take a larger slice, or more memory per device")
+    first = next((row["change"] for row in rows if row["possible"]), None)
+    if compiling or first is None:
+        say("none of these fits: take a larger slice, or more memory per device")
     else:
-        say(f"by the estimate, try first: {likely[0]['change']} (--suggest compiles to find out)")
+        say(f"--suggest compiles those that leave room, beginning with: {first}")
     return rows
-
-
-def _line(row: dict[str, Any], limit: float) -> str:
-    size = row.get("compiled_bytes", row["estimated_bytes"]) / 2**30
-    how = "compiled" if "compiled_bytes" in row else "estimated"
-    if "error" in row:
-        return f"  {row['change']}: does not compile"
-    word = "fits" if size * 2**30 <= limit else "does not fit"
-    return f"  {how:<9} {size:8.2f} GiB  {word:<12}  {row['change']}"

@@ -108,15 +108,28 @@ def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
     assert last.data.sequence_length == 2048
 
 
-def test_what_does_not_fit_gets_a_change_that_would():
-    step = aot.prepare(_config(data=8), _target())
+def test_what_does_not_fit_gets_a_change_that_may():
+    config = _config(data=8)
+    step = aot.prepare(config, _target())
     state = step.state_bytes + step.gradient_bytes
-    target, figures = _target(memory=0.6 * state), {"peak_bytes": 1.2 * state}
     said = []
-    rows = candidates.search(step, figures, target, compiling=False, say=said.append)
-    first = next(row for row in rows if row["estimated_bytes"] <= target.chip.memory)
+    rows = candidates.search(config, _target(memory=0.4 * state), False, said.append)
+    first = next(row for row in rows if row["possible"])
     assert first["change"] == "mesh.data to mesh.fsdp"
-    assert any("try first: mesh.data to mesh.fsdp" in line for line in said)
+    assert first["floor_bytes"] < state / 4
+    assert said[-1].endswith("beginning with: mesh.data to mesh.fsdp")
+    candidates.search(config, _target(memory=1e3), False, said.append)
+    assert "larger slice" in said[-1]
+
+
+@pytest.mark.slow
+def test_changes_are_compiled_until_one_fits():
+    config = _config(data=8)
+    whole = aot.compile_step(aot.prepare(config, _target()), _target(), say=lambda _: None)
+    target = _target(memory=0.7 * whole["peak_bytes"])
+    rows = candidates.search(config, target, True, lambda _: None)
+    assert rows[-1]["fits"] and not any(row.get("fits") for row in rows[:-1])
+    assert rows[-1]["compiled_bytes"] <= target.chip.memory
 
 
 @pytest.mark.parametrize(
@@ -171,7 +184,7 @@ def test_a_tpu_slice(tmp_path):
     assert "FITS" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     state = figures["parameter_bytes"] + figures["optimizer_bytes"]
-    assert state < figures["argument_bytes"] < 1.25 * state
+    assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
     assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
     assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
     loops = [note for note in figures["counting_notes"] if "known only at run time" in note]
