@@ -106,8 +106,12 @@ def per_device_bytes(tree: Any) -> int:
     )
 
 
-def compile_step(step: Step, target: Target, say: Callable[[str], None] = print) -> dict[str, Any]:
+def compile_step(
+    step: Step, target: Target, say: Callable[[str], None] = print, hlo: Path | None = None
+) -> dict[str, Any]:
     """Compiles, and returns all figures (finermoe_jax/report.py prints them).
+
+    Writes the compiled program's text to `hlo`, if given.
 
     Raises InputError when the compiler refuses the program for another reason than memory.
     """
@@ -153,7 +157,10 @@ def compile_step(step: Step, target: Target, say: Callable[[str], None] = print)
         "fits": peak <= target.chip.memory,
     }
     slices = [target.slice_of(device) for device in step.mesh.devices.flat]
-    costs = analyse(compiled.as_text(), slices, fast_memory=target.platform == "tpu")
+    text = compiled.as_text()
+    if hlo:
+        hlo.write_text(text)
+    costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
     figures |= report.roofline(costs, target, figures["tokens_per_step"], model_flops(step))
     return figures
@@ -194,6 +201,17 @@ def largest_allocations(message: str) -> list[str]:
     return [f"{size}  {shape}  {origin}".rstrip() for size, origin, shape in found[:6]]
 
 
+def _writable(flag: str) -> Path | None:
+    """The file that a flag names; None without it. Raises InputError without its directory."""
+    value = flags.FLAGS[flag].value
+    if not value:
+        return None
+    path = Path(value).absolute()
+    if not path.parent.is_dir():
+        raise InputError(f"--{flag}={path}: its directory does not exist")
+    return path
+
+
 def main() -> None:
     """The command."""
 
@@ -207,6 +225,7 @@ def main() -> None:
         flag(flags.DEFINE_bool, "suggest", False, "where it does not fit, compile the changes that "
              "may help until one fits; without it, count their state and gradients")  # fmt: skip
         flag(flags.DEFINE_string, "output", "", "also write all figures as JSON to this file")
+        flag(flags.DEFINE_string, "hlo", "", "also write the compiled program to this file")
 
     status = 0
 
@@ -218,13 +237,11 @@ def main() -> None:
         if flags.FLAGS.print_config:
             commands.print_config(config)
             return
-        output = Path(flags.FLAGS.output).absolute() if flags.FLAGS.output else None
-        if output and not output.parent.is_dir():
-            raise InputError(f"--output={output}: its directory does not exist")
+        output, hlo = (_writable(name) for name in ("output", "hlo"))
         target = describe(flags.FLAGS.topology, flags.FLAGS.num_slices)
         step = prepare(config, target)
         print(report.heading(step.mesh, target, config, step.notes), flush=True)
-        figures = compile_step(step, target)
+        figures = compile_step(step, target, hlo=hlo)
         print(report.text(figures, target))
         if not figures["fits"]:
             status = 1

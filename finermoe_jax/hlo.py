@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -91,27 +92,44 @@ class Module:
     partitions: int  # devices that run it
 
 
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+
+
 def parse(text: str) -> Module:
     """The module of `compiled.as_text()`. Raises ValueError when it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry = root = name = ""
     instructions: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             name, instructions, root = head[2], {}, ""
             entry = name if head[1] else entry
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name] = Computation(
                 name, instructions, root or next(reversed(instructions))
             )
             name = ""
-        elif name and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)):
+        elif name and (found := re.match(_INSTRUCTION, line)):
             instructions[found[2]] = _instruction(found[2], line[found.end() :])
             root = found[2] if found[1] else root
     if not entry:
         raise ValueError("this text is no HLO module with an entry computation")
     count = re.search(r"\bnum_partitions=(\d+)", text[:200_000])
     return Module(entry, computations, int(count[1]) if count else 1)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, with those joined over which a kernel's metadata spread one instruction."""
+    waiting = ""
+    for line in text.splitlines():
+        starts = line == "}" or line.endswith("{") or re.match(_INSTRUCTION, line)
+        if waiting and not starts:
+            waiting += line
+            continue
+        if waiting:
+            yield waiting
+        waiting = line
+    yield waiting
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -269,7 +287,23 @@ def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
     inside = Frame(condition, loop.operands[0], frame)
     counter, bound = compare.operands if direction == "LT" else compare.operands[::-1]
     start, stop = constant(counter, inside), constant(bound, inside)
-    return None if start is None or stop is None else max(0, stop - start)
+    if start is None or stop is None:
+        return None
+    place = condition.instructions[counter].attribute(r"index=(\d+)")
+    body = module.computations[loop.attribute(r"body=%?([\w.\-]+)") or ""]
+    return -(-max(0, stop - start) // (_step(body, int(place)) if place else 1))
+
+
+def _step(body: Computation, place: int) -> int:
+    """What a loop's body adds to its counter, an entry of its tuple. XLA unrolls some by two."""
+    name, added = body.instructions[body.root].operands[place], 0
+    while (found := body.instructions[name]).opcode in ("add", "copy", "bitcast"):
+        numbers = [constant(operand, Frame(body, None, None)) for operand in found.operands]
+        added += sum(number for number in numbers if number is not None)
+        name = next((o for o, n in zip(found.operands, numbers, strict=True) if n is None), "")
+        if not name:
+            break
+    return added or 1  # a fusion counts: then by one
 
 
 def constant(name: str, frame: Frame) -> int | None:

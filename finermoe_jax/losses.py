@@ -81,8 +81,10 @@ def _chunked_forward(
     (total, dweight), dh = lax.scan(body, start, _pieces(hidden, targets, mask, chunk))
     dh = dh.reshape(-1, hidden.shape[2])[: targets.size].reshape(hidden.shape)
     for place, entry in enumerate(stored or ()):
-        if names := sharding.mesh_axes(entry):
-            dweight = lax.psum_scatter(dweight, names, scatter_dimension=place, tiled=True)
+        # One mesh axis after the other: of several at once a TPU makes an all-reduce.
+        for name in sharding.mesh_axes(entry):
+            if lax.axis_size(name) > 1:
+                dweight = lax.psum_scatter(dweight, name, scatter_dimension=place, tiled=True)
     return total, (dh, dweight.astype(weight.dtype))
 
 
