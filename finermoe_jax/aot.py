@@ -113,7 +113,8 @@ def compile_step(
 
     Writes the compiled program's text to `hlo`, if given.
 
-    Raises InputError when the compiler refuses the program for another reason than memory.
+    Raises InputError when the compiler refuses the program for another reason than memory, or
+    cuDNN is missing.
     """
     began = time.perf_counter()
     figures: dict[str, Any] = {
@@ -130,7 +131,15 @@ def compile_step(
         "optimizer_bytes": step.optimizer_bytes,
         "tokens_per_step": step.config.data.global_batch_size * step.config.data.sequence_length,
     }
-    lowered = step.lower()
+    try:
+        lowered = step.lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise InputError(
+            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
+            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
+        ) from None
     say(f"traced in {time.perf_counter() - began:.0f} s, compiling …")
     try:
         compiled = lowered.compile()
@@ -161,6 +170,7 @@ def compile_step(
     if hlo:
         hlo.write_text(text)
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
+    costs.attention_flops = attention_flops(step, target)
     figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
     figures |= report.roofline(costs, target, figures["tokens_per_step"], model_flops(step))
     return figures
@@ -178,6 +188,24 @@ def model_flops(step: Step) -> float:
         active -= model.vocab_size * model.hidden_size
     heads = model.num_attention_heads * model.attention_head_dim
     return 6.0 * active + 12.0 * model.num_hidden_layers * heads * length
+
+
+def attention_flops(step: Step, target: Target) -> float:
+    """FLOPs of causal attention per device and step; its library kernels state none.
+
+    Products of N H T^2 FLOPs a sequence and layer, the masked half left out: two forward, two more
+    where they are recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
+    """
+    model, data = step.model, step.config.data
+    backward = 7 if target.platform == "tpu" else 5
+    products = 2 + backward + (0 if step.config.train.remat == "none" else 2)
+    heads = model.num_attention_heads * model.attention_head_dim
+    parts = sharding.batch_parts(step.mesh)
+    tensor = step.mesh.shape["tensor"]
+    if model.num_attention_heads % tensor == 0:
+        parts *= tensor
+    sequences = data.global_batch_size / parts
+    return products * heads * data.sequence_length**2 * model.num_hidden_layers * sequences
 
 
 def out_of_memory(message: str) -> float:

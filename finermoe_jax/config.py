@@ -320,12 +320,13 @@ class TrainConfig:
     # Activations' and master weights' dtypes.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Implementation of the expert kernels (pallas_kernels); "auto" goes by the platform.
+    # Implementation of the experts (pallas_kernels) and of attention (flash.py: "cpu" and
+    # "reference" take blocks of queries); "auto" goes by the platform.
     kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
     # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,
     # "dots" keeps the results of matrix products.
     remat: Literal["none", "full", "dots"] = "full"
-    # Tokens whose logits exist at one time in the loss.
+    # Tokens whose logits exist at one time in the loss, on each device.
     loss_chunk_tokens: int = 1024
     log_every: int = 1
     eval_every: int = 100

@@ -61,6 +61,7 @@ class Costs:
 
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
+    attention_flops: float = 0.0  # not of the text: its kernels state none
     hbm_bytes: float = 0.0
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -69,7 +70,7 @@ class Costs:
     @property
     def flops(self) -> float:
         """All that is counted."""
-        return self.matmul_flops + self.kernel_flops
+        return self.matmul_flops + self.kernel_flops + self.attention_flops
 
 
 def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) -> Costs:

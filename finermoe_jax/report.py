@@ -112,6 +112,7 @@ def _costs(figures: dict[str, Any]) -> list[str]:
         f"FLOPs of products         {figures['matmul_flops'] / 1e12:12.3f} T   a step",
         f"FLOPs of kernels          {figures['kernel_flops'] / 1e12:12.3f} T   by their own "
         "CostEstimate",
+        f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   by formula",
         f"HBM bytes                 {figures['hbm_bytes'] / 1e9:12.3f} GB",
     ]
     for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):

@@ -57,7 +57,8 @@ class Placement(NamedTuple):
     """Where and how a model is computed."""
 
     mesh: Mesh | None = None  # None: one device
-    kernel: Implementation | None = None  # of pallas_kernels.expert_ffn; None: by the platform
+    # Of the experts (pallas_kernels.expert_ffn) and of attention (flash.py); None: by the platform.
+    kernel: Implementation | None = None
 
 
 ONE_DEVICE = Placement()

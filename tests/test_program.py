@@ -167,3 +167,42 @@ ENTRY %main (a: f32[256]) -> f32[256] {
     found = analyse(text, slices=(0,) * 4 + (1,) * 4, fast_memory=True)
     assert found.crossing_bytes == {"all-reduce": 2 * 1 / 2 * 1024}
     assert found.hbm_bytes == 2 * 1024 and not found.sent_bytes
+
+
+# An instruction over several lines, whose metadata close a brace in the first column, and a loop
+# that XLA has unrolled: its counter goes by two.
+UNROLLED = """HloModule unrolled, num_partitions=1
+
+%body (p: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %p = (u32[], f32[8,8]{1,0}) parameter(0)
+  %n = u32[] get-tuple-element(%p), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %kernel = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": "512"
+}}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"100","bytes_accessed":"7"}}}
+  %dot = f32[8,8]{1,0} dot(%kernel, %kernel), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %two = u32[] constant(2)
+  %next = u32[] add(%n, %two)
+  ROOT %out = (u32[], f32[8,8]{1,0}) tuple(%next, %dot)
+}
+
+%condition (p: (u32[], f32[8,8])) -> pred[] {
+  %p = (u32[], f32[8,8]{1,0}) parameter(0)
+  %n = u32[] get-tuple-element(%p), index=0
+  %eight = u32[] constant(8)
+  ROOT %less = pred[] compare(%n, %eight), direction=LT
+}
+
+ENTRY %main (x: f32[8,8]) -> (u32[], f32[8,8]) {
+  %x = f32[8,8]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %start = (u32[], f32[8,8]{1,0}) tuple(%zero, %x)
+  ROOT %loop = (u32[], f32[8,8]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_what_follows_a_kernels_metadata_is_counted_and_unrolled_loops_by_their_step():
+    found = analyse(UNROLLED)
+    assert found.kernel_flops == 4 * 100
+    assert found.matmul_flops == 4 * 2 * 8**3

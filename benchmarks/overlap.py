@@ -1,0 +1,56 @@
+"""What a compiled program computes while rows travel between experts' devices.
+
+    python -m finermoe_jax.aot --config=… --topology=… --hlo=step.hlo
+    python benchmarks/overlap.py step.hlo
+
+Lists the exchanges outside of the rare later rounds, in the compiler's schedule, with the matrix
+products that stand between the start and the end of each: a compiler's plan, nothing measured.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from finermoe_jax.hlo import Computation, Instruction, Module, flops, parse
+
+
+def products(instruction: Instruction, inside: Computation, module: Module) -> dict[str, float]:
+    """FLOPs of the matrix products of an instruction, by the einsum that they come from."""
+    found: dict[str, float] = {}
+    if amount := flops(instruction, inside):
+        origin = instruction.attribute(r'op_name="([^"]*)"') or "?"
+        einsum = re.search(r"[A-Z.]+,[A-Z.]+->[A-Z.]+", origin)
+        found[einsum[0] if einsum else origin[-40:]] = amount
+    if instruction.opcode == "fusion":
+        fused = module.computations[instruction.called[0]]
+        for inner in fused.instructions.values():
+            for name, amount in products(inner, fused, module).items():
+                found[name] = found.get(name, 0.0) + amount
+    return found
+
+
+def main() -> None:
+    """Prints a line per exchange."""
+    module = parse(Path(sys.argv[1]).read_text())
+    for computation in module.computations.values():
+        order = list(computation.instructions.values())
+        for begin, start in enumerate(order):
+            origin = start.attribute(r'op_name="([^"]*)"') or ""
+            if start.opcode not in ("ragged-all-to-all-start", "all-to-all-start"):
+                continue
+            if "shard_map/while" in origin:  # a later round
+                continue
+            end = next(i for i, other in enumerate(order) if start.name in other.operands)
+            between: dict[str, float] = {}
+            for other in order[begin + 1 : end]:
+                for name, amount in products(other, computation, module).items():
+                    between[name] = between.get(name, 0.0) + amount
+            phase = "backward" if "transpose" in origin else "forward"
+            phase = "recomputed" if "rematted" in origin else phase
+            rows = "x".join(map(str, start.leaves[0].dims))
+            listed = ", ".join(f"{name} {a / 1e9:,.0f} GFLOP" for name, a in between.items())
+            print(f"{phase:<11} {start.opcode.removesuffix('-start')} of {rows}: {listed or '-'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The train step compiled for slices that are not here: the tables and plots of docs/scaling.md.
+
+    pip install -e '.[compile-tpu]'
+    python benchmarks/pods.py --results=DIR [--only=slices,sequences,chips,experts] [--plot=docs]
+
+Runs python -m finermoe_jax.aot once per row, one after the other, and keeps each row's figures in
+DIR; a row that is there is not compiled again. Every figure is a compiler estimate or a count in
+the compiled program. The GPU row needs an environment of its own: --gpu_python=PATH.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One compilation: a name, aot's arguments, and where it stands in its table."""
+
+    name: str
+    config: str
+    topology: str
+    mesh: tuple[int, int, int, int]  # data, fsdp, expert, tensor
+    accumulation: int
+    options: tuple[str, ...] = ()
+    at: int = 0  # chips, experts or tokens
+
+    def arguments(self) -> list[str]:
+        """Of python -m finermoe_jax.aot."""
+        axes = zip(("data", "fsdp", "expert", "tensor"), self.mesh, strict=True)
+        return [
+            f"--config=configs/{self.config}",
+            f"--topology={self.topology}",
+            *(f"--config.mesh.{axis}={size}" for axis, size in axes),
+            f"--config.train.grad_accumulation={self.accumulation}",
+            *self.options,
+        ]
+
+
+PAPER = 2048  # sequences of 8192 tokens a step
+
+
+def slices() -> Iterator[Row]:
+    """The slices of docs/scaling.md at the paper's recipe, one sequence per device at a time."""
+    yield Row("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 1)
+    for name, config, topology, mesh in (
+        ("0.5B", "qwen0p5b.py", "v5e:2x4", (1, 1, 8, 1)),
+        ("1.5B", "qwen1p5b.py", "v5e:4x4", (1, 2, 8, 1)),
+        ("7B", "qwen7b.py", "v5e:16x16", (2, 8, 16, 1)),
+        ("7B", "qwen7b.py", "v5p:4x4x4", (1, 4, 16, 1)),
+        ("7B", "qwen7b.py", "v6e:8x8", (1, 4, 16, 1)),
+    ):
+        devices = mesh[0] * mesh[1] * mesh[2]
+        yield Row(name, config, topology, mesh, PAPER // devices)
+    yield Row("7B, 2 slices", "qwen7b.py", "v6e:8x8", (2, 4, 16, 1), PAPER // 128,
+              ("--num_slices=2",))  # fmt: skip
+
+
+def gpu() -> Iterator[Row]:
+    """One node of eight GPUs."""
+    yield Row("1.5B", "qwen1p5b.py", "h100:8", (1, 1, 8, 1), PAPER // 8)
+
+
+def sequences() -> Iterator[Row]:
+    """Longer sequences and larger models, to find what still fits; tokens per step as before."""
+    for name, config, topology, mesh in (
+        ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1)),
+        ("1.5B", "qwen1p5b.py", "v5e:2x4", (1, 1, 8, 1)),
+        ("7B", "qwen7b.py", "v5e:4x4", (1, 1, 16, 1)),
+        ("7B", "qwen7b.py", "v5e:16x16", (2, 8, 16, 1)),
+        ("7B", "qwen7b.py", "v5p:4x4x4", (1, 4, 16, 1)),
+        ("7B", "qwen7b.py", "v6e:8x8", (1, 4, 16, 1)),
+    ):
+        lengths = (8192, 32768) if topology in ("v5e:2x4", "v5e:4x4", "v5e:1x1") else (32768,)
+        for tokens in lengths:
+            devices = mesh[0] * mesh[1] * mesh[2]
+            batch = max(PAPER * 8192 // tokens, devices) if devices > 1 else 1
+            options = (
+                f"--config.data.sequence_length={tokens}",
+                f"--config.data.global_batch_size={batch}",
+            )
+            yield Row(f"{name} at {tokens}", config, topology, mesh, batch // devices, options,
+                      tokens)  # fmt: skip
+
+
+def chips() -> Iterator[Row]:
+    """0.5B at two sequences per chip: experts over eight chips, then the state over more."""
+    for topology, mesh in (
+        ("v6e:2x4", (1, 1, 8, 1)),
+        ("v6e:4x4", (1, 2, 8, 1)),
+        ("v6e:4x8", (1, 4, 8, 1)),
+        ("v6e:8x8", (1, 8, 8, 1)),
+        ("v6e:8x16", (1, 16, 8, 1)),
+        ("v6e:16x16", (2, 16, 8, 1)),
+    ):
+        devices = mesh[0] * mesh[1] * mesh[2]
+        yield Row(f"0.5B on {devices}", "qwen0p5b.py", topology, mesh, 2,
+                  (f"--config.data.global_batch_size={2 * devices}",), devices)  # fmt: skip
+
+
+def experts() -> Iterator[Row]:
+    """1.5B on 64 chips, cut ever finer (rows of the paper's Table 4)."""
+    for inner, outer in ((32, 2), (64, 2), (64, 4), (64, 8)):
+        count = inner * outer * 2
+        options = (
+            f"--config.moe.intermediate_granularity={inner}",
+            f"--config.moe.output_granularity={outer}",
+            "--config.data.global_batch_size=128",
+        )
+        yield Row(f"1.5B with {count}", "qwen1p5b.py", "v6e:8x8", (1, 8, 8, 1), 2, options,
+                  count)  # fmt: skip
+
+
+TABLES = {"slices": slices, "gpu": gpu, "sequences": sequences, "chips": chips, "experts": experts}
+
+
+def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
+    """The row's figures, compiled now unless they are in `results` already."""
+    name = "_".join([row.name, row.topology, *map(str, row.mesh)])
+    path = results / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json")
+    if path.is_file():
+        return json.loads(path.read_text())
+    partial = path.with_suffix(".partial")
+    command = [python, "-m", "finermoe_jax.aot", *row.arguments(), f"--output={partial}"]
+    print("compiling", row.name, row.topology, file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    child = os.posix_spawn(python, command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+    _, status, usage = os.wait4(child, 0)
+    if os.waitstatus_to_exitcode(status) not in (0, 1) or not partial.is_file():
+        return {"failed": True}
+    found = json.loads(partial.read_text())
+    found["wall_seconds"] = time.perf_counter() - began
+    found["host_bytes"] = usage.ru_maxrss * 1024
+    partial.write_text(json.dumps(found))
+    partial.rename(path)
+    return found
+
+
+def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | slice | data, fsdp, expert | sequence | state | temporaries | peak / limit, GiB "
+        "| TFLOP | HBM, GB | wire, GB | at most tokens/s/device | compiled in |",
+        "|" + "---|" * 12,
+    ]
+    for row, f in zip(rows, found, strict=True):
+        if "peak_bytes" not in f:
+            lines.append(f"| {row.name} | {row.topology} | {row.mesh[:3]} | did not compile |")
+            continue
+        tokens = next(
+            (o.rpartition("=")[2] for o in row.options if "sequence_length" in o),
+            "2048" if "lean" in row.config else "8192",
+        )
+        state = (f["parameter_bytes"] + f["optimizer_bytes"]) / GIB
+        verdict = "" if f["fits"] else " **does not fit**"
+        cells = [row.name, row.topology, ", ".join(map(str, row.mesh[:3])), tokens, f"{state:.2f}"]
+        peak = f"{f['peak_bytes'] / GIB:.2f} / {f['limit_bytes'] / GIB:.2f}{verdict}"
+        if "matmul_flops" in f:
+            flops = f["matmul_flops"] + f["kernel_flops"] + f["attention_flops"]
+            wire = sum(f["sent_bytes"].values()) / 1e9
+            far = sum(f["crossing_bytes"].values()) / 1e9
+            cells += [
+                f"{f['temporary_bytes'] / GIB:.2f}",
+                peak,
+                f"{flops / 1e12:,.0f}",
+                f"{f['hbm_bytes'] / 1e9:,.0f}",
+                f"{wire:,.0f}" + (f" + {far:,.0f} between slices" if far else ""),
+                f"{f['bounds']['overlapped']['tokens_per_second_per_device']:,.0f}",
+            ]
+        else:
+            cells += ["", peak, "", "", "", ""]
+        cells.append(f"{f['compile_seconds']:.0f} s, {f.get('host_bytes', 0) / GIB:.1f} GiB")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Per device and token: FLOPs, HBM bytes and bytes on the wire, over chips or experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    x = [row.at for row in rows]
+    tokens = [f["tokens_per_step"] / f["devices"] for f in found]
+    kinds = sorted({kind for f in found for kind in f["sent_bytes"]})
+    panels: list[tuple[str, dict[str, list[float]]]] = [
+        ("GFLOP per token", {
+            "dense products": [f["matmul_flops"] / 1e9 for f in found],
+            "expert kernels": [f["kernel_flops"] / 1e9 for f in found],
+            "attention": [f["attention_flops"] / 1e9 for f in found],
+        }),
+        ("HBM, MB per token", {"all": [f["hbm_bytes"] / 1e6 for f in found]}),
+        ("sent, kB per token", {
+            kind: [f["sent_bytes"].get(kind, 0.0) / 1e3 for f in found] for kind in kinds
+        }),
+    ]  # fmt: skip
+    for axis, (title, series) in zip(axes, panels, strict=True):
+        for label, values in series.items():
+            heights = [value / t for value, t in zip(values, tokens, strict=True)]
+            if max(heights) > 0.002 * max(
+                sum(v) / t for v, t in zip(zip(*series.values(), strict=True), tokens, strict=True)
+            ):
+                axis.plot(x, heights, marker="o", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [str(v) for v in x])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(folder / f"scaling_{name}.png", dpi=150)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, required=True, help="where figures are kept")
+    parser.add_argument("--only", default="slices,sequences,chips,experts")
+    parser.add_argument("--gpu_python", default="", help="an interpreter with compile-cuda")
+    parser.add_argument("--plot", type=Path, help="folder for the plots")
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    names = arguments.only.split(",") + (["gpu"] if arguments.gpu_python else [])
+    for name in names:
+        rows = list(TABLES[name]())
+        python = arguments.gpu_python if name == "gpu" else sys.executable
+        found = [figures(row, arguments.results.absolute(), python) for row in rows]
+        print(f"\n### {name}\n\n{table(rows, found)}", flush=True)
+        if arguments.plot and name in ("chips", "experts"):
+            plot(name, rows, found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
