@@ -1,6 +1,6 @@
 """Experts spread over the mesh's expert axis: rows travel to their expert's device, and back.
 
-Everything here runs inside shard_map. Each device holds R routed rows, sorted by expert, and
+All but `routed_experts` runs inside shard_map. Each device holds R routed rows, sorted by expert, and
 E / P of the experts, P the size of the axis. Devices are numbered along the axis; s is a source,
 p a destination.
 

@@ -128,8 +128,11 @@ def test_every_mesh_gives_one_devices_result(mesh, one_device):
     _same(_steps(_run(8), mesh, 20), one_device)
 
 
-def test_accumulation_equals_the_large_batch(one_device):
-    _same(_steps(_run(8, grad_accumulation=4), MeshConfig(1, 1, 1, 1)), one_device)
+@pytest.mark.parametrize(
+    ("parts", "mesh"), [(4, MeshConfig(1, 1, 1, 1)), (2, MeshConfig(1, 2, 2, 1))]
+)
+def test_accumulation_equals_the_large_batch(parts, mesh, one_device):
+    _same(_steps(_run(8, grad_accumulation=parts), mesh), one_device)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
