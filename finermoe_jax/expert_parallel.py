@@ -1,8 +1,8 @@
 """Experts spread over the mesh's expert axis: rows travel to their expert's device, and back.
 
-All but `routed_experts` runs inside shard_map. Each device holds R routed rows, sorted by expert, and
-E / P of the experts, P the size of the axis. Devices are numbered along the axis; s is a source,
-p a destination.
+All but `routed_experts` runs inside shard_map. Each device holds R routed rows, sorted by expert,
+and E / P of the experts, P the size of the axis. Devices are numbered along the axis; s is a
+source, p a destination.
 
 **Dropless in bounded memory.** A pair (s, p) exchanges at most `quota` rows at once, about twice
 the balanced share, so that a device never buffers more than twice its own rows. What is left goes
