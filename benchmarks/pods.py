@@ -69,24 +69,22 @@ def gpu() -> Iterator[Row]:
 
 def sequences() -> Iterator[Row]:
     """Longer sequences and larger models, to find what still fits; tokens per step as before."""
-    for name, config, topology, mesh in (
-        ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1)),
-        ("1.5B", "qwen1p5b.py", "v5e:2x4", (1, 1, 8, 1)),
-        ("7B", "qwen7b.py", "v5e:4x4", (1, 1, 16, 1)),
-        ("7B", "qwen7b.py", "v5e:16x16", (2, 8, 16, 1)),
-        ("7B", "qwen7b.py", "v5p:4x4x4", (1, 4, 16, 1)),
-        ("7B", "qwen7b.py", "v6e:8x8", (1, 4, 16, 1)),
+    for name, config, topology, mesh, tokens in (
+        ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 8192),
+        ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 32768),
+        ("1.5B", "qwen1p5b.py", "v5e:2x4", (1, 1, 8, 1), 8192),
+        ("7B", "qwen7b.py", "v5e:4x4", (1, 1, 16, 1), 8192),
+        ("7B", "qwen7b.py", "v5e:16x16", (2, 8, 16, 1), 32768),
+        ("7B", "qwen7b.py", "v5p:4x4x4", (1, 4, 16, 1), 32768),
+        ("7B", "qwen7b.py", "v6e:8x8", (1, 4, 16, 1), 32768),
     ):
-        lengths = (8192, 32768) if topology in ("v5e:2x4", "v5e:4x4", "v5e:1x1") else (32768,)
-        for tokens in lengths:
-            devices = mesh[0] * mesh[1] * mesh[2]
-            batch = max(PAPER * 8192 // tokens, devices) if devices > 1 else 1
-            options = (
-                f"--config.data.sequence_length={tokens}",
-                f"--config.data.global_batch_size={batch}",
-            )
-            yield Row(f"{name} at {tokens}", config, topology, mesh, batch // devices, options,
-                      tokens)  # fmt: skip
+        devices = mesh[0] * mesh[1] * mesh[2]
+        batch = max(PAPER * 8192 // tokens, devices) if devices > 1 else 1
+        options = (
+            f"--config.data.sequence_length={tokens}",
+            f"--config.data.global_batch_size={batch}",
+        )
+        yield Row(f"{name} at {tokens}", config, topology, mesh, batch // devices, options, tokens)
 
 
 def chips() -> Iterator[Row]:
