@@ -3,11 +3,13 @@
     python benchmarks/exchange.py
 
 Tokens are routed by the layer's own rule (finermoe_jax/routing.py) from normal logits, 8192 on each
-device; nothing is timed and nothing is sent. "stay" is the share of rows whose expert is on their
-own device. "copies" is how often a token is sent to a device that it goes to already.
+device; nothing is timed and nothing is sent. "limit" is G_O * T_I * h + T_I * h values a token;
+"stay" the share of rows whose expert is on their own device; "copies" how often a token is sent to
+a device that it goes to already.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,29 +41,43 @@ def plan(experts: np.ndarray, count: int) -> Exchange:
     return Exchange(jnp.asarray(sizes), jnp.int32(0), quota(rows, devices))
 
 
-def values_per_token(model: ModelConfig, exchange: Exchange) -> tuple[float, float]:
-    """Values that one token causes on the wire in a forward pass, and the share of rows that stay.
+class Counts(NamedTuple):
+    """Values that one token causes on the wire, and the share of rows that stay at home.
 
-    Rows that stay are counted as if they travelled, so that the figure can be held against
-    G_O * T_I * h + T_I * h; weights travel to every place of the buffer, sizes to every device.
+    Rows that stay are counted as if they travelled, so that the figures can be held against
+    G_O * T_I * h + T_I * h. Weights travel to every place of the buffer, sizes to every device.
     """
+
+    forward: float
+    backward: float
+    padded: float  # forward, where places that hold no row travel as well
+    stay: float
+
+
+def count(model: ModelConfig, exchange: Exchange) -> Counts:
+    """What the exchange moves (finermoe_jax/expert_parallel.py)."""
     moe = model.moe
     assert moe is not None
-    devices = exchange.sizes.shape[0]
-    rounds = int(exchange.rounds)
-    moved = sum(np.asarray(exchange.moved(step), np.int64) for step in range(rounds))
-    row_values = moved.sum() * (model.hidden_size + model.expert_output_size)
-    weights = rounds * devices**2 * exchange.quota
+    devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)
+    moved = [np.asarray(exchange.moved(step), np.int64) for step in range(rounds)]
+    rows, again = sum(m.sum() for m in moved), sum(m.sum() for m in moved[1:])
+    wide, narrow = model.hidden_size, model.expert_output_size
+    places = devices**2 * exchange.quota  # of one round
     sizes = devices * exchange.sizes.size
-    total = (row_values + weights + sizes) / (devices * TOKENS)
-    return total, float(np.trace(moved) / moved.sum())
+    tokens = devices * TOKENS
+    forward = rows * (wide + narrow) + rounds * places + sizes
+    # Later rounds send their rows and weights once more.
+    backward = rows * (narrow + wide) + again * wide + (2 * rounds - 1) * places + sizes
+    padded = rounds * places * (wide + narrow + 1) + sizes
+    home = sum(np.trace(m) for m in moved)
+    return Counts(forward / tokens, backward / tokens, padded / tokens, float(home / rows))
 
 
 def main() -> None:
     """Prints the tables as Markdown."""
-    print("| from | devices | load | rounds | values per token | / (G_O T_I h + T_I h) "
-          "| stay | buffer / balanced |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|")
+    print("| from | devices | load | rounds | forward, values per token | forward / limit "
+          "| backward / limit | padded / limit | stay | buffer / balanced |")  # fmt: skip
+    print("|" + "---|" * 10)
     for size, dense in QWEN2P5.items():
         model = dataclasses.replace(dense, moe=MoEConfig())
         moe = model.moe
@@ -70,11 +86,12 @@ def main() -> None:
         for devices in (2, 8, 32):
             for load in ("even", "uneven", "one"):
                 exchange = plan(routed(moe, devices, load), moe.num_experts)
-                total, stay = values_per_token(model, exchange)
+                counts = count(model, exchange)
                 rows = TOKENS * moe.num_active
-                print(f"| {size} | {devices} | {load} | {int(exchange.rounds)} | {total:.0f} | "
-                      f"{total / limit:.4f} | {stay:.1%} | "
-                      f"{exchange.quota * devices / rows:.2f} |")  # fmt: skip
+                print(f"| {size} | {devices} | {load} | {int(exchange.rounds)} | "
+                      f"{counts.forward:.0f} | {counts.forward / limit:.4f} | "
+                      f"{counts.backward / limit:.4f} | {counts.padded / limit:.2f} | "
+                      f"{counts.stay:.1%} | {exchange.quota * devices / rows:.2f} |")  # fmt: skip
     print("\n| T_I | devices | copies of a token to a device that has it |\n|---|---|---|")
     for active in (1, 2, 4):
         moe = MoEConfig(active_per_group=active)

@@ -4,13 +4,15 @@
     python benchmarks/pods.py --results=DIR [--only=slices,sequences,chips,experts] [--plot=docs]
 
 Runs python -m finermoe_jax.aot once per row, one after the other, and keeps each row's figures in
-DIR; a row that is there is not compiled again. Every figure is a compiler estimate or a count in
-the compiled program. The GPU row needs an environment of its own: --gpu_python=PATH.
+DIR; a row that is there with the same arguments is not compiled again. Every figure is a compiler
+estimate or a count in the compiled program. The GPU row needs an environment of its own:
+--gpu_python=PATH.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -122,8 +124,8 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     """The row's figures, compiled now unless they are in `results` already."""
     name = "_".join([row.name, row.topology, *map(str, row.mesh)])
     path = results / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json")
-    if path.is_file():
-        return json.loads(path.read_text())
+    if path.is_file() and (kept := json.loads(path.read_text()))["arguments"] == row.arguments():
+        return kept
     partial = path.with_suffix(".partial")
     command = [python, "-m", "finermoe_jax.aot", *row.arguments(), f"--output={partial}"]
     print("compiling", row.name, row.topology, file=sys.stderr, flush=True)
@@ -133,6 +135,10 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     if os.waitstatus_to_exitcode(status) not in (0, 1) or not partial.is_file():
         return {"failed": True}
     found = json.loads(partial.read_text())
+    found["arguments"] = row.arguments()
+    found["revision"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     found["wall_seconds"] = time.perf_counter() - began
     found["host_bytes"] = usage.ru_maxrss * 1024
     partial.write_text(json.dumps(found))
@@ -186,6 +192,9 @@ def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    rows, found = zip(
+        *((row, f) for row, f in zip(rows, found, strict=True) if "sent_bytes" in f), strict=True
+    )
     x = [row.at for row in rows]
     tokens = [f["tokens_per_step"] / f["devices"] for f in found]
     kinds = sorted({kind for f in found for kind in f["sent_bytes"]})
@@ -231,7 +240,8 @@ def main() -> None:
         rows = list(TABLES[name]())
         python = arguments.gpu_python if name == "gpu" else sys.executable
         found = [figures(row, arguments.results.absolute(), python) for row in rows]
-        print(f"\n### {name}\n\n{table(rows, found)}", flush=True)
+        revisions = ", ".join(sorted({f.get("revision", "") for f in found} - {""}))
+        print(f"\n### {name} ({revisions})\n\n{table(rows, found)}", flush=True)
         if arguments.plot and name in ("chips", "experts"):
             plot(name, rows, found, arguments.plot)
 

@@ -273,7 +273,9 @@ def main() -> None:
         print(report.text(figures, target))
         if not figures["fits"]:
             status = 1
-            figures["changes"] = candidates.search(config, target, flags.FLAGS.suggest)
+            figures["changes"] = candidates.search(
+                config, target, prepare, compile_step if flags.FLAGS.suggest else None
+            )
         if output:
             output.write_text(json.dumps(figures, indent=2) + "\n")
 

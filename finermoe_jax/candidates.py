@@ -101,16 +101,18 @@ def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunCo
 
 
 def search(
-    config: RunConfig, target: Target, compiling: bool, say: Callable[[str], None] = print
+    config: RunConfig,
+    target: Target,
+    prepare: Callable[[RunConfig, Target], Any],
+    compile_step: Callable[..., dict[str, Any]] | None,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Prints and returns the changes, with the bytes of state and gradients that each leaves.
 
-    Those are counted from shapes; activations and the compiler's own buffers come on top. With
-    `compiling`, changes whose state and gradients leave room are compiled, in order, until one
-    fits.
+    Those are counted from the shapes of aot.prepare; activations and the compiler's own buffers
+    come on top. With aot.compile_step, changes whose state and gradients leave room are compiled,
+    in order, until one fits.
     """
-    from finermoe_jax.aot import compile_step, prepare
-
     limit = target.chip.memory
     rows: list[dict[str, Any]] = []
     say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
@@ -123,7 +125,7 @@ def search(
         row: dict[str, Any] = {"change": name, "floor_bytes": floor, "possible": floor < limit}
         rows.append(row)
         verdict = "leaves room" if row["possible"] else "too much"
-        if compiling and row["possible"]:
+        if compile_step and row["possible"]:
             try:
                 result = compile_step(step, target, say=lambda _: None)
                 row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
@@ -137,7 +139,7 @@ def search(
             say(f"the first change that fits: {name}")
             return rows
     first = next((row["change"] for row in rows if row["possible"]), None)
-    if compiling or first is None:
+    if compile_step or first is None:
         say("none of these fits: take a larger slice, or more memory per device")
     else:
         say(f"--suggest compiles those that leave room, beginning with: {first}")

@@ -282,7 +282,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
 
-    # "adafactor": second moments kept as a row and a column of each matrix, no first moment; same
+    # "adafactor": second moments kept as sums over either of an array's two largest axes (small
+    # ones whole), no first moment; same
     # schedule, clipping and decay. beta1, beta2 and moment_dtype are AdamW's alone.
     name: Literal["adamw", "adafactor"] = "adamw"
     # AdamW's first moment. The second keeps the weights' dtype: Optax has no option for it.

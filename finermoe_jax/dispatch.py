@@ -1,7 +1,8 @@
 """Rows on their way to experts: copied, sorted, and put back.
 
 Both maps are permutations (one after a repeat), so their transposes are gathers too. Left to JAX
-they would be scatter-adds, which are slow everywhere and have been miscompiled inside scans.
+they would be scatter-adds, which are slow everywhere and have been miscompiled inside scans
+(openxla/xla issue 49143).
 """
 
 import functools

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from finermoe_jax import data
+from finermoe_jax import data, sharding
 from finermoe_jax.checkpoint import load_model
 from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
@@ -53,7 +53,9 @@ def held_out_loss(model: Decoder, windows: data.Windows, count: int, chunk_token
     """Mean cross-entropy, nats per token, of the first `count` windows; float64 sum on the host."""
     graphdef, state = nnx.split(model)
     count = min(count, len(windows))
-    rows = min(16, count)
+    mesh = model.placement.mesh
+    parts = sharding.batch_parts(mesh) if mesh else 1
+    rows = -(-min(16, count) // parts) * parts
     total = 0.0
     for start in range(0, count, rows):
         batch = np.zeros((rows, windows.length + 1), np.int32)

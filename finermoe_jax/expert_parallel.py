@@ -6,8 +6,9 @@ source, p a destination.
 
 **Dropless in bounded memory.** A pair (s, p) exchanges at most `quota` rows at once, about twice
 the balanced share, so that a device never buffers more than twice its own rows. What is left goes
-in further rounds through the same buffer; their number depends on the fullest pair alone, is the
-same everywhere, and is 1 unless a pair holds more than twice its share.
+in further rounds through the same buffer; their number depends on the fullest pair alone and is 1
+unless a pair holds more than twice its share. It is the same along the expert axis, not beyond: a
+round may hold no collective over another axis, or devices would wait for each other for ever.
 
 **Bytes.** A row travels as D values and its weight, and comes back as W = D / G_O values; the
 backward pass sends W, and gets D and the weight's gradient. The rows that arrived in the first
@@ -106,7 +107,7 @@ def _routed(
 
 
 class Exchange(NamedTuple):
-    """Who sends how much to whom; the same on every device but for `device`, its own number."""
+    """Who sends how much to whom; the same on all devices of the expert axis but for `device`."""
 
     sizes: Int[Array, "P E"]  # rows of each source for each expert
     device: Int[Array, ""]

@@ -145,8 +145,13 @@ class Embedding(nnx.Module):
         stored, _ = sharding.spec(("vocab", "embed"), table.shape, mesh, "embedding")
         columns = sharding.mesh_axes(stored[1])
         tokens, _ = sharding.spec(("batch", "sequence"), ids.shape, mesh, "tokens")
+        # Left to the partitioner, a vocabulary split over tensor becomes a mask by device around a
+        # scatter, which some versions of XLA for TPUs compiled wrongly inside a loop
+        # (openxla/xla issue 49143); it comes to this only where fsdp does not divide the width.
         if not columns or not {*columns} <= {*sharding.mesh_axes(tokens[0])}:
-            return sharding.constrain(table[ids].astype(dtype), _ACTIVATION, placement)
+            return sharding.constrain(
+                table[ids].astype(dtype), _ACTIVATION, placement, "embedded tokens"
+            )
 
         def local(table: Array, ids: Array) -> Array:
             rows = table[jax.lax.all_gather(ids, columns, axis=0, tiled=True)].astype(dtype)
@@ -176,5 +181,7 @@ class MLP(nnx.Module):
         """Applies the layer, in x's dtype."""
         gate = project("BTD,FD->BTF", x, self.gate[...])
         up = project("BTD,FD->BTF", x, self.up[...])
-        hidden = sharding.constrain(jax.nn.silu(gate) * up, ("batch", "sequence", "mlp"), placement)
+        hidden = sharding.constrain(
+            jax.nn.silu(gate) * up, ("batch", "sequence", "mlp"), placement, "FFN hidden"
+        )
         return project("BTF,DF->BTD", hidden, self.down[...])

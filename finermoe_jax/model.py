@@ -232,7 +232,7 @@ def _scan_run(
         state, layer_caches = layer
         written: list[Any] = []
         traces: list[Any] = []
-        x = sharding.constrain(x, ("batch", "sequence", "width"), placement)
+        x = sharding.constrain(x, ("batch", "sequence", "width"), placement, "residual stream")
         state = sharding.gather_dense(state, x.dtype, placement)
         for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
             x, cache, trace = block(

@@ -52,9 +52,9 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Adafactor (Shazeer and Stern, 2018) with AdamW's schedule and decay.
 
-    Not optax.adafactor: that one multiplies each rate by the parameter's own root mean square,
-    which would mix all stacked layers and experts and make Table 5's rates mean something else,
-    and decays by an amount that ignores the schedule.
+    Not optax.adafactor: that one multiplies each rate by the parameter's own root mean square, so
+    that Table 5's rates would mean something else, and decays by an amount that ignores the
+    schedule. Layers and experts are stacked, so one clip serves a whole stack.
     """
     return optax.chain(
         in_float32(optax.scale_by_factored_rms()),

@@ -97,7 +97,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices > 1:
+    if slices > 1 and devices[0].platform == "tpu":
         placed = _across_slices(sizes, slices, devices)
     else:
         placed = mesh_utils.create_device_mesh(
@@ -189,11 +189,11 @@ def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict,
     return nnx.traversals.unflatten_mapping(shardings), notes
 
 
-def constrain(x: Array, axes: Sequence[str], placement: Placement) -> Array:
-    """x, told to the partitioner to be an activation with these logical axes."""
+def constrain(x: Array, axes: Sequence[str], placement: Placement, name: str) -> Array:
+    """x, told to the partitioner to be an activation of that name with these logical axes."""
     if placement.mesh is None or placement.mesh.size == 1:
         return x
-    partition, _ = spec(axes, x.shape, placement.mesh, "activation")
+    partition, _ = spec(axes, x.shape, placement.mesh, name)
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, partition))
 
 

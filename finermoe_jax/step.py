@@ -45,7 +45,8 @@ def train_step(
             jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
             {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
         )
-        # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
+        # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
+        # (a microbatch is a multiple of the devices that share it: training.py sees to that).
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

@@ -112,7 +112,9 @@ def _checked(
     kernel = _kernel(config)
     claim(workdir, config)
     newest = newest_checkpoint(workdir / "checkpoints")
-    start = _start(config) if newest is None else _restart(config, newest, workdir)
+    # In the host's memory: no accelerator has to hold the whole model.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        start = _start(config) if newest is None else _restart(config, newest, workdir)
     start.model.placement = Placement(mesh, kernel)
     model_config = start.model.config
     length = config.data.sequence_length
@@ -171,7 +173,7 @@ def _run(
     log.cut(-1 if first is None else first)
     if first is None:
         if start.dense is not None:
-            report("dense base", start.dense, 0)
+            report("dense base", _spread(start.dense, start.model.placement), 0)
         start.dense = None
         params = distributed.place(nnx.to_pure_dict(state), shardings)
         opt_state = init_optimizer(tx, params, shardings, mesh)
@@ -237,6 +239,15 @@ def _loop(
             clock, since = time.perf_counter(), step
     bar.close()
     return params, opt_state
+
+
+def _spread(model: Decoder, placement: Placement) -> Decoder:
+    """The model with its weights over the mesh."""
+    assert placement.mesh is not None
+    model.placement = placement
+    shardings, _ = sharding.param_shardings(model, placement.mesh)
+    graphdef, state = nnx.split(model)
+    return rebuild(graphdef, distributed.place(nnx.to_pure_dict(state), shardings))
 
 
 def _global_batches(

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from finermoe_jax import sharding
+from finermoe_jax import expert_parallel, sharding
 from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.expert_parallel import quota, routed_experts
 from finermoe_jax.sharding import ONE_DEVICE, Placement
+from pallas_kernels.expert_ffn import expert_ffn
 
 E, F, D, W, A, B, T = 16, 8, 32, 16, 2, 8, 12
 
@@ -54,6 +56,54 @@ def one_device():
     "sizes", [(1, 1, 8, 1), (1, 1, 2, 4), (2, 1, 4, 1), (1, 2, 4, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
 )
 def test_one_devices_result_and_gradients(sizes, one_device):
+    for skew, arrays in _value_and_grads(Placement(_mesh(*sizes))).items():
+        for got, want in zip(arrays, one_device[skew], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def _ragged_all_to_all(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """lax.ragged_all_to_all by its documentation; NaN where the sizes contradict each other."""
+    me, place = lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    sent = (operand, input_offsets, send_sizes, output_offsets)
+    operands, starts, sizes, targets = (lax.all_gather(x, axis_name) for x in sent)
+    for source in range(operands.shape[0]):
+        target, size = targets[source, me], sizes[source, me]
+        row = jnp.clip(starts[source, me] + place - target, 0, operands.shape[1] - 1)
+        here = (place >= target) & (place < target + size)
+        output = jnp.where(here[:, None], operands[source][row], output)
+    return jnp.where((sizes[:, me] != recv_sizes).any(), jnp.nan, output)
+
+
+def _poisoned(x, count):
+    """What a kernel leaves unspecified, at its worst."""
+    return jnp.where((jnp.arange(x.shape[0]) < count).reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
+
+
+@jax.custom_vjp
+def _unspecified_ffn(rows, gate_up, down, sizes, weights):
+    return _poisoned(expert_ffn(rows, gate_up, down, sizes, weights), sizes.sum())
+
+
+def _unspecified_backward(saved, dy):
+    rows, gate_up, down, sizes, weights = saved
+    _, pull = jax.vjp(lambda *a: expert_ffn(*a[:3], sizes, a[3]), rows, gate_up, down, weights)
+    count = sizes.sum()
+    drows, dgate_up, ddown, dweights = pull(dy)
+    return _poisoned(drows, count), dgate_up, ddown, None, _poisoned(dweights, count)
+
+
+_unspecified_ffn.defvjp(lambda *a: (_unspecified_ffn(*a), a), _unspecified_backward)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (2, 1, 4, 1)])
+def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
+    """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,
+    around a kernel that leaves NaN wherever it may."""
+    monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
+    monkeypatch.setattr(expert_parallel, "_padded", lambda rows: rows.ndim == 1)
+    monkeypatch.setattr(expert_parallel, "expert_ffn", lambda *a: _unspecified_ffn(*a[:5]))
     for skew, arrays in _value_and_grads(Placement(_mesh(*sizes))).items():
         for got, want in zip(arrays, one_device[skew], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

@@ -1,6 +1,8 @@
 """The training step, the loss, sharding, and a run that stops and goes on."""
 
 import dataclasses
+import math
+import re
 import shutil
 
 import jax
@@ -20,7 +22,7 @@ from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
 from finermoe_jax.plot import read_lines
 from finermoe_jax.sharding import Placement
-from finermoe_jax.step import init_optimizer, jit_step, rebuild
+from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild
 from finermoe_jax.training import train
 from tests.test_config import SMALL, _preset
 
@@ -60,11 +62,8 @@ def _steps(config: RunConfig, mesh_config, count=3):
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put(_batch(config.data.global_batch_size), rows)
-    # Compiling it takes as long as a step: one device's, and where all kinds of axes mix.
-    chosen = None
-    if size == 1 or mesh_config.expert > 1 < mesh_config.tensor:
-        route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b[:, :-1]).routing)
-        chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
+    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b[:, :-1]).routing)
+    chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
     tx = optimizer(config.optimizer, config.train.steps)
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
@@ -95,7 +94,7 @@ def _distances(tree, reference):
 
 def _same(result, reference):
     losses, grads, params, chosen = result
-    for a, b in zip(chosen or reference[3], reference[3], strict=True):
+    for a, b in zip(chosen, reference[3], strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(losses[0], reference[0][0], rtol=1e-5)
     distances = _distances(grads, reference[1])
@@ -129,10 +128,11 @@ def test_every_mesh_gives_one_devices_result(mesh, one_device):
 
 
 @pytest.mark.parametrize(
-    ("parts", "mesh"), [(4, MeshConfig(1, 1, 1, 1)), (2, MeshConfig(1, 2, 2, 1))]
+    ("parts", "mesh", "remat"),
+    [(4, MeshConfig(1, 1, 1, 1), "none"), (2, MeshConfig(1, 2, 2, 2), "full")],
 )
-def test_accumulation_equals_the_large_batch(parts, mesh, one_device):
-    _same(_steps(_run(8, grad_accumulation=parts), mesh), one_device)
+def test_accumulation_equals_the_large_batch(parts, mesh, remat, one_device):
+    _same(_steps(_run(8, grad_accumulation=parts, remat=remat), mesh), one_device)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -151,6 +151,22 @@ def test_chunked_loss_is_the_plain_cross_entropy():
     for chunk in (1, 15, 21, 1000):
         total = cross_entropy_sum(model, hidden, batch[:, 1:], mask, chunk)
         np.testing.assert_allclose(total, jnp.where(mask, nll, 0).sum(), rtol=1e-5)
+
+
+def test_logits_exist_for_one_chunk_only():
+    """Forward and backward: no buffer of the program pairs more tokens with the vocabulary."""
+    vocab, chunk = 997, 8
+    model = _model(dataclasses.replace(MOE, vocab_size=vocab))
+    graphdef, state = nnx.split(model)
+    config = _run(8, loss_chunk_tokens=chunk)
+    grad = jax.jit(
+        lambda p, b: jax.grad(batch_loss, argnums=2, has_aux=True)(graphdef, config, p, b)
+    )
+    text = grad.lower(nnx.to_pure_dict(state), _batch(8)).compile().as_text()
+    shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    others = [math.prod(dims) // vocab for dims in shapes if vocab in dims]
+    # The weights of embedding and head, stacked layers of none; 8 x 16 tokens would be 128.
+    assert max(others) == max(chunk, MOE.hidden_size) < 128
 
 
 def test_the_program_does_not_grow_with_depth():
