@@ -64,7 +64,7 @@ def test_the_report_names_every_assumption(compiled):
 
 
 def test_the_roofline_is_the_slowest_resource():
-    costs = Costs(197e12, 0.0, 819e9 / 2, {"all-gather": 200e9 / 4}, {})
+    costs = Costs(98e12, 49e12, 50e12, 819e9 / 2, {"all-gather": 200e9 / 4}, {})
     bounds = report.roofline(costs, _target(), 8000, 197e9)["bounds"]
     assert bounds["overlapped"]["seconds"] == pytest.approx(1.0)
     assert bounds["serial"]["seconds"] == pytest.approx(1.25)
