@@ -204,25 +204,29 @@ def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder
             "expert kernels": [f["kernel_flops"] / 1e9 for f in found],
             "attention": [f["attention_flops"] / 1e9 for f in found],
         }),
-        ("HBM, MB per token", {"all": [f["hbm_bytes"] / 1e6 for f in found]}),
+        ("HBM, MB per token", {"reads and writes": [f["hbm_bytes"] / 1e6 for f in found]}),
         ("sent, kB per token", {
-            kind: [f["sent_bytes"].get(kind, 0.0) / 1e3 for f in found] for kind in kinds
+            "all": [sum(f["sent_bytes"].values()) / 1e3 for f in found],
+            **{kind: [f["sent_bytes"].get(kind, 0.0) / 1e3 for f in found] for kind in kinds},
         }),
     ]  # fmt: skip
     for axis, (title, series) in zip(axes, panels, strict=True):
-        for label, values in series.items():
-            heights = [value / t for value, t in zip(values, tokens, strict=True)]
-            if max(heights) > 0.002 * max(
-                sum(v) / t for v, t in zip(zip(*series.values(), strict=True), tokens, strict=True)
-            ):
-                axis.plot(x, heights, marker="o", label=label)
+        per_token = {
+            label: [value / t for value, t in zip(values, tokens, strict=True)]
+            for label, values in series.items()
+        }
+        top = max(max(heights) for heights in per_token.values())
+        for label, heights in per_token.items():
+            if max(heights) > 0.01 * top:
+                style = {"color": "black", "linestyle": "--"} if label == "all" else {}
+                axis.plot(x, heights, marker="o", label=label, **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(v) for v in x])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.4 * top)  # room for the legend
         axis.set_xlabel(name)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", ncols=2)
     figure.savefig(folder / f"scaling_{name}.png", dpi=150)
 
 
