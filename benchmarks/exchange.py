@@ -92,14 +92,17 @@ def main() -> None:
                       f"{counts.forward:.0f} | {counts.forward / limit:.4f} | "
                       f"{counts.backward / limit:.4f} | {counts.padded / limit:.2f} | "
                       f"{counts.stay:.1%} | {exchange.quota * devices / rows:.2f} |")  # fmt: skip
-    print("\n| T_I | devices | copies of a token to a device that has it |\n|---|---|---|")
+    counts_of_devices = (2, 4, 8, 16, 32, 128)
+    print("\n| copies | " + " | ".join(f"{n} devices" for n in counts_of_devices) + " |")
+    print("|" + "---|" * (1 + len(counts_of_devices)))
     for active in (1, 2, 4):
         moe = MoEConfig(active_per_group=active)
-        for devices in (2, 4, 8, 16, 32, 128):
-            experts = routed(moe, 1, "even")[0]
+        experts = routed(moe, 1, "even")[0]
+        shares = []
+        for devices in counts_of_devices:
             homes = np.sort(experts // (moe.num_experts // devices), axis=1)
-            copies = (homes[:, 1:] == homes[:, :-1]).sum() / homes.size
-            print(f"| {active} | {devices} | {copies:.1%} |")
+            shares.append((homes[:, 1:] == homes[:, :-1]).sum() / homes.size)
+        print(f"| T_I = {active} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
 
 
 if __name__ == "__main__":
