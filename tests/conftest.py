@@ -2,9 +2,11 @@
 
 import os
 
-_FLAGS = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-# Nine tenths of a test's time is compiling: programs this small need no optimised machine code.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + _FLAGS
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
+)
+# Most of a test's time is compiling: programs this small need no optimised machine code.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
@@ -12,7 +14,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = _FLAGS  # for the processes that tests start: they are a user's
+# The processes that tests start are a user's.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(
+    " --xla_backend_optimization_level=0"
+)
 
 # Before anything of the package is imported: every annotated shape is checked at each call.
 install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
