@@ -33,7 +33,7 @@ from finermoe_jax.optim import optimizer
 from finermoe_jax.params import run_model, true_counts
 from finermoe_jax.program import analyse
 from finermoe_jax.sharding import Placement
-from finermoe_jax.step import abstract_optimizer, jit_step
+from finermoe_jax.step import abstract_optimizer, check_microbatch, jit_step
 from finermoe_jax.topology import Target, describe
 
 
@@ -62,13 +62,7 @@ def prepare(config: RunConfig, target: Target) -> Step:
     Raises InputError: a mesh that does not multiply, or a microbatch that its devices do not share.
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    parts = sharding.batch_parts(mesh)
-    microbatch = config.data.global_batch_size // config.train.grad_accumulation
-    if microbatch % parts:
-        raise InputError(
-            f"a microbatch of {microbatch} sequences (data.global_batch_size / "
-            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it"
-        )
+    check_microbatch(config, mesh)
     model = with_shapes(run_model(config))
     model.dtype = jnp.dtype(config.train.compute_dtype)
     kernel = config.train.kernel

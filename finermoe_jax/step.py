@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
 from finermoe_jax.config import RunConfig
+from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import apply_updates
@@ -46,7 +47,7 @@ def train_step(
             {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
-        # (a microbatch is a multiple of the devices that share it: training.py sees to that).
+        # (a microbatch is a multiple of the devices that share it: check_microbatch).
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
@@ -80,6 +81,18 @@ def batch_loss(
 def rebuild(graphdef: Any, params: dict) -> Decoder:
     """The decoder from its graph and a pure dict of arrays."""
     return nnx.merge(graphdef, nnx.State(params))
+
+
+def check_microbatch(config: RunConfig, mesh: Mesh) -> None:
+    """Raises InputError when a microbatch is no multiple of the devices that share it."""
+    microbatch = config.data.global_batch_size // config.train.grad_accumulation
+    parts, processes = sharding.batch_parts(mesh), jax.process_count()
+    if microbatch % parts:
+        raise InputError(
+            f"a microbatch of {microbatch} sequences (data.global_batch_size / "
+            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it, "
+            f"in {processes} process{'es' if processes > 1 else ''}"
+        )
 
 
 def jit_step(

@@ -36,7 +36,13 @@ from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
 from finermoe_jax.sharding import Placement
-from finermoe_jax.step import abstract_optimizer, init_optimizer, jit_step, rebuild
+from finermoe_jax.step import (
+    abstract_optimizer,
+    check_microbatch,
+    init_optimizer,
+    jit_step,
+    rebuild,
+)
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
 from finermoe_jax.workdir import Log, claim, find_shared, prepare, refuse_differences
@@ -101,14 +107,7 @@ def _checked(
 ) -> tuple[Mesh, _Start, Any, tuple[data.Windows, data.Windows]]:
     """All that is read; nothing is written, and nothing said to other processes."""
     mesh = sharding.make_mesh(config.mesh)
-    parts = sharding.batch_parts(mesh)
-    microbatch = config.data.global_batch_size // config.train.grad_accumulation
-    if microbatch % parts:
-        raise InputError(
-            f"a microbatch of {microbatch} sequences (data.global_batch_size / "
-            f"train.grad_accumulation) must be a multiple of the {parts} devices that share it, "
-            f"in {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
-        )
+    check_microbatch(config, mesh)
     kernel = _kernel(config)
     claim(workdir, config)
     newest = newest_checkpoint(workdir / "checkpoints")
