@@ -1,7 +1,6 @@
 """The train step compiled for hardware that is not there, and what is said of it."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from finermoe_jax import aot, candidates, report, topology
 from finermoe_jax.config import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.program import Costs
+from tests.compilers import interpreter
 from tests.test_config import _preset
 
 ROOT = Path(__file__).parent.parent
@@ -152,9 +152,8 @@ def test_unknown_topologies_are_refused(name, slices, words):
     ("name", "package", "extra"),
     [("v5e:2x4", "libtpu", "compile-tpu"), ("h100:8", "jax_cuda13_plugin", "compile-cuda")],
 )
-def test_a_missing_compiler_is_named_with_its_extra(name, package, extra):
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
+def test_a_missing_compiler_is_named_with_its_extra(name, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(InputError, match=extra):
         topology.describe(name)
 
@@ -162,14 +161,7 @@ def test_a_missing_compiler_is_named_with_its_extra(name, package, extra):
 @pytest.mark.slow
 def test_a_tpu_slice(tmp_path):
     """In a process of its own, with the environment that can compile for TPUs."""
-    python = os.environ.get("TPU_TEST_PYTHON")
-    if python is None:
-        if importlib.util.find_spec("libtpu") is None:
-            pytest.skip(
-                "needs the extra compile-tpu, in an environment of its own: name its python in "
-                "TPU_TEST_PYTHON, as .ci/run does"
-            )
-        python = sys.executable
+    python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
     command = [
         python, "-m", "finermoe_jax.aot", "--config=configs/demo.py", "--topology=v5e:2x4",
         "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",

@@ -1,5 +1,6 @@
 """Attention over whole sequences against NumPy that loops over queries, on every path."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,9 +12,10 @@ from flax import nnx
 
 from finermoe_jax import flash
 from finermoe_jax.attention import Attention, LayerCache, cache_mask
-from finermoe_jax.config import MeshConfig, ModelConfig
+from finermoe_jax.config import MeshConfig
 from finermoe_jax.layers import rotary_angles
 from finermoe_jax.sharding import Placement, make_mesh
+from tests.test_config import SMALL
 
 
 def naive(q, k, v, sees):
@@ -249,18 +251,7 @@ def test_no_scores_of_all_pairs(differentiate):
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * scores < 4 * 2 * 2 * tokens**2 * 4
 
 
-CONFIG = ModelConfig(
-    vocab_size=11,
-    hidden_size=24,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
+CONFIG = dataclasses.replace(SMALL, hidden_size=24, num_attention_heads=6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

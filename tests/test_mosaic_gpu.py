@@ -5,10 +5,7 @@ tables the kernels read and by the compiler.
 """
 
 import functools
-import importlib.util
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_ffn import mosaic_gpu as ffn
 from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
+from tests.compilers import interpreter
 from tests.test_expert_ffn import ARRAYS, GROUPS, TOLERANCE, assert_close, make, truth
 
 ROOT = Path(__file__).parent.parent
@@ -259,18 +257,8 @@ def test_no_gpu_is_an_error_that_names_the_device():
 
 @pytest.mark.slow
 def test_compiles_for_hopper_without_spills_and_for_blackwell():
-    """In a process of its own: some failures of the compiler end it.
-
-    MOSAIC_GPU_TEST_PYTHON names an interpreter that has JAX's CUDA plugin, if this one has not.
-    """
-    python = os.environ.get("MOSAIC_GPU_TEST_PYTHON")
-    if python is None:
-        if importlib.util.find_spec("jax_cuda13_plugin") is None:
-            pytest.skip(
-                "needs the extra compile-cuda, in an environment of its own: name its python in "
-                "MOSAIC_GPU_TEST_PYTHON, as .ci/run does"
-            )
-        python = sys.executable
+    """In a process of its own: some failures of the compiler end it."""
+    python = interpreter("MOSAIC_GPU_TEST_PYTHON", "jax_cuda13_plugin", "compile-cuda")
     command = [python, "benchmarks/gpu_kernels.py", "--sizes=0.5B", "--rows=16", "--blackwell"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
