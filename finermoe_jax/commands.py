@@ -175,9 +175,10 @@ def train() -> None:
         heartbeat = FLAGS.heartbeat_seconds
         if not 1 <= heartbeat <= 3600:
             raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
-        from finermoe_jax import distributed, training
+        from finermoe_jax import distributed, host_memory, training
         from finermoe_jax.workdir import way_on
 
+        host_memory.keep_freed()
         distributed.initialize(heartbeat)
         workdir = FLAGS.workdir
         if not workdir:

@@ -138,6 +138,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         remat: str = "none",
+        unroll: int = 1,
     ) -> Features:
         """Final hidden states [B, T, D] in `dtype`.
 
@@ -149,6 +150,7 @@ class Decoder(nnx.Module):
             unless position_ids restart them.
           cache: written from slot cache.length on; its rows' positions continue there.
           remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
+          unroll: layers (or repeats of their pattern) written out per turn of the scan.
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
@@ -170,7 +172,7 @@ class Decoder(nnx.Module):
         for index, run in enumerate(self.runs):
             layer_caches = cache.layers[index] if cache else (None,) * len(run)
             x, written, run_traces = _scan_run(
-                run, x, angles, segment_ids, mask, real, layer_caches, offset, remat,
+                run, x, angles, segment_ids, mask, real, layer_caches, offset, remat, unroll,
                 self.placement,
             )  # fmt: skip
             caches.append(written)
@@ -222,6 +224,7 @@ def _scan_run(
     caches: tuple[LayerCache | None, ...],
     cache_length: Array,
     remat: str,
+    unroll: int,
     placement: Placement,
 ) -> tuple[Array, tuple[LayerCache | None, ...], list[tuple[Routing, Array]]]:
     """Scans the repeats. Returns x, the written caches, and the MoE layers' traces in order."""
@@ -242,11 +245,12 @@ def _scan_run(
             traces.append(trace)
         return x, (tuple(written), tuple(traces))
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    scanned: Any = jax.lax.scan(body, x, (stacked, caches))
-    x, (new_caches, stacked_traces) = scanned
     repeats = jax.tree.leaves(stacked)[0].shape[0]
+    if remat != "none":
+        # In a loop nothing can be shared between the two passes; written out it would be.
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll >= repeats)
+    scanned: Any = jax.lax.scan(body, x, (stacked, caches), unroll=min(unroll, repeats))
+    x, (new_caches, stacked_traces) = scanned
     return (
         x,
         new_caches,

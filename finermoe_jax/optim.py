@@ -5,12 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from finermoe_jax.config import OptimizerConfig
 
 # Parameters that are not decayed: norms and biases.
 _NOT_DECAYED = ("scale", "query_bias", "key_bias", "value_bias")
+# With freeze_backbone: what stands still, as the dense model left it.
+_BACKBONE = ("attention", "mlp", "lm_head")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -33,8 +36,31 @@ def decayed(params: Any) -> Any:
     )
 
 
+def trained(params: dict, config: OptimizerConfig) -> dict:
+    """The part of a nested dict of parameters that training changes.
+
+    All of it, or with freeze_backbone what the published training code leaves free beside a frozen
+    backbone: embedding, routers, experts (the shared one, too) and norms.
+    """
+    if not config.freeze_backbone:
+        return params
+    flat = nnx.traversals.flatten_mapping(params)
+    return nnx.traversals.unflatten_mapping(
+        {path: leaf for path, leaf in flat.items() if not {*path} & {*_BACKBONE}}
+    )
+
+
+def completed(params: dict, part: dict) -> dict:
+    """params with the leaves of `part`, a nested dict of some of them, in place of its own."""
+    flatten = nnx.traversals.flatten_mapping
+    return nnx.traversals.unflatten_mapping(flatten(params) | flatten(part))
+
+
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Table 5) or Adafactor; weight decay times the rate."""
+    """Clipping by global norm, then AdamW (Table 5) or Adafactor; weight decay times the rate.
+
+    It keeps its state, and takes gradients, for `trained(params)` alone.
+    """
     if config.name == "adafactor":
         second = _adafactor(config, steps)
     else:
@@ -46,7 +72,12 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
             mask=decayed,
             mu_dtype=config.moment_dtype,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(grads, state, trained(params, config))
+
+    return optax.GradientTransformation(lambda params: tx.init(trained(params, config)), update)
 
 
 def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
-from finermoe_jax.optim import apply_updates
+from finermoe_jax.optim import apply_updates, completed, trained
 
 
 def train_step(
@@ -32,30 +32,35 @@ def train_step(
     gradient is that of the whole batch: windows are all full, and Eq. 11 is per sequence.
     """
     parts = config.train.grad_accumulation
-    compute = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+    free = trained(params, config.optimizer)
+
+    def loss(free: dict, batch: Array) -> tuple[Array, dict[str, Array]]:
+        return batch_loss(graphdef, config, completed(params, free), batch)
+
+    compute = jax.value_and_grad(loss, has_aux=True)
 
     def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, None]:
-        (_, metrics), grads = compute(graphdef, config, params, part)
+        (_, metrics), grads = compute(free, part)
         return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), None
 
     if parts == 1:
-        (_, metrics), grads = compute(graphdef, config, params, batch)
+        (_, metrics), grads = compute(free, batch)
     else:
         zeros = (
             # In float32, or small gradients would be lost in a long sum of bfloat16.
-            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), free),
             {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
         # (a microbatch is a multiple of the devices that share it: check_microbatch).
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
     updates, opt_state = tx.update(grads, opt_state, params)
     # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
     (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
     key = jax.random.fold_in(jax.random.key(config.train.seed), count)
-    params = apply_updates(params, updates, key)
+    params = completed(params, apply_updates(free, updates, key))
     return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
@@ -65,7 +70,7 @@ def batch_loss(
     """The training loss of a microbatch; `loss` and `aux_loss` (summed over layers) apart."""
     model = rebuild(graphdef, params)
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    features = model.features(inputs, remat=config.train.remat)
+    features = model.features(inputs, remat=config.train.remat, unroll=config.train.scan_unroll)
     total = cross_entropy_sum(
         model,
         features.hidden,

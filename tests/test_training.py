@@ -309,3 +309,29 @@ def test_a_foreign_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no run"):
         train(_tiny(4), tmp_path, say=lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_frozen_backbone():
+    """What trains has the gradients that it has anyway; the rest stands still, without moments."""
+    config = _run(8)
+    unclipped = dataclasses.replace(config.optimizer, clip_norm=1e12)
+    config = dataclasses.replace(config, optimizer=unclipped)
+    frozen = dataclasses.replace(unclipped, freeze_backbone=True)
+    flat = nnx.traversals.flatten_mapping
+    before = flat(nnx.to_pure_dict(nnx.state(_model())))
+    _, grads, after, _ = _steps(
+        dataclasses.replace(config, optimizer=frozen), MeshConfig(1, 1, 1, 1), 1
+    )
+    _, expected, _, _ = _steps(config, MeshConfig(1, 1, 1, 1), 1)
+    after, grads, expected = flat(after), flat(grads), flat(expected)
+    still = {path for path, leaf in after.items() if np.array_equal(leaf, before[path])}
+    assert still == {path for path in after if "attention" in path or "lm_head" in path}
+    assert grads.keys() == after.keys() - still
+    for path, grad in grads.items():
+        np.testing.assert_allclose(grad, expected[path], rtol=1e-6, atol=1e-9, err_msg=str(path))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_written_out(one_device, remat):
+    losses, *_ = _steps(_run(8, scan_unroll=2, remat=remat), MeshConfig(1, 1, 1, 1))
+    np.testing.assert_allclose(losses, one_device[0][:3], rtol=1e-5)
