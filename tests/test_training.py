@@ -52,7 +52,10 @@ def _run(rows, **train_settings):
 
 
 def _steps(config: RunConfig, mesh_config, count=3):
-    """Losses [count, 3], the first step's gradients, the last parameters, the first routing."""
+    """Losses [count, 3], the first step's gradients, the last parameters, the first routing.
+
+    What each step says of its experts and of its rate is checked on the way.
+    """
     model = _model()
     size = np.prod([v for v in dataclasses.astuple(mesh_config)])
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
@@ -71,6 +74,14 @@ def _steps(config: RunConfig, mesh_config, count=3):
     losses, grads = [], None
     for _ in range(count):
         params, opt_state, metrics = step(params, opt_state, batch)
+        if not losses:
+            tokens = [np.bincount(experts.ravel(), minlength=16) for experts in chosen]
+            np.testing.assert_array_equal(metrics["expert_tokens"], tokens)
+        rate = learning_rate(config.optimizer, config.train.steps)(len(losses))
+        np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics["layer_aux_loss"].sum(), metrics["aux_loss"], rtol=1e-6
+        )
         losses.append([float(metrics[k]) for k in ("loss", "aux_loss", "grad_norm")])
         # Adam's first mean is a multiple of the gradient; Adafactor keeps none.
         if grads is None and config.optimizer.name == "adamw":
