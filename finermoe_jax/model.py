@@ -186,11 +186,12 @@ class Decoder(nnx.Module):
         if cache is not None:
             advanced = first + real.sum(axis=1, dtype=jnp.int32)
             new_cache = KVCache(tuple(caches), valid, offset + tokens, advanced)
-        aux_loss, tokens = jnp.zeros(0), jnp.zeros((0, 0), jnp.int32)
+        aux_loss, per_expert = jnp.zeros(0), jnp.zeros((0, 0), jnp.int32)
         if balance:
-            aux_loss, of_rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *balance)
-            tokens = of_rows.astype(jnp.int32).sum(axis=1)
-        return Features(self.final_norm(x), aux_loss, tokens, tuple(routing), new_cache)
+            aux_loss = jnp.concatenate([losses for losses, _ in balance])
+            of_rows = jnp.concatenate([counts for _, counts in balance])
+            per_expert = of_rows.astype(jnp.int32).sum(axis=1)
+        return Features(self.final_norm(x), aux_loss, per_expert, tuple(routing), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the vocabulary, as float32."""
@@ -234,8 +235,9 @@ def _scan_run(
     remat: str,
     placement: Placement,
 ) -> tuple[Array, tuple[LayerCache | None, ...], list[Routing], list[tuple[Array, Array]]]:
-    """Scans the repeats. Returns x, the written caches, and of the MoE layers, in order, the routing
-    and, stacked, Eq. 11's losses [L] and the experts' tokens [L, B, E] (no or one such pair)."""
+    """Scans the repeats. Returns x, the written caches, and of the MoE layers, in order, the
+    routing and, stacked, Eq. 11's losses [L] and the experts' tokens [L, B, E] (one pair or none).
+    """
     graphdef: Any
     graphdef, stacked = nnx.split(run)
 

@@ -79,9 +79,7 @@ def _steps(config: RunConfig, mesh_config, count=3):
             np.testing.assert_array_equal(metrics["expert_tokens"], tokens)
         rate = learning_rate(config.optimizer, config.train.steps)(len(losses))
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
-        np.testing.assert_allclose(
-            metrics["layer_aux_loss"].sum(), metrics["aux_loss"], rtol=1e-6
-        )
+        np.testing.assert_allclose(metrics["layer_aux_loss"].sum(), metrics["aux_loss"], rtol=1e-6)
         losses.append([float(metrics[k]) for k in ("loss", "aux_loss", "grad_norm")])
         # Adam's first mean is a multiple of the gradient; Adafactor keeps none.
         if grads is None and config.optimizer.name == "adamw":
