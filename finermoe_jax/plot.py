@@ -62,10 +62,11 @@ def draw_loss(workdir: Path) -> Path:
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
     top.plot(steps, losses, color=_PALE, linewidth=0.8, label="training, each logged step")
-    top.plot(
-        steps, _running_mean(losses, span), color=_BLUE, linewidth=1.6,
-        label=f"training, mean of {span} logged steps",
-    )  # fmt: skip
+    if span > 1:
+        top.plot(
+            steps, _running_mean(losses, span), color=_BLUE, linewidth=1.6,
+            label=f"training, mean of {span} logged steps",
+        )  # fmt: skip
     dense = [e for e in evals if e["name"] == "dense base"]
     scored = [e for e in evals if e["name"] != "dense base"]
     if dense:
@@ -91,6 +92,7 @@ def draw_loss(workdir: Path) -> Path:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     # One spike would flatten all the rest.
     positive = [value for value in _series(metrics, "grad_norm")[1] if value > 0]
+    speed.xaxis.get_major_locator().set_params(integer=True)
     if positive and max(positive) > 20 * float(np.median(positive)):
         norm.set_yscale("log")
     speed.set_ylim(bottom=0)
@@ -107,11 +109,12 @@ def draw_loss(workdir: Path) -> Path:
     return path
 
 
-def _running_mean(values: list[float], span: int) -> list[float]:
+def _running_mean(values: list[float], span: int) -> np.ndarray:
     """At each place the mean of the last `span` values."""
-    return [
-        sum(values[max(0, i - span + 1) : i + 1]) / min(span, i + 1) for i in range(len(values))
-    ]
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(ends - span, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
 
 
 def draw_load(workdir: Path) -> Path | None:
@@ -128,12 +131,13 @@ def draw_load(workdir: Path) -> Path | None:
     tokens = np.asarray(last["tokens"], float)
     candidates = np.asarray(last["candidates"])
     layers, slots, choices = candidates.shape
-    figure = plt.figure(figsize=(13, 4.6 + 0.17 * layers), layout="constrained")
-    map_row, curve_row = figure.subfigures(2, 1, height_ratios=(1.2 + 0.17 * layers, 2.6))
+    height = max(2.6, 1.2 + 0.17 * layers)
+    figure = plt.figure(figsize=(13, height + 3.2), layout="constrained")
+    map_row, curve_row = figure.subfigures(2, 1, height_ratios=(height, 2.8))
     left, right = map_row.subplots(
-        1, 2, width_ratios=(1, max(0.06, 0.016 * slots * choices + 0.03)), sharey=True
+        1, 2, width_ratios=(1, min(0.5, 0.06 + 0.02 * slots * choices)), sharey=True
     )
-    _heat_map(figure, left, tokens, slots, choices)
+    _heat_map(mpl, figure, left, tokens, slots, choices)
     _shares(figure, right, candidates)
     _over_steps(mpl, curve_row, records, layers)
     figure.suptitle(f"{workdir.absolute().name}: load of the experts, step {last['step']}")
@@ -143,16 +147,18 @@ def draw_load(workdir: Path) -> Path | None:
     return path
 
 
-def _heat_map(figure: Any, axes: Any, tokens: np.ndarray, slots: int, choices: int) -> None:
+def _heat_map(
+    mpl: Any, figure: Any, axes: Any, tokens: np.ndarray, slots: int, choices: int
+) -> None:
     """A cell for each expert of each layer; what got nothing is black, with a cross."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     experts = tokens.shape[1]
     even = np.maximum(tokens.mean(axis=1, keepdims=True), 1e-9)
     octaves = np.log2(np.where(tokens > 0, tokens / even, np.nan))
     axes.set_facecolor(_DEAD)
+    # Without the darkest ends of the map, which look like the black of what is dead.
+    colours = mpl.colors.ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256)))
     image = axes.imshow(
-        octaves, cmap="PuOr_r", vmin=-_OCTAVES, vmax=_OCTAVES, aspect="auto",
+        octaves, cmap=colours, vmin=-_OCTAVES, vmax=_OCTAVES, aspect="auto",
         interpolation="nearest",
     )  # fmt: skip
     dead = np.argwhere(tokens == 0)
@@ -168,18 +174,20 @@ def _heat_map(figure: Any, axes: Any, tokens: np.ndarray, slots: int, choices: i
         fontsize=8,
     )
     names.tick_params(length=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=15))
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=16))
     axes.set_xlabel(
         f"expert (black with a cross: no token in this step; {len(dead)} of {tokens.size})"
     )
     axes.set_ylabel("MoE layer")
     bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01, aspect=30)
     bar.ax.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{2**value:g}×" if value >= 0 else f"1/{2**-value:g}")
+        mpl.ticker.FuncFormatter(
+            lambda value, _: f"{2**value:g}×" if value >= 0 else f"1/{2**-value:g}"
+        )
     )
     bar.set_ticks(range(-_OCTAVES, _OCTAVES + 1))
-    bar.set_label("tokens, relative to an even load")
+    bar.set_label("tokens / even load")
 
 
 def _shares(figure: Any, axes: Any, candidates: np.ndarray) -> None:
@@ -197,7 +205,8 @@ def _shares(figure: Any, axes: Any, candidates: np.ndarray) -> None:
     axes.set_xlabel("slot.candidate")
     bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=30)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    bar.set_label("share of tokens that chose it")
+    bar.set_label("share of tokens")
+    axes.set_title("candidate chosen", fontsize=9)
 
 
 def _over_steps(mpl: Any, figure: Any, records: list[dict], layers: int) -> None:
@@ -220,11 +229,12 @@ def _over_steps(mpl: Any, figure: Any, records: list[dict], layers: int) -> None
             )  # fmt: skip
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(top=1.0)
     panels[1].set_ylim(bottom=1.0)
-    panels[3].set_ylim(bottom=0)
+    panels[3].set_ylim(bottom=0, top=max(1.0, panels[3].get_ylim()[1]))
     panels[3].yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     scale = mpl.cm.ScalarMappable(
         mpl.colors.BoundaryNorm(np.arange(layers + 1) - 0.5, layers),
@@ -233,6 +243,7 @@ def _over_steps(mpl: Any, figure: Any, records: list[dict], layers: int) -> None
     bar = figure.colorbar(scale, ax=list(panels), pad=0.01, aspect=25)
     bar.set_label("MoE layer")
     bar.set_ticks(sorted({0, layers // 2, layers - 1}))
+    bar.ax.minorticks_off()
 
 
 def main(argv: list[str]) -> int:
