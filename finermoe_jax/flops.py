@@ -20,8 +20,6 @@ Forward and backward take three times that. Packed documents see fewer keys than
 scores, and MFU with them, are counted a little too high.
 """
 
-import jax
-
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.topology import CHIPS
 
@@ -48,9 +46,8 @@ PEAKS: dict[str, float] = {
 _OTHERS = ("TPU v4 lite", "TPU v4i")
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak in bfloat16, FLOP/s; None where it is not known, as of any CPU."""
-    kind = device.device_kind
+def peak_flops(kind: str) -> float | None:
+    """A device kind's peak in bfloat16, FLOP/s; None where it is not known, as of any CPU."""
     found = [name for name in (*PEAKS, *_OTHERS) if kind.startswith(name)]
     return PEAKS.get(max(found, key=len)) if found else None
 

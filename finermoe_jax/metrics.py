@@ -236,7 +236,7 @@ class Monitor:
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
         self.profile = watch.profile_steps if jax.process_index() == 0 else None
         self.profile_directory = workdir / "profile"
-        peak = watch.peak_flops or peak_flops(jax.devices()[0])
+        peak = watch.peak_flops or peak_flops(jax.devices()[0].device_kind)
         needed = training_flops(model, config.data.sequence_length)
         self.mfu_per_speed = None if peak is None else needed / (devices * peak)
         self.held_out: float | None = None
