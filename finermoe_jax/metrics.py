@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -176,7 +176,7 @@ class _WeightsAndBiases:
 class _Lines:
     """A stream that tqdm writes its line to, where nothing can be overwritten: one line each."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> None:
@@ -193,7 +193,7 @@ def _progress(steps: int, first: int) -> tqdm:
         total=steps,
         initial=first,
         desc="training",
-        file=sys.stderr if terminal else _Lines(sys.stderr),  # type: ignore[arg-type]
+        file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.5 if terminal else 20,
         miniters=1,
         smoothing=0,  # of the whole time, so that evaluations and saves are in what remains

@@ -40,6 +40,15 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
+def colours() -> Any:
+    """The map of loads: purple less than even, white even, orange more; told apart by everybody.
+
+    Without the darkest ends of Matplotlib's map, which look like the black of what is dead.
+    """
+    mpl = _matplotlib()
+    return mpl.colors.ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256)))
+
+
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that hold one: null stands for what was not finite."""
     kept = [line for line in lines if line.get(name) is not None]
@@ -155,10 +164,8 @@ def _heat_map(
     even = np.maximum(tokens.mean(axis=1, keepdims=True), 1e-9)
     octaves = np.log2(np.where(tokens > 0, tokens / even, np.nan))
     axes.set_facecolor(_DEAD)
-    # Without the darkest ends of the map, which look like the black of what is dead.
-    colours = mpl.colors.ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256)))
     image = axes.imshow(
-        octaves, cmap=colours, vmin=-_OCTAVES, vmax=_OCTAVES, aspect="auto",
+        octaves, cmap=colours(), vmin=-_OCTAVES, vmax=_OCTAVES, aspect="auto",
         interpolation="nearest",
     )  # fmt: skip
     dead = np.argwhere(tokens == 0)
