@@ -194,7 +194,6 @@ def train() -> None:
             metrics.read_steps(FLAGS.profile_steps),
             None if FLAGS.peak_tflops is None else FLAGS.peak_tflops * 1e12,
         )
-        metrics.check(watch, 0, config.train.steps)
         distributed.initialize(heartbeat)
         workdir = FLAGS.workdir
         if not workdir:

@@ -132,7 +132,7 @@ class _TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -153,7 +153,7 @@ class _WeightsAndBiases:
                 dir=str(workdir),
                 name=workdir.name,
                 config=dataclasses.asdict(config),
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", quiet=True),
             )
         except (wandb.Error, OSError) as error:
             raise InputError(
@@ -166,8 +166,8 @@ class _WeightsAndBiases:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 # --- the progress line ----------------------------------------------------------------------
@@ -366,14 +366,14 @@ class Monitor:
         self.tracing = False
         jax.profiler.stop_trace()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Ends the line, and what was opened for other programs."""
         if self.tracing:
             self.stop_profile()
         if self.bar is not None:
             self.bar.close()
         for writer in self.writers:
-            writer.close()
+            writer.close(failed)
 
 
 def _plain(load: Load) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def train(
     stated = json.dumps([dataclasses.asdict(config), str(workdir)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
     with distributed.together():
+        metrics.check(watch, 0, config.train.steps)
         mesh, start, tokenizer, text = _checked(config, workdir)
     distributed.same(
         str(newest_checkpoint(workdir / "checkpoints")),
@@ -181,7 +182,7 @@ def _run(
     with distributed.together():
         metrics.check(watch, first or 0, config.train.steps)
         monitor = metrics.Monitor(workdir, config, start.model.config, watch, first or 0, mesh.size)
-    opened.callback(monitor.close)
+    opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     if first is None:
         if start.dense is not None:
             report("dense base", _spread(start.dense, start.model.placement), 0)
