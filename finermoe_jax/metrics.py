@@ -73,9 +73,8 @@ def check(watch: Watch, first: int, steps: int) -> None:
     if watch.profile_steps:
         begin, end = watch.profile_steps
         if not first < begin <= end <= steps:
-            raise InputError(
-                f"--profile_steps={begin}:{end}: this run makes steps {first + 1} to {steps}"
-            )
+            made = f"makes steps {first + 1} to {steps}" if first < steps else "has no step left"
+            raise InputError(f"--profile_steps={begin}:{end}: this run {made}")
     if watch.peak_flops is not None and not 0 < watch.peak_flops < math.inf:
         raise InputError(f"--peak_tflops={watch.peak_flops / 1e12:g} must be positive")
 
@@ -242,6 +241,7 @@ class Monitor:
         self.held_out: float | None = None
         self.writers: list[_TensorBoard | _WeightsAndBiases] = []
         self.bar: tqdm | None = None
+        self.line: dict[str, Any] | None = None  # the last one of metrics.jsonl
         self.tracing = False
         if jax.process_index() == 0:
             if watch.tensorboard:
@@ -321,11 +321,14 @@ class Monitor:
         self.begin(step)
         self.log.metrics({"step": step, **line})
         self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
-        if self.bar is not None:
-            self.bar.set_postfix_str(self._line(line), refresh=False)
+        self.line = line
+        self._show()
 
-    def _line(self, line: Mapping[str, Any]) -> str:
-        """The figures of the progress line, the most wanted first: a terminal cuts off the rest."""
+    def _show(self) -> None:
+        """Puts figures into the progress line, the most wanted first: a terminal cuts the rest."""
+        if self.bar is None or self.line is None:
+            return
+        line = self.line
         parts = [f"loss {line['loss']:.3f}"]
         if self.held_out is not None:
             parts.append(f"held-out {self.held_out:.3f}")
@@ -333,7 +336,8 @@ class Monitor:
         parts.append(f"{line['tokens_per_second_per_device']:,.0f}/device")
         if line["mfu"] is not None:
             parts.append(f"MFU {line['mfu']:.1%}")
-        return ", ".join([*parts, f"{line['memory_gib']:.1f} GiB"])
+        parts.append(f"{line['memory_gib']:.1f} GiB")
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
         """A held-out loss, of the model of that name."""
@@ -341,6 +345,7 @@ class Monitor:
         if name.startswith("step"):
             self.held_out = loss
             self._write(step, {"held_out/loss": loss})
+            self._show()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self.writers:

@@ -21,6 +21,7 @@ from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
 from finermoe_jax.plot import read_lines
+from finermoe_jax.routing import load_balancing_loss
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild
 from finermoe_jax.training import train
@@ -194,6 +195,22 @@ def test_the_program_does_not_grow_with_depth():
 
     # Each MoE layer's aux loss is unstacked for the caller; nothing else may grow.
     assert size(8) - size(4) < 0.02 * size(4)
+
+
+def test_each_layers_tokens_come_in_order_and_padding_is_not_counted():
+    moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2, 5))  # runs of (moe, moe, dense)
+    model = _model(dataclasses.replace(SMALL, num_hidden_layers=6, moe=moe))
+    ids, mask = _batch(3), np.ones((3, 17), bool)
+    mask[0, :5] = mask[2, 9:] = False
+    features = nnx.jit(lambda model, *batch: model.features(*batch))(
+        model, ids, mask.astype(np.int32)
+    )
+    assert len(features.routing) == len(features.expert_tokens) == 4
+    for layer, (logits, experts, _) in enumerate(features.routing):
+        counted = np.bincount(np.asarray(experts)[mask].ravel(), minlength=16)
+        np.testing.assert_array_equal(features.expert_tokens[layer], counted)
+        loss = load_balancing_loss(logits, experts, jnp.asarray(mask))
+        np.testing.assert_allclose(features.aux_loss[layer], loss, rtol=1e-5)
 
 
 def test_schedule_warms_up_and_ends_at_the_final_rate():
