@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import math
 import resource
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from finermoe_jax.config import ModelConfig, MoEConfig, RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.flops import peak_flops, training_flops
 from finermoe_jax.workdir import Log
+from finermoe_jax.writers import TensorBoard, WeightsAndBiases
 
 _GIB = 2**30
 
@@ -113,62 +113,6 @@ def load_of(
     )
 
 
-# --- other programs' formats ----------------------------------------------------------------
-
-
-class _TensorBoard:
-    """Event files in the workdir's tensorboard/."""
-
-    def __init__(self, workdir: Path, first: int):
-        from tensorboardX import SummaryWriter
-
-        # What an interrupted run told of later steps is not shown.
-        self.writer = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first + 1, flush_secs=30
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self, failed: bool) -> None:
-        self.writer.close()
-
-
-class _WeightsAndBiases:
-    """A run of Weights & Biases; the workdir's wandb_run_id says which, so that it goes on."""
-
-    def __init__(self, project: str, workdir: Path, config: RunConfig):
-        import wandb
-
-        path = workdir / "wandb_run_id"
-        if not path.is_file():
-            path.write_text(secrets.token_hex(4) + "\n")
-        try:
-            self.run = wandb.init(
-                project=project,
-                id=path.read_text().strip(),
-                resume="allow",
-                dir=str(workdir),
-                name=workdir.name,
-                config=dataclasses.asdict(config),
-                settings=wandb.Settings(console="off", quiet=True),
-            )
-        except (wandb.Error, OSError) as error:
-            raise InputError(
-                f"--wandb={project}: {error}\nlog in (wandb login), or set WANDB_MODE=offline and "
-                "send the run later (wandb sync)"
-            ) from None
-        # Steps as an axis of their own: W&B's counter would drop what a resumed run tells again.
-        self.run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **values})
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
-
-
 # --- the progress line ----------------------------------------------------------------------
 
 
@@ -239,15 +183,15 @@ class Monitor:
         needed = training_flops(model, config.data.sequence_length)
         self.mfu_per_speed = None if peak is None else needed / (devices * peak)
         self.held_out: float | None = None
-        self.writers: list[_TensorBoard | _WeightsAndBiases] = []
+        self.writers: list[TensorBoard | WeightsAndBiases] = []
         self.bar: tqdm | None = None
         self.line: dict[str, Any] | None = None  # the last one of metrics.jsonl
         self.tracing = False
         if jax.process_index() == 0:
             if watch.tensorboard:
-                self.writers.append(_TensorBoard(workdir, first))
+                self.writers.append(TensorBoard(workdir, first))
             if watch.wandb:
-                self.writers.append(_WeightsAndBiases(watch.wandb, workdir, config))
+                self.writers.append(WeightsAndBiases(watch.wandb, workdir, config))
         self.begin(first)
 
     # --- time -------------------------------------------------------------------------------

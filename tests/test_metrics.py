@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -80,6 +81,40 @@ def test_the_progress_line_where_nothing_can_be_overwritten(capsys):
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert "4/10" in lines[0] and "10/10" in lines[-1] and lines[-1].endswith(", loss 1.000")
+
+
+def test_speed_is_of_the_whole_interval_without_its_pauses(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    config = _preset("demo_dense")
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=5, log_every=2)
+    )
+    monitor = metrics.Monitor(tmp_path, config, config.model, Watch(peak_flops=1e9), 0, devices=2)
+    values = {"loss": np.float32(np.nan), "expert_tokens": np.zeros((0, 0), int)}
+
+    def step(number):
+        with monitor.waiting():
+            now[0] += 0.5
+        now[0] += 2.5
+        monitor.step(number, values)
+
+    step(1)
+    with monitor.pause():
+        now[0] += 1000
+    for number in range(2, 6):
+        step(number)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    speed = 16 * 256 / 3
+    for line, pause in zip(lines, (1000, 0, 0), strict=True):
+        assert line["loss"] is None and "load_entropy" not in line
+        assert line["step_seconds"] == pytest.approx(3) and line["pause_seconds"] == pause
+        assert line["input_seconds"] == pytest.approx(0.5)
+        assert line["tokens_per_second"] == pytest.approx(speed)
+        mfu = speed * training_flops(config.model, 256) / 2e9
+        assert line["mfu"] == pytest.approx(mfu)
+    assert not (tmp_path / "expert_load.jsonl").exists()
 
 
 # --- one run that shows all of it -----------------------------------------------------------
