@@ -5,7 +5,7 @@
 Layers of Qwen2.5-0.5B's width as FineRMoE (32, 2, 1, 2), vocabulary 32000, batch 2 x 256, float32,
 random weights. Forward and backward, and the whole step with AdamW, take turns with the matrix
 products, so that what else runs on the machine meets all of them; medians, the products' fastest.
-FLOPs are those of the matrix products: three times the forward's.
+FLOPs: finermoe_jax/flops.py.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from flax import nnx
 
 from finermoe_jax import host_memory, sharding
 from finermoe_jax.config import DataConfig, MeshConfig, MoEConfig, RunConfig, TrainConfig
+from finermoe_jax.flops import training_flops
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.published import QWEN2P5
@@ -29,19 +30,6 @@ from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step
 
 BATCH, TOKENS = 2, 256
-
-
-def forward_flops(model: Decoder) -> float:
-    """FLOPs of the forward pass's matrix products for one batch."""
-    c = model.config
-    d, tokens, heads = c.hidden_size, BATCH * TOKENS, c.num_attention_heads * c.attention_head_dim
-    kv = c.num_key_value_heads * c.attention_head_dim
-    assert c.moe is not None
-    routed = c.moe.num_active * (2 * d + c.expert_output_size) * c.expert_intermediate_size
-    weights = 2 * d * heads + 2 * d * kv + 3 * d * c.shared_expert_size + routed
-    weights += d * c.moe.num_experts
-    scores = 2 * heads * (TOKENS + 1) / 2  # causal: q k^T and the weighted values
-    return 2.0 * tokens * (c.num_hidden_layers * (weights + scores) + d * c.vocab_size)
 
 
 def main() -> None:
@@ -77,7 +65,7 @@ def main() -> None:
     )
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
-    flops = 3 * forward_flops(model)
+    flops = training_flops(shape, TOKENS) * BATCH * TOKENS
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
     del state, model
     tx = optimizer(config.optimizer, config.train.steps)

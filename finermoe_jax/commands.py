@@ -166,6 +166,16 @@ def train() -> None:
               "(default: a new directory under runs/)")  # fmt: skip
         _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
               "of several processes: how long one may be silent until all end")  # fmt: skip
+        _flag(flags.DEFINE_bool, "tensorboard", False,
+              "also write TensorBoard event files, into the workdir's tensorboard/")  # fmt: skip
+        _flag(flags.DEFINE_string, "wandb", "",
+              "also tell Weights & Biases; the value is the project")  # fmt: skip
+        _flag(flags.DEFINE_string, "profile_steps", "",
+              "A:B traces steps A to B, for xprof and Perfetto, into profile/ in the "
+              "workdir")  # fmt: skip
+        _flag(flags.DEFINE_float, "peak_tflops", None,
+              "what one device can do, in TFLOP/s, for MFU (default: the bfloat16 peak of a known "
+              "TPU or GPU; no MFU elsewhere)")  # fmt: skip
 
     def main() -> None:
         config = read_config()
@@ -175,9 +185,15 @@ def train() -> None:
         heartbeat = FLAGS.heartbeat_seconds
         if not 1 <= heartbeat <= 3600:
             raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
-        from finermoe_jax import distributed, host_memory, training
+        from finermoe_jax import distributed, host_memory, metrics, training
         from finermoe_jax.workdir import way_on
 
+        watch = metrics.Watch(
+            FLAGS.tensorboard,
+            FLAGS.wandb,
+            metrics.read_steps(FLAGS.profile_steps),
+            None if FLAGS.peak_tflops is None else FLAGS.peak_tflops * 1e12,
+        )
         host_memory.keep_freed()
         distributed.initialize(heartbeat)
         workdir = FLAGS.workdir
@@ -185,7 +201,7 @@ def train() -> None:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             workdir = distributed.exchange(f"runs/{_config_name()}-{stamp}")[0]
         with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
-            training.train(config, Path(workdir))
+            training.train(config, Path(workdir), watch=watch)
 
     run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
          main)  # fmt: skip

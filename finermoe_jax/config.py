@@ -336,7 +336,10 @@ class TrainConfig:
     scan_unroll: int = 1
     # Tokens whose logits exist at one time in the loss, on each device.
     loss_chunk_tokens: int = 1024
+    # Steps between lines of metrics.jsonl, and between records of every expert's load in
+    # expert_load.jsonl (docs/monitoring.md says how large they are).
     log_every: int = 1
+    load_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
@@ -379,6 +382,7 @@ class RunConfig:
             ("train.scan_unroll", train.scan_unroll),
             ("train.loss_chunk_tokens", train.loss_chunk_tokens),
             ("train.log_every", train.log_every),
+            ("train.load_every", train.load_every),
             ("train.eval_every", train.eval_every),
             ("train.checkpoint_every", train.checkpoint_every),
             ("train.keep_checkpoints", train.keep_checkpoints),

@@ -17,18 +17,20 @@ from finermoe_jax.config import LayerKind, ModelConfig
 from finermoe_jax.flash import segments
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
-from finermoe_jax.routing import Routing
+from finermoe_jax.routing import Routing, expert_tokens
 from finermoe_jax.sharding import ONE_DEVICE, Placement
 
 
 class Features(NamedTuple):
     """The decoder's result before the vocabulary.
 
-    routing and aux_loss have one entry per MoE layer; the latter is Eq. 11, weight not applied.
+    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11, weight not
+    applied; expert_tokens are how many real tokens selected each expert.
     """
 
     hidden: Float[Array, "B T D"]
     aux_loss: Float[Array, " L"]
+    expert_tokens: Int[Array, "L E"]
     routing: tuple[Routing, ...]
     cache: KVCache | None
 
@@ -64,8 +66,9 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         cache_length: Array | int,
         placement: Placement,
-    ) -> tuple[Array, LayerCache | None, tuple[Routing, Array] | None]:
-        """Returns x, the written cache, and a MoE layer's routing and Eq. 11 loss."""
+    ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
+        """Returns x, the written cache, and a MoE layer's routing with Eq. 11's loss and the tokens
+        [B, E] of each expert."""
         attended, cache = self.attention(
             self.input_norm(x), angles, segment_ids, placement, cache, cache_length, mask
         )
@@ -74,7 +77,9 @@ class Block(nnx.Module):
         if not hasattr(self, "moe"):
             return x + self.mlp(normed, placement), cache, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        return x + y, cache, (routing, aux_loss)
+        # The loss counts the same: the compiler does it once.
+        tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
+        return x + y, cache, (routing, (aux_loss, tokens))
 
 
 # What the backward pass finds stored; the rest of a layer it computes again.
@@ -167,22 +172,28 @@ class Decoder(nnx.Module):
         angles = rotary_angles(position_ids, self.config.attention_head_dim, self.config.rope_theta)
 
         x = self.embed(input_ids, self.dtype, self.placement)
-        traces: list[tuple[Routing, Array]] = []
+        routing: list[Routing] = []
+        balance: list[tuple[Array, Array]] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
             layer_caches = cache.layers[index] if cache else (None,) * len(run)
-            x, written, run_traces = _scan_run(
+            x, written, run_routing, run_balance = _scan_run(
                 run, x, angles, segment_ids, mask, real, layer_caches, offset, remat, unroll,
                 self.placement,
             )  # fmt: skip
             caches.append(written)
-            traces += run_traces
+            routing += run_routing
+            balance += run_balance
         new_cache = None
         if cache is not None:
             advanced = first + real.sum(axis=1, dtype=jnp.int32)
             new_cache = KVCache(tuple(caches), valid, offset + tokens, advanced)
-        aux_loss = jnp.stack([aux for _, aux in traces]) if traces else jnp.zeros(0)
-        return Features(self.final_norm(x), aux_loss, tuple(r for r, _ in traces), new_cache)
+        aux_loss, per_expert = jnp.zeros(0), jnp.zeros((0, 0), jnp.int32)
+        if balance:
+            aux_loss = jnp.concatenate([losses for losses, _ in balance])
+            of_rows = jnp.concatenate([counts for _, counts in balance])
+            per_expert = of_rows.astype(jnp.int32).sum(axis=1)
+        return Features(self.final_norm(x), aux_loss, per_expert, tuple(routing), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the vocabulary, as float32."""
@@ -226,8 +237,10 @@ def _scan_run(
     remat: str,
     unroll: int,
     placement: Placement,
-) -> tuple[Array, tuple[LayerCache | None, ...], list[tuple[Routing, Array]]]:
-    """Scans the repeats. Returns x, the written caches, and the MoE layers' traces in order."""
+) -> tuple[Array, tuple[LayerCache | None, ...], list[Routing], list[tuple[Array, Array]]]:
+    """Scans the repeats. Returns x, the written caches, and of the MoE layers, in order, the
+    routing and, stacked, Eq. 11's losses [L] and the experts' tokens [L, B, E] (one pair or none).
+    """
     graphdef: Any
     graphdef, stacked = nnx.split(run)
 
@@ -251,13 +264,16 @@ def _scan_run(
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll >= repeats)
     scanned: Any = jax.lax.scan(body, x, (stacked, caches), unroll=min(unroll, repeats))
     x, (new_caches, stacked_traces) = scanned
-    return (
-        x,
-        new_caches,
-        [
-            jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], trace)
-            for repeat in range(repeats)
-            for trace in stacked_traces
-            if trace is not None
-        ],
-    )
+    traces = [trace for trace in stacked_traces if trace is not None]
+    routing = [
+        jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stacked_routing)
+        for repeat in range(repeats)
+        for stacked_routing, _ in traces
+    ]
+
+    def in_order(*places: Array) -> Array:
+        """[repeats, …] of each place of the pattern as [L, …]."""
+        return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
+
+    balance = [jax.tree.map(in_order, *(pair for _, pair in traces))] if traces else []
+    return x, new_caches, routing, balance

@@ -97,6 +97,15 @@ def _select_in_groups(
     return experts, jnp.repeat(scale[..., 0], moe.active_per_group, axis=-1)
 
 
+def expert_tokens(
+    experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], num_experts: int
+) -> Float[Array, "B E"]:
+    """How many real tokens of each sequence selected each expert: whole numbers, no gradient."""
+    real = mask.astype(jnp.float32)
+    counts = jax.vmap(lambda e, r: jnp.zeros(num_experts).at[e].add(r[:, None]))(experts, real)
+    return jax.lax.stop_gradient(counts)
+
+
 def load_balancing_loss(
     logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
@@ -112,8 +121,7 @@ def load_balancing_loss(
     length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
-    counts = jax.vmap(lambda e, r: jnp.zeros(num_experts).at[e].add(r[:, None]))(experts, real)
-    fraction = jax.lax.stop_gradient(counts) * num_experts / (active * length)
+    fraction = expert_tokens(experts, mask, num_experts) * num_experts / (active * length)
     per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
     holds_token = mask.any(axis=1)
     return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)

@@ -14,7 +14,7 @@ from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
-from finermoe_jax.optim import apply_updates, completed, trained
+from finermoe_jax.optim import apply_updates, completed, learning_rate, trained
 
 
 def train_step(
@@ -24,8 +24,12 @@ def train_step(
     params: dict,
     opt_state: Any,
     batch: Int[Array, "B T1"],
-) -> tuple[dict, Any, dict[str, Float[Array, ""]]]:
+) -> tuple[dict, Any, dict[str, Array]]:
     """One optimizer step on a global batch of windows; inputs are [:, :-1], targets [:, 1:].
+
+    Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm and
+    learning_rate, float32 []; layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E], how many
+    tokens of the global batch selected each expert (L counts the MoE layers; 0 in a dense model).
 
     The loss is the mean cross-entropy in nats per token plus aux_loss_weight times the sum over
     layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches, whose mean
@@ -39,35 +43,47 @@ def train_step(
 
     compute = jax.value_and_grad(loss, has_aux=True)
 
-    def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, None]:
+    def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, Array]:
         (_, metrics), grads = compute(free, part)
-        return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), None
+        tokens = metrics.pop("expert_tokens")
+        return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), tokens
 
     if parts == 1:
         (_, metrics), grads = compute(free, batch)
     else:
+        layers = rebuild(graphdef, params).config.layer_kinds.count("moe")
         zeros = (
             # In float32, or small gradients would be lost in a long sum of bfloat16.
             jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), free),
-            {"loss": jnp.float32(0), "aux_loss": jnp.float32(0)},
+            {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)},
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
         # (a microbatch is a multiple of the devices that share it: check_microbatch).
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
-        (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
+        (grads, metrics), tokens = jax.lax.scan(body, zeros, pieces)
+        metrics["expert_tokens"] = tokens.sum(axis=0)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
+    metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
+    metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
+        _updates(opt_state)
+    )
     updates, opt_state = tx.update(grads, opt_state, params)
     # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
-    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
-    key = jax.random.fold_in(jax.random.key(config.train.seed), count)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _updates(opt_state))
     params = completed(params, apply_updates(free, updates, key))
     return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
+def _updates(opt_state: Any) -> Int[Array, ""]:
+    """How many updates the optimizer has made."""
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return count
+
+
 def batch_loss(
     graphdef: Any, config: RunConfig, params: dict, batch: Int[Array, "B T1"]
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss of a microbatch; `loss` and `aux_loss` (summed over layers) apart."""
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The training loss of a microbatch; apart `loss`, `layer_aux_loss` and `expert_tokens`."""
     model = rebuild(graphdef, params)
     inputs, targets = batch[:, :-1], batch[:, 1:]
     features = model.features(inputs, remat=config.train.remat, unroll=config.train.scan_unroll)
@@ -79,8 +95,11 @@ def batch_loss(
         config.train.loss_chunk_tokens,
     )
     loss = total / targets.size
-    aux_loss = features.aux_loss.sum()
-    return loss + config.train.aux_loss_weight * aux_loss, {"loss": loss, "aux_loss": aux_loss}
+    return loss + config.train.aux_loss_weight * features.aux_loss.sum(), {
+        "loss": loss,
+        "layer_aux_loss": features.aux_loss,
+        "expert_tokens": features.expert_tokens,
+    }
 
 
 def rebuild(graphdef: Any, params: dict) -> Decoder:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +15,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from tqdm import tqdm
 
-from finermoe_jax import data, distributed, plot, sharding
+from finermoe_jax import data, distributed, metrics, plot, sharding
 from finermoe_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_params,
@@ -34,7 +31,7 @@ from finermoe_jax.files import find
 from finermoe_jax.generation import complete
 from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.model import Decoder
-from finermoe_jax.optim import learning_rate, optimizer
+from finermoe_jax.optim import optimizer
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import (
     abstract_optimizer,
@@ -58,11 +55,17 @@ class _Start:
     tokenizer_files: Path
 
 
-def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) -> None:
+def train(
+    config: RunConfig,
+    workdir: Path,
+    say: Callable[[str], None] = print,
+    watch: metrics.Watch = metrics.NOTHING_MORE,
+) -> None:
     """Runs or resumes the training that `config` describes, in `workdir`.
 
-    Writes config.json, metrics.jsonl, evals.jsonl, samples.jsonl, checkpoints/, tokenizer/ and
-    loss.png. A resumed run needs the workdir and the text, not init_from.
+    Writes config.json, metrics.jsonl, expert_load.jsonl, evals.jsonl, samples.jsonl, checkpoints/,
+    tokenizer/, loss.png and load.png; and what `watch` asks for. A resumed run needs the workdir
+    and the text, not init_from.
 
     With several processes all of them call this, with the same arguments and a workdir that they
     share; the first one writes and speaks.
@@ -77,6 +80,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     stated = json.dumps([dataclasses.asdict(config), str(workdir)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
     with distributed.together():
+        metrics.check(watch, 0, config.train.steps)
         mesh, start, tokenizer, text = _checked(config, workdir)
     distributed.same(
         str(newest_checkpoint(workdir / "checkpoints")),
@@ -89,13 +93,16 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
         find_shared(workdir)
     start.tokenizer_files = workdir / "tokenizer"
 
-    with contextlib.closing(
-        TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
-    ) as checkpoints:
-        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
+    with contextlib.ExitStack() as opened:
+        checkpoints = opened.enter_context(
+            contextlib.closing(
+                TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
+            )
+        )
+        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say, watch, opened)
     if first:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        say(f"peak memory {peak:.2f} GiB · loss curve in {plot.draw_loss(workdir)}")
+        pictures = " ".join(map(str, plot.draw(workdir)))
+        say(f"peak memory {metrics.memory_gib():.2f} GiB · drawn: {pictures}")
 
 
 def _silent(message: str) -> None:
@@ -142,6 +149,8 @@ def _run(
     text: tuple[data.Windows, data.Windows],
     checkpoints: TrainingCheckpoints,
     say: Callable[[str], None],
+    watch: metrics.Watch,
+    opened: contextlib.ExitStack,
 ) -> None:
     """Everything between checked input and the last checkpoint."""
     log, (windows, held_out) = Log(workdir), text
@@ -161,7 +170,7 @@ def _run(
             loss = held_out_loss(
                 model, held_out, config.data.eval_windows, config.train.loss_chunk_tokens
             )
-            log.evaluation(name, step, loss)
+            monitor.evaluation(name, step, loss)
             say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
         for prompt in config.prompts:
             words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens, 0.0, 0))
@@ -170,6 +179,10 @@ def _run(
 
     first = checkpoints.latest_step()
     log.cut(-1 if first is None else first)
+    with distributed.together():
+        metrics.check(watch, first or 0, config.train.steps)
+        monitor = metrics.Monitor(workdir, config, start.model.config, watch, first or 0, mesh.size)
+    opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     if first is None:
         if start.dense is not None:
             report("dense base", _spread(start.dense, start.model.placement), 0)
@@ -191,7 +204,7 @@ def _run(
 
     params, _ = _loop(
         config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
-        checkpoints, log, report,
+        checkpoints, monitor, report, say,
     )  # fmt: skip
     # A kill may have come just before it. All go by what the first process finds: it may already
     # be writing when another one looks.
@@ -202,41 +215,61 @@ def _run(
 def _loop(
     config: RunConfig, mesh: Mesh, graphdef: Any, start: _Start,
     tx: optax.GradientTransformation, params: dict, opt_state: Any, shardings: dict,
-    windows: data.Windows, first: int, checkpoints: TrainingCheckpoints, log: Log,
-    report: Callable[[str, Decoder, int], None],
+    windows: data.Windows, first: int, checkpoints: TrainingCheckpoints,
+    monitor: metrics.Monitor, report: Callable[[str, Decoder, int], None],
+    say: Callable[[str], None],
 ) -> tuple[dict, Any]:  # fmt: skip
-    """Steps first … steps - 1, with logging, held-out scores and saves on the way."""
+    """Steps first + 1 … steps, with logging, held-out scores and saves on the way.
+
+    The host is a step ahead: it hands the device step n + 1 before it asks for what step n gave.
+    It waits for a step itself only where a save, a held-out score or a profile comes after it; what
+    a checkpoint holds is in the log before it is saved.
+    """
     settings, steps = config.train, config.train.steps
+    if first == steps:
+        return params, opt_state
     step_fn, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places, donate=True)
     rows = sharding.batch_sharding(mesh)
-    schedule = learning_rate(config.optimizer, steps)
     batches = _global_batches(config, windows, first, rows)
-    tokens_per_step = config.data.global_batch_size * config.data.sequence_length
-    bar = tqdm(
-        total=steps, initial=first, desc="training", unit="step", file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
-        disable=jax.process_index() > 0,
-    )  # fmt: skip
-    clock, since = time.perf_counter(), first
+    batch = next(batches)
+    began = time.perf_counter()
+    run_step = step_fn.lower(params, opt_state, batch).compile()
+    say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+    under_way: list[tuple[int, dict]] = []
+
+    def finish() -> None:
+        """Waits for the steps under way, and tells of them."""
+        for step, values in under_way:
+            monitor.step(step, jax.device_get(values))
+        under_way.clear()
+
+    monitor.show_progress(first)
     for step in range(first + 1, steps + 1):
-        params, opt_state, metrics = step_fn(params, opt_state, next(batches))
-        if step % settings.log_every == 0 or step == steps:
-            values = {name: float(value) for name, value in metrics.items()}
-            now = time.perf_counter()
-            speed = (step - since) * tokens_per_step / (now - clock)
-            clock, since = now, step
-            # The rate that this step used: Optax counts updates from 0.
-            rate = float(schedule(step - 1))
-            log.metrics({"step": step, **values, "learning_rate": rate, "tokens_per_second": speed})
-            bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-        if step % settings.checkpoint_every == 0 or step == steps:
-            checkpoints.save(step, start.model, params, opt_state, start.tokenizer_files)
-        if step % settings.eval_every == 0 and step < steps:
-            report(f"step {step}", rebuild(graphdef, params), step)
-            clock, since = time.perf_counter(), step
-    bar.close()
+        if monitor.profile_begins(step):
+            finish()
+            with monitor.pause():
+                monitor.start_profile()
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            params, opt_state, told = run_step(params, opt_state, batch)
+        finish()
+        under_way.append((step, told))
+        if step < steps:
+            with monitor.waiting():
+                batch = next(batches)
+        saves = step % settings.checkpoint_every == 0 or step == steps
+        scores = step % settings.eval_every == 0 and step < steps
+        if saves or scores or monitor.profile_ends(step):
+            finish()
+        if monitor.profile_ends(step):
+            with monitor.pause():
+                monitor.stop_profile()
+        if saves:
+            with monitor.pause():
+                checkpoints.save(step, start.model, params, opt_state, start.tokenizer_files)
+        if scores:
+            with monitor.pause():
+                report(f"step {step}", rebuild(graphdef, params), step)
     return params, opt_state
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,15 @@ class Log:
     def _append(self, file: str, values: dict) -> None:
         if jax.process_index() == 0:
             with (self.workdir / file).open("a") as stream:
-                stream.write(json.dumps(values) + "\n")
+                stream.write(json.dumps(_finite(values)) + "\n")
 
     def metrics(self, values: dict) -> None:
         """A logged step, into metrics.jsonl."""
         self._append("metrics.jsonl", values)
+
+    def load(self, values: dict) -> None:
+        """What each expert got in a step, into expert_load.jsonl."""
+        self._append("expert_load.jsonl", values)
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
         """A held-out loss, into evals.jsonl."""
@@ -106,7 +111,7 @@ class Log:
         """Drops what an interrupted run logged after the step that is resumed from."""
         if jax.process_index() != 0:
             return
-        for file in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
+        for file in ("metrics.jsonl", "expert_load.jsonl", "evals.jsonl", "samples.jsonl"):
             path = self.workdir / file
             if not path.is_file():
                 continue
@@ -120,6 +125,15 @@ class Log:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.rename(path)
+
+
+def _finite(values: Any) -> Any:
+    """Values that JSON knows: NaN and infinity become null."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def refuse_differences(what: str, found: dict, stated: dict, way_out: str) -> None:

@@ -509,6 +509,7 @@ def assert_refused(result, *words):
         (["--config.train.stepps=3"], ["'stepps'", "'steps'"]),
         (["--config=configs/demo.py", "--config.train.steps=many"], ["steps", "many"]),
         (["--workdri={tmp}/run"], ["workdri", "workdir"]),
+        (["--profile_steps=5:3"], ["--profile_steps='5:3'", "20:22"]),
     ],
 )
 def test_mistyped_flags(tmp_path, arguments, words):
@@ -575,7 +576,15 @@ def test_help(script):
     result = command(script, "--help")
     assert result.returncode == 0 and result.stderr == ""
     wanted = {
-        "train.py": ["--config", "--workdir", "--print_config"],
+        "train.py": [
+            "--config",
+            "--workdir",
+            "--print_config",
+            "--tensorboard",
+            "--wandb",
+            "--profile_steps",
+            "--peak_tflops",
+        ],
         "convert_hf.py": ["--source", "--target", "--to", "--config"],
         "eval.py": ["--checkpoint", "--text", "--output"],
         "generate.py": ["--checkpoint", "--prompt", "--max_new_tokens", "--temperature"],

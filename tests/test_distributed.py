@@ -169,7 +169,11 @@ def finished(place, workdir, *flags, processes):
 
 def same_losses(a, b):
     """Equal but for the order of float32 sums."""
-    for file, fields in (("metrics", ("loss", "aux_loss", "grad_norm")), ("evals", ("loss",))):
+    for file, fields in (
+        ("metrics", ("loss", "aux_loss", "grad_norm", "learning_rate")),
+        ("expert_load", ("tokens", "aux_loss")),
+        ("evals", ("loss",)),
+    ):
         ours, theirs = read_lines(a / f"{file}.jsonl"), read_lines(b / f"{file}.jsonl")
         assert [x["step"] for x in ours] == [x["step"] for x in theirs]
         for field in fields:

@@ -21,6 +21,7 @@ from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
 from finermoe_jax.plot import read_lines
+from finermoe_jax.routing import load_balancing_loss
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild
 from finermoe_jax.training import train
@@ -52,7 +53,10 @@ def _run(rows, **train_settings):
 
 
 def _steps(config: RunConfig, mesh_config, count=3):
-    """Losses [count, 3], the first step's gradients, the last parameters, the first routing."""
+    """Losses [count, 3], the first step's gradients, the last parameters, the first routing.
+
+    What each step says of its experts and of its rate is checked on the way.
+    """
     model = _model()
     size = np.prod([v for v in dataclasses.astuple(mesh_config)])
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
@@ -71,6 +75,12 @@ def _steps(config: RunConfig, mesh_config, count=3):
     losses, grads = [], None
     for _ in range(count):
         params, opt_state, metrics = step(params, opt_state, batch)
+        if not losses:
+            tokens = [np.bincount(experts.ravel(), minlength=16) for experts in chosen]
+            np.testing.assert_array_equal(metrics["expert_tokens"], tokens)
+        rate = learning_rate(config.optimizer, config.train.steps)(len(losses))
+        np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
+        np.testing.assert_allclose(metrics["layer_aux_loss"].sum(), metrics["aux_loss"], rtol=1e-6)
         losses.append([float(metrics[k]) for k in ("loss", "aux_loss", "grad_norm")])
         # Adam's first mean is a multiple of the gradient; Adafactor keeps none.
         if grads is None and config.optimizer.name == "adamw":
@@ -185,6 +195,22 @@ def test_the_program_does_not_grow_with_depth():
 
     # Each MoE layer's aux loss is unstacked for the caller; nothing else may grow.
     assert size(8) - size(4) < 0.02 * size(4)
+
+
+def test_each_layers_tokens_come_in_order_and_padding_is_not_counted():
+    moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2, 5))  # runs of (moe, moe, dense)
+    model = _model(dataclasses.replace(SMALL, num_hidden_layers=6, moe=moe))
+    ids, mask = _batch(3), np.ones((3, 17), bool)
+    mask[0, :5] = mask[2, 9:] = False
+    features = nnx.jit(lambda model, *batch: model.features(*batch))(
+        model, ids, mask.astype(np.int32)
+    )
+    assert len(features.routing) == len(features.expert_tokens) == 4
+    for layer, (logits, experts, _) in enumerate(features.routing):
+        counted = np.bincount(np.asarray(experts)[mask].ravel(), minlength=16)
+        np.testing.assert_array_equal(features.expert_tokens[layer], counted)
+        loss = load_balancing_loss(logits, experts, jnp.asarray(mask))
+        np.testing.assert_allclose(features.aux_loss[layer], loss, rtol=1e-5)
 
 
 def test_schedule_warms_up_and_ends_at_the_final_rate():

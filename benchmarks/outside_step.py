@@ -1,0 +1,172 @@
+"""Time that a run spends outside the step, and what it compiles: python benchmarks/outside_step.py
+
+    [--config=configs/demo.py] [--steps=60]
+
+Runs train.py's own loop, with saves and held-out scores every 20 steps, in a temporary workdir.
+A thread of its own sees each step end; the device is busy with step n from when it has been handed
+over, and step n - 1 has ended, until then. What else the loop takes is outside the step: input,
+logging, the start of saves. Held-out scores are neither, and are left out. On a CPU the host's own
+work competes with the step for the cores: the CPU time of the loop's thread is given beside.
+"""
+
+import contextlib
+import dataclasses
+import queue
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from finermoe_jax import commands, metrics, training
+
+EVERY = 20
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class TimedStep:
+    """A jitted step that notes when it is handed over and when it has ended."""
+
+    def __init__(self, step: Any):
+        self.step, self.run = step, None
+        self.called: list[float] = []
+        self.ended: list[float] = []
+        self.waiting: queue.Queue = queue.Queue()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Notes when each step's loss is there."""
+        while True:
+            self.waiting.get().block_until_ready()
+            self.ended.append(time.perf_counter())
+
+    def lower(self, *arguments: Any) -> "TimedStep":
+        """As jax.jit's."""
+        self.step = self.step.lower(*arguments)
+        return self
+
+    def compile(self) -> "TimedStep":
+        """As jax.jit's."""
+        self.run = self.step.compile()
+        return self
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Hands a step over."""
+        self.called.append(time.perf_counter())
+        out = self.run(*arguments)
+        self.waiting.put(out[2]["loss"])
+        return out
+
+    def busy(self, first: int) -> float:
+        """Seconds that the device computed from step `first` (from 0) on."""
+        begins = [max(a, b) for a, b in zip(self.called[1:], self.ended, strict=False)]
+        spans = [end - begin for end, begin in zip(self.ended[1:], begins, strict=True)]
+        return sum(spans[first - 1 :])
+
+
+class Watched:
+    """Wraps what the loop calls, and adds up the time in it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    def wrap(self, owner: Any, name: str, label: str) -> None:
+        """Times owner.name under this label."""
+        inner = getattr(owner, name)
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            with self.timing(label):
+                return inner(*arguments, **keywords)
+
+        setattr(owner, name, timed)
+
+    @contextlib.contextmanager
+    def timing(self, label: str) -> Any:
+        """Adds the time inside."""
+        began, cpu = time.perf_counter(), time.thread_time()
+        yield
+        self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - began
+        self.cpu[label] = self.cpu.get(label, 0.0) + time.thread_time() - cpu
+
+
+def main() -> None:
+    """Measures and prints."""
+    steps = flags.FLAGS.steps
+    config = commands.read_config()
+    config = dataclasses.replace(
+        config,
+        prompts=(),
+        train=dataclasses.replace(
+            config.train, steps=steps, eval_every=EVERY, checkpoint_every=EVERY
+        ),
+    )
+    watched, found, compiled = Watched(), {}, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: (
+            compiled.append((len(found["step"].called), seconds))
+            if name == COMPILED and "step" in found
+            else None
+        )
+    )
+
+    def jit_step(*arguments: Any, inner: Any = training.jit_step) -> Any:
+        step, places = inner(*arguments)
+        found["step"] = TimedStep(step)
+        return found["step"], places
+
+    def waiting(self: Any, inner: Any = metrics.Monitor.waiting) -> Any:
+        stack = contextlib.ExitStack()
+        stack.enter_context(inner(self))
+        stack.enter_context(watched.timing("input"))
+        return stack
+
+    training.jit_step = jit_step
+    metrics.Monitor.waiting = waiting
+    watched.wrap(metrics.Monitor, "step", "logging")
+    watched.wrap(training.TrainingCheckpoints, "save", "start of saves")
+    watched.wrap(training, "held_out_loss", "held-out scores")
+    with tempfile.TemporaryDirectory() as place:
+        workdir = Path(place) / "run"
+        loop = training._loop
+        marks: dict[str, float] = {}
+        spent: dict[str, float] = {}
+
+        def timed_loop(*arguments: Any) -> Any:
+            watched.seconds.clear()
+            watched.cpu.clear()
+            result = loop(*arguments)
+            marks["end"] = time.perf_counter()
+            spent.update(watched.seconds)
+            return result
+
+        training._loop = timed_loop
+        training.train(config, workdir, say=lambda _: None)
+    step = found["step"]
+    # From the second step on: the first one also warms up the allocator.
+    total = marks["end"] - step.ended[0] - spent.get("held-out scores", 0.0)
+    outside = total - step.busy(1)
+    late = [at for at, _ in compiled if at > 2]
+    print(f"{steps} steps, {jax.devices()[0].device_kind}: {total:.1f} s in the loop")
+    print(f"outside the step    {outside:8.3f} s  {outside / total:6.2%}")
+    for label, seconds in spent.items():
+        print(
+            f"  in {label:<17}{seconds:8.3f} s  {seconds / total:6.2%}   of it CPU "
+            f"{watched.cpu[label]:.3f} s"
+        )
+    ahead = sum(a < b for a, b in zip(step.called[1:], step.ended, strict=False))
+    print(f"steps handed over while the one before was running: {ahead} of {steps - 1}")
+    print(f"programs compiled after step 2: {len(late)} {late}")
+
+
+if __name__ == "__main__":
+
+    def define() -> None:
+        """The flags."""
+        commands.define_config("configs/demo.py")
+        commands.define_flag(flags.DEFINE_integer, "steps", 60, "how many")
+
+    commands.run(__doc__, define, main)

@@ -1,0 +1,83 @@
+"""Pictures of runs: looked at by hand, here that they are drawn, and of what."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from finermoe_jax import plot
+from finermoe_jax.config import MoEConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.metrics import load_of
+
+MOE = MoEConfig(4, 2, 1, 2, 1)  # 16 experts
+
+
+def _write(workdir, file, lines):
+    (workdir / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _metrics(workdir, **more):
+    line = {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e3}
+    _write(workdir, "metrics.jsonl", [{"step": s, **line, **more} for s in range(1, 30)])
+
+
+def _loads(workdir, tokens):
+    records = []
+    for step in (1, 10):
+        load = load_of(tokens, np.ones(len(tokens)), MOE)
+        records.append({"step": step, **{k: v.tolist() for k, v in load._asdict().items()}})
+    _write(workdir, "expert_load.jsonl", records)
+
+
+def test_a_dense_run_has_no_picture_of_loads(tmp_path):
+    _metrics(tmp_path)
+    assert plot.draw(tmp_path) == [tmp_path / "loss.png"]
+    with pytest.raises(InputError, match=r"holds no metrics\.jsonl"):
+        plot.draw(tmp_path / "nowhere")
+
+
+def test_what_older_runs_lack_and_what_was_not_finite_is_left_out(tmp_path):
+    _write(
+        tmp_path, "metrics.jsonl",
+        [{"step": 1, "loss": None, "learning_rate": 1e-3}, {"step": 2, "loss": 2.0,
+          "learning_rate": 1e-3}],
+    )  # fmt: skip
+    assert plot.draw_loss(tmp_path).stat().st_size > 10_000
+
+
+def test_the_running_mean():
+    np.testing.assert_allclose(plot._running_mean([1.0, 3.0, 5.0, 1.0], 2), [1, 2, 4, 3])
+
+
+def _has(picture, colour):
+    """Pixels of this colour, of 255 a channel."""
+    pixels = np.round(matplotlib.image.imread(picture)[..., :3] * 255)
+    return (np.abs(pixels - colour).max(axis=-1) <= 2).sum()
+
+
+def test_loads_have_their_colours_and_the_dead_are_black(tmp_path):
+    tokens = np.full((2, 16), 64)
+    _loads(tmp_path, tokens)
+    black = _has(plot.draw_load(tmp_path), (0, 0, 0))
+    tokens[1, :8] = 0
+    tokens[0, 5] = 64 * 40
+    _loads(tmp_path, tokens)
+    picture = plot.draw_load(tmp_path)
+    # Eight of 32 cells of a map that takes more than a fifth of the picture.
+    size = np.prod(matplotlib.image.imread(picture).shape[:2])
+    assert _has(picture, (0, 0, 0)) - black > size / 5 * 8 / 32
+    heaviest = np.array(plot.colours()(1.0)[:3]) * 255
+    assert _has(picture, heaviest) > size / 5 / 32 / 2
+
+
+def test_the_command_names_its_pictures_and_its_mistakes(tmp_path, capsys):
+    _metrics(tmp_path)
+    _loads(tmp_path, np.full((1, 16), 3))
+    assert plot.main(["plot", str(tmp_path)]) == 0
+    wanted = [str(tmp_path / "loss.png"), str(tmp_path / "load.png")]
+    assert capsys.readouterr().out.split() == wanted
+    assert plot.main(["plot", str(tmp_path / "nowhere")]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert plot.main(["plot", "--help"]) == 0 and plot.main(["plot"]) == 2
