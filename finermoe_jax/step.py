@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from finermoe_jax import sharding
 from finermoe_jax.config import RunConfig
@@ -15,6 +15,7 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import apply_updates
+from finermoe_jax.packing import Batch, counted, masks
 
 
 def train_step(
@@ -23,23 +24,27 @@ def train_step(
     tx: optax.GradientTransformation,
     params: dict,
     opt_state: Any,
-    batch: Int[Array, "B T1"],
+    batch: Batch,
 ) -> tuple[dict, Any, dict[str, Float[Array, ""]]]:
-    """One optimizer step on a global batch of windows; inputs are [:, :-1], targets [:, 1:].
+    """One optimizer step on a global batch.
 
-    The loss is the mean cross-entropy in nats per token plus aux_loss_weight times the sum over
-    layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches, whose mean
-    gradient is that of the whole batch: windows are all full, and Eq. 11 is per sequence.
+    The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
+    sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
+    whose mean gradient is that of the whole batch: each is divided by its share of all counted
+    targets, and Eq. 11 is per sequence.
     """
     parts = config.train.grad_accumulation
     compute = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+    targets = None
+    if batch.segment_ids is not None:
+        targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
 
-    def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, None]:
-        (_, metrics), grads = compute(graphdef, config, params, part)
+    def body(carry: Any, part: Batch) -> tuple[Any, None]:
+        (_, metrics), grads = compute(graphdef, config, params, part, targets)
         return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), None
 
     if parts == 1:
-        (_, metrics), grads = compute(graphdef, config, params, batch)
+        (_, metrics), grads = compute(graphdef, config, params, batch, targets)
     else:
         zeros = (
             # In float32, or small gradients would be lost in a long sum of bfloat16.
@@ -48,7 +53,7 @@ def train_step(
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
         # (a microbatch is a multiple of the devices that share it: check_microbatch).
-        pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
+        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     updates, opt_state = tx.update(grads, opt_state, params)
@@ -60,20 +65,23 @@ def train_step(
 
 
 def batch_loss(
-    graphdef: Any, config: RunConfig, params: dict, batch: Int[Array, "B T1"]
+    graphdef: Any,
+    config: RunConfig,
+    params: dict,
+    batch: Batch,
+    count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss of a microbatch; `loss` and `aux_loss` (summed over layers) apart."""
+    """The training loss of a microbatch; `loss` and `aux_loss` (summed over layers) apart.
+
+    The summed cross-entropy is divided by `count`; None: by the number of all targets.
+    """
     model = rebuild(graphdef, params)
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    features = model.features(inputs, remat=config.train.remat)
+    inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    features = model.features(inputs, remat=config.train.remat, **masks(batch))
     total = cross_entropy_sum(
-        model,
-        features.hidden,
-        targets,
-        jnp.ones_like(targets, bool),
-        config.train.loss_chunk_tokens,
+        model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens
     )
-    loss = total / targets.size
+    loss = total / (targets.size if count is None else count)
     aux_loss = features.aux_loss.sum()
     return loss + config.train.aux_loss_weight * aux_loss, {"loss": loss, "aux_loss": aux_loss}
 
