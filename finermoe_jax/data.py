@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
@@ -59,7 +59,7 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
             share = Fraction(weight)
         except (ValueError, ZeroDivisionError):
             raise InputError(
-                f"data.path: the weight {weight!r} of {path or item!r} is not a number; a mixture "
+                f"data.path: the weight {weight!r} of {path or item} is not a number; a mixture "
                 "is written path:weight,path:weight"
             ) from None
         if not path or share < 0:
@@ -114,27 +114,10 @@ def open_source(
 # --- rows -----------------------------------------------------------------------------------
 
 
-class Rows(Protocol):
-    """Rows of length + 1 tokens of one source."""
-
-    length: int
-    packed: bool
-
-    def __len__(self) -> int: ...
-
-    def first_token(self, index: int) -> int:
-        """Where in the source row `index` begins."""
-        ...
-
-    def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:
-        """Writes row `index` into int32 [length + 1] arrays; `segments` where packed."""
-        ...
-
-
 class Windows:
     """Windows of length + 1 tokens, `length` apart, of a stream's tokens first … last - 1."""
 
-    packed = False
+    packed = False  # rows have no segments
 
     def __init__(self, tokens: TokenStream, length: int, first: int = 0, last: int | None = None):
         self.tokens, self.length, self.first = tokens, length, first
@@ -182,6 +165,9 @@ class Packed:
         np.cumsum(segments[:size], out=segments[:size])
         segments[:size] += 1
         segments[size:] = 0
+
+
+Rows = Windows | Packed
 
 
 class Mixture:
@@ -255,28 +241,28 @@ def split_held_out(sources: Sequence[tuple[Source, Fraction]], config: DataConfi
     """
     training = [_rows(source, config, config.eval_fraction) for source, _ in sources]
     names, weights = [s.path for s, _ in sources], [w for _, w in sources]
-    kind = "rows of packed documents" if config.packing == "documents" else "windows"
-    for (source, _), (part, _) in zip(sources, training, strict=True):
-        if not len(part):
-            raise InputError(
-                f"{source.path} has {len(source.tokens)} tokens, too few for a training row of "
-                f"data.sequence_length={config.sequence_length}; use more text or shorter sequences"
-            )
+    kind = "row" if config.packing == "documents" else "window"
     train = Mixture([part for part, _ in training], names, weights)
     if len(train) < config.global_batch_size:
         raise InputError(
-            f"{config.path} gives {len(train)} training {kind} of {config.sequence_length} tokens, "
-            f"fewer than one batch of data.global_batch_size={config.global_batch_size}; use more "
-            "text, shorter sequences or a smaller batch"
+            f"{config.path} gives {len(train)} training {kind}s of {config.sequence_length} "
+            f"tokens, fewer than one batch of data.global_batch_size={config.global_batch_size}; "
+            "use more text, shorter sequences or a smaller batch"
         )
+    for name, part in zip(names, train.parts, strict=True):
+        if not len(part):
+            raise InputError(
+                f"{name} gives no training {kind} of {config.sequence_length} tokens; leave it "
+                "out of the mixture, or use shorter sequences"
+            )
     if not config.eval_fraction:
         return train, None
     held_out = [part for _, part in training]
     for (source, _), part in zip(sources, held_out, strict=True):
         if not len(part):
             raise InputError(
-                f"the held-out {config.eval_fraction:.0%} of {source.path} is less than one row of "
-                f"{config.sequence_length} of its {len(source.tokens)} tokens; raise "
+                f"the held-out {config.eval_fraction:.0%} of the {len(source.tokens)} tokens of "
+                f"{source.path} is less than one {kind} of {config.sequence_length}; raise "
                 "data.eval_fraction, or set it to 0"
             )
     return train, Mixture(held_out, names, weights)

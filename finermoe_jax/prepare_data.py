@@ -37,6 +37,7 @@ from finermoe_jax import commands, text
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.token_files import (
+    DTYPES,
     MANIFEST,
     PARTIAL,
     Manifest,
@@ -45,6 +46,7 @@ from finermoe_jax.token_files import (
     read_manifest,
     shard_damage,
     shard_files,
+    shard_name,
     tokenizer_hash,
     verify,
 )
@@ -174,7 +176,7 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
         manifest = read_manifest(target / PARTIAL)
         _refuse_other(target, manifest.settings, settings)
         for shard in manifest.shards:
-            if shard_damage(target, shard, np.dtype(settings.dtype)):
+            if shard_damage(target, shard, DTYPES[settings.dtype]):
                 break
             shards.append(shard)
     elif others := [p.name for p in target.iterdir() if p.name != _LOCK]:
@@ -215,7 +217,7 @@ class _Writer:
 
     def __init__(self, target: Path, settings: Settings, shards: list[Shard]):
         self.target, self.settings, self.shards = target, settings, shards
-        self.dtype = np.dtype("<u2" if settings.dtype == "uint16" else "<u4")
+        self.dtype = DTYPES[settings.dtype]
         self.end = shards[-1].end if shards else (0, 0)
         self.begins = not shards or not shards[-1].open
         self.file: Any = None
@@ -223,7 +225,11 @@ class _Writer:
     def add(self, ids: np.ndarray, ends_document: bool, source: int, pieces: int) -> None:
         """A piece's tokens; `pieces` of its source are then done."""
         if self.file is None:
-            self.file = shard_files(self.target, self._name())[0].with_suffix(".partial").open("wb")
+            self.file = (
+                shard_files(self.target, shard_name(len(self.shards)))[0]
+                .with_suffix(".partial")
+                .open("wb")
+            )
             self.tokens, self.max_id, self.first_source = 0, 0, source
             self.digest = hashlib.sha256()
             self.starts: list[int] = []
@@ -238,11 +244,8 @@ class _Writer:
         if self.tokens >= self.settings.shard_tokens:
             self._close()
 
-    def _name(self) -> str:
-        return f"{len(self.shards):05d}"
-
     def _close(self) -> None:
-        name = self._name()
+        name = shard_name(len(self.shards))
         path, documents = shard_files(self.target, name)
         self.file.flush()
         os.fsync(self.file.fileno())

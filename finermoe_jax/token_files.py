@@ -28,6 +28,7 @@ from finermoe_jax.errors import InputError
 
 FORMAT = "finermoe-jax tokens 1"
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _MEGATRON_HEADER = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -173,6 +174,11 @@ def read_manifest(path: Path) -> Manifest:
     return from_dict(Manifest, values, str(path))
 
 
+def shard_name(number: int) -> str:
+    """What the files of a shard are called."""
+    return f"{number:05d}"
+
+
 def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
     """Where a shard's tokens and its documents lie."""
     return directory / f"{name}.bin", directory / f"{name}.documents.npy"
@@ -215,12 +221,25 @@ def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source
                 f"{directory} was prepared with {what} {theirs}, and the run's is {ours}: set "
                 "data.tokenizer to the one it was prepared with, or prepare the text anew"
             )
-    if not manifest.tokens or any(shard.tokens < 1 for shard in manifest.shards):
-        name = next((s.name for s in manifest.shards if s.tokens < 1), "")
-        raise InputError(f"{directory}: shard {name or 'list'} is empty; prepare it anew")
-    dtype = np.dtype("<u2" if settings.dtype == "uint16" else "<u4")
+    empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
+    if empty or not manifest.shards:
+        what = f"shard {empty[0]}" if empty else "the list of shards"
+        raise InputError(f"{directory}: {what} is empty; prepare it anew")
+    if manifest != Manifest.of(settings, manifest.shards):
+        raise InputError(
+            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
+            "documents, which is not the sum of its shards; prepare it anew"
+        )
+    if settings.dtype not in DTYPES:
+        raise InputError(
+            f"{directory}: dtype {settings.dtype!r} must be one of {', '.join(DTYPES)}; prepare it "
+            "anew"
+        )
+    dtype = DTYPES[settings.dtype]
     arrays, documents, shift = [], [], 0
-    for shard in manifest.shards:
+    for number, shard in enumerate(manifest.shards):
+        if shard.name != shard_name(number):
+            raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
         if damage := shard_damage(directory, shard, dtype):
             raise InputError(f"{damage}: copy it again, or prepare the text anew")
         files = shard_files(directory, shard.name)

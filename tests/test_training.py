@@ -20,6 +20,7 @@ from finermoe_jax.files import find
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
+from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild
@@ -61,8 +62,8 @@ def _steps(config: RunConfig, mesh_config, count=3):
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
     rows = sharding.batch_sharding(mesh)
-    batch = jax.device_put(_batch(config.data.global_batch_size), rows)
-    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b[:, :-1]).routing)
+    batch = jax.device_put(Batch(_batch(config.data.global_batch_size)), rows)
+    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
     tx = optimizer(config.optimizer, config.train.steps)
     opt_state = init_optimizer(tx, params, shardings, mesh)
@@ -164,7 +165,7 @@ def test_logits_exist_for_one_chunk_only():
     grad = jax.jit(
         lambda p, b: jax.grad(batch_loss, argnums=2, has_aux=True)(graphdef, config, p, b)
     )
-    text = grad.lower(nnx.to_pure_dict(state), _batch(8)).compile().as_text()
+    text = grad.lower(nnx.to_pure_dict(state), Batch(_batch(8))).compile().as_text()
     shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     others = [math.prod(dims) // vocab for dims in shapes if vocab in dims]
     # The weights of embedding and head, stacked layers of none; 8 x 16 tokens would be 128.
