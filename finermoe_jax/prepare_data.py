@@ -105,10 +105,13 @@ def prepare(
         shards = _begun(target, settings)
         if shards:
             say(f"going on behind {len(shards)} complete shards")
-        with _encoder(tokenizer, tokenizer_files, processes) as encode:
-            writer = _Writer(target, settings, shards)
-            _write(found, writer, encode, _AHEAD * processes)
-        manifest = writer.finish()
+        writer = _Writer(target, settings, shards)
+        with (
+            contextlib.closing(writer),
+            _encoder(tokenizer, tokenizer_files, processes) as encode,
+        ):
+            _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1)
+            manifest = writer.finish()
     say(f"{target}: {_summary(manifest)}")
     return manifest
 
@@ -164,9 +167,11 @@ def _alone(target: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is writing {target}") from None
-        yield
-    if (target / MANIFEST).is_file():
-        (target / _LOCK).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if (target / MANIFEST).is_file():
+                (target / _LOCK).unlink(missing_ok=True)
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
@@ -242,9 +247,9 @@ class _Writer:
         self.max_id = max(self.max_id, int(ids.max(initial=0)))
         self.begins, self.end = ends_document, (source, pieces)
         if self.tokens >= self.settings.shard_tokens:
-            self._close()
+            self._complete()
 
-    def _close(self) -> None:
+    def _complete(self) -> None:
         name = shard_name(len(self.shards))
         path, documents = shard_files(self.target, name)
         self.file.flush()
@@ -267,13 +272,15 @@ class _Writer:
     def _manifest(self) -> Manifest:
         return Manifest.of(self.settings, self.shards)
 
+    def close(self) -> None:
+        """Leaves a shard that is not complete to the next run, which removes it."""
+        if self.file is not None:
+            self.file.close()
+
     def finish(self) -> Manifest:
         """The last shard, and the manifest that makes the directory complete."""
-        if self.file is not None:
-            if self.tokens:
-                self._close()
-            else:
-                self.file.close()
+        if self.file is not None and self.tokens:
+            self._complete()
         if not self.shards:
             raise InputError("the text has no tokens")
         _write_manifest(self.target / MANIFEST, self._manifest())

@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from finermoe_jax import text
 from finermoe_jax.config import DataConfig
 from finermoe_jax.data import (
     Mixture,
@@ -206,30 +207,28 @@ def test_tokens_decode_to_the_documents(tokenizer):
     assert tokenizer.decode(tokens[ends[0] + 1 : ends[1]]) == documents[1]
 
 
-def _zstd():
-    zstd = pytest.importorskip("backports.zstd")  # what the extra installs before Python 3.14
-    return zstd.open
+def _zstd(path, mode):
+    return text._zstd("the test").open(path, mode)
 
 
 @pytest.mark.parametrize("opener", [open, gzip.open, lzma.open, _zstd])
 def test_compressed_text(tmp_path, opener):
     suffix = {open: "", gzip.open: ".gz", lzma.open: ".xz", _zstd: ".zst"}[opener]
-    opener = opener() if opener is _zstd else opener
-    lines, text = tmp_path / f"a.jsonl{suffix}", tmp_path / f"a.txt{suffix}"
+    lines, whole = tmp_path / f"a.jsonl{suffix}", tmp_path / f"a.txt{suffix}"
     with opener(lines, "wb") as stream:
         stream.write(b'{"text": "a"}\n\n{"text": "b"}\n')
-    with opener(text, "wb") as stream:
+    with opener(whole, "wb") as stream:
         stream.write("é\r\n".encode() * 70_000)
     assert list(TextFile(lines).pieces()) == [Piece("a", True), Piece("b", True)]
-    source = TextFile(text)
+    source = TextFile(whole)
     pieces = list(source.pieces())
     assert "".join(piece.text for piece in pieces) == "é\r\n" * 70_000
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert 0 < source.position <= source.size
     if suffix:
-        text.write_bytes(text.read_bytes()[:-9])
+        whole.write_bytes(whole.read_bytes()[:-9])
         with pytest.raises(InputError, match="cannot be read"):
-            list(TextFile(text).pieces())
+            list(TextFile(whole).pieces())
 
 
 def test_parquet(tmp_path):
