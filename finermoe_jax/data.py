@@ -313,10 +313,13 @@ def open_data(
             "Megatron pair"
         )
     mixture = parse_mixture(config.path)
-    sources = [(open_source(n, tokenizer, files, show_progress), w) for n, w in mixture]
-    held_out = None
-    if config.eval_path:
-        held_out = open_source(config.eval_path, tokenizer, files, show_progress)
+
+    def opened(name: str) -> Source:
+        source = open_source(name, tokenizer, files, show_progress)
+        return dataclasses.replace(source, path=name)  # as the config says it, on every process
+
+    sources = [(opened(name), weight) for name, weight in mixture]
+    held_out = opened(config.eval_path) if config.eval_path else None
     for source in [s for s, _ in sources] + ([held_out] if held_out else []):
         largest = source.identity["max_id"]
         if largest >= vocab_size:

@@ -160,21 +160,21 @@ class HubText:
         import datasets
 
         path, _, configuration = self.name.partition(":")
+        number = -1
         try:
             rows = datasets.load_dataset(
                 path, configuration or None, split=self.split, streaming=True
             )
+            for number, row in enumerate(rows):
+                if not isinstance(row.get(self.field), str):
+                    raise InputError(
+                        f"row {number} has no text in {self.field!r} (--text_field); its fields: "
+                        + ", ".join(row)
+                    )
+                yield from cut_document(row[self.field])
         except Exception as error:  # the library raises many unrelated types
             first = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(f"the dataset {self.name} cannot be read: {first}") from None
-        number = -1
-        for number, row in enumerate(rows):
-            if not isinstance(row.get(self.field), str):
-                raise InputError(
-                    f"{self.name}, row {number}: no text in {self.field!r} (--text_field); its "
-                    f"fields: {', '.join(row)}"
-                )
-            yield from cut_document(row[self.field])
         if number < 0:
             raise InputError(f"{self.name} holds no text")
 

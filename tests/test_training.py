@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import shutil
@@ -407,6 +408,22 @@ def test_a_workdir_keeps_its_config(straight):
     with pytest.raises(InputError, match=r"train.seed: 0 there, 7 in the config"):
         train(_tiny(4, seed=7), straight, say=lambda _: None)
     assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_workdir_keeps_its_data(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    path = tmp_path / "run" / "data.json"
+    found = json.loads(path.read_text())
+    assert found["sources"][0]["tokens"] > 100_000 and found["sources"][0]["weight"] == "1"
+    found["sources"][0] |= {"tokens": 12, "path": "elsewhere"}
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError) as error:
+        train(_tiny(4), tmp_path / "run", say=lambda _: None)
+    assert "holds a run with other data\n  source 1.tokens: 12 there, 378304 now" in str(
+        error.value
+    )
+    assert "path" not in str(error.value)
 
 
 def test_a_foreign_directory_is_refused(tmp_path):
