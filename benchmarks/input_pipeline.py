@@ -1,6 +1,6 @@
 """Tokens per second of the input path, from memory-mapped files, on one core.
 
-    python benchmarks/input_pipeline.py [--tokens=268435456]
+    python benchmarks/input_pipeline.py [--tokens=134217728]
 
 Writes a prepared directory and a Megatron pair of random tokens and documents into a temporary
 directory, and reads global batches of them in this process: row by row as training does
@@ -22,7 +22,8 @@ import numpy as np
 from absl import app, flags
 
 from finermoe_jax.config import DataConfig
-from finermoe_jax.data import Mixture, _Batches, split_held_out
+from finermoe_jax.data import Batches, split_held_out
+from finermoe_jax.rows import Mixture
 from finermoe_jax.token_files import (
     MANIFEST,
     Manifest,
@@ -34,7 +35,7 @@ from finermoe_jax.token_files import (
     shard_name,
 )
 
-_TOKENS = flags.DEFINE_integer("tokens", 1 << 28, "of each source")
+_TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "of each source")
 _SHARDS = 4
 _BATCH_TOKENS = 1 << 20
 _VOCABULARY = 151_936
@@ -120,7 +121,7 @@ def main(_: list[str]) -> None:
                     weights = [Fraction(7, 10), Fraction(3, 10)][: len(chosen)]
                     mixture, _ = split_held_out(list(zip(chosen, weights, strict=True)), config)
                     opened = time.perf_counter() - began
-                    batches = _Batches(mixture, config, range(rows))
+                    batches = Batches(mixture, config, range(rows))
                     speed = _speed(lambda step, b=batches: _real(b, step), 0, 20)
                     kind = "mixture" if len(chosen) > 1 else chosen[0].identity["kind"]
                     print(
@@ -129,7 +130,7 @@ def main(_: list[str]) -> None:
                     )
 
 
-def _real(batches: _Batches, step: int) -> int:
+def _real(batches: Batches, step: int) -> int:
     """Reads a batch; its inputs, padding not counted."""
     batch = batches[step]
     if batch.segment_ids is None:

@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from finermoe_jax import data, sharding
+from finermoe_jax import sharding
 from finermoe_jax.checkpoint import load_model
 from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.packing import Batch, counted, masks
+from finermoe_jax.rows import Mixture, Windows
 from finermoe_jax.text import TextFile, tokenize
 from finermoe_jax.token_files import TokenStream
 from finermoe_jax.tokenizers import load_tokenizer
@@ -42,18 +43,18 @@ def perplexity(checkpoint: str, text: Path, sequence_length: int) -> dict[str, f
         raise InputError(f"{text} has {len(tokens)} tokens; at least 2 are needed")
     if not sequence_length:
         length = min(length, len(tokens) - 1)
-    windows = data.Windows(TokenStream([tokens]), length)
+    windows = Windows(TokenStream([tokens]), length)
     if not len(windows):
         raise InputError(
             f"{text} has {len(tokens)} tokens, fewer than a window of --sequence_length={length} "
             "and its target"
         )
-    rows = data.Mixture([windows], [str(text)], [Fraction(1)])
+    rows = Mixture([windows], [str(text)], [Fraction(1)])
     loss = held_out_loss(model, rows, len(rows), chunk_tokens=1024)
     return {"perplexity": math.exp(loss), "loss": loss, "tokens": len(windows) * length}
 
 
-def held_out_loss(model: Decoder, rows: data.Mixture, count: int, chunk_tokens: int) -> float:
+def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:
     """Mean cross-entropy, nats per counted target, of the first `count` rows, sources in shares.
 
     The sum is of float64, on the host.

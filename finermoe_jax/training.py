@@ -36,6 +36,7 @@ from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
 from finermoe_jax.packing import Batch
+from finermoe_jax.rows import Mixture
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import (
     abstract_optimizer,
@@ -215,7 +216,7 @@ def _run(
 def _loop(
     config: RunConfig, mesh: Mesh, graphdef: Any, start: _Start,
     tx: optax.GradientTransformation, params: dict, opt_state: Any, shardings: dict,
-    windows: data.Mixture, first: int, checkpoints: TrainingCheckpoints, log: Log,
+    windows: Mixture, first: int, checkpoints: TrainingCheckpoints, log: Log,
     report: Callable[[str, Decoder, int], None],
 ) -> tuple[dict, Any]:  # fmt: skip
     """Steps first … steps - 1, with logging, held-out scores and saves on the way."""
@@ -263,7 +264,7 @@ def _spread(model: Decoder, placement: Placement) -> Decoder:
 
 
 def _global_batches(
-    config: RunConfig, windows: data.Mixture, first: int, sharding: jax.sharding.NamedSharding
+    config: RunConfig, windows: Mixture, first: int, sharding: jax.sharding.NamedSharding
 ) -> Iterator[Batch]:
     """Batches [B, T + 1] over all devices; each process reads the rows that its devices hold."""
     shape = (config.data.global_batch_size, config.data.sequence_length + 1)

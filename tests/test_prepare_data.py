@@ -27,7 +27,7 @@ MODEL = find("demo/model")
 def sources(tmp_path_factory):
     """A long document of many pieces, and many short ones."""
     place = tmp_path_factory.mktemp("sources")
-    book = find("demo/pydoc_small.txt").read_text()[:400_000]
+    book = find("demo/pydoc_small.txt").read_text()
     (place / "book.txt").write_text(book)
     lines = [json.dumps({"text": book[i : i + 100 + i % 997]}) for i in range(0, 200_000, 500)]
     (place / "lines.jsonl").write_text("\n".join(lines))
@@ -114,13 +114,13 @@ def test_a_killed_run_of_several_processes_goes_on(sources, whole, tmp_path):
     while not (partial.exists() and read_manifest(partial).shards):
         assert time.monotonic() < deadline and run.poll() is None, run.communicate()
         time.sleep(0.02)
-    time.sleep(random.random() * 0.3)
+    time.sleep(random.random() * 0.1)
     os.kill(run.pid, signal.SIGKILL)
     run.communicate()  # until its workers, too, have closed their ends
     again = subprocess.run([*command, "--processes=2"], **settings)
     assert again.returncode == 0, again.stderr
-    assert "going on behind" in again.stdout or "is complete" in again.stdout
-    assert "tokens/s" in again.stderr
+    if "is complete" not in again.stdout:  # the kill may have come too late
+        assert "going on behind" in again.stdout and "tokens/s" in again.stderr
     assert _content(tmp_path / "tokens") == _content(whole)
 
 
