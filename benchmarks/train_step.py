@@ -25,6 +25,7 @@ from finermoe_jax.config import DataConfig, MeshConfig, MoEConfig, RunConfig, Tr
 from finermoe_jax.flops import training_flops
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
+from finermoe_jax.packing import Batch
 from finermoe_jax.published import QWEN2P5
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step
@@ -73,10 +74,8 @@ def main() -> None:
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     held = list(jax.device_put((params, opt_state), places, donate=True))
     rng = np.random.default_rng(0)
-    batch = jax.device_put(
-        rng.integers(0, shape.vocab_size, (BATCH, TOKENS + 1)).astype(np.int32),
-        sharding.batch_sharding(mesh),
-    )
+    tokens = rng.integers(0, shape.vocab_size, (BATCH, TOKENS + 1)).astype(np.int32)
+    batch = Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
     both = jax.jit(
         lambda p, b: jax.value_and_grad(batch_loss, argnums=2, has_aux=True)(graphdef, config, p, b)
     )

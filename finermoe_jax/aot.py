@@ -30,6 +30,7 @@ from finermoe_jax.config import ModelConfig, RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.optim import optimizer
+from finermoe_jax.packing import Batch
 from finermoe_jax.params import run_model, true_counts
 from finermoe_jax.program import analyse
 from finermoe_jax.sharding import Placement
@@ -73,11 +74,12 @@ def prepare(config: RunConfig, target: Target) -> Step:
     state = abstract_optimizer(tx, params, shardings, mesh)
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
-    batch = jax.ShapeDtypeStruct(
+    rows = jax.ShapeDtypeStruct(
         (config.data.global_batch_size, config.data.sequence_length + 1),
         jnp.int32,
         sharding=sharding.batch_sharding(mesh),
     )
+    batch = Batch(rows, rows if config.data.packing == "documents" else None)
 
     def lower() -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -264,16 +264,23 @@ def _check_divides(model: ModelConfig, size: str, moe: MoEConfig, granularity: s
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text to train on. Windows of sequence_length tokens are cut from the token stream."""
+    """What to train on, in rows of sequence_length tokens (docs/data.md)."""
 
+    # Text, a directory of finermoe_jax.prepare_data, a Megatron .bin/.idx pair, or a mixture
+    # "path:weight,path:weight".
     path: str = ""
+    # "stream": windows of the token stream, across documents. "documents": whole documents in a
+    # row, each on its own in attention, positions and loss.
+    packing: Literal["stream", "documents"] = "stream"
     # A directory with tokenizer files; empty: the tokenizer of init_from.
     tokenizer: str = ""
     sequence_length: int = 8192
     # Sequences per optimizer step, over all devices.
     global_batch_size: int = 2048
-    # Share of the stream, taken from its end, that is held out; and the windows scored of it.
+    # Share of each source, taken from its end, that is held out; and the rows scored of it.
+    # With eval_path that source is scored, and nothing held out.
     eval_fraction: float = 0.05
+    eval_path: str = ""
     eval_windows: int = 64
     seed: int = 0
 

@@ -15,6 +15,7 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import apply_updates, completed, learning_rate, trained
+from finermoe_jax.packing import Batch, counted, masks
 
 
 def train_step(
@@ -23,27 +24,31 @@ def train_step(
     tx: optax.GradientTransformation,
     params: dict,
     opt_state: Any,
-    batch: Int[Array, "B T1"],
+    batch: Batch,
 ) -> tuple[dict, Any, dict[str, Array]]:
-    """One optimizer step on a global batch of windows; inputs are [:, :-1], targets [:, 1:].
+    """One optimizer step on a global batch.
 
     Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm and
     learning_rate, float32 []; layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E], how many
     tokens of the global batch selected each expert (L counts the MoE layers; 0 in a dense model).
 
-    The loss is the mean cross-entropy in nats per token plus aux_loss_weight times the sum over
-    layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches, whose mean
-    gradient is that of the whole batch: windows are all full, and Eq. 11 is per sequence.
+    The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
+    sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
+    whose mean gradient is that of the whole batch: each is divided by its share of all counted
+    targets, and Eq. 11 is per sequence.
     """
     parts = config.train.grad_accumulation
     free = trained(params, config.optimizer)
+    targets = None
+    if batch.segment_ids is not None:
+        targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
 
-    def loss(free: dict, batch: Array) -> tuple[Array, dict[str, Array]]:
-        return batch_loss(graphdef, config, completed(params, free), batch)
+    def loss(free: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
+        return batch_loss(graphdef, config, completed(params, free), part, targets)
 
     compute = jax.value_and_grad(loss, has_aux=True)
 
-    def body(carry: Any, part: Int[Array, "B T1"]) -> tuple[Any, Array]:
+    def body(carry: Any, part: Batch) -> tuple[Any, Array]:
         (_, metrics), grads = compute(free, part)
         tokens = metrics.pop("expert_tokens")
         return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), tokens
@@ -59,7 +64,7 @@ def train_step(
         )
         # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
         # (a microbatch is a multiple of the devices that share it: check_microbatch).
-        pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
+        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
         (grads, metrics), tokens = jax.lax.scan(body, zeros, pieces)
         metrics["expert_tokens"] = tokens.sum(axis=0)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
@@ -81,20 +86,26 @@ def _updates(opt_state: Any) -> Int[Array, ""]:
 
 
 def batch_loss(
-    graphdef: Any, config: RunConfig, params: dict, batch: Int[Array, "B T1"]
+    graphdef: Any,
+    config: RunConfig,
+    params: dict,
+    batch: Batch,
+    count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The training loss of a microbatch; apart `loss`, `layer_aux_loss` and `expert_tokens`."""
+    """The training loss of a microbatch; apart `loss`, `layer_aux_loss` and `expert_tokens`.
+
+    The summed cross-entropy is divided by `count`; None: by the number of all targets.
+    """
     model = rebuild(graphdef, params)
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    features = model.features(inputs, remat=config.train.remat, unroll=config.train.scan_unroll)
-    total = cross_entropy_sum(
-        model,
-        features.hidden,
-        targets,
-        jnp.ones_like(targets, bool),
-        config.train.loss_chunk_tokens,
+    inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    settings = config.train
+    features = model.features(
+        inputs, remat=settings.remat, unroll=settings.scan_unroll, **masks(batch)
     )
-    loss = total / targets.size
+    total = cross_entropy_sum(
+        model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens
+    )
+    loss = total / (targets.size if count is None else count)
     return loss + config.train.aux_loss_weight * features.aux_loss.sum(), {
         "loss": loss,
         "layer_aux_loss": features.aux_loss,

@@ -32,6 +32,8 @@ from finermoe_jax.generation import complete
 from finermoe_jax.hf_weights import with_shapes
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
+from finermoe_jax.packing import Batch
+from finermoe_jax.rows import Mixture
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import (
     abstract_optimizer,
@@ -42,7 +44,15 @@ from finermoe_jax.step import (
 )
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
-from finermoe_jax.workdir import Log, claim, find_shared, prepare, refuse_differences
+from finermoe_jax.workdir import (
+    Log,
+    claim,
+    claim_data,
+    find_shared,
+    prepare,
+    record_data,
+    refuse_differences,
+)
 from pallas_kernels.platform import Implementation, platform
 
 
@@ -82,6 +92,7 @@ def train(
     with distributed.together():
         metrics.check(watch, 0, config.train.steps)
         mesh, start, tokenizer, text = _checked(config, workdir)
+    distributed.same(json.dumps(text.identity), "reads other data than process 0")
     distributed.same(
         str(newest_checkpoint(workdir / "checkpoints")),
         f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
@@ -89,6 +100,7 @@ def train(
     )
     with distributed.together():
         prepare(workdir, config, start.tokenizer_files)
+        record_data(workdir, text.identity)
     with distributed.together():
         find_shared(workdir)
     start.tokenizer_files = workdir / "tokenizer"
@@ -109,9 +121,7 @@ def _silent(message: str) -> None:
     """What processes other than the first say."""
 
 
-def _checked(
-    config: RunConfig, workdir: Path
-) -> tuple[Mesh, _Start, Any, tuple[data.Windows, data.Windows]]:
+def _checked(config: RunConfig, workdir: Path) -> tuple[Mesh, _Start, Any, data.RunData]:
     """All that is read; nothing is written, and nothing said to other processes."""
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
@@ -130,11 +140,15 @@ def _checked(
             f"{model_config.max_position_embeddings}"
         )
     tokenizer = load_tokenizer(start.tokenizer_files, model_config.vocab_size)
-    if not config.data.path:
-        raise InputError("data.path is empty; name a .txt or .jsonl file to train on")
-    documents = data.read_documents(find(config.data.path))
-    tokens = data.tokenize(documents, tokenizer, show_progress=jax.process_index() == 0)
-    text = data.split_held_out(tokens, config.data)
+    text = data.open_data(
+        config.data,
+        tokenizer,
+        start.tokenizer_files,
+        model_config.vocab_size,
+        show_progress=jax.process_index() == 0,
+    )
+    if newest is not None:
+        claim_data(workdir, text.identity)
     for prompt in config.prompts:
         complete(start.model, tokenizer, prompt, config.prompt_tokens, 0.0, 0)  # checks it
     return mesh, start, tokenizer, text
@@ -146,14 +160,14 @@ def _run(
     mesh: Mesh,
     start: _Start,
     tokenizer: Any,
-    text: tuple[data.Windows, data.Windows],
+    text: data.RunData,
     checkpoints: TrainingCheckpoints,
     say: Callable[[str], None],
     watch: metrics.Watch,
     opened: contextlib.ExitStack,
 ) -> None:
     """Everything between checked input and the last checkpoint."""
-    log, (windows, held_out) = Log(workdir), text
+    log, (windows, held_out, _) = Log(workdir), text
     shardings, notes = sharding.param_shardings(start.model, mesh)
     for note in notes:
         say(note)
@@ -161,12 +175,12 @@ def _run(
     tx = optimizer(config.optimizer, config.train.steps)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     say(
-        f"{count:,} parameters · {len(windows):,} training and {len(held_out)} held-out windows "
-        f"of {windows.length} tokens · mesh {dict(mesh.shape)} · {workdir}"
+        f"{count:,} parameters · {len(windows):,} training and {len(held_out or ())} held-out "
+        f"rows of {windows.length} tokens · mesh {dict(mesh.shape)} · {workdir}"
     )
 
     def report(name: str, model: Decoder, step: int) -> None:
-        if len(held_out):
+        if held_out:
             loss = held_out_loss(
                 model, held_out, config.data.eval_windows, config.train.loss_chunk_tokens
             )
@@ -215,7 +229,7 @@ def _run(
 def _loop(
     config: RunConfig, mesh: Mesh, graphdef: Any, start: _Start,
     tx: optax.GradientTransformation, params: dict, opt_state: Any, shardings: dict,
-    windows: data.Windows, first: int, checkpoints: TrainingCheckpoints,
+    windows: Mixture, first: int, checkpoints: TrainingCheckpoints,
     monitor: metrics.Monitor, report: Callable[[str, Decoder, int], None],
     say: Callable[[str], None],
 ) -> tuple[dict, Any]:  # fmt: skip
@@ -283,8 +297,8 @@ def _spread(model: Decoder, placement: Placement) -> Decoder:
 
 
 def _global_batches(
-    config: RunConfig, windows: data.Windows, first: int, sharding: jax.sharding.NamedSharding
-) -> Iterator[Array]:
+    config: RunConfig, windows: Mixture, first: int, sharding: jax.sharding.NamedSharding
+) -> Iterator[Batch]:
     """Batches [B, T + 1] over all devices; each process reads the rows that its devices hold."""
     shape = (config.data.global_batch_size, config.data.sequence_length + 1)
 
@@ -296,12 +310,15 @@ def _global_batches(
     rows = sorted({row for index in here for row in rows_of(index)})
     for batch in data.train_batches(windows, config.data, first, rows):
 
-        def part(index: tuple[slice, ...] | None, batch: np.ndarray = batch) -> np.ndarray:
-            wanted = rows_of(index)
-            start = rows.index(wanted[0])
-            return batch[start : start + len(wanted)]
+        def over_devices(local: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                wanted = rows_of(index)
+                start = rows.index(wanted[0])
+                return local[start : start + len(wanted)]
 
-        yield jax.make_array_from_callback(shape, sharding, part)
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        yield jax.tree.map(over_devices, batch)
 
 
 def _kernel(config: RunConfig) -> Implementation | None:

@@ -51,6 +51,39 @@ def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
         copy_tokenizer(tokenizer_files, workdir / "tokenizer")
 
 
+def claim_data(workdir: Path, identity: dict[str, Any]) -> None:
+    """Refuses to go on with other data than the run began with. Where it lies may differ.
+
+    Raises InputError naming what differs of `identity` (data.open_data) and data.json.
+    """
+    if (workdir / "data.json").is_file():
+        refuse_differences(
+            f"{workdir} holds a run with other data",
+            _by_number(read_json(workdir / "data.json")),
+            _by_number(identity),
+            "give the data that the run began with, or a new --workdir",
+            here="now",
+        )
+
+
+def record_data(workdir: Path, identity: dict[str, Any]) -> None:
+    """Writes data.json, unless it is there; the first process alone."""
+    path = workdir / "data.json"
+    if jax.process_index() == 0 and not path.is_file():
+        partial = workdir / ".data.json.partial"
+        partial.write_text(json.dumps(identity, indent=2) + "\n")
+        partial.rename(path)
+
+
+def _by_number(identity: dict[str, Any]) -> dict[str, Any]:
+    """With sources under their numbers, and without their paths."""
+    sources = identity["sources"]
+    if identity["eval"]:
+        sources = [*sources, identity["eval"]]
+    named = {f"source {n}": s | {"path": None} for n, s in enumerate(sources, 1)}
+    return named | {"tokenizer_sha256": identity["tokenizer_sha256"]}
+
+
 def find_shared(workdir: Path) -> None:
     """Waits until the prepared workdir is seen here too; network file systems may take a while.
 
@@ -136,11 +169,13 @@ def _finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def refuse_differences(what: str, found: dict, stated: dict, way_out: str) -> None:
+def refuse_differences(
+    what: str, found: dict, stated: dict, way_out: str, here: str = "in the config"
+) -> None:
     """Raises InputError with every field that differs between two nested mappings."""
     old, new = _flatten(found), _flatten(stated)
     differences = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} in the config"
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} {here}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import finermoe_jax as fm
 from finermoe_jax.config import run_config
 from finermoe_jax.convert import convert
-from finermoe_jax.data import read_documents
 from finermoe_jax.evaluation import perplexity
+from finermoe_jax.text import TextFile
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.training import train
 
@@ -355,7 +355,7 @@ def test_line_separators_inside_json_strings(tmp_path):
     texts = ["a\u2028b", "c\x85d", "e\x1cf", "g\u2029h\r\ni"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert read_documents(tmp_path / "a.jsonl") == texts
+    assert [piece.text for piece in TextFile(tmp_path / "a.jsonl").pieces()] == texts
 
 
 def test_text_shorter_than_its_held_out_window(dense, tmp_path):

@@ -1,5 +1,6 @@
 """Several real processes on this machine: one run's losses, shared checkpoints, a death."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,14 +15,21 @@ import pytest
 
 from finermoe_jax.distributed import launch_arguments
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import find
 from finermoe_jax.plot import read_lines
+from finermoe_jax.prepare_data import prepare
 
 ROOT = Path(__file__).parent.parent
 HEARTBEAT = 6
 
-# Small enough to compile in seconds; the demo's tokenizer, and a text of the package.
+# Small enough to compile in seconds. The data is a mixture of packed documents: whatever can
+# differ between processes is in it.
 CONFIG = """
+from pathlib import Path
+
 from finermoe_jax import default_config
+
+HERE = Path(__file__).parent
 
 def get_config():
     config = default_config()
@@ -32,8 +40,8 @@ def get_config():
     )
     config.moe.update(intermediate_granularity=4, output_granularity=2)
     config.data.update(
-        tokenizer="demo/model", path="demo/LICENSE.pydoc.txt", sequence_length=16,
-        global_batch_size=8, eval_windows=4,
+        tokenizer="demo/model", path=f"{HERE}/tokens:2,{HERE}/lines.jsonl:1", sequence_length=16,
+        global_batch_size=8, eval_windows=4, packing="documents",
     )
     config.optimizer.update(learning_rate=1e-2, warmup_fraction=0.0)
     config.train.update(steps=4, compute_dtype="float32", remat="none", checkpoint_every=2)
@@ -114,6 +122,12 @@ def test_never_several_copies_without_a_word(environment, words):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "tiny.py").write_text(CONFIG)
+    words = find("demo/LICENSE.pydoc.txt").read_text().split()
+    for name, length in (("lines", 9), ("more", 5)):
+        texts = (" ".join(words[i : i + length]) for i in range(0, len(words), length))
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    prepare([str(folder / "more.jsonl")], folder / "tokens", find("demo/model"), shard_tokens=999)
     return folder
 
 
@@ -195,6 +209,8 @@ def test_one_run_by_one_process_or_two(place):
     finished(place, "two", processes=2)
     assert [line["step"] for line in read_lines(place / "two" / "metrics.jsonl")] == [1, 2, 3, 4]
     same_losses(place / "two", place / "one")
+    sources = json.loads((place / "two" / "data.json").read_text())["sources"]
+    assert [(s["kind"], s["weight"]) for s in sources] == [("prepared", "2"), ("text", "1")]
 
     until_step_2(place, "two", "two_then_one")
     assert "resumed from step 2 of 4" in finished(place, "two_then_one", processes=1)
@@ -244,9 +260,8 @@ def test_what_one_process_refuses_ends_all(place):
     # Only the first process has the text in its directory.
     (place / "here.txt").write_text("some text " * 1000)
     (place / "elsewhere").mkdir()
-    started = start(
-        place, "refused", "--config.data.path=here.txt", processes=2, last=place / "elsewhere"
-    )
+    flags = ("--config.data.path=here.txt", "--config.data.packing=stream")
+    started = start(place, "refused", *flags, processes=2, last=place / "elsewhere")
     for process, (code, out, errors) in enumerate(ends(started)):
         assert code == 2
         assert all(line.startswith("[Gloo]") for line in out.splitlines()), out

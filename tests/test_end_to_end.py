@@ -77,10 +77,11 @@ def test_evaluation_equals_a_plain_forward_pass(workdir, place):
     result = json.loads((place / "result.json").read_text())
     assert json.loads(stdout) == result
     model, files = load_model(workdir)
-    from finermoe_jax.data import tokenize
+    from finermoe_jax.text import TextFile, tokenize
     from finermoe_jax.tokenizers import load_tokenizer
 
-    tokens = tokenize([(place / "short.txt").read_text()], load_tokenizer(files, 2048))
+    pieces = list(TextFile(place / "short.txt").pieces())
+    tokens = tokenize(pieces, load_tokenizer(files, 2048)).ids
     total = 0.0
     count = (len(tokens) - 1) // 32
     for i in range(count):

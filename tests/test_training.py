@@ -1,9 +1,12 @@
 """The training step, the loss, sharding, and a run that stops and goes on."""
 
 import dataclasses
+import functools
+import json
 import math
 import re
 import shutil
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +23,13 @@ from finermoe_jax.files import find
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import decayed, learning_rate, optimizer
+from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.routing import load_balancing_loss
+from finermoe_jax.rows import Mixture, Packed
 from finermoe_jax.sharding import Placement
-from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild
+from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild, train_step
+from finermoe_jax.token_files import TokenStream
 from finermoe_jax.training import train
 from tests.test_config import SMALL, _preset
 
@@ -65,8 +71,8 @@ def _steps(config: RunConfig, mesh_config, count=3):
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
     rows = sharding.batch_sharding(mesh)
-    batch = jax.device_put(_batch(config.data.global_batch_size), rows)
-    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b[:, :-1]).routing)
+    batch = jax.device_put(Batch(_batch(config.data.global_batch_size)), rows)
+    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
     tx = optimizer(config.optimizer, config.train.steps)
     opt_state = init_optimizer(tx, params, shardings, mesh)
@@ -174,11 +180,111 @@ def test_logits_exist_for_one_chunk_only():
     grad = jax.jit(
         lambda p, b: jax.grad(batch_loss, argnums=2, has_aux=True)(graphdef, config, p, b)
     )
-    text = grad.lower(nnx.to_pure_dict(state), _batch(8)).compile().as_text()
+    text = grad.lower(nnx.to_pure_dict(state), Batch(_batch(8))).compile().as_text()
     shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     others = [math.prod(dims) // vocab for dims in shapes if vocab in dims]
     # The weights of embedding and head, stacked layers of none; 8 x 16 tokens would be 128.
     assert max(others) == max(chunk, MOE.hidden_size) < 128
+
+
+def _documents(lengths, order):
+    """Packed rows of 17, in the given order of documents; each document's tokens are its own."""
+    rng = np.random.default_rng(3)
+    documents = [rng.integers(1, 64, n) for n in lengths]
+    stream = TokenStream([documents[i] for i in order])
+    starts = np.asarray(stream.starts[:-1])
+    return Mixture([Packed(stream, starts, 16, 0, len(stream))], ["x"], [Fraction(1)])
+
+
+def _eight(batch):
+    """With empty rows behind: one program for all batches."""
+    return jax.tree.map(lambda x: jnp.asarray(np.pad(x, ((0, 8 - len(x)), (0, 0)))), batch)
+
+
+@functools.partial(jax.jit, static_argnames="parts")
+def _packed_gradient(params, batch, parts=1):
+    """Loss and gradient as train_step takes them."""
+    graphdef = nnx.split(_model())[0]
+    config = _run(len(batch.tokens), aux_loss_weight=0.0, grad_accumulation=parts)
+    take = optax.GradientTransformation(
+        lambda params: (optax.ScaleByScheduleState(jnp.int32(0)), None),
+        lambda grads, state, params: (jax.tree.map(lambda g: -g, grads), state),
+    )
+    after, _, metrics = train_step(graphdef, config, take, params, take.init(params), batch)
+    return metrics["loss"], jax.tree.map(lambda a, b: b - a, after, params), metrics["aux_loss"]
+
+
+@pytest.mark.slow
+def test_packed_documents_do_not_see_each_other():
+    """Loss and gradient of packed rows are those of the documents, each alone in a row."""
+    lengths = (5, 9, 2, 17, 3, 11, 1, 6, 30, 4)
+    params = nnx.to_pure_dict(nnx.state(_model()))
+    packed = _documents(lengths, range(10))
+    rows = _eight(packed.read(range(len(packed))))
+    loss, grads, _ = _packed_gradient(params, rows)
+    total, count, sums = 0.0, 0, None
+    for document in range(len(lengths)):
+        if lengths[document] == 1:
+            continue
+        stream = packed.parts[0].tokens.arrays[document]
+        alone = np.zeros((8, 17), np.int32), np.zeros((8, 17), np.int32)
+        pieces = [stream[:17], stream[16:]]
+        for row, piece in enumerate(pieces):
+            alone[0][row, : len(piece)], alone[1][row, : len(piece)] = piece, 1
+        one, grad, _ = _packed_gradient(params, Batch(*map(jnp.asarray, alone)))
+        n = lengths[document] - 1
+        total, count = total + float(one) * n, count + n
+        grad = jax.tree.map(lambda g, n=n: g * n, grad)
+        sums = grad if sums is None else jax.tree.map(jnp.add, sums, grad)
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    distances = _distances(grads, jax.tree.map(lambda g: g / count, sums))
+    assert max(distances.values()) < 1e-5, distances
+    # However they are packed, and however the batch is cut into microbatches.
+    other = _documents(lengths, np.random.default_rng(0).permutation(10))
+    other_rows = _eight(other.read(range(len(other))))
+    other_loss, other_grads, _ = _packed_gradient(params, other_rows)
+    assert (other_rows.segment_ids != rows.segment_ids).any()
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    assert max(_distances(other_grads, grads).values()) < 1e-5
+    parts_loss, parts_grads, _ = _packed_gradient(params, rows, parts=4)
+    np.testing.assert_allclose(parts_loss, loss, rtol=1e-5)
+    assert max(_distances(parts_grads, grads).values()) < 1e-5
+
+
+def test_padding_balances_no_experts():
+    """Neither padding's tokens nor its place touch the load-balancing loss."""
+    batch = _eight(_documents((9, 7, 4), range(3)).read([0, 1]))
+    params = nnx.to_pure_dict(nnx.state(_model()))
+    aux = [
+        _packed_gradient(
+            params, Batch(jnp.where(batch.segment_ids == 0, filler, batch.tokens),
+                          batch.segment_ids),
+        )[2]
+        for filler in (0, 63)
+    ]  # fmt: skip
+    assert float(aux[0]) == float(aux[1]) > 0
+
+
+def test_windows_need_no_masks():
+    """The program of whole windows is the one without segments: no mask reaches attention."""
+    graphdef, state = nnx.split(_model())
+    config = _run(4)
+    tokens = _batch(4)
+
+    def program(batch):
+        loss = lambda p: batch_loss(graphdef, config, p, batch)[0]  # noqa: E731
+        return str(jax.make_jaxpr(loss)(nnx.to_pure_dict(state)))
+
+    def plain(p):
+        model = rebuild(graphdef, p)
+        features = model.features(tokens[:, :-1])
+        mask = jnp.ones(tokens[:, 1:].shape, bool)
+        total = cross_entropy_sum(model, features.hidden, tokens[:, 1:], mask, 16)
+        return total / tokens[:, 1:].size + 0.001 * features.aux_loss.sum()
+
+    plain_program = str(jax.make_jaxpr(plain)(nnx.to_pure_dict(state)))
+    assert program(Batch(tokens)).count("\n") <= plain_program.count("\n")
+    assert program(Batch(tokens, jnp.ones_like(tokens))).count("\n") > plain_program.count("\n")
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -328,6 +434,22 @@ def test_a_workdir_keeps_its_config(straight):
     with pytest.raises(InputError, match=r"train.seed: 0 there, 7 in the config"):
         train(_tiny(4, seed=7), straight, say=lambda _: None)
     assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_workdir_keeps_its_data(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    path = tmp_path / "run" / "data.json"
+    found = json.loads(path.read_text())
+    assert found["sources"][0]["tokens"] > 100_000 and found["sources"][0]["weight"] == "1"
+    found["sources"][0] |= {"tokens": 12, "path": "elsewhere"}
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError) as error:
+        train(_tiny(4), tmp_path / "run", say=lambda _: None)
+    assert "holds a run with other data\n  source 1.tokens: 12 there, 378304 now" in str(
+        error.value
+    )
+    assert "path" not in str(error.value)
 
 
 def test_a_foreign_directory_is_refused(tmp_path):

@@ -1,0 +1,103 @@
+"""Writes a prepared directory, shard by shard (token_files.py says what lies there)."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.token_files import (
+    DTYPES,
+    MANIFEST,
+    PARTIAL,
+    Manifest,
+    Settings,
+    Shard,
+    shard_files,
+    shard_name,
+)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest; the file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(dataclasses.asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+class ShardWriter:
+    """Writes tokens into shards, one after the other; a shard counts once the manifest has it."""
+
+    def __init__(self, target: Path, settings: Settings, shards: list[Shard]):
+        self.target, self.settings, self.shards = target, settings, shards
+        self.dtype = DTYPES[settings.dtype]
+        self.end = shards[-1].end if shards else (0, 0)
+        self.begins = not shards or not shards[-1].open
+        self.file: Any = None
+
+    def add(self, ids: np.ndarray, ends_document: bool, source: int, pieces: int) -> None:
+        """A piece's tokens; `pieces` of its source are then done."""
+        if self.file is None:
+            self.file = (
+                shard_files(self.target, shard_name(len(self.shards)))[0]
+                .with_suffix(".partial")
+                .open("wb")
+            )
+            self.tokens, self.max_id, self.first_source = 0, 0, source
+            self.digest = hashlib.sha256()
+            self.starts: list[int] = []
+        if self.begins:
+            self.starts.append(self.tokens)
+        content = ids.astype(self.dtype).tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.tokens += len(ids)
+        self.max_id = max(self.max_id, int(ids.max(initial=0)))
+        self.begins, self.end = ends_document, (source, pieces)
+        if self.tokens >= self.settings.shard_tokens:
+            self._complete()
+
+    def _complete(self) -> None:
+        name = shard_name(len(self.shards))
+        path, documents = shard_files(self.target, name)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        path.with_suffix(".partial").rename(path)
+        self.file = None
+        with documents.open("wb") as file:
+            np.save(file, np.asarray(self.starts, "<i8"), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        shard = Shard(
+            name, self.tokens, len(self.starts), self.max_id,
+            self.settings.sources[self.first_source : self.end[0] + 1], self.digest.hexdigest(),
+            hashlib.sha256(documents.read_bytes()).hexdigest(), self.end, not self.begins,
+        )  # fmt: skip
+        self.shards.append(shard)
+        write_manifest(self.target / PARTIAL, self._manifest())
+
+    def _manifest(self) -> Manifest:
+        return Manifest.of(self.settings, self.shards)
+
+    def close(self) -> None:
+        """Leaves a shard that is not complete to the next run, which removes it."""
+        if self.file is not None:
+            self.file.close()
+
+    def finish(self) -> Manifest:
+        """The last shard, and the manifest that makes the directory complete."""
+        if self.file is not None and self.tokens:
+            self._complete()
+        if not self.shards:
+            raise InputError("the text has no tokens")
+        write_manifest(self.target / MANIFEST, self._manifest())
+        (self.target / PARTIAL).unlink()
+        return self._manifest()

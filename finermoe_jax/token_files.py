@@ -1,0 +1,394 @@
+"""Tokens in memory-mapped files: our prepared directories, and Megatron's .bin/.idx pairs.
+
+A prepared directory (python -m finermoe_jax.prepare_data) holds
+
+    manifest.json          what it was made of and with, and each shard: `Manifest`
+    00000.bin              tokens, little-endian uint16 or uint32
+    00000.documents.npy    int64: where in the shard documents begin
+
+The shards in a row are one stream; a document may go on in the next shard.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import mmap
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.config import from_dict
+from finermoe_jax.errors import InputError
+
+FORMAT = "finermoe-jax tokens 1"
+MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_MEGATRON_HEADER = b"MMIDIDX\x00\x00"
+_MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+# --- a stream of tokens ---------------------------------------------------------------------
+
+
+class TokenStream:
+    """Integer arrays in a row, read as one; memory-mapped ones stay on disk."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = list(arrays)
+        self.starts = [0, *itertools.accumulate(len(a) for a in arrays)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, first: int, out: np.ndarray) -> None:
+        """Fills `out`, int32 [N], with the tokens from `first` on; they must be there."""
+        number = bisect.bisect_right(self.starts, first) - 1
+        done = 0
+        while done < len(out):
+            begin = first + done - self.starts[number]
+            part = self.arrays[number][begin : begin + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            number += 1
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens as they are stored."""
+        found = hashlib.sha256()
+        for array in self.arrays:
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tokens to train on, and where their documents begin.
+
+    Attributes:
+      path: what the user calls it.
+      tokens: all of them.
+      document_files: int64 arrays of the documents' first tokens, and what to add to each array.
+      identity: what tells this data from other data, JSON.
+    """
+
+    path: str
+    tokens: TokenStream
+    document_files: tuple[tuple[np.ndarray, int], ...]
+    identity: dict[str, Any]
+
+    def documents(self) -> np.ndarray:
+        """The first token of each document, int64 [D], rising; in memory.
+
+        Raises InputError when they do not rise, or leave the stream.
+        """
+        starts = np.concatenate([array + shift for array, shift in self.document_files])
+        if len(starts) and (starts[0] < 0 or starts[-1] > len(self.tokens)):
+            raise InputError(
+                f"{self.path}: its documents begin at tokens {starts[0]} … {starts[-1]}, and it "
+                f"has {len(self.tokens)}; the file is damaged: prepare it anew"
+            )
+        if (np.diff(starts) < 0).any():
+            raise InputError(f"{self.path}: its documents overlap; prepare it anew")
+        return starts
+
+
+def map_file(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """A file's content as an array of its own, memory-mapped, read-only.
+
+    Raises InputError: a file that is missing, may not be read or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return np.frombuffer(mapped, dtype, offset=offset)
+
+
+# --- our own --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One pair of files. `end` is the source it ends in, by number, and that source's pieces of
+    text (finermoe_jax/text.py) up to there; `open`: its last document goes on in the next."""
+
+    name: str
+    tokens: int
+    documents: int
+    max_id: int
+    sources: tuple[str, ...]
+    sha256: str
+    documents_sha256: str
+    end: tuple[int, ...]
+    open: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the content of a prepared directory follows from; sources with their sizes in bytes."""
+
+    tokenizer: str
+    vocab_size: int
+    eos_id: int | None
+    dtype: str
+    text_field: str
+    split: str
+    shard_tokens: int
+    sources: tuple[str, ...]
+    source_bytes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """manifest.json. While it is being prepared, the directory holds it under another name."""
+
+    format: str
+    tokens: int
+    documents: int
+    settings: Settings
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, shards: Sequence[Shard]) -> "Manifest":
+        """The manifest of these shards."""
+        tokens, documents = (sum(getattr(s, n) for s in shards) for n in ("tokens", "documents"))
+        return cls(FORMAT, tokens, documents, settings, tuple(shards))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises InputError for a file that is no manifest, or of another format."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+    return from_dict(Manifest, values, str(path))
+
+
+def shard_name(number: int) -> str:
+    """What the files of a shard are called."""
+    return f"{number:05d}"
+
+
+def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
+    """Where a shard's tokens and its documents lie."""
+    return directory / f"{name}.bin", directory / f"{name}.documents.npy"
+
+
+def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
+    """What the size of a shard's files says against it; empty: nothing."""
+    for path, least, exact in (
+        (shard_files(directory, shard.name)[0], shard.tokens * dtype.itemsize, True),
+        (shard_files(directory, shard.name)[1], shard.documents * 8, False),
+    ):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+        if size != least if exact else size < least:
+            return f"{path} has {size} bytes, and the manifest says {least}"
+    return ""
+
+
+def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source:
+    """A prepared directory, checked against its manifest by size.
+
+    Args:
+      directory: holds manifest.json.
+      tokenizer: `tokenizer_hash` of the run's tokenizer.
+      eos_id: its end-of-text token.
+
+    Raises InputError: another tokenizer, shards that are missing, unreadable, empty or of another
+    size than the manifest says.
+    """
+    manifest = read_manifest(directory / MANIFEST)
+    settings = manifest.settings
+    for what, theirs, ours in (
+        ("tokenizer", settings.tokenizer, tokenizer),
+        ("end-of-text token", settings.eos_id, eos_id),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"{directory} was prepared with {what} {theirs}, and the run's is {ours}: set "
+                "data.tokenizer to the one it was prepared with, or prepare the text anew"
+            )
+    empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
+    if empty or not manifest.shards:
+        what = f"shard {empty[0]}" if empty else "the list of shards"
+        raise InputError(f"{directory}: {what} is empty; prepare it anew")
+    if manifest != Manifest.of(settings, manifest.shards):
+        raise InputError(
+            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
+            "documents, which is not the sum of its shards; prepare it anew"
+        )
+    if settings.dtype not in DTYPES:
+        raise InputError(
+            f"{directory}: dtype {settings.dtype!r} must be one of {', '.join(DTYPES)}; prepare it "
+            "anew"
+        )
+    dtype = DTYPES[settings.dtype]
+    arrays, documents, shift = [], [], 0
+    for number, shard in enumerate(manifest.shards):
+        if shard.name != shard_name(number):
+            raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
+        if damage := shard_damage(directory, shard, dtype):
+            raise InputError(f"{damage}: copy it again, or prepare the text anew")
+        files = shard_files(directory, shard.name)
+        arrays.append(map_file(files[0], dtype))
+        documents.append((_load(files[1]), shift))
+        if documents[-1][0].shape != (shard.documents,):
+            raise InputError(
+                f"{files[1]} has shape {documents[-1][0].shape}, and the manifest says "
+                f"{shard.documents} documents: copy it again, or prepare the text anew"
+            )
+        shift += shard.tokens
+    identity = {
+        "kind": "prepared",
+        "manifest_sha256": hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest(),
+        "tokens": manifest.tokens,
+        "max_id": max(shard.max_id for shard in manifest.shards),
+    }
+    return Source(str(directory), TokenStream(arrays), tuple(documents), identity)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if found.dtype != np.dtype("<i8") or found.ndim != 1:
+        raise InputError(f"{path} holds {found.dtype} {found.shape}, not a row of int64")
+    return found
+
+
+def verify(directory: Path) -> Manifest:
+    """Compares every shard with its checksums. Raises InputError naming those that differ."""
+    manifest = read_manifest(directory / MANIFEST)
+    bad = []
+    with tqdm(manifest.shards, desc="verifying", unit="shard") as bar:
+        for shard in bar:
+            stated = (shard.sha256, shard.documents_sha256)
+            for path, expected in zip(shard_files(directory, shard.name), stated, strict=True):
+                try:
+                    with path.open("rb") as file:
+                        found = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    found = str(error)
+                if found != expected:
+                    bad.append(f"{path}: {found}, and the manifest says {expected}")
+    if bad:
+        raise InputError("damaged files:\n  " + "\n  ".join(bad))
+    return manifest
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """SHA-256 of what a tokenizer's files say about text and ids.
+
+    Of tokenizer.json, however it is laid out; without it, of the files in its stead.
+    """
+    found = hashlib.sha256()
+    whole = directory / "tokenizer.json"
+    if whole.is_file():
+        try:
+            content = json.loads(whole.read_bytes())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{whole} cannot be read: {error}") from None
+        if isinstance(content, dict):
+            for setting in ("truncation", "padding"):  # of how it was called last
+                content.pop(setting, None)
+        found.update(json.dumps(content, sort_keys=True).encode())
+    else:
+        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+            if (directory / name).is_file():
+                found.update(name.encode() + b"\0" + (directory / name).read_bytes())
+    return found.hexdigest()
+
+
+# --- Megatron's -----------------------------------------------------------------------------
+
+
+def megatron_prefix(path: Path) -> Path | None:
+    """The common part of a .bin/.idx pair that `path` names whole, by its .idx or by its .bin."""
+    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
+        if Path(f"{prefix}.idx").is_file():
+            return prefix
+    return None
+
+
+def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
+    """A .bin/.idx pair as Megatron-Core's IndexedDataset writes it, memory-mapped.
+
+    All tokens are read once, for the largest and the smallest id: the format does not state them.
+
+    Raises InputError: a header or sizes that contradict each other, a missing file, negative ids.
+    """
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    content = map_file(index, np.dtype("u1"))
+    head = len(_MEGATRON_HEADER) + 25
+    if len(content) < head or content[:9].tobytes() != _MEGATRON_HEADER:
+        raise InputError(f"{index} does not begin as an index of Megatron-Core (MMIDIDX)")
+    version, code, sequences, documents = struct.unpack("<QBQQ", content[9:head].tobytes())
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise InputError(
+            f"{index} has version {version} and dtype code {code}; version 1 with one of the "
+            f"integer codes {', '.join(map(str, _MEGATRON_DTYPES))} is needed"
+        )
+    needed = head + 12 * sequences + 8 * documents
+    # Multimodal data adds a byte a sequence.
+    if len(content) not in (needed, needed + sequences) or not sequences or not documents:
+        raise InputError(
+            f"{index} has {len(content)} bytes; its {sequences} sequences and {documents} "
+            f"document marks would take {needed}: it is cut or damaged"
+        )
+    lengths = np.frombuffer(content, "<i4", sequences, head)
+    pointers = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
+    marks = np.frombuffer(content, "<i8", documents, head + 12 * sequences)
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if (lengths < 0).any() or (pointers != starts[:-1] * dtype.itemsize).any():
+        raise InputError(f"{index}: its sequences do not lie in {data} one after the other")
+    if marks[0] != 0 or marks[-1] != sequences or (np.diff(marks) < 0).any():
+        raise InputError(f"{index}: its document marks do not rise from 0 to {sequences}")
+    total = int(starts[-1])
+    if not total:
+        raise InputError(f"{data} is empty")
+    size = data.stat().st_size if data.is_file() else 0
+    if size != total * dtype.itemsize:
+        raise InputError(
+            f"{data} has {size} bytes, and {index} speaks of {total} tokens of "
+            f"{dtype.itemsize} bytes: one of them is cut, or of another pair"
+        )
+    tokens = map_file(data, dtype)
+    low, high = id_range(tokens, f"scanning {prefix.name}" if show_progress else "")
+    if low < 0:
+        raise InputError(f"{data} holds the negative token {low}")
+    identity = {
+        "kind": "megatron",
+        "index_sha256": hashlib.sha256(content).hexdigest(),
+        "tokens": total,
+        "max_id": high,
+    }
+    return Source(str(prefix), TokenStream([tokens]), ((starts[marks[:-1]], 0),), identity)
+
+
+def id_range(tokens: np.ndarray, progress: str = "") -> tuple[int, int]:
+    """The smallest and the largest of at least one token."""
+    low, high, block = int(tokens[0]), int(tokens[0]), 1 << 24
+    with tqdm(
+        total=len(tokens), desc=progress, unit="token", unit_scale=True, disable=not progress,
+        mininterval=1,
+    ) as bar:  # fmt: skip
+        for first in range(0, len(tokens), block):
+            part = tokens[first : first + block]
+            low, high = min(low, int(part.min())), max(high, int(part.max()))
+            bar.update(len(part))
+    return low, high
