@@ -173,3 +173,17 @@ def train_batches(
     order = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
     batches = grain.MapDataset.source(_Batches(order, config.global_batch_size, rows))
     return iter(batches.slice(slice(start_step, None)).to_iter_dataset())
+
+
+def batch_identity(windows: Windows, config: DataConfig, step: int) -> list[dict]:
+    """Which windows made up the global batch of a step, counted from 1 as in the log.
+
+    One object per row: the text, the window's index in its training part, its first token's place.
+    """
+    order = grain.MapDataset.range(len(windows)).seed(config.seed).shuffle().repeat()
+    first = (step - 1) * config.global_batch_size
+    indices = [int(order[first + row]) for row in range(config.global_batch_size)]
+    return [
+        {"path": config.path, "window": index, "first_token": index * windows.length}
+        for index in indices
+    ]

@@ -30,6 +30,10 @@ def train_step(
     The loss is the mean cross-entropy in nats per token plus aux_loss_weight times the sum over
     layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches, whose mean
     gradient is that of the whole batch: windows are all full, and Eq. 11 is per sequence.
+
+    Where the loss or the gradient's norm is not finite, parameters and optimizer state stay as
+    they are and `skipped` is 1: the schedule and the rounding, which go by the optimizer's count,
+    take the next step as if this one had not been.
     """
     parts = config.train.grad_accumulation
     compute = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
@@ -51,12 +55,25 @@ def train_step(
         pieces = batch.reshape(-1, parts, batch.shape[1]).swapaxes(0, 1)
         (grads, metrics), _ = jax.lax.scan(body, zeros, pieces)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    updates, opt_state = tx.update(grads, opt_state, params)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
+    updates, updated = tx.update(grads, opt_state, params)
     # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(updated))
+
+    def keep(new: Any, old: Any) -> Any:
+        # A choice per element, which XLA computes with the update: a branch would copy the state.
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    params = keep(apply_updates(params, updates, key), params)
+    opt_state = keep(updated, opt_state)
+    return params, opt_state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
+
+
+def updates_made(opt_state: Any) -> Int[Array, ""]:
+    """How many updates an optimizer's state has seen."""
     (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
-    key = jax.random.fold_in(jax.random.key(config.train.seed), count)
-    params = apply_updates(params, updates, key)
-    return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+    return count
 
 
 def batch_loss(

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ from finermoe_jax.checkpoint import (
     read_description,
 )
 from finermoe_jax.config import RunConfig
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
 from finermoe_jax.files import find
 from finermoe_jax.generation import complete
+from finermoe_jax.guard import Guard
 from finermoe_jax.hf_weights import with_shapes
+from finermoe_jax.integrity import set_aside_damaged
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import learning_rate, optimizer
+from finermoe_jax.preemption import EXIT_CODE, stop_requests
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import (
     abstract_optimizer,
@@ -42,10 +45,19 @@ from finermoe_jax.step import (
     init_optimizer,
     jit_step,
     rebuild,
+    updates_made,
 )
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.upcycle import cast, upcycle_model, upcycled_config
-from finermoe_jax.workdir import Log, claim, find_shared, prepare, refuse_differences
+from finermoe_jax.workdir import (
+    Lock,
+    Log,
+    claim,
+    find_shared,
+    prepare,
+    refuse_differences,
+    way_on,
+)
 from pallas_kernels.platform import Implementation, platform
 
 
@@ -58,7 +70,12 @@ class _Start:
     tokenizer_files: Path
 
 
-def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) -> None:
+def train(
+    config: RunConfig,
+    workdir: Path,
+    say: Callable[[str], None] = print,
+    allow_changes: Sequence[str] = (),
+) -> None:
     """Runs or resumes the training that `config` describes, in `workdir`.
 
     Writes config.json, metrics.jsonl, evals.jsonl, samples.jsonl, checkpoints/, tokenizer/ and
@@ -67,32 +84,24 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
     With several processes all of them call this, with the same arguments and a workdir that they
     share; the first one writes and speaks.
 
+    Args:
+      config: the run.
+      workdir: a new directory, or that of a run to go on with.
+      say: what is told along the way.
+      allow_changes: fields of the config (dotted, or groups) that may differ from the run's.
+
     Raises InputError for whatever is wrong with the input, before the first step, and on every
-    process alike.
+    process alike; RunEnded when the run must end early: asked to by a signal, the disk full, the
+    loss not finite.
     """
     workdir = workdir.absolute()
     first = jax.process_index() == 0
     if not first:
         say = _silent
-    stated = json.dumps([dataclasses.asdict(config), str(workdir)])
+    stated = json.dumps([dataclasses.asdict(config), str(workdir), list(allow_changes)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
-    with distributed.together():
-        mesh, start, tokenizer, text = _checked(config, workdir)
-    distributed.same(
-        str(newest_checkpoint(workdir / "checkpoints")),
-        f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
-        "that all processes share",
-    )
-    with distributed.together():
-        prepare(workdir, config, start.tokenizer_files)
-    with distributed.together():
-        find_shared(workdir)
-    start.tokenizer_files = workdir / "tokenizer"
-
-    with contextlib.closing(
-        TrainingCheckpoints(workdir / "checkpoints", config.train.keep_checkpoints)
-    ) as checkpoints:
-        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
+    with contextlib.closing(Lock(workdir)) as lock:
+        _train(config, workdir, say, allow_changes, lock)
     if first:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         say(f"peak memory {peak:.2f} GiB · loss curve in {plot.draw_loss(workdir)}")
@@ -102,6 +111,53 @@ def _silent(message: str) -> None:
     """What processes other than the first say."""
 
 
+def _train(
+    config: RunConfig,
+    workdir: Path,
+    say: Callable[[str], None],
+    allow_changes: Sequence[str],
+    lock: Lock,
+) -> None:
+    with distributed.together():
+        changes = claim(workdir, config, allow_changes)
+        if workdir.exists():
+            lock.take()
+    set_aside_damaged(workdir / "checkpoints", say)
+    with distributed.together():
+        mesh, start, tokenizer, text = _checked(config, workdir)
+    distributed.same(
+        str(newest_checkpoint(workdir / "checkpoints")),
+        f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
+        "that all processes share",
+    )
+    newest = newest_checkpoint(workdir / "checkpoints")
+    with distributed.together():
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if newest_checkpoint(workdir / "checkpoints") != newest:
+            raise InputError(f"another run has been in {workdir} meanwhile: start this one again")
+        if changes:
+            step = newest.name if newest else "0"
+            Log(workdir).config_changes(int(step), changes)
+            for name, (old, new) in changes.items():
+                say(f"from step {step} on, {name} is {new!r}; it was {old!r}")
+        prepare(workdir, config, start.tokenizer_files)
+    with distributed.together():
+        find_shared(workdir)
+    start.tokenizer_files = workdir / "tokenizer"
+
+    with contextlib.closing(
+        TrainingCheckpoints(
+            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
+        )
+    ) as checkpoints:
+        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
+        best = checkpoints.best_step()
+        if best is not None:
+            say(f"lowest held-out loss of the checkpoints kept: {workdir / 'checkpoints'}/{best}")
+
+
 def _checked(
     config: RunConfig, workdir: Path
 ) -> tuple[Mesh, _Start, Any, tuple[data.Windows, data.Windows]]:
@@ -109,7 +165,6 @@ def _checked(
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     kernel = _kernel(config)
-    claim(workdir, config)
     newest = newest_checkpoint(workdir / "checkpoints")
     # In the host's memory: no accelerator has to hold the whole model.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -156,7 +211,8 @@ def _run(
         f"of {windows.length} tokens · mesh {dict(mesh.shape)} · {workdir}"
     )
 
-    def report(name: str, model: Decoder, step: int) -> None:
+    def report(name: str, model: Decoder, step: int) -> float | None:
+        loss = None
         if len(held_out):
             loss = held_out_loss(
                 model, held_out, config.data.eval_windows, config.train.loss_chunk_tokens
@@ -167,6 +223,7 @@ def _run(
             words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens, 0.0, 0))
             log.sample(name, step, prompt, words)
             say(f"  {prompt!r} → {words!r}")
+        return loss
 
     first = checkpoints.latest_step()
     log.cut(-1 if first is None else first)
@@ -176,8 +233,8 @@ def _run(
         start.dense = None
         params = distributed.place(nnx.to_pure_dict(state), shardings)
         opt_state = init_optimizer(tx, params, shardings, mesh)
-        report("step 0", rebuild(graphdef, params), 0)
-        checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files)
+        loss = report("step 0", rebuild(graphdef, params), 0)
+        checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files, loss)
         first = 0
     else:
         target = abstract_params(start.model.config, config.train.param_dtype, shardings)
@@ -189,12 +246,14 @@ def _run(
     start.model = nnx.merge(graphdef, abstract)  # free the weights that params now holds
     del state
 
-    params, _ = _loop(
-        config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
-        checkpoints, log, report,
-    )  # fmt: skip
-    # A kill may have come just before it. All go by what the first process finds: it may already
-    # be writing when another one looks.
+    guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)
+    with stop_requests() as must_stop:
+        params, _ = _loop(
+            config, mesh, graphdef, start, tx, params, opt_state, shardings, windows, first,
+            checkpoints, log, report, guard, must_stop,
+        )  # fmt: skip
+    # Scored already, unless train.steps was lowered to a step that was not. All go by what the
+    # first process finds: it may already be writing when another one looks.
     if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
         report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
 
@@ -203,7 +262,8 @@ def _loop(
     config: RunConfig, mesh: Mesh, graphdef: Any, start: _Start,
     tx: optax.GradientTransformation, params: dict, opt_state: Any, shardings: dict,
     windows: data.Windows, first: int, checkpoints: TrainingCheckpoints, log: Log,
-    report: Callable[[str, Decoder, int], None],
+    report: Callable[[str, Decoder, int], float | None], guard: Guard,
+    must_stop: Callable[[int], bool],
 ) -> tuple[dict, Any]:  # fmt: skip
     """Steps first … steps - 1, with logging, held-out scores and saves on the way."""
     settings, steps = config.train, config.train.steps
@@ -219,23 +279,39 @@ def _loop(
         disable=jax.process_index() > 0,
     )  # fmt: skip
     clock, since = time.perf_counter(), first
+    unchecked: list[tuple[int, dict]] = []
     for step in range(first + 1, steps + 1):
         params, opt_state, metrics = step_fn(params, opt_state, next(batches))
-        if step % settings.log_every == 0 or step == steps:
+        stop = must_stop(step) and step < steps
+        due = step % settings.checkpoint_every == 0 or step == steps or stop
+        logged = step % settings.log_every == 0 or step == steps
+        unchecked.append((step, metrics))
+        # A step late, so that the next one is under way: what is read here has to be waited for.
+        while len(unchecked) > (0 if logged or due else 1):
+            guard.check(*unchecked.pop(0))
+        checkpoints.check()
+        if logged:
             values = {name: float(value) for name, value in metrics.items()}
             now = time.perf_counter()
             speed = (step - since) * tokens_per_step / (now - clock)
             clock, since = now, step
             # The rate that this step used: Optax counts updates from 0.
-            rate = float(schedule(step - 1))
-            log.metrics({"step": step, **values, "learning_rate": rate, "tokens_per_second": speed})
+            rate = float(schedule(guard.updates_before(step)))
+            values |= {"skipped": guard.skipped, "learning_rate": rate, "tokens_per_second": speed}
+            log.metrics({"step": step, **values})
             bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        if step % settings.checkpoint_every == 0 or step == steps:
-            checkpoints.save(step, start.model, params, opt_state, start.tokenizer_files)
-        if step % settings.eval_every == 0 and step < steps:
-            report(f"step {step}", rebuild(graphdef, params), step)
+        loss = None
+        if (step % settings.eval_every == 0 or step == steps) and not stop:
+            loss = report(f"step {step}", rebuild(graphdef, params), step)
             clock, since = time.perf_counter(), step
+        # Saved when scored and logged, so that a run that goes on from here has both. Not while
+        # steps are left out: weights that no batch is right with would displace good ones.
+        if due and (not guard.in_a_row or step == steps):
+            checkpoints.save(step, start.model, params, opt_state, start.tokenizer_files, loss)
+        if stop:
+            bar.close()
+            raise RunEnded(_stopped(step, checkpoints, log.workdir), EXIT_CODE)
     bar.close()
     return params, opt_state
 
@@ -269,6 +345,11 @@ def _global_batches(
             return batch[start : start + len(wanted)]
 
         yield jax.make_array_from_callback(shape, sharding, part)
+
+
+def _stopped(step: int, checkpoints: TrainingCheckpoints, workdir: Path) -> str:
+    checkpoints.wait()
+    return f"stopped on request after step {step}. {way_on(workdir)}"
 
 
 def _kernel(config: RunConfig) -> Implementation | None:
