@@ -68,7 +68,7 @@ def _clear_errors() -> Iterator[None]:
         import jax
 
         if jax.process_index() == 0 or end.alone:
-            print(f"error: {end}", file=sys.stderr, flush=True)
+            print(f"\n{'' if end.code == 75 else 'error: '}{end}", file=sys.stderr, flush=True)
         os._exit(end.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from finermoe_jax import distributed
 from finermoe_jax.errors import RunEnded
@@ -26,10 +28,18 @@ class Disk:
         self.directory, self.full = directory, False
         self.logger = logging.getLogger("absl")
         self.logger.addFilter(self._listen)
+        self.hook = sys.excepthook
+        sys.excepthook = self._quieted
 
     def close(self) -> None:
         """Listens no more."""
         self.logger.removeFilter(self._listen)
+        sys.excepthook = self.hook
+
+    def _quieted(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        # Each write that Orbax cuts off after the first failure says this from a thread.
+        if str(error) != "Event loop is closed":
+            self.hook(kind, error, trace)
 
     def _listen(self, record: logging.LogRecord) -> bool:
         if isinstance(record.exc_info, tuple) and out_of_space(record.exc_info[1]):
@@ -44,7 +54,7 @@ class Disk:
         free = shutil.disk_usage(self.directory).free
         if distributed.exchange("full" if free < needed else "")[0]:
             raise RunEnded(
-                f"step {step} is not saved: a checkpoint needs about {_gigabytes(needed)}, and "
+                f"step {step} is not saved: a checkpoint needs about {_text(needed)}, and "
                 f"{self._state()}"
             )
 
@@ -65,11 +75,11 @@ class Disk:
 
     def _state(self) -> str:
         known, free = saved_steps(self.directory), shutil.disk_usage(self.directory).free
-        size = f" (one takes {_gigabytes(_size(self.directory / str(known[-1])))})" if known else ""
-        intact = f"steps {', '.join(map(str, known))} are" if known else "no checkpoint is"
+        size = f" (one takes {_text(_size(self.directory / str(known[-1])))})" if known else ""
+        intact = f"complete: {', '.join(map(str, known))}" if known else "none complete"
         return (
-            f"the disk of {self.directory} is full, {_gigabytes(free)} free{size}. There, {intact} "
-            "complete. Make room, then run the same command again"
+            f"the disk of {self.directory} is full, {_text(free)} free{size}. Steps there are "
+            f"{intact}. Make room, then run the same command again"
         )
 
 
@@ -93,5 +103,5 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+def _text(size: int) -> str:
+    return tqdm.format_sizeof(size, "B")

@@ -152,7 +152,8 @@ def _train(
             workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
         )
     ) as checkpoints:
-        _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
+        with checkpoints.disk.watched():
+            _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say)
         best = checkpoints.best_step()
         if best is not None:
             say(f"lowest held-out loss of the checkpoints kept: {workdir / 'checkpoints'}/{best}")
@@ -310,7 +311,6 @@ def _loop(
         if due and (not guard.in_a_row or step == steps):
             checkpoints.save(step, start.model, params, opt_state, start.tokenizer_files, loss)
         if stop:
-            bar.close()
             raise RunEnded(_stopped(step, checkpoints, log.workdir), EXIT_CODE)
     bar.close()
     return params, opt_state
