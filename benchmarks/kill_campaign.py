@@ -183,8 +183,14 @@ def assert_same(ours: Path, theirs: Path) -> None:
 # --- the campaign ---------------------------------------------------------------------------
 
 
-def kill_once(folder: Path, workdir: Path, steps: int, how: str, chance: random.Random) -> dict:
-    """Starts or goes on with a run and kills it; what was found. "done" if it was faster."""
+def kill_once(
+    folder: Path, workdir: Path, steps: int, how: str, pause: float, chance: random.Random
+) -> dict:
+    """Starts or goes on with a run and kills it; what was found. "done" if it was faster.
+
+    The kill comes at a random moment of the start, `pause` seconds after the first new step, or
+    in the first save after that.
+    """
     before = logged(workdir)
     resumed = (saved_steps(workdir / "checkpoints") or [0])[-1]
     started = start(folder, workdir, steps)
@@ -193,7 +199,7 @@ def kill_once(folder: Path, workdir: Path, steps: int, how: str, chance: random.
     else:
         # The log is cut to the checkpoint first; then it grows.
         wait_for(lambda: resumed < logged(workdir) != before, started)
-        time.sleep(chance.uniform(0, 2))
+        time.sleep(pause)
     if how == "saving":
         wait_for(lambda: not saving(workdir), started)
         wait_for(lambda: saving(workdir), started)
@@ -228,7 +234,7 @@ def kills(folder: Path, count: int, steps: int, seed: int, same: Path) -> list[d
         workdir, done = folder / f"killed-{runs}", False
         while not done and len(found) < count:
             how = chance.choices(("starting", "training", "saving"), (1, 2, 2))[0]
-            one = kill_once(folder, workdir, steps, how, chance)
+            one = kill_once(folder, workdir, steps, how, chance.uniform(0, 2), chance)
             if not (done := one.pop("done")):
                 found.append(one)
                 tqdm.write(json.dumps(one))

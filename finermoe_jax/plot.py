@@ -1,6 +1,7 @@
 """Pictures of a run: `python -m finermoe_jax.plot WORKDIR` writes WORKDIR/loss.png."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def draw_loss(workdir: Path) -> Path:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.5, 5.4), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
+    for line in metrics + evals:  # null stands for what JSON cannot hold
+        line["loss"] = math.nan if line["loss"] is None else line["loss"]
     steps = [m["step"] for m in metrics]
     losses = [m["loss"] for m in metrics]
     span = max(1, len(losses) // 20)

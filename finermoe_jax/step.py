@@ -57,16 +57,19 @@ def train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
-    updates, updated = tx.update(grads, opt_state, params)
-    # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
-    key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(updated))
 
-    def keep(new: Any, old: Any) -> Any:
-        # A choice per element, which XLA computes with the update: a branch would copy the state.
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        # A key per update, by the optimizer's count: a resumed run rounds as the straight one.
+        key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))
+        return apply_updates(params, updates, key), opt_state
 
-    params = keep(apply_updates(params, updates, key), params)
-    opt_state = keep(updated, opt_state)
+    def keep(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        return params, opt_state
+
+    # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
+    # on a CPU, and half a copy of the weights.
+    params, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, params)
     return params, opt_state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
 
 
