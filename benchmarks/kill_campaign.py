@@ -234,7 +234,7 @@ def kills(folder: Path, count: int, steps: int, seed: int, same: Path) -> list[d
         workdir, done = folder / f"killed-{runs}", False
         while not done and len(found) < count:
             how = chance.choices(("starting", "training", "saving"), (1, 2, 2))[0]
-            one = kill_once(folder, workdir, steps, how, chance.uniform(0, 2), chance)
+            one = kill_once(folder, workdir, steps, how, chance.uniform(0, 8), chance)
             if not (done := one.pop("done")):
                 found.append(one)
                 tqdm.write(json.dumps(one))
