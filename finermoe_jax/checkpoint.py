@@ -149,17 +149,20 @@ def newest_checkpoint(steps: Path) -> Path | None:
     return steps / str(numbers[-1]) if numbers else None
 
 
-def _step_directory(path: Path) -> Path:
-    """The checkpoint itself: `path`, or the newest undamaged step of a training workdir."""
+def _step_directory(path: Path, skip: tuple[str, ...]) -> Path:
+    """The checkpoint itself: `path`, or a training workdir's newest step without damage.
+
+    Items in `skip` are not looked at.
+    """
     if (path / _PARAMS).is_dir() and (path / _CONFIG).is_dir():
-        if found := damage(path, _NOT_READ):
+        if found := damage(path, skip):
             raise InputError(
                 f"checkpoint {path} is damaged: {'; '.join(found[:3])}. Take another one, or make "
                 "it anew"
             )
         return path
     steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = newest_whole(steps, _NOT_READ)
+    newest = newest_whole(steps, skip)
     if newest is None and newest_checkpoint(steps) is not None:
         raise InputError(f"{steps} holds no checkpoint without damage")
     if newest is None:
@@ -233,7 +236,7 @@ def load_checkpoint(path: str | os.PathLike) -> Decoder:
 
     Raises InputError when there is none, or when it is damaged.
     """
-    return _load(_step_directory(Path(path).absolute()))
+    return _load(_step_directory(Path(path).absolute(), (*_NOT_READ, _TOKENIZER)))
 
 
 def _load(directory: Path) -> Decoder:
@@ -257,7 +260,7 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
         directory = resolve_source(path)
         model = load_hf(directory)
     else:
-        step = _step_directory(local)
+        step = _step_directory(local, _NOT_READ)
         model, directory = _load(step), step / _TOKENIZER
     if jax.default_backend() == "cpu":
         model.dtype = jnp.dtype("float32")
