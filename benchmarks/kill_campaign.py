@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -64,15 +65,20 @@ TIMES = ("tokens_per_second",)
 # --- runs -----------------------------------------------------------------------------------
 
 
-def start(folder: Path, workdir: Path, steps: int, processes: int = 1) -> list[subprocess.Popen]:
-    """The processes of a run of so many steps, a device for each; their words go into files."""
+def command(folder: Path, workdir: Path, steps: int) -> list[str]:
+    """The command line of a run of so many steps."""
     config = folder / "tiny.py"
     if not config.exists():
         config.write_text(CONFIG)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = dict(
+    return [
+        sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}",
+        f"--config.train.steps={steps}", "--heartbeat_seconds=6",
+    ]  # fmt: skip
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One device for each process, and compiled programs shared by all runs."""
+    return dict(
         os.environ,
         PYTHONPATH=str(ROOT),
         JAX_PLATFORMS="cpu",
@@ -80,21 +86,27 @@ def start(folder: Path, workdir: Path, steps: int, processes: int = 1) -> list[s
         JAX_COMPILATION_CACHE_DIR=str(folder / "cache"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.05",
     )
+
+
+def start(folder: Path, workdir: Path, steps: int, processes: int = 1) -> list[subprocess.Popen]:
+    """The processes of a run; their words go into files."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = environment(folder)
     if processes > 1:
         shared |= {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes),
         }
-    command = [
-        sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}",
-        f"--config.train.steps={steps}", "--heartbeat_seconds=6",
-    ]  # fmt: skip
     started = []
     for process in range(processes):
         with (folder / f"{workdir.name}.{process}.log").open("a") as log:
-            environment = shared | ({"JAX_PROCESS_ID": str(process)} if processes > 1 else {})
+            own = shared | ({"JAX_PROCESS_ID": str(process)} if processes > 1 else {})
             started.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    command(folder, workdir, steps), env=own, stdout=log, stderr=subprocess.STDOUT
+                )
             )
     return started
 
@@ -294,18 +306,18 @@ def disk(folder: Path, steps: int, size: str) -> tuple[int, int, Path] | None:
     place.mkdir(exist_ok=True)
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", place]).returncode:
         return None
-    one = f'"{sys.executable}" "{__file__}" --run="{place}/disk" --steps={steps}'
+    run = f"{shlex.join(command(folder, place / 'disk', steps))} >> disk.0.log 2>&1"
     script = f"""
-        mount -t tmpfs -o size={size} none "{place}"
-        {one} --folder="{folder}"; first=$?
-        mount -o remount,size=64m "{place}"
-        {one} --folder="{folder}"; second=$?
-        cp -r "{place}/disk" "{folder}/disk-copy"
+        mount -t tmpfs -o size={size} none disk
+        {run}; first=$?
+        mount -o remount,size=64m disk
+        {run}; second=$?
+        cp -r disk/disk disk-copy
         echo $first $second
     """
     said = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], check=True, stdout=subprocess.PIPE, text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        cwd=folder, env=environment(folder),
     ).stdout  # fmt: skip
     first, second = map(int, said.split())
     return first, second, folder / "disk-copy"
@@ -363,12 +375,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the runs live (default: temporary)")
     parser.add_argument("--output", type=Path, help="the result as JSON")
-    parser.add_argument("--run", type=Path, help="do this one run only, and exit as it does")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kills-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if arguments.run:
-        sys.exit(ends(start(folder, arguments.run, arguments.steps))[0])
     print(folder)
     result = campaign(folder, arguments.kills, arguments.steps, arguments.seed)
     if arguments.output:

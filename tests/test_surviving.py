@@ -384,46 +384,48 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
 @pytest.mark.slow
 def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     """A weight is infinite that only some windows use: a real run, from a real checkpoint."""
-    config = _tiny(TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, steps=12)
+    config = _tiny(
+        TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, steps=40, max_skipped_steps=2
+    )
     tokenizer = load_tokenizer(find("demo/model"), 2048)
     tokens = data.tokenize(data.read_documents(find(config.data.path)), tokenizer)
     windows, _ = data.split_held_out(tokens, config.data)
     batches = data.train_batches(windows, config.data, 0, range(8))
-    seen = [set(next(batches).reshape(-1).tolist()) for _ in range(12)]
-    # A token of the third batch that comes again, alone, in some step after the fourth.
-    hits = {t: [i + 1 for i in range(12) if t in seen[i]] for t in seen[2] - seen[0] - seen[1]}
-    token, steps = next((t, s) for t, s in sorted(hits.items()) if len(s) == 2 and s[1] > 4)
+    seen = [set(next(batches).reshape(-1).tolist()) for _ in range(40)]
+    # A token that comes once, then in two steps in a row.
+    hits = {t: [i + 1 for i in range(40) if t in seen[i]][:3] for t in set.union(*seen) - seen[0]}
+    end, once, token = min(
+        (s[2], s[0], t) for t, s in hits.items() if len(s) == 3 and s[0] + 1 < s[1] == s[2] - 1
+    )
 
     model = load_checkpoint(_saved(tmp_path / "sound", config))
     model.embed.weight[...] = model.embed.weight[...].at[token].set(jnp.inf)
     save_checkpoint(model, tmp_path / "poisoned", tokenizer=find("demo/model"))
     config = dataclasses.replace(config, model=None, init_from=str(tmp_path / "poisoned"))
-
     said, workdir = [], tmp_path / "run"
-    train(config, workdir, say=said.append)
+    with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:") as ended:
+        train(config, workdir, say=said.append)
+    assert ended.value.code == 1 and f"step-{end}.npz" in str(ended.value)
+
     logged = read_lines(workdir / "metrics.jsonl")
-    assert [m["step"] for m in logged if m["loss"] is None] == steps
-    assert [m["skipped"] for m in logged] == [sum(s <= n for s in steps) for n in range(1, 13)]
+    assert [m["step"] for m in logged] == list(range(1, end))
+    assert [m["step"] for m in logged if m["loss"] is None] == [once, end - 1]
+    assert [m["skipped"] for m in logged] == [(n >= once) + (n >= end - 1) for n in range(1, end)]
     # The schedule goes by the updates made: a step left out and the next one have the same rate.
     rates = {m["step"]: m["learning_rate"] for m in logged}
-    assert all(rates[s] == rates[s + 1] for s in steps if s < 12) and rates[1] != rates[2]
-    assert sum("is left out: loss" in message for message in said) == 2
-    identity = json.loads((workdir / "nonfinite" / f"step-{steps[1]}.json").read_text())
-    rows = [windows[row["window"]] for row in identity["rows"]]
+    assert [n for n in range(1, end - 1) if rates[n] == rates[n + 1]] == [once]
+    assert sum("is left out: loss" in message for message in said) == 3
+    saved = [n for n in range(0, end, 2) if n not in (once, end - 1)]
+    assert saved_steps(workdir / "checkpoints") == saved[-3:]
+    for step in (once, end - 1, end):
+        identity = json.loads((workdir / "nonfinite" / f"step-{step}.json").read_text())
+        rows = [windows[row["window"]] for row in identity["rows"]]
+        batch = next(data.train_batches(windows, config.data, step - 1, range(8)))
+        np.testing.assert_array_equal(rows, batch)
+        assert all(row["first_token"] == 16 * row["window"] for row in identity["rows"])
     np.testing.assert_array_equal(
-        rows, next(data.train_batches(windows, config.data, steps[1] - 1, range(8)))
+        np.load(workdir / "nonfinite" / f"step-{end}.npz")["tokens"], batch
     )
-    assert all(row["first_token"] == 16 * row["window"] for row in identity["rows"])
-
-    strict = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, max_skipped_steps=1)
-    )
-    with pytest.raises(RunEnded, match=f"1 steps in a row, {steps[0]} … {steps[0]}") as ended:
-        train(strict, tmp_path / "strict", say=_silent)
-    assert ended.value.code == 1 and "step-3.npz" in str(ended.value)
-    kept = np.load(tmp_path / "strict" / "nonfinite" / "step-3.npz")["tokens"]
-    np.testing.assert_array_equal(kept, next(data.train_batches(windows, config.data, 2, range(8))))
-    assert saved_steps(tmp_path / "strict" / "checkpoints") == [0, 2]
 
 
 def _saved(path, config):
