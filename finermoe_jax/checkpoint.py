@@ -1,22 +1,25 @@
 """Checkpoints through Orbax. A checkpoint directory needs nothing beside it:
 
-    config/      the model's architecture and dtypes, JSON
-    params/      the weights, in the decoder's own layout
-    tokenizer/   the tokenizer files
-    optimizer/   Optax's state, in training checkpoints only
+    config/         the model's architecture and dtypes, JSON
+    params/         the weights, in the decoder's own layout
+    tokenizer/      the tokenizer files
+    optimizer/      Optax's state, in training checkpoints only
+    metrics/        the held-out loss, in training checkpoints that are ranked by it
+    checksums.json  size and hash of every file (integrity.py)
 
 Orbax writes into a temporary directory and renames it, so that a checkpoint is there whole or
-not at all.
+not at all; its checksums are part of what is renamed.
 """
 
 import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from finermoe_jax.config import ModelConfig, from_dict
+from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import (
@@ -37,10 +41,12 @@ from finermoe_jax.hf_weights import (
     resolve_source,
     with_shapes,
 )
+from finermoe_jax.integrity import damage, newest_whole, saved_steps, write_checksums
 from finermoe_jax.model import Decoder
 from finermoe_jax.upcycle import with_params
 
 _CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "optimizer"
+_NOT_READ = (_OPTIMIZER, "metrics")  # by those who want the model alone
 
 
 class TokenizerHandler(ocp.CheckpointHandler):
@@ -78,6 +84,7 @@ def _describe(model: Decoder) -> dict[str, Any]:
         "model": dataclasses.asdict(model.config),
         "dtype": str(model.dtype),
         "param_dtype": str(model.embed.weight.dtype),
+        "checksums": True,
     }
 
 
@@ -110,26 +117,54 @@ def save_checkpoint(
     source = Path(tokenizer) if tokenizer is not None else None
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), async_options=_with_checksums(lambda: target)
+        ) as checkpointer:
             checkpointer.save(target, args=save_args(model, params, source))
+            checkpointer.wait_until_finished()
     except BaseException:
         for partial in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def _with_checksums(target: Callable[[], Path]) -> ocp.AsyncOptions:
+    """Orbax's options that put checksums into what is about to become `target()`.
+
+    Orbax calls back when all processes have written, in a thread of the first process, just before
+    it renames the directory.
+    """
+
+    def call() -> None:
+        final = target()
+        (partial,) = final.parent.glob(f"{final.name}.orbax-checkpoint-tmp*")
+        write_checksums(partial)
+
+    return ocp.AsyncOptions(post_finalization_callback=call)
+
+
 def newest_checkpoint(steps: Path) -> Path | None:
     """The newest complete step of a directory of numbered checkpoints."""
-    numbers = ocp.utils.checkpoint_steps(steps) if steps.is_dir() else []
-    return steps / str(max(numbers)) if numbers else None
+    numbers = saved_steps(steps)
+    return steps / str(numbers[-1]) if numbers else None
 
 
-def _step_directory(path: Path) -> Path:
-    """The checkpoint itself: `path`, or the newest step of a training workdir."""
+def _step_directory(path: Path, skip: tuple[str, ...]) -> Path:
+    """The checkpoint itself: `path`, or a training workdir's newest step without damage.
+
+    Items in `skip` are not looked at.
+    """
     if (path / _PARAMS).is_dir() and (path / _CONFIG).is_dir():
+        if found := damage(path, skip):
+            raise InputError(
+                f"checkpoint {path} is damaged: {'; '.join(found[:3])}. Take another one, or make "
+                "it anew"
+            )
         return path
     steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = newest_checkpoint(steps)
+    newest = newest_whole(steps, skip)
+    if newest is None and newest_checkpoint(steps) is not None:
+        raise InputError(f"{steps} holds no checkpoint without damage")
     if newest is None:
         raise InputError(
             f"{path} is neither a checkpoint ({_PARAMS}/ and {_CONFIG}/), nor a training workdir "
@@ -185,20 +220,30 @@ def _quiet_threads() -> Iterator[None]:
         logger.disabled = not enabled
 
 
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Makes an InputError of what Orbax raises, which depends on what is broken."""
+    try:
+        with _quiet_threads():
+            yield
+    except Exception as error:
+        first = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
+        raise InputError(f"checkpoint {checkpoint} is damaged or incomplete: {first}") from None
+
+
 def load_checkpoint(path: str | os.PathLike) -> Decoder:
     """The model of an Orbax checkpoint of ours, or of a training workdir's newest step.
 
     Raises InputError when there is none, or when it is damaged.
     """
-    directory = _step_directory(Path(path).absolute())
+    return _load(_step_directory(Path(path).absolute(), (*_NOT_READ, _TOKENIZER)))
+
+
+def _load(directory: Path) -> Decoder:
     config, dtype, param_dtype = read_description(directory)
     target = abstract_params(config, param_dtype)
-    try:
-        with _quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(directory / _PARAMS, target)
-    except Exception as error:  # what Orbax raises depends on what is broken
-        first = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
-        raise InputError(f"checkpoint {directory} is damaged or incomplete: {first}") from None
+    with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(directory / _PARAMS, target)
     return with_params(config, params, dtype=dtype)
 
 
@@ -215,22 +260,39 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
         directory = resolve_source(path)
         model = load_hf(directory)
     else:
-        model = load_checkpoint(local)
-        directory = _step_directory(local) / _TOKENIZER
+        step = _step_directory(local, _NOT_READ)
+        model, directory = _load(step), step / _TOKENIZER
     if jax.default_backend() == "cpu":
         model.dtype = jnp.dtype("float32")
     return model, directory
 
 
 class TrainingCheckpoints:
-    """A workdir's checkpoints/, through Orbax's manager: asynchronous, the newest few kept."""
+    """A workdir's checkpoints/, through Orbax's manager: asynchronous, the newest few kept.
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory.absolute()
+    With keep_best, as many more are kept: those saved with the lowest held-out loss.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_best: int = 0):
+        self.directory, self.keep_best = directory.absolute(), keep_best
+        self.disk = Disk(self.directory)
+        self.saving: int | None = None
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=_held_out_loss,
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                create=True,
+                cleanup_tmp_directories=True,
+                best_fn=_held_out_loss if keep_best else None,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                async_options=_with_checksums(lambda: self.directory / str(self.saving)),
             ),
             item_handlers={
                 _CONFIG: ocp.JsonCheckpointHandler(),
@@ -244,27 +306,74 @@ class TrainingCheckpoints:
         """The newest complete step; None in a new workdir."""
         return self.manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step kept with the lowest held-out loss; None without keep_best."""
+        return self.manager.best_step() if self.keep_best else None
+
     def save(
-        self, step: int, model: Decoder, params: dict, optimizer: Any, tokenizer: Path | None
+        self,
+        step: int,
+        model: Decoder,
+        params: dict,
+        optimizer: Any,
+        tokenizer: Path | None,
+        loss: float | None = None,
     ) -> None:
-        """Starts a save of this step; training may go on while it is written."""
-        if step not in self.manager.all_steps():
-            self.manager.save(step, args=save_args(model, params, tokenizer, optimizer))
+        """Starts a save of this step; training may go on while it is written.
+
+        `loss` is the held-out loss by which keep_best ranks, None where there is none.
+
+        Raises RunEnded when the disk has no room for it, or had none for the one before.
+        """
+        if step in self.manager.all_steps():
+            return
+        self.wait()
+        self.disk.refuse_full(step, params, optimizer)
+        self.saving = step
+        metrics = {} if loss is None else {"loss": loss}
+        with self.disk.watched():
+            self.manager.save(
+                step,
+                args=save_args(model, params, tokenizer, optimizer),
+                metrics=metrics if self.keep_best else None,
+            )
+
+    def check(self) -> None:
+        """Raises RunEnded when the save in progress has found the disk full; costs nothing."""
+        self.disk.check()
+
+    def wait(self) -> None:
+        """Until the save in progress is complete; raises as `save` does."""
+        with self.disk.watched():
+            self.manager.wait_until_finished()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
-        """Weights and optimizer state of a step, onto the shardings that the targets carry."""
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _PARAMS: ocp.args.StandardRestore(params),
-                    _OPTIMIZER: ocp.args.StandardRestore(optimizer),
-                }
-            ),
+        """Weights and optimizer state of a step, onto the shardings that the targets carry.
+
+        Raises InputError when it cannot be read.
+        """
+        arguments = ocp.args.Composite(
+            **{
+                _PARAMS: ocp.args.StandardRestore(params),
+                _OPTIMIZER: ocp.args.StandardRestore(optimizer),
+            }
         )
+        with _readable(self.directory / str(step)):
+            restored = self.manager.restore(step, args=arguments)
         return restored[_PARAMS], restored[_OPTIMIZER]
 
     def close(self) -> None:
         """Waits for a save in progress."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        try:
+            # Where the disk was full, other processes' parts of the save never come to an end.
+            if not self.disk.full or jax.process_count() == 1:
+                self.wait()
+                self.manager.close()
+        finally:
+            self.disk.close()
+
+
+def _held_out_loss(metrics: dict[str, float]) -> float:
+    """What checkpoints are ranked by; those without, or whose loss is NaN, come last."""
+    loss = metrics.get("loss", math.inf)
+    return loss if math.isfinite(loss) else math.inf

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from finermoe_jax.config import MoEConfig, RunConfig, run_config
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.errors import InputError, RunEnded, near_misses
 from finermoe_jax.files import find
 
 FLAGS = flags.FLAGS
@@ -61,6 +61,15 @@ def _clear_errors() -> Iterator[None]:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except RunEnded as end:
+        # No second message, nor the wait for threads, where a disk is full.
+        sys.excepthook = lambda *_: None
+        sys.stdout.flush()
+        import jax
+
+        if jax.process_index() == 0 or end.alone:
+            print(f"\n{'' if end.code == 75 else 'error: '}{end}", file=sys.stderr, flush=True)
+        os._exit(end.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -164,6 +173,9 @@ def train() -> None:
         define_config("configs/demo.py")
         _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
               "(default: a new directory under runs/)")  # fmt: skip
+        _flag(flags.DEFINE_list, "allow_changes", [],
+              "fields or groups of the config that may differ from those that the workdir's run "
+              "began with: train.steps,optimizer.learning_rate")  # fmt: skip
         _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
               "of several processes: how long one may be silent until all end")  # fmt: skip
         _flag(flags.DEFINE_bool, "tensorboard", False,
@@ -201,7 +213,7 @@ def train() -> None:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             workdir = distributed.exchange(f"runs/{_config_name()}-{stamp}")[0]
         with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
-            training.train(config, Path(workdir), watch=watch)
+            training.train(config, Path(workdir), watch=watch, allow_changes=FLAGS.allow_changes)
 
     run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,
          main)  # fmt: skip

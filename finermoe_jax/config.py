@@ -21,6 +21,7 @@ Letters of array axes, in einsums and shape annotations:
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -349,7 +350,11 @@ class TrainConfig:
     load_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
+    # The newest so many are kept and, beside them, those of the lowest held-out loss.
     keep_checkpoints: int = 3
+    keep_best: int = 0
+    # A step whose loss or gradient is not finite is left out; so many in a row end the run.
+    max_skipped_steps: int = 10
     seed: int = 0
 
 
@@ -393,6 +398,7 @@ class RunConfig:
             ("train.eval_every", train.eval_every),
             ("train.checkpoint_every", train.checkpoint_every),
             ("train.keep_checkpoints", train.keep_checkpoints),
+            ("train.max_skipped_steps", train.max_skipped_steps),
         ):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
@@ -405,6 +411,7 @@ class RunConfig:
             ("data.eval_fraction", data.eval_fraction, 0, 0.999),
             ("data.seed", data.seed, 0, 2**32 - 1),
             ("train.seed", train.seed, 0, 2**32 - 1),
+            ("train.keep_best", train.keep_best, 0, 1e6),
             ("train.aux_loss_weight", train.aux_loss_weight, 0, 1e6),
             ("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1),
             ("optimizer.beta1", optimizer.beta1, 0, 0.999999),
@@ -416,6 +423,18 @@ class RunConfig:
         ):
             if not low <= number <= high:  # also refuses NaN
                 raise InputError(f"{name}={number} must lie between {low} and {high}")
+        if train.keep_best and not (data.eval_fraction or data.eval_path):
+            raise InputError(
+                f"train.keep_best={train.keep_best} ranks by held-out loss, and data.eval_fraction="
+                f"{data.eval_fraction} holds nothing out; set one of them otherwise"
+            )
+        together = math.lcm(train.eval_every, train.checkpoint_every)
+        if train.keep_best and together > train.steps:
+            raise InputError(
+                f"train.keep_best={train.keep_best}: of train.steps={train.steps} none is both "
+                f"scored (train.eval_every={train.eval_every}) and saved (train.checkpoint_every="
+                f"{train.checkpoint_every}) before the last; make one a multiple of the other"
+            )
         if data.global_batch_size % train.grad_accumulation:
             raise InputError(
                 f"data.global_batch_size={data.global_batch_size} must be a multiple of "

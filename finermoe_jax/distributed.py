@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import jax
 import orbax.checkpoint as ocp
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, RunEnded
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -236,6 +236,10 @@ def watched(heartbeat_seconds: float, way_on: Callable[[], str]) -> Iterator[Non
         yield
         watch.finish()
     except BaseException as error:
+        if isinstance(error, RunEnded) and not error.alone:
+            watch.finish()
+            jax.distributed.shutdown()
+            raise
         failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
         if failed and "RESOURCE_EXHAUSTED" not in str(error):
             # Most likely the other end is gone: then the watch finds out and ends this process.
@@ -315,7 +319,7 @@ class _Watch(threading.Thread):
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others what ended this process, then lets it end."""
         self.over = True
-        refused = isinstance(error, (InputError, OSError))
+        refused = isinstance(error, (InputError, OSError, RunEnded))
         if not refused and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             traceback.print_exception(error)
         sys.stdout.flush()

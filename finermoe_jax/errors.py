@@ -12,6 +12,18 @@ class InputError(ValueError):
     """
 
 
+class RunEnded(Exception):
+    """A run that ends before its work is done, through no mistake in its input.
+
+    The commands print its message and exit with its code. All processes of a run raise it
+    together; where `alone`, the others have to be told.
+    """
+
+    def __init__(self, message: str, code: int = 1, alone: bool = False):
+        super().__init__(message)
+        self.code, self.alone = code, alone
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A `Did you mean …?` sentence for `name`, or all of `known` when nothing is close."""
     known = sorted(known)

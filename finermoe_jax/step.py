@@ -28,14 +28,19 @@ def train_step(
 ) -> tuple[dict, Any, dict[str, Array]]:
     """One optimizer step on a global batch.
 
-    Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm and
-    learning_rate, float32 []; layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E], how many
-    tokens of the global batch selected each expert (L counts the MoE layers; 0 in a dense model).
+    Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm,
+    learning_rate and skipped, float32 []; layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E],
+    how many tokens of the global batch selected each expert (L counts the MoE layers; 0 in a dense
+    model).
 
     The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
     sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
     whose mean gradient is that of the whole batch: each is divided by its share of all counted
     targets, and Eq. 11 is per sequence.
+
+    Where the loss or the gradient's norm is not finite, parameters and optimizer state stay as
+    they are and `skipped` is 1: the schedule and the rounding, which go by the optimizer's count,
+    take the next step as if this one had not been.
     """
     parts = config.train.grad_accumulation
     free = trained(params, config.optimizer)
@@ -70,13 +75,31 @@ def train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
-        _updates(opt_state)
+        updates_made(opt_state)
     )
-    updates, opt_state = tx.update(grads, opt_state, params)
-    # A key per step, from what the optimizer counts: a resumed run rounds as the straight one.
-    key = jax.random.fold_in(jax.random.key(config.train.seed), _updates(opt_state))
-    params = completed(params, apply_updates(free, updates, key))
-    return params, opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
+
+    def update(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, free)
+        # A key per update, by the optimizer's count: a resumed run rounds as the straight one.
+        key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))
+        return apply_updates(free, updates, key), opt_state
+
+    def keep(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
+        return free, opt_state
+
+    # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
+    # on a CPU, and half a copy of the weights.
+    free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
+    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite}
+    return completed(params, free), opt_state, metrics
+
+
+def updates_made(opt_state: Any) -> Int[Array, ""]:
+    """How many updates an optimizer's state has seen."""
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return count
 
 
 def _updates(opt_state: Any) -> Int[Array, ""]:

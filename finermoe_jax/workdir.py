@@ -1,75 +1,191 @@
 """A training run's directory: whose it is, what it holds, its JSON-lines logs."""
 
 import dataclasses
+import datetime
+import fcntl
 import json
 import math
+import os
+import socket
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
 from finermoe_jax import plot
 from finermoe_jax.checkpoint import newest_checkpoint
-from finermoe_jax.config import RunConfig
-from finermoe_jax.errors import InputError
+from finermoe_jax.config import RunConfig, run_config
+from finermoe_jax.errors import InputError, near_misses
 from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import copy_tokenizer
 
+_LOCK, _PARTIAL = ".lock", ".config.json.partial"
 
-def claim(workdir: Path, config: RunConfig) -> None:
+# What a checkpoint's arrays are: no flag changes it in the middle of a run.
+_FIXED = {
+    "model": "the weights in the checkpoint have these shapes",
+    "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
+    "optimizer.name": "the checkpoint holds the other optimizer's state",
+    "optimizer.moment_dtype": "the checkpoint's moments are stored so",
+    "optimizer.freeze_backbone": "the checkpoint holds moments of what trained only",
+    "train.param_dtype": "the checkpoint's weights are stored so",
+}
+
+
+def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
     """Refuses a directory that holds something else, or a run with another config.
 
-    The mesh may differ: a run may go on on more devices, or fewer.
+    The mesh may differ: a run may go on on more devices, or fewer. So may the fields named in
+    `allow` (dotted, or a whole group of them) but those that a checkpoint is made of. Nothing is
+    written.
+
+    Returns the changed fields, each with its value there and in the config.
+
+    Raises InputError.
     """
+    known = _flatten(dataclasses.asdict(config))
+    for name in allow:
+        if not any(_within(field, name) for field in known):
+            raise InputError(
+                f"--allow_changes={name}: the config has no such field. "
+                + near_misses(name, {*known, *(field.partition(".")[0] for field in known)})
+            )
+        for fixed, reason in _FIXED.items():
+            if _within(name, fixed):
+                raise InputError(f"--allow_changes={name}: it cannot change, since {reason}")
     if not workdir.exists():
-        return
+        return {}
     if not workdir.is_dir():
         raise InputError(f"{workdir} is a file; give a directory as --workdir")
-    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-        refuse_differences(
-            f"{workdir} holds a run with another config",
-            read_json(workdir / "config.json") | {"mesh": None},
-            dataclasses.asdict(config) | {"mesh": None},
-            "give a new --workdir, or the config that the run began with",
+    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+        if not _unfinished(workdir):
+            raise InputError(f"{workdir} is not empty and holds no run; give a new --workdir")
+        return {}
+    # Through RunConfig, so that a field that is newer than the run has its default.
+    began = dataclasses.asdict(run_config(read_json(workdir / "config.json")))
+    changed = {
+        name: values
+        for name, values in differences(began, dataclasses.asdict(config)).items()
+        if not _within(name, "mesh")
+    }
+    lines, missing = [], []
+    for name, (old, new) in changed.items():
+        reason = next((why for what, why in _FIXED.items() if _within(name, what)), "")
+        if reason:
+            lines.append(
+                f"{name}: {old!r} there, {new!r} in the config; it cannot change: {reason}"
+            )
+        elif not any(_within(name, group) for group in allow):
+            lines.append(f"{name}: {old!r} there, {new!r} in the config")
+            missing.append(name)
+    if lines:
+        way_out = "give a new --workdir, or the config that the run began with"
+        if len(missing) == len(lines):
+            way_out += f"; or go on with the change: --allow_changes={','.join([*allow, *missing])}"
+        raise InputError(
+            "\n  ".join([f"{workdir} holds a run with another config", *lines]) + f"\n{way_out}"
         )
-    elif any(workdir.iterdir()):
-        raise InputError(f"{workdir} is not empty and holds no run; give a new --workdir")
+    return changed
+
+
+def _within(name: str, group: str) -> bool:
+    return name == group or name.startswith(f"{group}.")
+
+
+def _unfinished(workdir: Path) -> bool:
+    """Whether nothing is there but what a run killed at its very beginning leaves."""
+    names = {path.name for path in workdir.iterdir()}
+    checkpoints = workdir / "checkpoints"
+    return names <= {_LOCK, _PARTIAL, "checkpoints"} and not (
+        checkpoints.exists() and any(checkpoints.iterdir())
+    )
+
+
+class Lock:
+    """Keeps a second run out of a workdir while this one lives; held by the first process.
+
+    The operating system holds it and drops it with the process, however that ends: there are no
+    stale locks. On NFS it holds between machines too, where the server supports locks.
+    """
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / _LOCK
+        self.stream: IO[str] | None = None
+
+    def take(self) -> None:
+        """Takes the lock unless it is held already, or is not this process's to hold.
+
+        Raises InputError when another run has it.
+        """
+        if jax.process_index() != 0 or self.stream is not None:
+            return
+        stream = self.path.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise InputError(
+                f"{self.path.parent} is in use by {holder}: wait until that run has ended, end it, "
+                "or give another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            stream.close()
+            print(f"WARNING: {self.path} cannot be locked ({error.strerror}): make sure that no "
+                  "other run uses this workdir", file=sys.stderr)  # fmt: skip
+            return
+        stream.truncate(0)
+        since = datetime.datetime.now().isoformat(" ", "seconds")
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        stream.flush()
+        self.stream = stream
+
+    def close(self) -> None:
+        """Lets others in."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
 def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
-    """Makes the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses."""
+    """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses."""
     if jax.process_index() != 0:
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / ".config.json.partial"
+    # In this order: killed in between, the same command goes on (_unfinished).
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    partial = workdir / _PARTIAL
     partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     partial.rename(workdir / "config.json")
-    (workdir / "checkpoints").mkdir(exist_ok=True)
     (workdir / "tokenizer").mkdir(exist_ok=True)
     if tokenizer_files != workdir / "tokenizer":
         copy_tokenizer(tokenizer_files, workdir / "tokenizer")
 
 
-def claim_data(workdir: Path, identity: dict[str, Any]) -> None:
-    """Refuses to go on with other data than the run began with. Where it lies may differ.
+def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
+    """Refuses to go on with other data than the run began with, unless `allow` names data.path.
 
-    Raises InputError naming what differs of `identity` (data.open_data) and data.json.
+    Where it lies may differ. Raises InputError naming what differs of `identity` (data.open_data)
+    and data.json.
     """
-    if (workdir / "data.json").is_file():
+    if (workdir / "data.json").is_file() and not any(_within("data.path", name) for name in allow):
         refuse_differences(
             f"{workdir} holds a run with other data",
             _by_number(read_json(workdir / "data.json")),
             _by_number(identity),
-            "give the data that the run began with, or a new --workdir",
+            "give the data that the run began with, or a new --workdir; or go on with the change: "
+            f"--allow_changes={','.join([*allow, 'data.path'])}",
             here="now",
         )
 
 
 def record_data(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes data.json, unless it is there; the first process alone."""
+    """Writes data.json; the first process alone."""
     path = workdir / "data.json"
-    if jax.process_index() == 0 and not path.is_file():
+    if jax.process_index() == 0:
         partial = workdir / ".data.json.partial"
         partial.write_text(json.dumps(identity, indent=2) + "\n")
         partial.rename(path)
@@ -136,6 +252,10 @@ class Log:
             e["name"] == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
         )
 
+    def config_changes(self, step: int, changes: dict[str, list]) -> None:
+        """Fields that differ from here on, each as [before, after], into config_changes.jsonl."""
+        self._append("config_changes.jsonl", {"step": step, "changes": changes})
+
     def sample(self, name: str, step: int, prompt: str, text: str) -> None:
         """A prompt's continuation, into samples.jsonl."""
         self._append("samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text})
@@ -173,14 +293,22 @@ def refuse_differences(
     what: str, found: dict, stated: dict, way_out: str, here: str = "in the config"
 ) -> None:
     """Raises InputError with every field that differs between two nested mappings."""
+    lines = [
+        f"{name}: {old!r} there, {new!r} {here}"
+        for name, (old, new) in differences(found, stated).items()
+    ]
+    if lines:
+        raise InputError("\n  ".join([what, *lines]) + f"\n{way_out}")
+
+
+def differences(found: dict, stated: dict) -> dict[str, list]:
+    """Every dotted field that differs between two nested mappings, as [found, stated]."""
     old, new = _flatten(found), _flatten(stated)
-    differences = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} {here}"
+    return {
+        name: [old.get(name), new.get(name)]
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise InputError(what + "\n  " + "\n  ".join(differences) + f"\n{way_out}")
+    }
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:

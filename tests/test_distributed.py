@@ -202,6 +202,22 @@ def until_step_2(place, source, target):
     shutil.rmtree(place / target / "checkpoints" / "4")
 
 
+def asked_to_stop(place, workdir, process):
+    """Two processes, one of which gets SIGTERM before the first step; the step that both save."""
+    started = start(place, workdir, processes=2)
+    while not (place / workdir / "config.json").exists():
+        assert not any(p.poll() for p in started)
+        time.sleep(0.05)
+    started[process].send_signal(signal.SIGTERM)
+    results = ends(started)
+    assert [code for code, _, _ in results] == [75, 75], results
+    step = max(int(p.name) for p in (place / workdir / "checkpoints").iterdir())
+    errors = [errors for _, _, errors in results]
+    assert f"stopped on request after step {step}. The run can go on from" in errors[0]
+    assert "stopped on request" not in errors[1] and "Traceback" not in "".join(errors)
+    return step
+
+
 @pytest.mark.slow
 def test_one_run_by_one_process_or_two(place):
     """One test, so that parallel testing does not repeat the runs that all comparisons need."""
@@ -212,8 +228,8 @@ def test_one_run_by_one_process_or_two(place):
     sources = json.loads((place / "two" / "data.json").read_text())["sources"]
     assert [(s["kind"], s["weight"]) for s in sources] == [("prepared", "2"), ("text", "1")]
 
-    until_step_2(place, "two", "two_then_one")
-    assert "resumed from step 2 of 4" in finished(place, "two_then_one", processes=1)
+    step = asked_to_stop(place, "two_then_one", 1)
+    assert f"resumed from step {step} of 4" in finished(place, "two_then_one", processes=1)
     same_losses(place / "two_then_one", place / "one")
 
     until_step_2(place, "one", "one_then_two")

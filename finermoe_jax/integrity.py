@@ -1,0 +1,146 @@
+"""Checksums of checkpoints: written as part of each, compared before one is used."""
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+import xxhash
+
+from finermoe_jax import distributed
+from finermoe_jax.errors import InputError
+from finermoe_jax.hf_config import read_json
+
+CHECKSUMS = "checksums.json"
+_ALGORITHM = "xxh3_128"
+# Orbax writes these two after the checksums, just before it renames the directory.
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_THREADS = 4
+
+
+def write_checksums(directory: Path) -> None:
+    """Writes checksums.json: size in bytes and hash of every file of a checkpoint's directory."""
+    names = sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
+    names = [name for name in names if name not in (*_LATER, CHECKSUMS)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        files = dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
+    text = json.dumps({"algorithm": _ALGORITHM, "files": files}, indent=1)
+    (directory / CHECKSUMS).write_text(text + "\n")
+
+
+def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
+    """What of a checkpoint differs from its checksums; an empty list where nothing does.
+
+    Args:
+      directory: the checkpoint.
+      skip: items (directories in it) that are not wanted and not read.
+      part, parts: of the files, only part, part + parts, … are read.
+
+    A checkpoint of before there were checksums has nothing to differ from.
+    """
+    try:
+        if "checksums" not in read_json(directory / "config" / "metadata"):
+            return []
+        values = read_json(directory / CHECKSUMS)
+        if values["algorithm"] != _ALGORITHM:
+            return [f"{CHECKSUMS} names another algorithm: {values['algorithm']}"]
+        stated = {
+            name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()
+        }
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"{error}"]
+    names = sorted(name for name in stated if name.partition("/")[0] not in skip)[part::parts]
+
+    def compare(name: str) -> str | None:
+        size, digest = stated[name]
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing ({size} bytes when saved)"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} when saved"
+        try:
+            _, found = _hash(path)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return f"{name} has checksum {found}, {digest} when saved" if found != digest else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [message for message in pool.map(compare, names) if message]
+
+
+def _hash(path: Path) -> tuple[int, str]:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _describe(step: Path, found: list[str]) -> str:
+    more = f" (and {len(found) - 3} more files)" if len(found) > 3 else ""
+    return f"WARNING: checkpoint {step} is damaged: {'; '.join(found[:3])}{more}."
+
+
+def saved_steps(steps: Path) -> list[int]:
+    """The committed steps of a directory of numbered checkpoints, ascending."""
+    return sorted(ocp.utils.checkpoint_steps(steps)) if steps.is_dir() else []
+
+
+def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
+    """Renames the newest checkpoints of a run to damaged-N until one is whole.
+
+    Every process of the run calls this, and reads a share of the files.
+
+    Args:
+      steps: the directory of the numbered checkpoints.
+      say: what is told about each, with the step used instead.
+
+    Raises InputError, on all processes, when none is whole though there have been some.
+    """
+    while True:
+        known = json.loads(distributed.exchange(json.dumps(saved_steps(steps)))[0])
+        if not known:
+            break
+        newest = steps / str(known[-1])
+        mine = damage(newest, part=jax.process_index(), parts=jax.process_count())
+        found = [
+            message
+            for each in distributed.exchange(json.dumps(mine))
+            for message in json.loads(each)
+        ]
+        if not found:
+            return
+        with distributed.together():
+            if jax.process_index() == 0:
+                aside = steps / f"damaged-{newest.name}"
+                for again in range(2, 1000):
+                    if not aside.exists():
+                        break
+                    aside = steps / f"damaged-{newest.name}-{again}"
+                newest.rename(aside)
+                instead = f"step {known[-2]} is used" if len(known) > 1 else "there is no other"
+                say(f"{_describe(newest, found)} It is now {aside}; {instead} instead.")
+    if steps.is_dir() and (lost := sorted(steps.glob("damaged-*"))):
+        raise InputError(
+            f"{steps} holds no whole checkpoint: {', '.join(path.name for path in lost)} "
+            f"{'is' if len(lost) == 1 else 'are'} damaged. Put back a copy of one under its "
+            "number, or give a new --workdir"
+        )
+
+
+def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
+    """The newest checkpoint without damage, for a reader who changes nothing; or None.
+
+    Each damaged one that is passed over is told on stderr.
+    """
+    for number in reversed(saved_steps(steps)):
+        if not (found := damage(steps / str(number), skip)):
+            return steps / str(number)
+        print(_describe(steps / str(number), found) + " An older one is used.", file=sys.stderr)
+    return None

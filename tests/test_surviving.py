@@ -1,0 +1,437 @@
+"""Runs that are killed, stopped, damaged, short of room, or fed what breaks them."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.kill_campaign import (
+    arrays,
+    assert_same,
+    disk,
+    interrupt,
+    kill_once,
+    lines,
+    logged,
+    straight,
+)
+from finermoe_jax import data, sharding
+from finermoe_jax.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
+from finermoe_jax.config import MeshConfig, run_config
+from finermoe_jax.errors import InputError, RunEnded
+from finermoe_jax.files import find
+from finermoe_jax.integrity import damage, saved_steps
+from finermoe_jax.optim import optimizer
+from finermoe_jax.plot import read_lines
+from finermoe_jax.preemption import stop_requests
+from finermoe_jax.step import init_optimizer, jit_step
+from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.training import train
+from finermoe_jax.workdir import Lock, claim, prepare
+from tests.test_config import SMALL
+from tests.test_training import MOE, _batch, _model, _run
+
+TINY = {
+    "model": dataclasses.asdict(SMALL)
+    | {"vocab_size": 2048, "num_hidden_layers": 1, "initializer_range": 0.1},
+    "data": {
+        "tokenizer": "demo/model", "path": "demo/LICENSE.pydoc.txt", "sequence_length": 16,
+        "global_batch_size": 8, "eval_windows": 4,
+    },
+    "optimizer": {"learning_rate": 1e-2, "warmup_fraction": 0.0},
+    "train": {"steps": 4, "compute_dtype": "float32", "remat": "none", "checkpoint_every": 2},
+}  # fmt: skip
+
+
+def _tiny(values=TINY, **settings):
+    return run_config(values | {"train": values["train"] | settings})
+
+
+def _silent(message):
+    pass
+
+
+# --- processes that end -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where processes are started, with one cache of compiled programs."""
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_end_as_the_straight_one(folder):
+    """The short form of benchmarks/kill_campaign.py."""
+    chance, steps = random.Random(0), 60
+    whole = straight(folder, "straight", steps)
+    assert [line["step"] for line in lines(whole)] == list(range(1, steps + 1))
+    found = kill_once(folder, folder / "ended", steps, "saving", 0, chance)
+    assert not found["done"] and logged(folder / "ended") >= 25
+    interrupt(folder, folder / "ended", steps, [(30, signal.SIGTERM, 1)], chance)
+    assert_same(folder / "ended", whole)
+    said = (folder / "ended.0.log").read_text()
+    stopped = next(line for line in said.splitlines() if line.startswith("stopped on request"))
+    step = stopped.split()[5].rstrip(".")
+    assert f"can go on from step {step}: --workdir={folder / 'ended'}" in stopped
+    assert f"resumed from step {step} of {steps}" in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_what_is_saved_stays(folder):
+    # Step 0, whose moments are zeros, has room on it; step 25 finds out while it is written.
+    found = disk(folder, 30, "2600k")
+    if found is None:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    first, second, copy = found
+    assert (first, second) == (1, 0)
+    said = (folder / "disk.0.log").read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert "could not be written: the disk of" in said and "Steps there are complete: 0." in said
+    assert "resumed from step 0 of 30" in said
+    assert [line["step"] for line in lines(copy)] == list(range(1, 31))
+    assert len(arrays(copy)) > 0
+
+
+def test_signals_are_remembered_and_handlers_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with stop_requests() as must_stop:
+            assert not must_stop(1)
+            signal.raise_signal(number)
+            assert must_stop(2)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    program = (
+        "import signal\nfrom finermoe_jax.preemption import stop_requests\n"
+        "with stop_requests() as must_stop:\n"
+        "    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):\n"
+        "        signal.raise_signal(number); print(must_stop(1), flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "True\n" * 3)
+
+
+# --- checkpoints that are damaged -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir with steps 0, 2 and 4."""
+    workdir = tmp_path_factory.mktemp("surviving") / "run"
+    train(_tiny(), workdir, say=_silent)
+    assert saved_steps(workdir / "checkpoints") == [0, 2, 4]
+    return workdir
+
+
+def _copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def _largest(step, item):
+    return max((step / item).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+
+
+def _flip(step):
+    path = _largest(step, "params")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path, "has checksum"
+
+
+def _truncate(step):
+    path = _largest(step, "params")
+    path.write_bytes(path.read_bytes()[:-1])
+    return path, "bytes"
+
+
+def _delete(step):
+    path = _largest(step, "params")
+    path.unlink()
+    return path, "is missing"
+
+
+def _delete_checksums(step):
+    (step / "checksums.json").unlink()
+    return step / "checksums.json", "is missing"
+
+
+def _flip_config(step):
+    path = step / "config" / "metadata"
+    path.write_text(path.read_text().replace('"rope_theta": 1', '"rope_theta": 2'))
+    return path, "has checksum"
+
+
+@pytest.mark.parametrize("harm", [_flip, _truncate, _delete, _delete_checksums, _flip_config])
+def test_readers_take_the_one_before_a_damaged_checkpoint(harm, finished, tmp_path, capfd):
+    workdir = _copy(finished, tmp_path)
+    step = workdir / "checkpoints" / "4"
+    path, words = harm(step)
+    found = nnx.to_flat_state(nnx.state(load_checkpoint(workdir)))
+    warning = capfd.readouterr().err
+    assert "checkpoints/4 is damaged" in warning and path.name in warning and words in warning
+    for (_, a), (_, b) in zip(
+        found, nnx.to_flat_state(nnx.state(load_checkpoint(finished / "checkpoints" / "2"))),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(a[...], b[...])
+    with pytest.raises(InputError, match=f"checkpoints/4 is damaged: .*{path.name}"):
+        load_checkpoint(step)
+    assert saved_steps(workdir / "checkpoints") == [0, 2, 4]  # a reader changes nothing
+
+
+def test_damage_to_the_optimizer_is_the_runs_alone(finished, tmp_path, capfd):
+    workdir = _copy(finished, tmp_path)
+    _largest(workdir / "checkpoints" / "4", "optimizer").write_bytes(b"")
+    load_checkpoint(workdir)
+    assert "damaged" not in capfd.readouterr().err
+    assert damage(workdir / "checkpoints" / "4")
+
+
+def test_checkpoints_from_before_checksums_are_read(finished, tmp_path):
+    step = _copy(finished, tmp_path) / "checkpoints" / "4"
+    values = json.loads((step / "config" / "metadata").read_text())
+    del values["checksums"]
+    (step / "config" / "metadata").write_text(json.dumps(values))
+    (step / "checksums.json").unlink()
+    load_checkpoint(step)
+
+
+def test_a_converted_checkpoint_has_checksums(tmp_path):
+    save_checkpoint(_model(), tmp_path / "model")
+    load_checkpoint(tmp_path / "model")
+    _flip(tmp_path / "model")
+    with pytest.raises(InputError, match="has checksum"):
+        load_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_one_before_and_saves_the_step_again(finished, tmp_path):
+    workdir = _copy(finished, tmp_path)
+    steps = workdir / "checkpoints"
+    path, _ = _flip(steps / "4")
+    longer, said = _tiny(steps=6), []
+    with pytest.raises(InputError, match=r"--allow_changes=train\.steps"):
+        train(longer, workdir, say=_silent)
+    train(longer, workdir, say=said.append, allow_changes=["train.steps"])
+    warning = next(message for message in said if message.startswith("WARNING"))
+    assert f"{path.name} has checksum" in warning and "when saved" in warning
+    assert f"It is now {steps / 'damaged-4'}; step 2 is used instead." in warning
+    assert "resumed from step 2 of 6" in said
+    assert "from step 2 on, train.steps is 6; it was 4" in said
+    assert (steps / "damaged-4" / "params").is_dir() and saved_steps(steps) == [2, 4, 6]
+    assert not damage(steps / "4")
+    assert read_lines(workdir / "config_changes.jsonl") == [
+        {"step": 2, "changes": {"train.steps": [4, 6]}}
+    ]
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert lines(workdir)[:2] == lines(finished)[:2]
+    for step in (2, 4, 6):
+        _flip(steps / str(step))
+    for _ in range(2):  # nor does it begin anew when asked again
+        with pytest.raises(InputError, match=r"no whole checkpoint: damaged-2, damaged-4, "):
+            train(longer, workdir, say=_silent)
+    assert (steps / "damaged-4-2").is_dir()
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    model = _model()
+    params = nnx.to_pure_dict(nnx.state(model))
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: None, 6: 4.0}
+    keeper = TrainingCheckpoints(tmp_path, keep=1, keep_best=2)
+    for step, loss in losses.items():
+        keeper.save(step, model, params, {"count": jnp.int32(step)}, None, loss)
+    keeper.close()
+    assert saved_steps(tmp_path) == [2, 3, 6]
+    again = TrainingCheckpoints(tmp_path, keep=1, keep_best=2)
+    assert again.best_step() == 2 and again.latest_step() == 6
+    again.save(7, model, params, {"count": jnp.int32(7)}, None, 1.5)
+    again.close()
+    assert saved_steps(tmp_path) == [2, 7]
+
+
+def test_ranking_needs_scored_saves():
+    with pytest.raises(InputError, match="holds nothing out"):
+        _tiny(TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, keep_best=1)
+    with pytest.raises(InputError, match="one a multiple of the other"):
+        _tiny(keep_best=1, steps=100, eval_every=33, checkpoint_every=10)
+
+
+# --- whose workdir it is ----------------------------------------------------------------------
+
+
+def test_a_busy_workdir_is_refused(finished):
+    holder = Lock(finished)
+    holder.take()
+    with pytest.raises(InputError, match=r"in use by process \d+ on .*, since .*--workdir"):
+        train(_tiny(), finished, say=_silent)
+    load_checkpoint(finished)  # readers are welcome
+    holder.close()
+    again = Lock(finished)
+    again.take()
+    again.close()
+
+
+def _claim(tmp_path, config, *allow):
+    workdir = tmp_path / "run"
+    if not workdir.exists():
+        workdir.mkdir()
+        prepare(workdir, _tiny(), find("demo/model"))
+    return claim(workdir, config, allow)
+
+
+def test_changes_are_refused_field_by_field_unless_allowed(tmp_path):
+    faster = dataclasses.replace(
+        _tiny(steps=9), optimizer=dataclasses.replace(_tiny().optimizer, learning_rate=0.5)
+    )
+    assert _claim(tmp_path, _tiny()) == {}
+    with pytest.raises(InputError) as refused:
+        _claim(tmp_path, faster, "optimizer")
+    assert "learning_rate" not in str(refused.value)
+    assert "train.steps: 4 there, 9 in the config" in str(refused.value)
+    flag = str(refused.value).rpartition("--allow_changes=")[2]
+    assert _claim(tmp_path, faster, *flag.split(",")) == {
+        "optimizer.learning_rate": [0.01, 0.5],
+        "train.steps": [4, 9],
+    }
+    assert _claim(tmp_path, dataclasses.replace(_tiny(), mesh=MeshConfig(1, 1, 1, 1))) == {}
+
+
+def test_what_a_checkpoint_is_made_of_cannot_change(tmp_path):
+    wider = dataclasses.replace(_tiny(), model=dataclasses.replace(_tiny().model, vocab_size=4096))
+    with pytest.raises(InputError, match=r"model.vocab_size: 2048 there.*cannot change") as refused:
+        _claim(tmp_path, wider)
+    assert "--allow_changes" not in str(refused.value)
+    for name in ("model", "model.vocab_size", "optimizer.name", "train.param_dtype"):
+        with pytest.raises(InputError, match=f"--allow_changes={name}: it cannot change"):
+            _claim(tmp_path, wider, name)
+    with pytest.raises(InputError, match=r"no such field. Did you mean train.steps"):
+        _claim(tmp_path, wider, "train.step")
+
+
+def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
+    _claim(tmp_path, _tiny())
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    del values["train"]["keep_best"]
+    path.write_text(json.dumps(values))
+    assert _claim(tmp_path, _tiny()) == {}
+    assert _claim(tmp_path, _tiny(keep_best=1, eval_every=2), "train") != {}
+
+
+def test_a_workdir_of_a_run_killed_at_its_beginning_is_no_foreign_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    lock = Lock(tmp_path)
+    lock.take()
+    lock.close()
+    assert claim(tmp_path, _tiny()) == {}
+    (tmp_path / "checkpoints" / "notes").write_text("")
+    with pytest.raises(InputError, match="holds no run"):
+        claim(tmp_path, _tiny())
+
+
+# --- what is not finite -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "bfloat16")])
+def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
+    config = _run(8)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
+    model = _model(dataclasses.replace(MOE, num_hidden_layers=1))
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    shardings, _ = sharding.param_shardings(model, mesh)
+    graphdef, state = nnx.split(model)
+    params = jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(state))
+    token = 63
+    params["embed"]["weight"] = params["embed"]["weight"].at[token].set(jnp.inf)
+    params = jax.device_put(params, shardings)
+    tx = optimizer(config.optimizer, 10)
+    opt_state = init_optimizer(tx, params, shardings, mesh)
+    step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
+    good = jnp.where(_batch(8) == token, 0, _batch(8))
+    bad = good.at[3, 5].set(token)
+
+    def after(batches):
+        state = jax.device_put(jax.tree.map(jnp.copy, (params, opt_state)), places)
+        skipped = []
+        for batch in batches:
+            *state, metrics = step(*state, batch)
+            skipped.append(float(metrics["skipped"]))
+        return jax.device_get(state), skipped
+
+    with_bad, skipped = after([good, bad, bad, good])
+    assert skipped == [0, 1, 1, 0]
+    without, _ = after([good, good])
+    for a, b in zip(jax.tree.leaves(with_bad), jax.tree.leaves(without), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert np.isfinite(without[0]["lm_head"]["weight"].astype("float32")).all()
+
+
+@pytest.mark.slow
+def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
+    """A weight is infinite that only some windows use: a real run, from a real checkpoint."""
+    config = _tiny(
+        TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, steps=40, max_skipped_steps=2
+    )
+    tokenizer = load_tokenizer(find("demo/model"), 2048)
+    tokens = data.tokenize(data.read_documents(find(config.data.path)), tokenizer)
+    windows, _ = data.split_held_out(tokens, config.data)
+    batches = data.train_batches(windows, config.data, 0, range(8))
+    seen = [set(next(batches).reshape(-1).tolist()) for _ in range(40)]
+    # A token that comes once, then in two steps in a row.
+    hits = {t: [i + 1 for i in range(40) if t in seen[i]][:3] for t in set.union(*seen) - seen[0]}
+    end, once, token = min(
+        (s[2], s[0], t) for t, s in hits.items() if len(s) == 3 and s[0] + 1 < s[1] == s[2] - 1
+    )
+
+    model = load_checkpoint(_saved(tmp_path / "sound", config))
+    model.embed.weight[...] = model.embed.weight[...].at[token].set(jnp.inf)
+    save_checkpoint(model, tmp_path / "poisoned", tokenizer=find("demo/model"))
+    config = dataclasses.replace(config, model=None, init_from=str(tmp_path / "poisoned"))
+    said, workdir = [], tmp_path / "run"
+    with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:") as ended:
+        train(config, workdir, say=said.append)
+    assert ended.value.code == 1 and f"step-{end}.npz" in str(ended.value)
+
+    logged = read_lines(workdir / "metrics.jsonl")
+    assert [m["step"] for m in logged] == list(range(1, end))
+    assert [m["step"] for m in logged if m["loss"] is None] == [once, end - 1]
+    assert [m["skipped"] for m in logged] == [(n >= once) + (n >= end - 1) for n in range(1, end)]
+    # The schedule goes by the updates made: a step left out and the next one have the same rate.
+    rates = {m["step"]: m["learning_rate"] for m in logged}
+    assert [n for n in range(1, end - 1) if rates[n] == rates[n + 1]] == [once]
+    assert sum("is left out: loss" in message for message in said) == 3
+    saved = [n for n in range(0, end, 2) if n not in (once, end - 1)]
+    assert saved_steps(workdir / "checkpoints") == saved[-3:]
+    for step in (once, end - 1, end):
+        identity = json.loads((workdir / "nonfinite" / f"step-{step}.json").read_text())
+        rows = [windows[row["window"]] for row in identity["rows"]]
+        batch = next(data.train_batches(windows, config.data, step - 1, range(8)))
+        np.testing.assert_array_equal(rows, batch)
+        assert all(row["first_token"] == 16 * row["window"] for row in identity["rows"])
+    np.testing.assert_array_equal(
+        np.load(workdir / "nonfinite" / f"step-{end}.npz")["tokens"], batch
+    )
+
+
+def _saved(path, config):
+    """A checkpoint of a model as training from scratch draws it."""
+    from finermoe_jax.model import Decoder
+
+    model = Decoder(config.model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    save_checkpoint(model, path)
+    return path
