@@ -34,6 +34,7 @@ from absl import logging
 from tqdm import tqdm
 
 from finermoe_jax.integrity import damage, saved_steps
+from finermoe_jax.metrics import MEASURED
 from finermoe_jax.plot import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,6 @@ def get_config():
     )
     return config
 """
-TIMES = ("tokens_per_second",)
 
 
 # --- runs -----------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ def arrays(workdir: Path) -> list[np.ndarray]:
 
 
 def lines(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock and the machine."""
     return [
-        {name: value for name, value in line.items() if name not in TIMES}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(workdir / "metrics.jsonl")
     ]
 

@@ -28,6 +28,17 @@ from finermoe_jax.writers import TensorBoard, WeightsAndBiases
 
 _GIB = 2**30
 
+# What of metrics.jsonl depends on the clock and the machine: two runs of one config share the rest.
+MEASURED = (
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+    "step_seconds",
+    "input_seconds",
+    "pause_seconds",
+    "memory_gib",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Watch:

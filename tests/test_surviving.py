@@ -32,6 +32,7 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.files import find
 from finermoe_jax.integrity import damage, saved_steps
 from finermoe_jax.optim import optimizer
+from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.preemption import stop_requests
 from finermoe_jax.step import init_optimizer, jit_step
@@ -369,7 +370,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
         state = jax.device_put(jax.tree.map(jnp.copy, (params, opt_state)), places)
         skipped = []
         for batch in batches:
-            *state, metrics = step(*state, batch)
+            *state, metrics = step(*state, Batch(batch))
             skipped.append(float(metrics["skipped"]))
         return jax.device_get(state), skipped
 
@@ -388,10 +389,9 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
         TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, steps=40, max_skipped_steps=2
     )
     tokenizer = load_tokenizer(find("demo/model"), 2048)
-    tokens = data.tokenize(data.read_documents(find(config.data.path)), tokenizer)
-    windows, _ = data.split_held_out(tokens, config.data)
+    windows = data.open_data(config.data, tokenizer, find("demo/model"), 2048).train
     batches = data.train_batches(windows, config.data, 0, range(8))
-    seen = [set(next(batches).reshape(-1).tolist()) for _ in range(40)]
+    seen = [set(next(batches).tokens.reshape(-1).tolist()) for _ in range(40)]
     # A token that comes once, then in two steps in a row.
     hits = {t: [i + 1 for i in range(40) if t in seen[i]][:3] for t in set.union(*seen) - seen[0]}
     end, once, token = min(
@@ -419,10 +419,10 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     assert saved_steps(workdir / "checkpoints") == saved[-3:]
     for step in (once, end - 1, end):
         identity = json.loads((workdir / "nonfinite" / f"step-{step}.json").read_text())
-        rows = [windows[row["window"]] for row in identity["rows"]]
-        batch = next(data.train_batches(windows, config.data, step - 1, range(8)))
+        rows = windows.read([row["index"] for row in identity["rows"]]).tokens
+        batch = next(data.train_batches(windows, config.data, step - 1, range(8))).tokens
         np.testing.assert_array_equal(rows, batch)
-        assert all(row["first_token"] == 16 * row["window"] for row in identity["rows"])
+        assert all(row["first_token"] == 16 * row["index"] for row in identity["rows"])
     np.testing.assert_array_equal(
         np.load(workdir / "nonfinite" / f"step-{end}.npz")["tokens"], batch
     )
