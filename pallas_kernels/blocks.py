@@ -19,16 +19,42 @@ def block_rows(rows: int, experts: int) -> int:
     return min(max(1 << (mean - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
 
 
-def blocks(group_sizes: Array, rows: int, block: int) -> tuple[Array, Array, Array, Array]:
-    """Number of blocks in use, and each block's expert, first row and rows of its own."""
+def blocks(
+    group_sizes: Array, rows: int, block: int, skip: int = 0
+) -> tuple[Array, Array, Array, Array]:
+    """Number of blocks in use, and each block's expert, first row and rows of its own.
+
+    The first `skip` rows of each expert are in none.
+    """
     experts = group_sizes.shape[0]
-    per_expert = -(-group_sizes // block)
+    sizes = jnp.maximum(group_sizes - skip, 0)
+    per_expert = -(-sizes // block)
     last = jnp.cumsum(per_expert)
     index = jnp.arange(max(1, rows // block + min(experts, rows)))
     expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), experts - 1)
     done = (index - (last - per_expert)[expert]) * block
-    start = (jnp.cumsum(group_sizes) - group_sizes)[expert] + done
-    return last[-1], expert, start, group_sizes[expert] - done
+    start = (jnp.cumsum(group_sizes) - group_sizes)[expert] + skip + done
+    return last[-1], expert, start, sizes[expert] - done
+
+
+def heads(group_sizes: Array, rows: int, count: int) -> tuple[Array, Array, Array, Array]:
+    """The first `count` rows of every expert, and where they are found again.
+
+    Returns:
+      Rows [E, count], and which of them are the expert's own, bool [E, count]; for each row of all
+      its place [M] in the flattened heads, and whether it has one, bool [M].
+    """
+    experts = group_sizes.shape[0]
+    ends = jnp.cumsum(group_sizes)
+    start = ends - group_sizes
+    places = jnp.arange(count)
+    head = jnp.minimum(start[:, None] + places[None], rows - 1)
+    own = places[None] < group_sizes[:, None]
+    row = jnp.arange(rows)
+    expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), experts - 1)
+    place = row - start[expert]
+    inside = place < jnp.minimum(count, group_sizes[expert])
+    return head, own, expert * count + jnp.minimum(place, count - 1), inside
 
 
 def pad(x: Array, block: int) -> Array:

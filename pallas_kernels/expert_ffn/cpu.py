@@ -1,6 +1,9 @@
-"""expert_ffn in plain JAX: a loop over blocks of rows, each of one expert.
+"""expert_ffn in plain JAX, in blocks of rows of one expert.
 
-Work and memory traffic are proportional to the rows; only experts that own a row are read.
+With some rows for each expert the first of all of them are one block each and computed at once, as
+batched products; a loop over blocks takes what is left. With fewer rows, or many, there is only the
+loop: work and memory traffic are then proportional to the rows, and only experts that own a row are
+read.
 """
 
 import functools
@@ -9,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.blocks import block_rows, blocks, pad, take
+from pallas_kernels.blocks import block_rows, blocks, heads, pad, take
+
+# Mean rows per expert between which reading every expert, and padding it to twice the mean, cost
+# less than a loop's turn for each.
+_FEW, _MANY = 4, 32
+
+
+def _head_rows(rows: int, experts: int) -> int:
+    """Rows of each expert that are computed at once; 0 where the loop takes all."""
+    mean = rows / experts
+    return 2 * block_rows(rows, experts) if _FEW <= mean <= _MANY else 0
 
 
 def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
@@ -18,24 +31,65 @@ def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
     return hidden[:, :middle], hidden[:, middle:]
 
 
+def _forward_block(x: Array, w_in: Array, w_out: Array) -> Array:
+    """y [B, W] of one expert's rows, before the routing weights; float32."""
+    gate, up = _hidden(x, w_in.astype(jnp.float32))
+    return (jax.nn.silu(gate) * up) @ w_out.astype(jnp.float32)
+
+
+def _backward_block(
+    x: Array, dy: Array, weight: Array, own: Array, w_in: Array, w_out: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The gradients in x, weight, w_in and w_out of one expert's `own` rows; float32.
+
+    Recomputes the intermediate; nothing of size M x F was stored. What is not own has zeros in
+    x and dy, and whatever an expert without rows holds, NaN or not, stays out of its gradient.
+    """
+    w_in, w_out, weight = w_in.astype(jnp.float32), w_out.astype(jnp.float32), weight[:, None]
+    gate, up = _hidden(x, w_in)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    active = silu * up
+    dactive = dy @ w_out.T  # before the routing weight
+    dweight = (active * dactive).sum(axis=1)
+    dactive *= weight
+    dgate = dactive * up * (sigmoid + silu * (1 - sigmoid))
+    dhidden = _masked(jnp.concatenate([dgate, dactive * silu], axis=1), own)
+    active = _masked(active, own)
+    return dhidden @ w_in, dweight, dhidden.T @ x, active.T @ (dy * weight)
+
+
 @jax.custom_vjp
 def expert_ffn(
     rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
 ) -> Array:
     """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
-    m, block = rows.shape[0], block_rows(rows.shape[0], gate_up.shape[0])
-    count, expert, start, _ = blocks(group_sizes, m, block)
+    m, experts = rows.shape[0], gate_up.shape[0]
+    block, head = block_rows(m, experts), _head_rows(m, experts)
+    count, expert, start, _ = blocks(group_sizes, m, block, head)
     x_all = pad(rows, block)
 
     def body(b: Array, out: Array) -> Array:
-        w_in = gate_up[expert[b]].astype(jnp.float32)
-        w_out = down[expert[b]].astype(jnp.float32)
-        gate, up = _hidden(take(x_all, start[b], block), w_in)
-        y = (jax.nn.silu(gate) * up) @ w_out
+        x = take(x_all, start[b], block)
+        y = _forward_block(x, gate_up[expert[b]], down[expert[b]])
         return lax.dynamic_update_slice_in_dim(out, y, start[b], 0)
 
     out = lax.fori_loop(0, count, body, jnp.zeros((m + block, down.shape[2]), jnp.float32))[:m]
+    if head:
+        first, own, place, inside = heads(group_sizes, m, head)
+        y = jax.vmap(_forward_block)(_masked(rows[first], own), gate_up, down)
+        out = jnp.where(inside[:, None], _flat(y)[place], out)
     return (out * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
+
+
+def _masked(x: Array, own: Array) -> Array:
+    """Float32, with zeros in place of what is not an expert's own, NaN or not."""
+    own = own.reshape(own.shape + (1,) * (x.ndim - own.ndim))
+    return jnp.where(own, x.astype(jnp.float32), 0.0)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -43,51 +97,50 @@ def _forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
-    """Recomputes each block's intermediate; nothing of size M x F was stored."""
     rows, gate_up, down, group_sizes, row_weights = saved
-    f32 = jnp.float32
-    m, block = rows.shape[0], block_rows(rows.shape[0], gate_up.shape[0])
-    count, expert, start, own = blocks(group_sizes, m, block)
+    m, experts = rows.shape[0], gate_up.shape[0]
+    block, head = block_rows(m, experts), _head_rows(m, experts)
+    count, expert, start, own = blocks(group_sizes, m, block, head)
     x_all, dy_all, weight_all = (pad(a, block) for a in (rows, dy, row_weights))
 
     def body(b: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dx_all, dweight_all, dw_in_all, dw_out_all = carry
         e, s = expert[b], start[b]
-        w_in, w_out = gate_up[e].astype(f32), down[e].astype(f32)
-        # Rows of the next expert, NaN or not, must not reach this one's weight gradient.
-        mine = (jnp.arange(block) < own[b])[:, None]
-        x, dy = (jnp.where(mine, take(a, s, block), 0.0) for a in (x_all, dy_all))
-        weight = take(weight_all, s, block)[:, None]
-        gate, up = _hidden(x, w_in)
-        sigmoid = jax.nn.sigmoid(gate)
-        silu = gate * sigmoid
-        active = silu * up
-        dactive = dy @ w_out.T  # before the routing weight
-        dweight = (active * dactive).sum(axis=1)
-        dactive *= weight
-        dgate = dactive * up * (sigmoid + silu * (1 - sigmoid))
-        dhidden = jnp.concatenate([dgate, dactive * silu], axis=1)
+        # Rows of the next expert must not reach this one's weight gradient.
+        mine = jnp.arange(block) < own[b]
+        x, dy = (_masked(take(a, s, block), mine) for a in (x_all, dy_all))
+        dx, dweight, dw_in, dw_out = _backward_block(
+            x, dy, take(weight_all, s, block), mine, gate_up[e], down[e]
+        )
         put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
         return (
-            put(dx_all, dhidden @ w_in, s),
+            put(dx_all, dx, s),
             put(dweight_all, dweight, s),
-            dw_in_all.at[e].add(dhidden.T @ x),
-            dw_out_all.at[e].add(active.T @ (dy * weight)),
+            dw_in_all.at[e].add(dw_in),
+            dw_out_all.at[e].add(dw_out),
         )
 
-    zeros = (
-        jnp.zeros(x_all.shape, f32),
-        jnp.zeros(m + block, f32),
-        jnp.zeros(gate_up.shape, f32),
-        jnp.zeros(down.shape, f32),
-    )
-    dx, dweight, dw_in, dw_out = lax.fori_loop(0, count, body, zeros)
+    f32 = jnp.float32
+    if head:
+        first, mine, place, inside = heads(group_sizes, m, head)
+        x, dy_first, weight = (_masked(a[first], mine) for a in (rows, dy, row_weights))
+        dx_first, dweight_first, dw_in, dw_out = jax.vmap(_backward_block)(
+            x, dy_first, weight, mine, gate_up, down
+        )
+    else:
+        dw_in, dw_out = jnp.zeros(gate_up.shape, f32), jnp.zeros(down.shape, f32)
+    begin = jnp.zeros(x_all.shape, f32), jnp.zeros(m + block, f32), dw_in, dw_out
+    dx, dweight, dw_in, dw_out = lax.fori_loop(0, count, body, begin)
+    dx, dweight = dx[:m], dweight[:m]
+    if head:
+        dx = jnp.where(inside[:, None], _flat(dx_first)[place], dx)
+        dweight = jnp.where(inside, _flat(dweight_first)[place], dweight)
     return (
-        dx[:m].astype(rows.dtype),
+        dx.astype(rows.dtype),
         dw_in.astype(gate_up.dtype),
         dw_out.astype(down.dtype),
         None,
-        dweight[:m].astype(row_weights.dtype),
+        dweight.astype(row_weights.dtype),
     )
 
 
