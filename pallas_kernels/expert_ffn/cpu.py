@@ -19,10 +19,14 @@ from pallas_kernels.blocks import block_rows, blocks, heads, pad, take
 _FEW, _MANY = 4, 32
 
 
-def _head_rows(rows: int, experts: int) -> int:
-    """Rows of each expert that are computed at once; 0 where the loop takes all."""
-    mean = rows / experts
-    return 2 * block_rows(rows, experts) if _FEW <= mean <= _MANY else 0
+def _blocks(rows: int, experts: int) -> tuple[int, int]:
+    """Rows of a block, and rows of each expert that are computed at once (0: none).
+
+    What is left behind these belongs to experts with many rows: larger blocks read their weights
+    less often.
+    """
+    block = block_rows(rows, experts)
+    return (4 * block, 2 * block) if _FEW <= rows / experts <= _MANY else (block, 0)
 
 
 def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
@@ -65,7 +69,7 @@ def expert_ffn(
 ) -> Array:
     """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
     m, experts = rows.shape[0], gate_up.shape[0]
-    block, head = block_rows(m, experts), _head_rows(m, experts)
+    block, head = _blocks(m, experts)
     count, expert, start, _ = blocks(group_sizes, m, block, head)
     x_all = pad(rows, block)
 
@@ -99,7 +103,7 @@ def _forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
 def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
     rows, gate_up, down, group_sizes, row_weights = saved
     m, experts = rows.shape[0], gate_up.shape[0]
-    block, head = block_rows(m, experts), _head_rows(m, experts)
+    block, head = _blocks(m, experts)
     count, expert, start, own = blocks(group_sizes, m, block, head)
     x_all, dy_all, weight_all = (pad(a, block) for a in (rows, dy, row_weights))
 
