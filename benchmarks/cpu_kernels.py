@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from finermoe_jax import host_memory
 from finermoe_jax.config import MoEConfig
 from finermoe_jax.layers import MLP
 from finermoe_jax.moe import FineRMoE
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
+    host_memory.keep_freed()
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:

@@ -123,9 +123,13 @@ def save_checkpoint(
             checkpointer.save(target, args=save_args(model, params, source))
             checkpointer.wait_until_finished()
     except BaseException:
-        for partial in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(_partial(target), ignore_errors=True)
         raise
+
+
+def _partial(target: Path) -> Path:
+    """Where Orbax writes what is about to become `target`."""
+    return target.with_name(f"{target.name}.orbax-checkpoint-tmp")
 
 
 def _with_checksums(target: Callable[[], Path]) -> ocp.AsyncOptions:
@@ -136,9 +140,7 @@ def _with_checksums(target: Callable[[], Path]) -> ocp.AsyncOptions:
     """
 
     def call() -> None:
-        final = target()
-        (partial,) = final.parent.glob(f"{final.name}.orbax-checkpoint-tmp*")
-        write_checksums(partial)
+        write_checksums(_partial(target()))
 
     return ocp.AsyncOptions(post_finalization_callback=call)
 

@@ -44,7 +44,8 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
     A checkpoint of before there were checksums has nothing to differ from.
     """
     try:
-        if "checksums" not in read_json(directory / "config" / "metadata"):
+        described = read_json(directory / "config" / "metadata")
+        if "checksums" not in described and not (directory / CHECKSUMS).exists():
             return []
         values = read_json(directory / CHECKSUMS)
         if values["algorithm"] != _ALGORITHM:

@@ -74,8 +74,10 @@ class Loop:
             """Waits for the steps under way, and tells of them."""
             for step, told in under_way:
                 values = jax.device_get(told)
-                self.guard.check(step, values)
-                monitor.step(step, values | {"skipped": self.guard.skipped})
+                try:
+                    self.guard.check(step, values)
+                finally:
+                    monitor.step(step, values | {"skipped": self.guard.skipped})
             under_way.clear()
 
         monitor.show_progress(first)
@@ -94,7 +96,7 @@ class Loop:
                     batch = next(batches)
             stop = self.must_stop(step) and step < steps
             saves = step % settings.checkpoint_every == 0 or step == steps or stop
-            scores = (step % settings.eval_every == 0 or step == steps) and not stop
+            scores = step % settings.eval_every == 0 or step == steps
             if saves or scores or monitor.profile_ends(step):
                 finish()
             if monitor.profile_ends(step):

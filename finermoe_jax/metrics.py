@@ -75,7 +75,9 @@ def check(watch: Watch, first: int, steps: int) -> None:
         (watch.tensorboard, "tensorboardX", "--tensorboard"),
         (bool(watch.wandb), "wandb", f"--wandb={watch.wandb}"),
     ):
-        if asked and importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package) if asked else None
+        # Any folder of that name would be found, but has no origin.
+        if asked and (found is None or found.origin is None):
             extra = package.removesuffix("X").lower()
             raise InputError(
                 f"{flag} needs {package}, which is not installed: pip install "

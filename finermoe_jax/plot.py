@@ -61,7 +61,7 @@ def draw_loss(workdir: Path) -> Path:
     Raises InputError when workdir holds no metrics.
     """
     metrics = read_lines(workdir / "metrics.jsonl")
-    evals = read_lines(workdir / "evals.jsonl")
+    evals = [e for e in read_lines(workdir / "evals.jsonl") if e["loss"] is not None]
     if not metrics:
         raise InputError(f"{workdir} holds no metrics.jsonl to draw")
     plt = _matplotlib().pyplot

@@ -174,6 +174,11 @@ def _checked(
         show_progress=jax.process_index() == 0,
     )
     if newest is not None:
+        if int(newest.name) > config.train.steps:
+            raise InputError(
+                f"train.steps={config.train.steps}, but {workdir} is at step {newest.name}: give "
+                "more steps, or a new --workdir with init_from set to the checkpoint wanted"
+            )
         claim_data(workdir, text.identity, allow_changes)
     for prompt in config.prompts:
         complete(start.model, tokenizer, prompt, config.prompt_tokens, 0.0, 0)  # checks it
@@ -251,10 +256,11 @@ def _run(
             guard, report, must_stop, say,
         )  # fmt: skip
         params = loop.run(first, params, opt_state)
-    # Scored already, unless train.steps was lowered to a step that was not. All go by what the
-    # first process finds: it may already be writing when another one looks.
-    if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
-        report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
+        # Scored already, unless train.steps was lowered to a step that was not. All go by what the
+        # first process finds: it may already be writing when another one looks.
+        if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
+            report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
+        checkpoints.wait()  # here, so that a request to stop does not cut the last save off
 
 
 def _spread(model: Decoder, placement: Placement) -> Decoder:

@@ -30,7 +30,7 @@ _FIXED = {
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
     "optimizer.name": "the checkpoint holds the other optimizer's state",
     "optimizer.moment_dtype": "the checkpoint's moments are stored so",
-    "optimizer.freeze_backbone": "the checkpoint holds moments of what trained only",
+    "optimizer.freeze_backbone": "the checkpoint holds moments of what trains alone",
     "train.param_dtype": "the checkpoint's weights are stored so",
 }
 
