@@ -178,10 +178,10 @@ def arrays(workdir: Path) -> list[np.ndarray]:
 
 
 def lines(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the machine."""
+    """metrics.jsonl, without what depends on the clock and the machine, and evals.jsonl."""
     return [
         {name: value for name, value in line.items() if name not in MEASURED}
-        for line in read_lines(workdir / "metrics.jsonl")
+        for line in read_lines(workdir / "metrics.jsonl") + read_lines(workdir / "evals.jsonl")
     ]
 
 

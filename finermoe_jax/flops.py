@@ -16,8 +16,9 @@ padding, masked scores and the optimizer do not count, nor does elementwise work
     concat_proj             2 D D                          ablation only
     lm_head                 2 D V                          once, tied or not
 
-Forward and backward take three times that. Packed documents see fewer keys than C: for them the
-scores, and MFU with them, are counted a little too high.
+Forward and backward take three times that; what a frozen backbone holds has no weight gradient and
+takes it twice. Tokens are those that are no padding. Packed documents see fewer keys than C: for
+them the scores, and MFU with them, are counted a little too high.
 """
 
 from finermoe_jax.config import ModelConfig
@@ -78,6 +79,10 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     return flops
 
 
-def training_flops(model: ModelConfig, sequence_length: int) -> float:
+def training_flops(
+    model: ModelConfig, sequence_length: int, freeze_backbone: bool = False
+) -> float:
     """FLOPs per token of the forward and the backward pass."""
-    return 3.0 * sum(forward_flops(model, sequence_length).values())
+    forward = forward_flops(model, sequence_length)
+    still = ("attention projections", "dense FFN", "lm_head") if freeze_backbone else ()
+    return 3.0 * sum(forward.values()) - sum(forward[name] for name in still)

@@ -69,6 +69,7 @@ class Loop:
         run_step = step_fn.lower(params, opt_state, batch).compile()
         self.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
         under_way: list[tuple[int, dict]] = []
+        saved = first - self.guard.skipped  # updates in the newest checkpoint
 
         def finish() -> None:
             """Waits for the steps under way, and tells of them."""
@@ -106,9 +107,11 @@ class Loop:
             if scores:
                 with monitor.pause():
                     loss = self.report(f"step {step}", rebuild(graphdef, params), step)
-            # Saved when scored and logged, so that a run that goes on from here has both. Not while
-            # steps are left out: weights that no batch is right with would displace good ones.
-            if saves and (not self.guard.in_a_row or step == steps):
+            # Saved when scored and logged, so that a run that goes on from here has both. Not when
+            # all steps since the last save were left out: the same weights would displace others.
+            updates = step - self.guard.skipped
+            if saves and (updates > saved or stop or step == steps):
+                saved = updates
                 with monitor.pause():
                     self.checkpoints.save(
                         step, self.model, params, opt_state, self.workdir / "tokenizer", loss

@@ -66,8 +66,8 @@ def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | No
     return int(first), int(last)
 
 
-def check(watch: Watch, first: int, steps: int) -> None:
-    """Raises InputError for what cannot be told of a run of so many steps that goes on at `first`.
+def check(watch: Watch, steps: int) -> None:
+    """Raises InputError for what cannot be told of a run of so many steps.
 
     That is: a package that is not installed, steps that are not run, a peak that is no rate.
     """
@@ -85,9 +85,8 @@ def check(watch: Watch, first: int, steps: int) -> None:
             )
     if watch.profile_steps:
         begin, end = watch.profile_steps
-        if not first < begin <= end <= steps:
-            made = f"makes steps {first + 1} to {steps}" if first < steps else "has no step left"
-            raise InputError(f"--profile_steps={begin}:{end}: this run {made}")
+        if not 0 < begin <= end <= steps:
+            raise InputError(f"--profile_steps={begin}:{end}: this run makes steps 1 to {steps}")
     if watch.peak_flops is not None and not 0 < watch.peak_flops < math.inf:
         raise InputError(f"--peak_tflops={watch.peak_flops / 1e12:g} must be positive")
 
@@ -190,10 +189,15 @@ class Monitor:
         Raises InputError when Weights & Biases cannot be reached.
         """
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
-        self.profile = watch.profile_steps if jax.process_index() == 0 else None
+        self.profile: tuple[int, int] | None = None
+        # A resumed run traces what is left: the same command must go on.
+        if watch.profile_steps and watch.profile_steps[1] > first and jax.process_index() == 0:
+            begin, end = watch.profile_steps
+            self.profile = max(begin, first + 1), end
         self.profile_directory = workdir / "profile"
         peak = watch.peak_flops or peak_flops(jax.devices()[0].device_kind)
-        needed = training_flops(model, config.data.sequence_length)
+        frozen = config.optimizer.freeze_backbone
+        needed = training_flops(model, config.data.sequence_length, frozen)
         self.mfu_per_speed = None if peak is None else needed / (devices * peak)
         self.held_out: float | None = None
         self.writers: list[TensorBoard | WeightsAndBiases] = []
@@ -212,7 +216,7 @@ class Monitor:
     def begin(self, step: int) -> None:
         """Time runs from here, after `step` steps."""
         self.clock, self.since = time.perf_counter(), step
-        self.waited = self.paused = 0.0
+        self.waited = self.paused = self.tokens = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -241,6 +245,7 @@ class Monitor:
         """A finished step, in order and each once; `values` as step.train_step returns them."""
         train = self.config.train
         last = step == train.steps
+        self.tokens += float(values["tokens"])
         load = None
         if self.moe is not None and len(values["expert_tokens"]):
             load = load_of(values["expert_tokens"], values["layer_aux_loss"], self.moe)
@@ -255,8 +260,7 @@ class Monitor:
     def _log(self, step: int, values: Mapping[str, Any], load: Load | None) -> None:
         now, steps = time.perf_counter(), step - self.since
         seconds = (now - self.clock - self.paused) / steps
-        tokens = self.config.data.global_batch_size * self.config.data.sequence_length
-        speed = tokens / seconds
+        speed = self.tokens / steps / seconds
         line: dict[str, Any] = {
             name: float(value) for name, value in values.items() if np.ndim(value) == 0
         }

@@ -16,10 +16,17 @@ _OCTAVES = 3
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; an absent file has none."""
+    """The objects of a JSON-lines file; an absent file has none.
+
+    A last line without an end is not one yet: it is being written, or was cut off.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.strip() and line.endswith("\n")
+    ]
 
 
 def draw(workdir: Path) -> list[Path]:

@@ -29,9 +29,9 @@ def train_step(
     """One optimizer step on a global batch.
 
     Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm,
-    learning_rate and skipped, float32 []; layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E],
-    how many tokens of the global batch selected each expert (L counts the MoE layers; 0 in a dense
-    model).
+    learning_rate, skipped and tokens (of the input, padding apart), float32 []; layer_aux_loss,
+    float32 [L]; expert_tokens, int32 [L, E], how many tokens of the global batch selected each
+    expert (L counts the MoE layers; 0 in a dense model).
 
     The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
     sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
@@ -92,18 +92,16 @@ def train_step(
     # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
     # on a CPU, and half a copy of the weights.
     free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
-    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite}
+    segments, size = batch.segment_ids, batch.tokens[:, 1:].size
+    tokens = (
+        jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
+    )
+    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": tokens}
     return completed(params, free), opt_state, metrics
 
 
 def updates_made(opt_state: Any) -> Int[Array, ""]:
     """How many updates an optimizer's state has seen."""
-    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
-    return count
-
-
-def _updates(opt_state: Any) -> Int[Array, ""]:
-    """How many updates the optimizer has made."""
     (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
     return count
 

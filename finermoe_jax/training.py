@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from finermoe_jax import data, distributed, metrics, plot, sharding
 from finermoe_jax.checkpoint import TrainingCheckpoints, abstract_params, newest_checkpoint
 from finermoe_jax.config import RunConfig
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
 from finermoe_jax.generation import complete
 from finermoe_jax.guard import Guard
@@ -42,6 +42,7 @@ from finermoe_jax.workdir import (
     find_shared,
     prepare,
     record_data,
+    way_on,
 )
 from pallas_kernels.platform import Implementation, platform
 
@@ -89,8 +90,12 @@ def train(
                 )
             )
         )
-        with checkpoints.disk.watched():
-            _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say, watch, opened)
+        try:
+            with checkpoints.disk.watched():
+                _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say, watch, opened)
+        except OSError as error:
+            # Not the user's input any more: a file system that fails, mostly.
+            raise RunEnded(f"{error}. {way_on(workdir)}", alone=True) from error
         best = checkpoints.best_step()
         if best is not None:
             say(f"lowest held-out loss of the checkpoints kept: {workdir / 'checkpoints'}/{best}")
@@ -113,7 +118,7 @@ def _claimed(
 ) -> tuple[Mesh, Start, Any, data.RunData]:
     """All that is read, checked, and then the workdir, taken and prepared."""
     with distributed.together():
-        metrics.check(watch, 0, config.train.steps)
+        metrics.check(watch, config.train.steps)
         changes = claim(workdir, config, allow_changes)
         if workdir.exists():
             lock.take()
@@ -227,7 +232,6 @@ def _run(
     first = checkpoints.latest_step()
     log.cut(-1 if first is None else first)
     with distributed.together():
-        metrics.check(watch, first or 0, config.train.steps)
         monitor = metrics.Monitor(workdir, config, start.model.config, watch, first or 0, mesh.size)
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     if first is None:

@@ -408,15 +408,16 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     assert ended.value.code == 1 and f"step-{end}.npz" in str(ended.value)
 
     logged = read_lines(workdir / "metrics.jsonl")
-    assert [m["step"] for m in logged] == list(range(1, end))
-    assert [m["step"] for m in logged if m["loss"] is None] == [once, end - 1]
-    assert [m["skipped"] for m in logged] == [(n >= once) + (n >= end - 1) for n in range(1, end)]
+    assert [m["step"] for m in logged] == list(range(1, end + 1))
+    assert [m["step"] for m in logged if m["loss"] is None] == [once, end - 1, end]
+    left_out = [(n >= once) + (n >= end - 1) + (n == end) for n in range(1, end + 1)]
+    assert [m["skipped"] for m in logged] == left_out
     # The schedule goes by the updates made: a step left out and the next one have the same rate.
     rates = {m["step"]: m["learning_rate"] for m in logged}
     assert [n for n in range(1, end - 1) if rates[n] == rates[n + 1]] == [once]
     assert sum("is left out: loss" in message for message in said) == 3
-    saved = [n for n in range(0, end, 2) if n not in (once, end - 1)]
-    assert saved_steps(workdir / "checkpoints") == saved[-3:]
+    # Each save holds an update more than the one before.
+    assert saved_steps(workdir / "checkpoints") == list(range(0, end, 2))[-3:]
     for step in (once, end - 1, end):
         identity = json.loads((workdir / "nonfinite" / f"step-{step}.json").read_text())
         rows = windows.read([row["index"] for row in identity["rows"]]).tokens
