@@ -13,6 +13,7 @@ from finermoe_jax.checkpoint import abstract_params
 from finermoe_jax.config import MoEConfig, RunConfig, TrainConfig
 from finermoe_jax.flops import forward_flops, peak_flops, training_flops
 from finermoe_jax.hf_weights import with_shapes
+from finermoe_jax.packing import Batch
 from finermoe_jax.params import true_counts
 from finermoe_jax.program import analyse
 from finermoe_jax.published import QWEN2P5
@@ -35,7 +36,7 @@ def program_flops(model, rows, length):
     params = abstract_params(model, "float32")
     gradients = jax.grad(batch_loss, argnums=2, has_aux=True)
     step = jax.jit(functools.partial(gradients, nnx.split(decoder)[0], config))
-    batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((rows, length + 1), jnp.int32))
     return analyse(step.lower(params, batch).compile().as_text()).flops
 
 
