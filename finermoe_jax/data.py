@@ -46,9 +46,10 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
 
     Raises InputError: a weight that is missing, negative or no number, none above 0, a path twice.
     """
-    if find(text).exists() or megatron_prefix(find(text)):
+    if _lies_there(text):
         return [(text, Fraction(1))]
     found: dict[str, Fraction] = {}
+    places: dict[Path, str] = {}
     items = [item.strip() for item in text.split(",")]
     for item in items:
         path, colon, weight = item.rpartition(":")
@@ -65,27 +66,52 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
             raise InputError(
                 f"data.path: {item!r} must be a path and a weight of at least 0, path:weight"
             )
-        if path in found:
+        place = _place(path)
+        if place in places:
+            first = places[place]
+            spelt = "" if first == path else f" (as {first})"
             raise InputError(
-                f"data.path names {path} twice, with weights {float(found[path])} and "
+                f"data.path names {path} twice{spelt}, with weights {float(found[first])} and "
                 f"{float(share)}: name it once, with their sum"
             )
-        found[path] = share
+        places[place], found[path] = path, share
     if not any(found.values()):
         raise InputError(f"data.path={text!r}: all weights are 0; at least one must be above")
     return [(path, share) for path, share in found.items() if share]
 
 
+def _lies_there(name: str) -> bool:
+    """Whether a path names something to read."""
+    try:
+        return find(name).exists() or megatron_prefix(find(name)) is not None
+    except OSError:  # no name of a file: too long, say
+        return False
+
+
+def _place(name: str) -> Path:
+    """The same for all spellings of a source's path."""
+    if not _lies_there(name):
+        return Path(name)
+    path = find(name)
+    return (megatron_prefix(path) or path).resolve()
+
+
 def open_source(
-    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, show_progress: bool
-) -> Source:
+    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, vocab_size: int,
+    show_progress: bool,
+) -> Source:  # fmt: skip
     """What a path of data.path or data.eval_path names, by what lies there.
 
     Raises InputError for what is none of the known kinds, and whatever is wrong with it.
     """
-    path = find(name)
+    try:
+        path = find(name)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if (path / MANIFEST).is_file():
-        return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id)
+        return open_prepared(
+            path, tokenizer_hash(files), tokenizer.eos_token_id, vocab_size, show_progress
+        )
     if (path / PARTIAL).is_file():
         raise InputError(
             f"{path} is not prepared to the end: start python -m finermoe_jax.prepare_data once "
@@ -93,6 +119,12 @@ def open_source(
         )
     if prefix := megatron_prefix(path):
         return open_megatron(prefix, show_progress)
+    tokens_file = path if path.suffix == ".bin" else Path(f"{path}.bin")
+    if tokens_file.is_file() and (path == tokens_file or not path.exists()):
+        raise InputError(
+            f"{tokens_file} has no index: {tokens_file.with_suffix('.idx')} does not exist; a "
+            "Megatron pair is both"
+        )
     if path.is_dir() or (path.is_file() and not text_kind(path)):
         raise InputError(
             f"{path} is nothing to train on: neither a directory with {MANIFEST} "
@@ -184,7 +216,7 @@ def open_data(
       tokenizer: of text; prepared tokens must come from the same.
       files: the directory that the tokenizer was loaded from.
       vocab_size: the model's; token ids must lie below.
-      show_progress: a bar where text is tokenised or Megatron's tokens are scanned.
+      show_progress: a bar where text is tokenised or tokens are scanned.
 
     Raises InputError for whatever is wrong with the data.
     """
@@ -194,9 +226,17 @@ def open_data(
             "Megatron pair"
         )
     mixture = parse_mixture(config.path)
+    name, colon, _ = config.eval_path.rpartition(":")
+    if not _lies_there(config.eval_path) and (
+        "," in config.eval_path or (colon and _lies_there(name))
+    ):
+        raise InputError(
+            f"data.eval_path={config.eval_path} must name one source, without a weight: only "
+            "data.path takes a mixture"
+        )
 
     def opened(name: str) -> Source:
-        source = open_source(name, tokenizer, files, show_progress)
+        source = open_source(name, tokenizer, files, vocab_size, show_progress)
         return dataclasses.replace(source, path=name)  # as the config says it, on every process
 
     sources = [(opened(name), weight) for name, weight in mixture]

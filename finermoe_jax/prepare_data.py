@@ -13,11 +13,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import glob
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,7 +36,7 @@ from tqdm import tqdm
 from finermoe_jax import commands, text
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
-from finermoe_jax.shard_writer import ShardWriter, write_manifest
+from finermoe_jax.shard_writer import ShardWriter, being_written, write_manifest
 from finermoe_jax.token_files import (
     DTYPES,
     MANIFEST,
@@ -54,7 +56,7 @@ from finermoe_jax.workdir import refuse_differences
 _LOCK = ".lock"
 _AHEAD = 4  # batches of text under way for each process
 
-Encode = Callable[[list[text.Piece]], list[np.ndarray]]
+_OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)")
 
 
 def prepare(
@@ -74,8 +76,10 @@ def prepare(
       shard_tokens: a shard ends with the piece of text that reaches so many.
       say: takes what there is to tell.
 
+    A file without text is left out, and said.
+
     Raises InputError: nothing to read or unreadable, a target that holds something else or was
-    begun with other settings, or is being written by another process.
+    begun with other settings, is being written by another process, or on a full disk.
     """
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
@@ -94,7 +98,7 @@ def prepare(
         sources=tuple(source.name for source in found),
         source_bytes=tuple(source.size for source in found),
     )
-    with _alone(target):
+    with _room(target), _alone(target):
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
@@ -108,7 +112,7 @@ def prepare(
             contextlib.closing(writer),
             _encoder(tokenizer, tokenizer_files, processes) as encode,
         ):
-            _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1)
+            _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
             manifest = writer.finish()
     say(f"{target}: {_summary(manifest)}")
     return manifest
@@ -124,7 +128,7 @@ def _summary(manifest: Manifest) -> str:
 def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | text.HubText]:
     """Every source in turn, a directory's or a glob's files by name.
 
-    Raises InputError: nothing found, an unknown kind of file, one named twice.
+    Raises InputError: nothing found, an empty file, an unknown kind of file, one named twice.
     """
     found: list[text.TextFile | text.HubText] = []
     for source in sources:
@@ -145,13 +149,33 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
         else:
             files = [path]
         found += [text.TextFile(file, field) for file in files]
-    names = collections.Counter(source.name for source in found)
+    files_found = [source for source in found if isinstance(source, text.TextFile)]
+    if empty := [source.name for source in files_found if not source.size]:
+        raise InputError(f"--source names empty files, leave them out: {', '.join(empty)}")
+    names = collections.Counter(
+        str(source.path.resolve()) if isinstance(source, text.TextFile) else source.name
+        for source in found
+    )
     if twice := [name for name, times in names.items() if times > 1]:
         raise InputError(f"--source names {', '.join(twice)} more than once")
     return found
 
 
 # --- the target -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _room(target: Path) -> Iterator[None]:
+    """Says what to do when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{target} cannot be written: {error.strerror}; make room and start the same command "
+            "again, and it goes on behind the last complete shard"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -174,6 +198,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
     """The complete shards that a killed run has left; whatever else it left is removed."""
+    begins = being_written(target / PARTIAL)  # killed there, a run has left nothing else
     shards: list[Shard] = []
     if (target / PARTIAL).is_file():
         manifest = read_manifest(target / PARTIAL)
@@ -182,7 +207,7 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
             if shard_damage(target, shard, DTYPES[settings.dtype]):
                 break
             shards.append(shard)
-    elif others := [p.name for p in target.iterdir() if p.name != _LOCK]:
+    elif others := [p.name for p in target.iterdir() if p not in (target / _LOCK, begins)]:
         raise InputError(
             f"--target={target} holds {others[0]} and no prepared data: give a new directory"
         )
@@ -190,7 +215,8 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
     write_manifest(target / PARTIAL, Manifest.of(settings, shards))
     kept = {path for shard in shards for path in shard_files(target, shard.name)}
     for path in target.iterdir():
-        if path not in kept and path.name not in (PARTIAL, _LOCK):
+        ours = _OURS.fullmatch(path.name) or path == being_written(target / MANIFEST)
+        if ours and path not in kept and not path.is_dir():
             path.unlink()
     return shards
 
@@ -209,8 +235,9 @@ def _refuse_other(target: Path, begun: Settings, settings: Settings) -> None:
 
 
 def _write(
-    sources: list[text.TextFile | text.HubText], writer: ShardWriter, encode: Any, ahead: int
-) -> None:
+    sources: list[text.TextFile | text.HubText], writer: ShardWriter, encode: Any, ahead: int,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
     """Sends batches of text to `encode`, and their tokens, in order, to the writer."""
     first, skipped = writer.end
     sizes = [source.size for source in sources]
@@ -234,7 +261,7 @@ def _write(
 
     with bar:
         for number in range(first, len(sources)):
-            pieces, done = sources[number].pieces(), 0
+            pieces, done = _filled(sources[number], say), 0
             if number == first:
                 done = sum(1 for _ in itertools.islice(pieces, skipped))
                 bar.update(sum(sizes[:number]) + sources[number].position - bar.n)
@@ -247,6 +274,16 @@ def _write(
                     take()
         while under_way:
             take()
+
+
+def _filled(
+    source: text.TextFile | text.HubText, say: Callable[[str], None]
+) -> Iterator[text.Piece]:
+    """Its pieces; none, and a warning, where it is blank."""
+    try:
+        yield from source.pieces()
+    except text.BlankError as error:
+        say(f"WARNING: {error}; it is left out")
 
 
 class _Done:

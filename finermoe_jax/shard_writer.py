@@ -22,9 +22,14 @@ from finermoe_jax.token_files import (
 )
 
 
+def being_written(manifest: Path) -> Path:
+    """What a manifest is called until it is whole."""
+    return manifest.with_name(f".{manifest.name}.partial")
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes a manifest; the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = being_written(path)
     with partial.open("w") as file:
         json.dump(dataclasses.asdict(manifest), file, indent=1)
         file.flush()

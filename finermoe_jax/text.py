@@ -34,6 +34,10 @@ _KINDS = (".txt", ".jsonl", ".parquet")
 KNOWN = ".txt or .jsonl, plain or with .gz, .xz or .zst, or .parquet"
 
 
+class BlankError(InputError):
+    """A file of text that holds none."""
+
+
 class Piece(NamedTuple):
     """Some text of a document, and whether the document ends with it."""
 
@@ -77,19 +81,25 @@ class TextFile:
         """The text, from the beginning.
 
         Raises InputError: text that is not UTF-8, a line or row without a text, a damaged or cut
-        file, nothing but white space; a reader that is not installed.
+        file, a reader that is not installed. BlankError: nothing but white space; no piece of it
+        has then been given.
         """
-        filled = False
+        blank: list[Piece] | None = []  # until there is text
         try:
             for piece in self._read():
-                filled = filled or (not piece.text.isspace() and piece.text != "")
-                yield piece
+                if blank is None:
+                    yield piece
+                    continue
+                blank.append(piece)
+                if piece.text.strip():
+                    yield from blank
+                    blank = None
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} is not UTF-8 text: {error}") from None
         except _damages() as error:
             raise InputError(f"{self.path} cannot be read: {error}") from None
-        if not filled:
-            raise InputError(f"{self.path} holds no text")
+        if blank is not None:
+            raise BlankError(f"{self.path} holds no text")
 
     def _read(self) -> Iterator[Piece]:
         kind = text_kind(self.path)

@@ -10,17 +10,21 @@ The shards in a row are one stream; a document may go on in the next shard.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import mmap
+import os
+import resource
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from finermoe_jax.config import from_dict
@@ -73,13 +77,14 @@ class Source:
     Attributes:
       path: what the user calls it.
       tokens: all of them.
-      document_files: int64 arrays of the documents' first tokens, and what to add to each array.
+      document_files: int64 arrays of the documents' first tokens, or .npy files of them, and what
+        to add to each.
       identity: what tells this data from other data, JSON.
     """
 
     path: str
     tokens: TokenStream
-    document_files: tuple[tuple[np.ndarray, int], ...]
+    document_files: tuple[tuple[np.ndarray | Path, int], ...]
     identity: dict[str, Any]
 
     def documents(self) -> np.ndarray:
@@ -87,7 +92,12 @@ class Source:
 
         Raises InputError when they do not rise, or leave the stream.
         """
-        starts = np.concatenate([array + shift for array, shift in self.document_files])
+        starts = np.concatenate(
+            [
+                (_load(found) if isinstance(found, Path) else found) + shift
+                for found, shift in self.document_files
+            ]
+        )
         if len(starts) and (starts[0] < 0 or starts[-1] > len(self.tokens)):
             raise InputError(
                 f"{self.path}: its documents begin at tokens {starts[0]} … {starts[-1]}, and it "
@@ -199,16 +209,21 @@ def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
     return ""
 
 
-def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source:
-    """A prepared directory, checked against its manifest by size.
+def open_prepared(
+    directory: Path, tokenizer: str, eos_id: int | None, vocab_size: int = 1 << 32,
+    show_progress: bool = False,
+) -> Source:  # fmt: skip
+    """A prepared directory, checked against its manifest by size and by the largest token.
 
     Args:
       directory: holds manifest.json.
       tokenizer: `tokenizer_hash` of the run's tokenizer.
       eos_id: its end-of-text token.
+      vocab_size: token ids must lie below.
+      show_progress: a bar while the tokens are scanned.
 
     Raises InputError: another tokenizer, shards that are missing, unreadable, empty or of another
-    size than the manifest says.
+    size than the manifest says, tokens beyond the vocabulary.
     """
     manifest = read_manifest(directory / MANIFEST)
     settings = manifest.settings
@@ -236,7 +251,10 @@ def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source
             "anew"
         )
     dtype = DTYPES[settings.dtype]
-    arrays, documents, shift = [], [], 0
+    _allow_files(len(manifest.shards))
+    arrays: list[np.ndarray] = []
+    documents: list[tuple[Path, int]] = []
+    shift = 0
     for number, shard in enumerate(manifest.shards):
         if shard.name != shard_name(number):
             raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
@@ -244,13 +262,14 @@ def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source
             raise InputError(f"{damage}: copy it again, or prepare the text anew")
         files = shard_files(directory, shard.name)
         arrays.append(map_file(files[0], dtype))
-        documents.append((_load(files[1]), shift))
-        if documents[-1][0].shape != (shard.documents,):
+        documents.append((files[1], shift))
+        if (shape := _load(files[1]).shape) != (shard.documents,):
             raise InputError(
-                f"{files[1]} has shape {documents[-1][0].shape}, and the manifest says "
+                f"{files[1]} has shape {shape}, and the manifest says "
                 f"{shard.documents} documents: copy it again, or prepare the text anew"
             )
         shift += shard.tokens
+    _check_ids(directory, manifest, arrays, vocab_size, show_progress)
     identity = {
         "kind": "prepared",
         "manifest_sha256": hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest(),
@@ -260,11 +279,46 @@ def open_prepared(directory: Path, tokenizer: str, eos_id: int | None) -> Source
     return Source(str(directory), TokenStream(arrays), tuple(documents), identity)
 
 
+def _allow_files(count: int) -> None:
+    """Lets this process open so many more files, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+    if soft != resource.RLIM_INFINITY and opened + count > soft // 2:
+        with contextlib.suppress(OSError, ValueError):  # then the file that fails is named
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_ids(
+    directory: Path, manifest: Manifest, arrays: list[np.ndarray], vocab_size: int, bar: bool
+) -> None:
+    """Compares the largest token of each shard with the vocabulary, and with the manifest."""
+    way_out = f"compare the files: python -m finermoe_jax.prepare_data --verify={directory}"
+    with _scan_bar(manifest.tokens, directory.name if bar else "") as progress:
+        for shard, tokens in zip(manifest.shards, arrays, strict=True):
+            path, largest = shard_files(directory, shard.name)[0], id_range(tokens, progress)[1]
+            if largest >= vocab_size:
+                raise InputError(
+                    f"{path} holds the token {largest}, and the model's vocab_size is "
+                    f"{vocab_size}: prepare the text with the model's tokenizer; if the file may "
+                    f"be damaged, {way_out}"
+                )
+            if largest != shard.max_id:
+                raise InputError(
+                    f"{path}: its largest token is {largest}, and the manifest says "
+                    f"{shard.max_id}; {way_out}"
+                )
+
+
 def _load(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+    except Exception:  # a header may be damaged in as many ways as Python code
+        raise InputError(
+            f"{path} is damaged: it is no .npy file of int64; copy it again, or prepare the text "
+            "anew"
+        ) from None
     if found.dtype != np.dtype("<i8") or found.ndim != 1:
         raise InputError(f"{path} holds {found.dtype} {found.shape}, not a row of int64")
     return found
@@ -327,7 +381,8 @@ def megatron_prefix(path: Path) -> Path | None:
 def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
     """A .bin/.idx pair as Megatron-Core's IndexedDataset writes it, memory-mapped.
 
-    All tokens are read once, for the largest and the smallest id: the format does not state them.
+    All tokens are read once, for the largest and the smallest id and a hash of them: the format
+    does not state them.
 
     Raises InputError: a header or sizes that contradict each other, a missing file, negative ids.
     """
@@ -368,27 +423,37 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
             f"{dtype.itemsize} bytes: one of them is cut, or of another pair"
         )
     tokens = map_file(data, dtype)
-    low, high = id_range(tokens, f"scanning {prefix.name}" if show_progress else "")
+    digest = xxhash.xxh3_128()
+    with _scan_bar(total, prefix.name if show_progress else "") as progress:
+        low, high = id_range(tokens, progress, digest)
     if low < 0:
         raise InputError(f"{data} holds the negative token {low}")
     identity = {
         "kind": "megatron",
         "index_sha256": hashlib.sha256(content).hexdigest(),
+        "tokens_xxh3_128": digest.hexdigest(),
         "tokens": total,
         "max_id": high,
     }
     return Source(str(prefix), TokenStream([tokens]), ((starts[marks[:-1]], 0),), identity)
 
 
-def id_range(tokens: np.ndarray, progress: str = "") -> tuple[int, int]:
-    """The smallest and the largest of at least one token."""
-    low, high, block = int(tokens[0]), int(tokens[0]), 1 << 24
-    with tqdm(
-        total=len(tokens), desc=progress, unit="token", unit_scale=True, disable=not progress,
+def _scan_bar(total: int, name: str) -> tqdm:
+    """Of a scan of so many tokens; without a name it is not shown."""
+    return tqdm(
+        total=total, desc=f"scanning {name}", unit="token", unit_scale=True, disable=not name,
         mininterval=1,
-    ) as bar:  # fmt: skip
-        for first in range(0, len(tokens), block):
-            part = tokens[first : first + block]
-            low, high = min(low, int(part.min())), max(high, int(part.max()))
+    )  # fmt: skip
+
+
+def id_range(tokens: np.ndarray, bar: tqdm | None = None, digest: Any = None) -> tuple[int, int]:
+    """The smallest and the largest of at least one token; `digest` is fed all of them."""
+    low, high, block = int(tokens[0]), int(tokens[0]), 1 << 20
+    for first in range(0, len(tokens), block):
+        part = tokens[first : first + block]
+        low, high = min(low, int(part.min())), max(high, int(part.max()))
+        if digest is not None:
+            digest.update(part)
+        if bar is not None:
             bar.update(len(part))
     return low, high

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,13 +35,15 @@ _FIXED = {
     "train.param_dtype": "the checkpoint's weights are stored so",
 }
 
+_PLACES = ("data.path", "data.eval_path")
+
 
 def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
     """Refuses a directory that holds something else, or a run with another config.
 
-    The mesh may differ: a run may go on on more devices, or fewer. So may the fields named in
-    `allow` (dotted, or a whole group of them) but those that a checkpoint is made of. Nothing is
-    written.
+    The mesh may differ: a run may go on on more devices, or fewer. So may the places of the data,
+    whose content is compared (claim_data), and the fields named in `allow` (dotted, or a whole
+    group of them) but those that a checkpoint is made of. Nothing is written.
 
     Returns the changed fields, each with its value there and in the config.
 
@@ -71,6 +74,7 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
         for name, values in differences(began, dataclasses.asdict(config)).items()
         if not _within(name, "mesh")
     }
+    free = _PLACES if (workdir / "data.json").is_file() else ()
     lines, missing = [], []
     for name, (old, new) in changed.items():
         reason = next((why for what, why in _FIXED.items() if _within(name, what)), "")
@@ -78,7 +82,7 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
             lines.append(
                 f"{name}: {old!r} there, {new!r} in the config; it cannot change: {reason}"
             )
-        elif not any(_within(name, group) for group in allow):
+        elif not any(_within(name, group) for group in (*allow, *free)):
             lines.append(f"{name}: {old!r} there, {new!r} in the config")
             missing.append(name)
     if lines:
@@ -166,38 +170,65 @@ def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
 
 
 def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
-    """Refuses to go on with other data than the run began with, unless `allow` names data.path.
+    """Refuses to go on with other data than the run began with.
 
-    Where it lies may differ. Raises InputError naming what differs of `identity` (data.open_data)
-    and data.json.
+    Where it lies may differ. `allow` lets what is trained on differ by data.path, and what is held
+    out by data.eval_path. Raises InputError naming what differs of `identity` (data.open_data) and
+    data.json.
     """
-    if (workdir / "data.json").is_file() and not any(_within("data.path", name) for name in allow):
-        refuse_differences(
-            f"{workdir} holds a run with other data",
-            _by_number(read_json(workdir / "data.json")),
-            _by_number(identity),
-            "give the data that the run began with, or a new --workdir; or go on with the change: "
-            f"--allow_changes={','.join([*allow, 'data.path'])}",
-            here="now",
+    changed = {
+        name: values
+        for name, values in _data_changes(workdir, identity).items()
+        if not any(_within(_flag(name), group) for group in allow)
+    }
+    if changed:
+        flags = dict.fromkeys([*allow, *map(_flag, changed)])
+        lines = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
+        raise InputError(
+            "\n  ".join([f"{workdir} holds a run with other data", *lines])
+            + "\ngive the data that the run began with, or a new --workdir; or go on with the "
+            f"change: --allow_changes={','.join(flags)}"
         )
 
 
 def record_data(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes data.json; the first process alone."""
-    path = workdir / "data.json"
-    if jax.process_index() == 0:
-        partial = workdir / ".data.json.partial"
-        partial.write_text(json.dumps(identity, indent=2) + "\n")
-        partial.rename(path)
+    """Writes data.json, and what a run goes on with that differs; the first process alone."""
+    if jax.process_index() != 0:
+        return
+    newest = newest_checkpoint(workdir.absolute() / "checkpoints")
+    changed = _data_changes(workdir, identity)
+    if newest is not None and changed:
+        Log(workdir).config_changes(
+            int(newest.name), {f"data.{name}": values for name, values in changed.items()}
+        )
+        print(f"from step {newest.name} on, the data is other data: {', '.join(changed)}")
+    partial = workdir / ".data.json.partial"
+    partial.write_text(json.dumps(identity, indent=2) + "\n")
+    partial.rename(workdir / "data.json")
 
 
-def _by_number(identity: dict[str, Any]) -> dict[str, Any]:
-    """With sources under their numbers, and without their paths."""
-    sources = identity["sources"]
+def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
+    """What differs of the data, but its place; nothing where no data is recorded."""
+    if not (workdir / "data.json").is_file():
+        return {}
+    return differences(_content(read_json(workdir / "data.json")), _content(identity))
+
+
+def _content(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without places, sources under their numbers, weights as shares."""
+    total = sum(Fraction(source["weight"]) for source in identity["sources"])
+    found: dict[str, Any] = {
+        f"source {n}": s | {"path": None, "weight": str(Fraction(s["weight"]) / total)}
+        for n, s in enumerate(identity["sources"], 1)
+    }
     if identity["eval"]:
-        sources = [*sources, identity["eval"]]
-    named = {f"source {n}": s | {"path": None} for n, s in enumerate(sources, 1)}
-    return named | {"tokenizer_sha256": identity["tokenizer_sha256"]}
+        found["eval"] = identity["eval"] | {"path": None}
+    return found | {"tokenizer_sha256": identity["tokenizer_sha256"]}
+
+
+def _flag(name: str) -> str:
+    """The field of the config that a part of the data belongs to."""
+    return "data.eval_path" if _within(name, "eval") else "data.path"
 
 
 def find_shared(workdir: Path) -> None:

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import lzma
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -13,15 +14,17 @@ import pytest
 from pyarrow import parquet
 
 from finermoe_jax import text
-from finermoe_jax.config import DataConfig
+from finermoe_jax.config import DataConfig, RunConfig
 from finermoe_jax.data import batch_identity, open_data, parse_mixture, train_batches
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.packing import counted, masks, pack
+from finermoe_jax.plot import read_lines
 from finermoe_jax.rows import Mixture, Packed, Windows
 from finermoe_jax.text import Piece, TextFile, cut_document, tokenize
 from finermoe_jax.token_files import TokenStream
 from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.workdir import claim, claim_data, prepare, record_data
 
 CONFIG = DataConfig(path="x.txt", sequence_length=8, global_batch_size=6, eval_fraction=0.1)
 MODEL = find("demo/model")
@@ -349,6 +352,13 @@ def test_held_out_text_of_its_own(texts, tokenizer):
         (dict(path="{0}"), "nothing to train on"),
         (dict(path=""), r"data\.path is empty"),
         (
+            dict(path="{0}/short.jsonl:1,{0}/../{0.name}/short.jsonl:2"),
+            r"short\.jsonl twice \(as .*short\.jsonl\), with weights 1\.0 and 2\.0",
+        ),
+        (dict(path=f"{'x' * 5000}:1,none:1"), "x cannot be read: File name too long"),
+        (dict(path="x" * 5000), "x cannot be read: File name too long"),
+        (dict(eval_path="a:1,b:1"), r"data\.eval_path=a:1,b:1 must name one source"),
+        (
             dict(path="{0}/short.jsonl:1,{0}/long.jsonl:1", sequence_length=1300,
                  global_batch_size=1, eval_fraction=0.0),
             r"short\.jsonl gives no training window of 1300 tokens",
@@ -365,3 +375,51 @@ def test_token_ids_must_fit_the_model(texts, tokenizer):
     config = dataclasses.replace(CONFIG, path=f"{texts}/short.jsonl")
     with pytest.raises(InputError, match=r"holds the token \d+, and the model's vocab_size is 100"):
         open_data(config, tokenizer, MODEL, 100)
+
+
+def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
+    moved = shutil.copytree(texts, tmp_path / "moved")
+
+    def run(path, eval_path="", place=texts):
+        data = dataclasses.replace(
+            CONFIG, path=path.format(place), eval_path=eval_path.format(place)
+        )
+        return RunConfig(init_from="x", data=data)
+
+    def identity(config):
+        return open_data(config.data, tokenizer, MODEL, 2048).identity
+
+    mixed = "{0}/short.jsonl:3,{0}/long.jsonl:1"
+    began = run(mixed, "{0}/long.jsonl")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    prepare(workdir, began, MODEL)
+    refused = pytest.raises(InputError, match=r"data\.path: .*there")
+    with refused:  # nothing is recorded that its content could be compared with
+        claim(workdir, run(mixed, "{0}/long.jsonl", moved))
+    record_data(workdir, identity(began))
+    same = run("{0}/short.jsonl:0.75,{0}/long.jsonl:0.25", "{0}/long.jsonl", moved)
+    assert set(claim(workdir, same)) == {"data.path", "data.eval_path"}
+    claim_data(workdir, identity(same))
+    for other, words, flag in (
+        (run("{0}/short.jsonl:2,{0}/long.jsonl:1", "{0}/long.jsonl"),
+         "source 1.weight: '3/4' there, '2/3' now", "data.path"),
+        (run("{0}/long.jsonl", "{0}/long.jsonl"), "source 2.kind: 'text' there, None", "data.path"),
+        (run(mixed, "{0}/short.jsonl"), "eval.tokens: ", "data.eval_path"),
+        (run(mixed), "eval.tokens: ", "data.eval_path"),
+        (run("{0}/long.jsonl"), "eval.tokens: ", "data.path,data.eval_path"),
+    ):  # fmt: skip
+        claim(workdir, other)
+        with pytest.raises(InputError) as error:
+            claim_data(workdir, identity(other))
+        message = str(error.value)
+        assert words in message, message
+        assert set(message.rpartition("--allow_changes=")[2].split(",")) == set(flag.split(","))
+        claim_data(workdir, identity(other), flag.split(","))
+        claim_data(workdir, identity(other), ["data"])
+    (workdir / "checkpoints" / "7").mkdir()
+    (workdir / "checkpoints" / "7" / "_CHECKPOINT_METADATA").write_text("{}")
+    record_data(workdir, identity(run(mixed)))
+    (kept,) = read_lines(workdir / "config_changes.jsonl")
+    assert kept["step"] == 7 and kept["changes"]["data.eval.kind"] == ["text", None]
+    claim_data(workdir, identity(run(mixed)))

@@ -93,6 +93,7 @@ def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
             said = _prepare(sources, target)
         except RuntimeError:
             (target / "00099.partial").write_bytes(b"left over")
+            (target / ".manifest.json.partial").write_bytes(b"left over")
     assert rounds > 2 and any("going on behind" in line for line in said)
     assert _content(target) == _content(whole)
     before = {p: p.stat().st_mtime_ns for p in target.iterdir()}
@@ -147,6 +148,65 @@ def test_what_the_target_holds_already_is_kept(sources, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_run_killed_at_its_beginning_goes_on_and_removes_its_own_alone(sources, whole, tmp_path):
+    target = tmp_path / "tokens"
+    target.mkdir()
+    (target / ".manifest.partial.json.partial").write_text('{"format": ')
+
+    class Killed(Exception):
+        pass
+
+    def say(line):
+        raise Killed
+
+    with pytest.raises(Killed):
+        prepare([str(sources)], target, MODEL, shard_tokens=20_000, say=say)
+    (target / "manifest.json").rename(target / "manifest.partial.json")
+    for name in ("notes.txt", "README.partial"):
+        (target / name).write_text("of somebody")
+    (target / "00000.documents.npy").unlink()
+    _prepare(sources, target)
+    content = _content(target)
+    assert content.pop("notes.txt") == content.pop("README.partial") == b"of somebody"
+    assert content == _content(whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_named_and_the_same_command_goes_on(sources, whole, tmp_path, monkeypatch):
+    target, encode = tmp_path / "tokens", text.encode
+
+    def full(batch, tokenizer):
+        if not (target / "00001.partial").exists():
+            (target / "00001.partial").symlink_to("/dev/full")
+        return encode(batch, tokenizer)
+
+    monkeypatch.setattr(text, "encode", full)
+    with pytest.raises(InputError, match=r"tokens cannot be written: No space.*same command again"):
+        _prepare(sources, target)
+    monkeypatch.setattr(text, "encode", encode)
+    assert "going on behind 1 complete" in _prepare(sources, target)[0]
+    assert _content(target) == _content(whole)
+
+
+def test_blank_files_are_left_out_and_empty_ones_refused(tmp_path):
+    for name, content in (("a.txt", " \n" * 99), ("b.txt", "\n\nText."), ("c.jsonl", "\n\n")):
+        (tmp_path / name).write_text(content)
+    said = _prepare(tmp_path, tmp_path / "tokens")
+    assert [line.partition(" holds")[0] for line in said[:2]] == [
+        f"WARNING: {tmp_path / name}" for name in ("a.txt", "c.jsonl")
+    ]
+    _prepare(tmp_path / "b.txt", tmp_path / "alone")
+    assert (tmp_path / "tokens/00000.bin").read_bytes() == (
+        tmp_path / "alone/00000.bin"
+    ).read_bytes()
+    with pytest.raises(InputError, match="has no tokens"):
+        _prepare(tmp_path / "a.txt", tmp_path / "nothing")
+    (tmp_path / "d.txt").write_text("")
+    with pytest.raises(InputError, match=r"empty files, leave them out: .*d\.txt"):
+        _prepare(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_two_at_once_are_refused(sources, tmp_path):
     refused = pytest.raises(InputError, match="another process is writing")
     with prepare_data._alone(tmp_path / "tokens"), refused:
@@ -159,6 +219,8 @@ def test_sources_are_found_in_order(sources, tmp_path):
         assert [s.name for s in expand(given, "train", "text")] == both
     with pytest.raises(InputError, match=r"names .*book\.txt more than once"):
         expand([str(sources), both[0]], "train", "text")
+    with pytest.raises(InputError, match=r"names .*book\.txt more than once"):
+        expand([f"{sources}/../{sources.name}/book.txt", both[0]], "train", "text")
     with pytest.raises(InputError, match="holds no text"):
         expand([str(tmp_path)], "train", "text")
     with pytest.raises(InputError, match="no file matches"):

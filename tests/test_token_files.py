@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,7 +104,14 @@ def _edit(manifest, **changes):
         (lambda d: (d / "00000.documents.npy").unlink(), r"00000\.documents\.npy cannot be read"),
         (
             lambda d: np.save(d / "00000.documents.npy", np.asarray([{}] * 99, object)),
-            r"00000\.documents\.npy cannot be read: .*Python objects",
+            r"00000\.documents\.npy is damaged: it is no \.npy file of int64",
+        ),
+        *(
+            (
+                lambda d, at=at: _overwrite(d / "00000.documents.npy", at, b"\x00("),
+                r"00000\.documents\.npy is damaged: it is no \.npy file of int64",
+            )
+            for at in (0, 6, 8, 10, 22)
         ),
         (
             lambda d: np.save(d / "00000.documents.npy", np.zeros(99)),
@@ -132,7 +141,11 @@ def _edit(manifest, **changes):
         ),
         (
             lambda d: _edit(d / "manifest.json", shards__2__max_id=70_000),
-            "holds the token 70000, and the model's vocab_size is 2048",
+            r"00002\.bin: its largest token is \d+, and the manifest says 70000; .*--verify=",
+        ),
+        (
+            lambda d: _overwrite(d / "00001.bin", 40, b"\x00\x08"),
+            r"00001\.bin holds the token 2048, and the model's vocab_size is 2048.*--verify=",
         ),
         (
             lambda d: (d / "manifest.json").rename(d / "manifest.partial.json"),
@@ -237,7 +250,10 @@ def _overwrite(path, offset, content):
             lambda p: _megatron(p, [[1, 2048, 3]], code=4),
             "holds the token 2048, and the model's vocab_size is 2048",
         ),
-        (lambda p: p.with_suffix(".idx").unlink(), "does not exist"),
+        (
+            lambda p: p.with_suffix(".idx").unlink(),
+            r"x\.bin has no index: .*x\.idx does not exist",
+        ),
     ],
 )
 def test_a_bad_pair_is_named(tmp_path, tokenizer, damage, words):
@@ -255,6 +271,31 @@ def test_streams_are_read_across_arrays():
     np.testing.assert_array_equal(out, np.arange(2, 9))
     assert len(stream) == 9
     assert id_range(np.asarray([3, -2, 9])) == (-2, 9)
+
+
+def test_a_pairs_fingerprint_is_of_its_tokens(tmp_path, tokenizer):
+    before, after = (
+        _open(tokenizer, _megatron(tmp_path / "x", [[5, middle, 0, 300] * 5])).identity["sources"]
+        for middle in (6, 7)
+    )
+    assert {k for k in before[0] if before[0][k] != after[0][k]} == {"tokens_xxh3_128"}
+
+
+def test_many_shards_need_few_open_files(tmp_path):
+    """One a shard, and more than the soft limit where the system lets."""
+    (tmp_path / "a.jsonl").write_text('{"text": "abc def"}\n' * 200)
+    prepare([str(tmp_path)], tmp_path / "tokens", MODEL, shard_tokens=1, say=lambda _: None)
+    program = f"""
+import os, resource
+from pathlib import Path
+from finermoe_jax.token_files import open_prepared, tokenizer_hash
+before = len(os.listdir("/dev/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (before + 50, before + 250))
+source = open_prepared(Path({str(tmp_path / "tokens")!r}), tokenizer_hash(Path({str(MODEL)!r})), 0)
+assert len(source.tokens.arrays) == 200 and len(source.documents()) == 200
+assert len(os.listdir("/dev/fd")) <= before + 201
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_fingerprint_goes_with_the_content(prepared, tokenizer):
