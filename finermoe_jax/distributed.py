@@ -257,6 +257,15 @@ class _Watch(threading.Thread):
         self.seconds, self.way_on, self.over = seconds, way_on, False
         self.unreachable = f"{_name(0)}, the coordinator, was lost: it cannot be reached any more"
         self.heard = {p: ("", time.monotonic()) for p in range(1, jax.process_count())}
+        # Looked up ahead, and beside the beats: there is no time for it when the end comes, and a
+        # file system that hangs must not look like a lost process.
+        self.known = ""
+        threading.Thread(target=self._look_up, daemon=True).start()
+
+    def _look_up(self) -> None:
+        while not self.over:
+            self.known = self.way_on()
+            time.sleep(0.2)
 
     def run(self) -> None:
         """Until `over`; ends the process when another is lost."""
@@ -302,8 +311,7 @@ class _Watch(threading.Thread):
         if self.over or message == _DONE:
             return
         # At once, and unbuffered: where the coordinator is lost, JAX is about to abort the process.
-        os.write(2, f"\nerror: {message}.".encode())
-        os.write(2, f" {self.way_on()}\n".encode())
+        os.write(2, f"\nerror: {message}. {self.known}\n".encode())
         if jax.process_index() == 0:
             time.sleep(1)  # the message's readers lose the coordinator with this process
         os._exit(1)

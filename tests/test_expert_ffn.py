@@ -313,9 +313,8 @@ def test_work_is_not_rows_times_experts():
     # Nothing in memory beyond the weights and, padded by a block, the rows.
     assert largest("cpu") <= max(e * 2 * f * d, (m + 128) * d)
     assert largest("reference") >= m * e * f, "the search misses inner arrays"
-    # One step of any loop multiplies a block of rows with one expert's weights.
-    per_row = 3 * d * f + 3 * f * w
-    assert max(products_of(jaxpr("cpu"))) < m * e * per_row / 100
+    # No product is larger than one of twice the rows, each with one expert's weights.
+    assert max(products_of(jaxpr("cpu"))) <= 2 * m * 2 * f * d
     assert max(products_of(jaxpr("reference"))) >= m * e * d * f
 
 

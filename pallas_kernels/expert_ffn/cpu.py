@@ -7,6 +7,7 @@ read.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ def _blocks(rows: int, experts: int) -> tuple[int, int]:
     What is left behind these belongs to experts with many rows: larger blocks read their weights
     less often.
     """
-    block = block_rows(rows, experts)
-    return (4 * block, 2 * block) if _FEW <= rows / experts <= _MANY else (block, 0)
+    block, mean = block_rows(rows, experts), rows / experts
+    if not _FEW <= mean <= _MANY:
+        return block, 0
+    return 4 * block, 8 * math.ceil(2 * mean / 8)
 
 
 def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
