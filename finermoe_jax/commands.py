@@ -28,6 +28,7 @@ FLAGS = flags.FLAGS
 def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
     """A command: parses the flags, runs main, exits with 0 only when the work is done."""
     with _clear_errors():
+        _ignore_late_callbacks()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
         # ml_collections reads overrides from sys.argv, for a default config at its definition.
         sys.argv = [_find_config(argument) for argument in _join_config(sys.argv)]
@@ -43,6 +44,17 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
         main()
+
+
+def _ignore_late_callbacks() -> None:
+    """Silences what arrives of reads and writes that Orbax cut off when one of them failed."""
+    hook = sys.unraisablehook
+
+    def listen(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = listen
 
 
 @contextlib.contextmanager
