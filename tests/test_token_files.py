@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,11 +162,21 @@ def test_a_damaged_directory_is_named(prepared, tokenizer, damage, words):
         _open(tokenizer, prepared)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
 def test_an_unreadable_shard_is_named(prepared, tokenizer):
-    (prepared / "00001.bin").chmod(0)
-    with pytest.raises(InputError, match=r"00001\.bin cannot be read: .*Permission denied"):
-        _open(tokenizer, prepared)
+    _open(tokenizer, prepared)
+    with tempfile.TemporaryDirectory() as place:  # which others may enter, unlike tmp_path
+        shutil.copytree(prepared, directory := Path(place) / "tokens")
+        shutil.copytree(MODEL, files := Path(place) / "model")
+        for path in (place, directory, files):
+            Path(path).chmod(0o755)
+        (directory / "00001.bin").chmod(0)
+        superuser = os.geteuid() == 0  # who may read everything: as somebody else, then
+        os.seteuid(65534 if superuser else os.geteuid())
+        try:
+            with pytest.raises(InputError, match=r"00001\.bin cannot be read: .*Permission denied"):
+                _open(tokenizer, directory, files=files)
+        finally:
+            os.seteuid(0 if superuser else os.geteuid())
 
 
 def test_a_shard_that_is_a_directory_is_named(prepared, tokenizer):
