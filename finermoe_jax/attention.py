@@ -9,16 +9,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config import ModelConfig
-from finermoe_jax.flash import attend, causal_attention
+from finermoe_jax.flash import causal_attention
 from finermoe_jax.layers import RMSNorm, normal, param, project, rotate
 from finermoe_jax.sharding import ONE_DEVICE, Placement
+from pallas_kernels.platform import platform
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, or of a stack of layers with a leading axis."""
+    """Keys (rotated) and values of a stack of layers; each head's slots lie side by side."""
 
-    keys: Float[Array, "*L B S K H"]
-    values: Float[Array, "*L B S K H"]
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
+
+    def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "LayerCache":
+        """With k, v [B, T, K, H] of one layer in the slots from `slot` on."""
+        zero = jnp.int32(0)
+        at = (layer, zero, zero, slot, zero)
+        new = (jnp.einsum("BTKH->BKTH", x).astype(self.keys.dtype)[None] for x in (k, v))
+        return LayerCache(
+            *(jax.lax.dynamic_update_slice(a, n, at) for a, n in zip(self, new, strict=True))
+        )
 
 
 class KVCache(NamedTuple):
@@ -33,9 +43,19 @@ class KVCache(NamedTuple):
     positions: Int[Array, " B"]
 
 
+class CacheUse(NamedTuple):
+    """What one layer needs of the cache: its stack and place there, the next slot, and which slots
+    its token sees."""
+
+    stack: LayerCache
+    layer: Int[Array, ""]
+    slot: Int[Array, ""]
+    visible: Bool[Array, "B S"]
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-    shape = (batch, slots, config.num_key_value_heads, config.attention_head_dim)
+    shape = (batch, config.num_key_value_heads, slots, config.attention_head_dim)
     layers = tuple(
         tuple(
             LayerCache(jnp.zeros((repeats, *shape), dtype), jnp.zeros((repeats, *shape), dtype))
@@ -48,21 +68,24 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) ->
     )
 
 
-def cache_mask(
-    valid: Bool[Array, "B S"],
-    query_slots: Int[Array, " T"],
-    segment_ids: Int[Array, "B S"] | None = None,
-) -> Bool[Array, "B 1 T S"]:
-    """Which slots of a cache each query sees: real tokens at or before it, of its own segment.
-
-    query_slots are the queries' places among the S keys. With segment_ids the queries are
-    all S keys.
-    """
-    slots = jnp.arange(valid.shape[1])
-    mask = valid[:, None, :] & (slots[None, None, :] <= query_slots[None, :, None])
-    if segment_ids is not None:
-        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    return mask[:, None]
+def attend_one(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """softmax(q k^T / sqrt(H)) v of one query a row over the visible slots; in float32."""
+    batch, _, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    f32 = jnp.float32
+    if platform() == "cpu":  # its small products of bfloat16 are slow
+        keys, values = keys.astype(f32), values.astype(f32)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(keys.dtype)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, keys, preferred_element_type=f32)
+    scores = jnp.where(visible[:, None, None], scores / width**0.5, jnp.finfo(f32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    y = jnp.einsum("BKGS,BKSH->BKGH", probabilities, values)
+    return y.reshape(q.shape).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -97,14 +120,12 @@ class Attention(nnx.Module):
         angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
         segment_ids: Int[Array, "B T"] | None,
         placement: Placement = ONE_DEVICE,
-        cache: LayerCache | None = None,
-        cache_length: Int[Array, ""] | int = 0,
-        mask: Bool[Array, "B 1 T S"] | None = None,
+        cache: CacheUse | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends causally within segments (flash.causal_attention, which also says where).
 
-        With a cache, writes k and v at slot cache_length and attends over all slots that mask
-        shows; segment_ids and placement are then not asked.
+        With a cache k and v are also written there, and a single token attends to what it holds;
+        several must be its first.
         """
         q = project("BTD,NHD->BTNH", x, self.query[...])
         k = project("BTD,KHD->BTKH", x, self.key[...])
@@ -116,14 +137,13 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is None:
+        written = None
+        if cache is not None:
+            written = cache.stack.write(cache.layer, cache.slot, k, v)
+        if cache is None or written is None or x.shape[1] > 1:
             y = causal_attention(q, k, v, segment_ids, placement)
         else:
-            assert mask is not None
-            start = (0, cache_length, 0, 0)
-            cache = LayerCache(
-                jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start),
-                jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
-            )
-            y = attend(q, cache.keys.astype(x.dtype), cache.values.astype(x.dtype), mask)
-        return project("BTNH,DNH->BTD", y, self.out[...]), cache
+            keys = jax.lax.dynamic_index_in_dim(written.keys, cache.layer, keepdims=False)
+            values = jax.lax.dynamic_index_in_dim(written.values, cache.layer, keepdims=False)
+            y = attend_one(q, keys, values, cache.visible)
+        return project("BTNH,DNH->BTD", y, self.out[...]), written

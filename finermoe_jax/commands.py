@@ -322,25 +322,78 @@ def generate() -> None:
     def define() -> None:
         _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
         _flag(flags.DEFINE_string, "prompt", "", "text to continue")
-        _flag(flags.DEFINE_integer, "max_new_tokens", 64, "tokens to add")
+        _flag(flags.DEFINE_integer, "max_new_tokens", 64, "tokens to add, at most")
         _flag(flags.DEFINE_float, "temperature", 0.0, "0: most likely token; else sample")
+        _flag(flags.DEFINE_integer, "top_k", 0, "sample from so many of the likeliest (0: all)")
+        _flag(flags.DEFINE_float, "top_p", 1.0,
+              "sample from the likeliest tokens that together have this probability")  # fmt: skip
+        _flag(flags.DEFINE_float, "repetition_penalty", 1.0,
+              "above 1 makes tokens that are there already less likely")  # fmt: skip
         _flag(flags.DEFINE_integer, "seed", 0, "of the sampling")
+        _flag(flags.DEFINE_multi_string, "stop", [],
+              "end before this text; may be given several times")  # fmt: skip
+        _flag(flags.DEFINE_bool, "chat", False,
+              "converse: --prompt, if given, then lines from stdin, in the tokenizer's chat "
+              "template")  # fmt: skip
+        _flag(flags.DEFINE_string, "system", "", "a system message to --chat with")
+        _flag(flags.DEFINE_bool, "int8", False,
+              "weights as int8 with a scale for each output channel")  # fmt: skip
 
     def main() -> None:
-        path, prompt = _require("checkpoint"), _require("prompt")
+        path = _require("checkpoint")
+        prompt = FLAGS.prompt if FLAGS.chat else _require("prompt")
+        if FLAGS.system and not FLAGS.chat:
+            raise InputError("--system is of a conversation; it needs --chat")
         from finermoe_jax.checkpoint import load_model
-        from finermoe_jax.generation import complete
+        from finermoe_jax.completion import complete, conversation, end_tokens
+        from finermoe_jax.int8 import int8_weights
+        from finermoe_jax.sampling import Sampling
         from finermoe_jax.tokenizers import load_tokenizer
 
+        sampling = Sampling(*map(FLAGS.__getattr__, Sampling._fields))
+        sampling.check()
         model, files = load_model(path)
         tokenizer = load_tokenizer(files, model.config.vocab_size)
-        pieces = complete(
-            model, tokenizer, prompt, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed
-        )
-        first = next(pieces, "")  # the input is checked before anything is printed
-        print(prompt + first, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        ends = end_tokens(files, tokenizer, model.config.vocab_size)
+        if FLAGS.int8:
+            model = int8_weights(model)
 
-    run("Generate: python generate.py --checkpoint=DIR --prompt=TEXT", define, main)
+        def answer(prompt: Any, shown: str) -> str:
+            pieces = complete(
+                model, tokenizer, prompt, FLAGS.max_new_tokens, sampling, FLAGS.stop, ends
+            )
+            first = next(pieces, "")  # the input is checked before anything is printed
+            print(shown + first, end="", flush=True)
+            words = [first]
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                words.append(piece)
+            print(flush=True)
+            return "".join(words)
+
+        if not FLAGS.chat:
+            answer(prompt, prompt)
+            return
+        messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+        conversation(tokenizer, [*messages, {"role": "user", "content": "?"}])  # has a template
+        for line in _said(prompt):
+            messages.append({"role": "user", "content": line})
+            said = answer(conversation(tokenizer, messages), "")
+            messages.append({"role": "assistant", "content": said})
+
+    run("Generate: python generate.py --checkpoint=DIR --prompt=TEXT [--chat]", define, main)
+
+
+def _said(first: str) -> Iterator[str]:
+    """What a user says: `first`, then line by line from stdin, without the empty ones."""
+    if first:
+        yield first
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is no valid UTF-8: {error}") from None
+        if line:
+            yield line

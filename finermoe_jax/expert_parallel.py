@@ -31,7 +31,8 @@ from jaxtyping import Array, Float, Int
 from finermoe_jax import sharding
 from finermoe_jax.dispatch import dispatch, inverse_of, permute
 from finermoe_jax.sharding import Placement
-from pallas_kernels.expert_ffn import expert_ffn
+from finermoe_jax.weights import Quantized, Weight, in_stack
+from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from pallas_kernels.platform import Implementation, platform
 
 
@@ -39,8 +40,8 @@ def routed_experts(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T A"],
     weights: Float[Array, "B T A"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E F W"],
+    gate_up: Weight,
+    down: Weight,
     placement: Placement,
 ) -> Float[Array, "B T A W"]:
     """Each token's A active experts, weighted; on one device, or over a mesh inside shard_map.
@@ -52,14 +53,15 @@ def routed_experts(
       x: tokens.
       experts: the active experts of each token.
       weights: their routing weights.
-      gate_up: all experts'; as down. Weights are not cast here: only those of an expert that owns
-        a row are read.
+      gate_up: [E, 2F, D], all experts'; as down. Weights are not cast here: only those of an expert
+        that owns a row are read, also where they lie in a stack of layers (weights.OfLayer).
       down: [E, F, W].
       placement: mesh and kernel.
     """
     mesh, kernel = placement
     if mesh is None or mesh.size == 1:
         return _routed(x, experts, weights, gate_up, down, kernel=kernel, axis=None)
+    assert isinstance(gate_up, Array) and isinstance(down, Array), "a layer of its own on a mesh"
     tokens, _ = sharding.spec(("batch", "routed_sequence", "width"), x.shape, mesh, "tokens")
     stored, _ = sharding.spec(("expert",), gate_up.shape[:1], mesh, "experts")
     axis = "expert" if mesh.shape["expert"] > 1 else None
@@ -85,8 +87,8 @@ def _routed(
     x: Array,
     experts: Array,
     weights: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Weight,
+    down: Weight,
     *,
     kernel: Implementation | None,
     axis: str | None,
@@ -100,10 +102,29 @@ def _routed(
     rows = dispatch(x.reshape(-1, x.shape[-1]), order, inverse, active)
     row_weights = permute(weights.reshape(-1), order, inverse)
     if axis is None:
-        y = expert_ffn(rows, gate_up, down, sizes, row_weights, kernel)
+        y = _local_ffn(rows, gate_up, down, sizes, row_weights, kernel)
     else:
         y = exchanged_ffn(rows, row_weights, gate_up, down, sizes, axis, kernel)
     return permute(y, inverse, order).reshape(batch, tokens, active, -1)
+
+
+def _local_ffn(
+    rows: Array,
+    gate_up: Weight,
+    down: Weight,
+    sizes: Array,
+    row_weights: Array,
+    kernel: Implementation | None,
+) -> Array:
+    if isinstance(gate_up, Array) and isinstance(down, Array):
+        return expert_ffn(rows, gate_up, down, sizes, row_weights, kernel)
+    scales = None
+    if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
+        scales = in_stack(gate_up.scale).stack, in_stack(down.scale).stack
+    w_in, w_out = (in_stack(w.values if isinstance(w, Quantized) else w) for w in (gate_up, down))
+    return expert_ffn_of_stack(
+        rows, w_in.stack, w_out.stack, sizes, row_weights, w_in.layer, scales, kernel
+    )
 
 
 class Exchange(NamedTuple):

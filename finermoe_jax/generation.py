@@ -1,18 +1,25 @@
-"""Generation: one prefill, then a token at a time with a KV cache."""
+"""Generation: a prefill of the prompts, then a token at a time from a preallocated KV cache.
+
+Both are one compiled program for each batch size and bucket of lengths, whatever the prompts, the
+number of new tokens and the sampling.
+"""
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from finermoe_jax.attention import KVCache, init_cache
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
+from finermoe_jax.sampling import Sampling, choose
+
+SMALLEST_BUCKET = 32
 
 
 def generate(
@@ -22,6 +29,8 @@ def generate(
     max_new_tokens: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
+    *,
+    sampling: Sampling | None = None,
 ) -> Int[Array, "B TN"]:
     """Continues every row of a batch.
 
@@ -32,6 +41,7 @@ def generate(
       max_new_tokens: tokens to add to each row.
       temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
       seed: of the sampling.
+      sampling: all settings, in place of temperature and seed.
 
     Returns:
       int32 [B, T + max_new_tokens]: the input as given, then the new tokens.
@@ -40,9 +50,8 @@ def generate(
       InputError: empty prompts, ids outside the vocabulary, more positions than the model has.
     """
     prompt = np.asarray(input_ids)
-    new = np.stack(
-        list(stream(model, prompt, attention_mask, max_new_tokens, temperature, seed)), axis=1
-    )
+    sampling = sampling or Sampling(temperature=temperature, seed=seed)
+    new = np.stack(list(stream(model, prompt, attention_mask, max_new_tokens, sampling)), axis=1)
     return jnp.asarray(np.concatenate([prompt, new], axis=1), jnp.int32)
 
 
@@ -51,59 +60,103 @@ def stream(
     input_ids: Any,
     attention_mask: Any = None,
     max_new_tokens: int = 16,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """`generate`, one new token of every row at a time."""
+    """`generate`, one new token of every row at a time. Input is checked at the call."""
     ids = np.asarray(input_ids)
-    mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
-    _check(model, ids, mask, max_new_tokens, temperature)
-    key = jax.random.key(seed)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    _check(model, ids, mask, max_new_tokens)
+    sampling.check()
+    return _tokens(model, ids, mask, max_new_tokens, sampling)
+
+
+def bucket(tokens: int) -> int:
+    """The length that `tokens` are padded to: 32, 48, 64, 96, 128 … (2^n and 3 * 2^(n-1))."""
+    size = max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+    return size * 3 // 4 if size > SMALLEST_BUCKET and tokens <= size * 3 // 4 else size
+
+
+class _Running(NamedTuple):
+    """What passes from step to step; donated, so that the cache is written in place."""
+
+    cache: KVCache
+    seen: Bool[Array, "B V"]
+    step: Int[Array, ""]
+
+
+def _tokens(
+    model: Decoder, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling
+) -> Iterator[Int[np.ndarray, " B"]]:
     graphdef, state = nnx.split(model)
-    batch, tokens = ids.shape
-    cache = init_cache(model.config, batch, tokens + max_new_tokens, model.dtype)
-    last = tokens - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
-    token, cache = _step(
-        graphdef, state, jnp.asarray(ids, jnp.int32), jnp.asarray(mask), jnp.asarray(last),
-        cache, temperature, jax.random.fold_in(key, 0),
-    )  # fmt: skip
-    yield np.asarray(token)
-    ones, zeros = jnp.ones((batch, 1), jnp.int32), jnp.zeros(batch, jnp.int32)
-    for i in range(1, max_new_tokens):
-        token, cache = _step(
-            graphdef, state, token[:, None], ones, zeros, cache, temperature,
-            jax.random.fold_in(key, i),
-        )  # fmt: skip
+    lengths = mask.sum(axis=1)
+    padded = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
+    for row, length in enumerate(lengths):
+        padded[row, :length] = ids[row, mask[row]]
+    slots = bucket(padded.shape[1] + max_new_tokens)
+    cache = init_cache(model.config, len(ids), slots, model.dtype)
+    arguments = padded, lengths.astype(np.int32), cache, sampling.scalars()
+    token, running = _prefill(graphdef, state, *arguments)
+    for _ in range(1, max_new_tokens):
+        # The next step is on its way before this token is fetched.
+        following, running = _decode(graphdef, state, token, running, sampling.scalars())
         yield np.asarray(token)
+        token = following
+    yield np.asarray(token)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _step(
+def _prefill(
     graphdef: Any,
     state: Any,
     ids: Int[Array, "B T"],
-    mask: Int[Array, "B T"],
-    last: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     cache: KVCache,
-    temperature: Float[Array, ""],
-    key: Array,
-) -> tuple[Int[Array, " B"], KVCache]:
-    """Runs ids through the model and chooses each row's next token after position `last`."""
+    sampling: Sampling,
+) -> tuple[Int[Array, " B"], _Running]:
+    """Runs the prompts, [B, T] padded on the right, and chooses each row's first token."""
     model = nnx.merge(graphdef, state)
-    features = model.features(ids, mask, cache=cache)
-    hidden = jnp.take_along_axis(features.hidden, last[:, None, None], axis=1)[:, 0]
-    logits = model.logits(hidden)
-    sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6), axis=-1)
-    token = jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1))
-    return token.astype(jnp.int32), features.cache
+    batch, tokens = ids.shape
+    real = jnp.arange(tokens)[None] < lengths[:, None]
+    features = model.features(ids, real.astype(jnp.int32), cache=cache)
+    hidden = jnp.take_along_axis(features.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    vocab = model.config.vocab_size
+    # Padding is put where no token is.
+    seen = jnp.zeros((batch, vocab + 1), bool)
+    seen = seen.at[jnp.arange(batch)[:, None], jnp.where(real, ids, vocab)].set(True)[:, :-1]
+    return _next(model, hidden, features.cache, seen, sampling, jnp.int32(0))
 
 
-def _check(model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int, temperature: float) -> None:
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="running")
+def _decode(
+    graphdef: Any, state: Any, token: Int[Array, " B"], running: _Running, sampling: Sampling
+) -> tuple[Int[Array, " B"], _Running]:
+    """Runs the last token of every row and chooses the next."""
+    model = nnx.merge(graphdef, state)
+    features = model.features(token[:, None], cache=running.cache)
+    hidden = features.hidden[:, 0]
+    return _next(model, hidden, features.cache, running.seen, sampling, running.step)
+
+
+def _next(
+    model: Decoder,
+    hidden: Array,
+    cache: KVCache | None,
+    seen: Array,
+    sampling: Sampling,
+    step: Array,
+) -> tuple[Int[Array, " B"], _Running]:
+    assert cache is not None
+    token = choose(model.logits(hidden), sampling, seen, step)
+    seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return token, _Running(cache, seen, step + 1)
+
+
+def _check(model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
     if ids.ndim != 2 or not ids.size:
         raise InputError(f"input_ids has shape {ids.shape}; it must be [batch, tokens], not empty")
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask {mask.shape} must have input_ids' shape {ids.shape}")
-    if not (mask != 0).any(axis=1).all():
+    if not mask.any(axis=1).all():
         raise InputError("a prompt holds no token: its attention_mask is 0 everywhere")
     if ids.min() < 0 or ids.max() >= model.config.vocab_size:
         raise InputError(
@@ -112,41 +165,9 @@ def _check(model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int, temperat
         )
     if new < 1:
         raise InputError(f"max_new_tokens={new} must be at least 1")
-    if not temperature >= 0:
-        raise InputError(f"temperature={temperature} must be 0 (greedy) or positive")
-    limit = model.config.max_position_embeddings
-    if ids.shape[1] + new > limit:
+    limit, longest = model.config.max_position_embeddings, mask.sum(axis=1).max()
+    if longest + new > limit:
         raise InputError(
-            f"{ids.shape[1]} prompt tokens and max_new_tokens={new} exceed the model's "
-            f"max_position_embeddings={limit}"
+            f"{longest} prompt tokens and max_new_tokens={new} exceed the model's "
+            f"max_position_embeddings={limit}: shorten the prompt or ask for fewer tokens"
         )
-
-
-def complete(
-    model: Decoder, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int
-) -> Iterator[str]:
-    """The continuation of one text prompt, piece by piece, until the end-of-text token.
-
-    Raises InputError, at the call, when the prompt has no token or does not fit (`generate`).
-    """
-    ids = np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)[None]
-    if not ids.size:
-        raise InputError("a prompt is empty; give at least one character")
-    _check(model, ids, np.ones_like(ids), max_new_tokens, temperature)
-    return _pieces(tokenizer, stream(model, ids, None, max_new_tokens, temperature, seed))
-
-
-def _pieces(tokenizer: Any, tokens: Iterator[np.ndarray]) -> Iterator[str]:
-    """The text that each new token adds."""
-    so_far: list[int] = []
-    shown = ""
-    for token in tokens:
-        if int(token[0]) == tokenizer.eos_token_id:
-            break
-        so_far.append(int(token[0]))
-        text = tokenizer.decode(so_far)
-        # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        shown = text

@@ -4,7 +4,7 @@ Axis letters: finermoe_jax/config.py.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
-from finermoe_jax.attention import Attention, KVCache, LayerCache, cache_mask
+from finermoe_jax.attention import Attention, CacheUse, KVCache, LayerCache
 from finermoe_jax.config import LayerKind, ModelConfig
 from finermoe_jax.flash import segments
 from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing, expert_tokens
 from finermoe_jax.sharding import ONE_DEVICE, Placement
+from finermoe_jax.weights import OfLayer
 
 
 class Features(NamedTuple):
@@ -64,25 +65,23 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         angles: tuple[Array, Array],
         segment_ids: Array | None,
-        mask: Array | None,
         real: Array,
-        cache: LayerCache | None,
-        cache_length: Array | int,
+        cache: CacheUse | None,
         placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
         """Returns x, the written cache, and a MoE layer's routing with Eq. 11's loss and the tokens
         [B, E] of each expert."""
-        attended, cache = self.attention(
-            self.input_norm(x), angles, segment_ids, placement, cache, cache_length, mask
+        attended, written = self.attention(
+            self.input_norm(x), angles, segment_ids, placement, cache
         )
         x = x + attended
         normed = self.post_norm(x)
         if not hasattr(self, "moe"):
-            return x + self.mlp(normed, placement), cache, None
+            return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
         # The loss counts the same: the compiler does it once.
         tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
-        return x + y, cache, (routing, (aux_loss, tokens))
+        return x + y, written, (routing, (aux_loss, tokens))
 
 
 # What the backward pass finds stored; the rest of a layer it computes again.
@@ -156,22 +155,20 @@ class Decoder(nnx.Module):
           position_ids: rotary positions; None: the real tokens of a row count from 0.
           segment_ids: documents packed into a row; attention stays inside each. Positions run on
             unless position_ids restart them.
-          cache: written from slot cache.length on; its rows' positions continue there.
+          cache: an empty one takes prompts, one that is filled a single token of every row.
           remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
           unroll: layers (or repeats of their pattern) written out per turn of the scan.
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
-        if cache is None:
-            valid, offset, first = real, jnp.int32(0), jnp.zeros(batch, jnp.int32)
-            mask, segment_ids = None, segments(attention_mask, segment_ids)
-        else:
-            offset, first = cache.length, cache.positions
-            valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, offset))
-            mask = cache_mask(valid, offset + jnp.arange(tokens), segment_ids)
+        first = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
         if position_ids is None:
             counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
             position_ids = first[:, None] + jnp.maximum(counted, 0)
+        segment_ids = segments(attention_mask, segment_ids)
+        visible = real
+        if cache is not None:
+            visible = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
         config = self.config
         angles = rotary_angles(
             position_ids, config.attention_head_dim, config.rope_theta, config.rope_scaling
@@ -182,18 +179,19 @@ class Decoder(nnx.Module):
         balance: list[tuple[Array, Array]] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
-            layer_caches = cache.layers[index] if cache else (None,) * len(run)
+            run_cache = None
+            if cache is not None:
+                run_cache = _RunCache(cache.layers[index], cache.length, visible)
             x, written, run_routing, run_balance = _scan_run(
-                run, x, angles, segment_ids, mask, real, layer_caches, offset, remat, unroll,
-                self.placement,
-            )  # fmt: skip
+                run, x, angles, segment_ids, real, run_cache, remat, unroll, self.placement
+            )
             caches.append(written)
             routing += run_routing
             balance += run_balance
         new_cache = None
         if cache is not None:
             advanced = first + real.sum(axis=1, dtype=jnp.int32)
-            new_cache = KVCache(tuple(caches), valid, offset + tokens, advanced)
+            new_cache = KVCache(tuple(caches), visible, cache.length + tokens, advanced)
         aux_loss, per_expert = jnp.zeros(0), jnp.zeros((0, 0), jnp.int32)
         if balance:
             aux_loss = jnp.concatenate([losses for losses, _ in balance])
@@ -256,45 +254,66 @@ def _stacked_blocks(
     return build(rngs)
 
 
+class _RunCache(NamedTuple):
+    places: tuple[LayerCache, ...]  # of the pattern, each a stack of the repeats
+    slot: Array
+    visible: Array
+
+
 def _scan_run(
     run: nnx.List,
     x: Array,
     angles: tuple[Array, Array],
     segment_ids: Array | None,
-    mask: Array | None,
     real: Array,
-    caches: tuple[LayerCache | None, ...],
-    cache_length: Array,
+    cache: _RunCache | None,
     remat: str,
     unroll: int,
     placement: Placement,
-) -> tuple[Array, tuple[LayerCache | None, ...], list[Routing], list[tuple[Array, Array]]]:
+) -> tuple[Array, tuple[LayerCache, ...] | None, list[Routing], list[tuple[Array, Array]]]:
     """Scans the repeats. Returns x, the written caches, and of the MoE layers, in order, the
     routing and, stacked, Eq. 11's losses [L] and the experts' tokens [L, B, E] (one pair or none).
     """
     graphdef: Any
     graphdef, stacked = nnx.split(run)
+    repeats = jax.tree.leaves(stacked)[0].shape[0]
 
-    def body(x: Array, layer: tuple) -> tuple:
-        state, layer_caches = layer
+    def layers(x: Array, state: Any, caches: Sequence[CacheUse | None]) -> tuple:
         written: list[Any] = []
         traces: list[Any] = []
         x = sharding.constrain(x, ("batch", "sequence", "width"), placement, "residual stream")
         state = sharding.gather_dense(state, x.dtype, placement)
-        for block, cache in zip(nnx.merge(graphdef, state), layer_caches, strict=True):
-            x, cache, trace = block(
-                x, angles, segment_ids, mask, real, cache, cache_length, placement
-            )
+        for block, use in zip(nnx.merge(graphdef, state), caches, strict=True):
+            x, cache, trace = block(x, angles, segment_ids, real, use, placement)
             written.append(cache)
             traces.append(trace)
-        return x, (tuple(written), tuple(traces))
+        return x, tuple(written), tuple(traces)
 
-    repeats = jax.tree.leaves(stacked)[0].shape[0]
+    def body(x: Array, state: Any) -> tuple:
+        x, _, traces = layers(x, state, (None,) * len(run))
+        return x, traces
+
+    def cached_body(carry: tuple, layer: Array) -> tuple:
+        x, places = carry
+        assert cache is not None
+        alone = placement.mesh is None or placement.mesh.size == 1
+        # Handed out by the scan, a layer's weights would be a copy, of the idle experts too.
+        state = jax.tree.map(lambda leaf: OfLayer(leaf, layer) if alone else leaf[layer], stacked)
+        uses = [CacheUse(place, layer, cache.slot, cache.visible) for place in places]
+        x, places, traces = layers(x, state, uses)
+        return (x, places), traces
+
     if remat != "none":
         # In a loop nothing can be shared between the two passes; written out it would be.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll >= repeats)
-    scanned: Any = jax.lax.scan(body, x, (stacked, caches), unroll=min(unroll, repeats))
-    x, (new_caches, stacked_traces) = scanned
+    places: Any = None
+    stacked_traces: Any
+    if cache is None:
+        x, stacked_traces = jax.lax.scan(body, x, stacked, unroll=min(unroll, repeats))
+    else:
+        (x, places), stacked_traces = jax.lax.scan(
+            cached_body, (x, cache.places), jnp.arange(repeats)
+        )
     traces = [trace for trace in stacked_traces if trace is not None]
     routing = [
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stacked_routing)
@@ -307,4 +326,4 @@ def _scan_run(
         return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
 
     balance = [jax.tree.map(in_order, *(pair for _, pair in traces))] if traces else []
-    return x, new_caches, routing, balance
+    return x, places, routing, balance

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from finermoe_jax import data, distributed, metrics, plot, sharding
 from finermoe_jax.checkpoint import TrainingCheckpoints, abstract_params, newest_checkpoint
+from finermoe_jax.completion import complete
 from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
-from finermoe_jax.generation import complete
 from finermoe_jax.guard import Guard
 from finermoe_jax.integrity import set_aside_damaged
 from finermoe_jax.loop import Loop
@@ -184,7 +184,7 @@ def _checked(
             )
         claim_data(workdir, text.identity, allow_changes)
     for prompt in config.prompts:
-        complete(start.model, tokenizer, prompt, config.prompt_tokens, 0.0, 0)  # checks it
+        complete(start.model, tokenizer, prompt, config.prompt_tokens)  # checks it
     return mesh, start, tokenizer, text
 
 
@@ -222,7 +222,7 @@ def _run(
             monitor.evaluation(name, step, loss)
             say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
         for prompt in config.prompts:
-            words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens, 0.0, 0))
+            words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens))
             log.sample(name, step, prompt, words)
             say(f"  {prompt!r} → {words!r}")
         return loss

@@ -4,7 +4,7 @@ from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.expert_ffn import cpu, reference
 from pallas_kernels.platform import Implementation, choose
@@ -63,6 +63,56 @@ def expert_ffn(
 
             return mosaic_gpu.expert_ffn(*arguments, interpret=interpret)
     assert_never(chosen)
+
+
+def expert_ffn_of_stack(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    layer: Array | int,
+    scales: tuple[Array, Array] | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Array:
+    """`expert_ffn` with the experts of one layer of a stack, which is not copied; forward only.
+
+    Args:
+      rows: [M, D], sorted by expert.
+      gate_up: [L, E, 2F, D]. Of the stack only experts of this layer that own a row are read.
+      down: [L, E, F, W].
+      group_sizes: int32 [E].
+      row_weights: [M].
+      layer: int32, 0 … L - 1.
+      scales: float32 [L, E, 2F] and [L, E, W] of int8 weights, one for each output. "cpu" computes
+        these on every platform.
+      implementation: as in expert_ffn; "reference" and "gpu" copy the layer's experts.
+      interpret: as in expert_ffn.
+
+    Returns:
+      [M, W] in the dtype of rows, accumulated in float32.
+
+    Raises:
+      ValueError: as expert_ffn; int8 weights without scales.
+      NotImplementedError: as expert_ffn.
+    """
+    if scales is None:
+        one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
+        _check(rows, one[0], one[1], group_sizes, row_weights)
+    chosen = "cpu" if scales is not None or not len(rows) else choose(implementation, interpret)
+    if chosen in ("reference", "gpu"):
+        w_in, w_out = (lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (gate_up, down))
+        return expert_ffn(rows, w_in, w_out, group_sizes, row_weights, chosen, interpret)
+    w_in, w_out = (w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
+    start = jnp.asarray(layer * len(group_sizes), jnp.int32)
+    if chosen == "tpu":
+        from pallas_kernels.expert_ffn import mosaic_tpu
+
+        return mosaic_tpu.forward(rows, w_in, w_out, group_sizes, row_weights, start, interpret)
+    if scales is not None:
+        scales = scales[0].reshape(-1, w_in.shape[1]), scales[1].reshape(-1, w_out.shape[2])
+    return cpu.forward(rows, w_in, w_out, group_sizes, row_weights, start, scales)
 
 
 def _check(

@@ -38,10 +38,22 @@ def _hidden(x: Array, gate_up: Array) -> tuple[Array, Array]:
     return hidden[:, :middle], hidden[:, middle:]
 
 
-def _forward_block(x: Array, w_in: Array, w_out: Array) -> Array:
+def _forward_block(
+    x: Array, w_in: Array, w_out: Array, scales: tuple[Array, Array] | None = None
+) -> Array:
     """y [B, W] of one expert's rows, before the routing weights; float32."""
-    gate, up = _hidden(x, w_in.astype(jnp.float32))
-    return (jax.nn.silu(gate) * up) @ w_out.astype(jnp.float32)
+    f32 = jnp.float32
+    if x.shape[0] == 1:
+        # Bound by reading the weights: sums of products run at the memory's speed, small matrix
+        # products do not, and a cast would be an array of its own.
+        hidden = (w_in.astype(f32) * x).sum(axis=1)[None]
+    else:
+        hidden = x @ w_in.astype(f32).T
+    if scales is not None:
+        hidden *= scales[0]
+    gate, up = jnp.split(hidden, 2, axis=1)
+    y = (jax.nn.silu(gate) * up) @ w_out.astype(f32)
+    return y if scales is None else y * scales[1]
 
 
 def _backward_block(
@@ -66,19 +78,34 @@ def _backward_block(
     return dhidden @ w_in, dweight, dhidden.T @ x, active.T @ (dy * weight)
 
 
-@jax.custom_vjp
-def expert_ffn(
-    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
+def forward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
 ) -> Array:
-    """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
-    m, experts = rows.shape[0], gate_up.shape[0]
+    """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes.
+
+    With first_expert the groups are those from that expert on, of more than there are groups; with
+    scales, float32 [experts of gate_up, 2F] and [.., W], the weights are int8.
+    """
+    m, experts = rows.shape[0], group_sizes.shape[0]
     block, head = _blocks(m, experts)
+    if first_expert is not None:
+        # A batched product would need the layer's experts as an array of its own.
+        block, head = 1 if m <= experts // 2 else block_rows(m, experts), 0
     count, expert, start, _ = blocks(group_sizes, m, block, head)
     x_all = pad(rows, block)
 
     def body(b: Array, out: Array) -> Array:
-        x = take(x_all, start[b], block)
-        y = _forward_block(x, gate_up[expert[b]], down[expert[b]])
+        x, e = take(x_all, start[b], block), expert[b]
+        if first_expert is not None:
+            e += first_expert
+        own = None if scales is None else (scales[0][e], scales[1][e])
+        y = _forward_block(x, gate_up[e], down[e], own)
         return lax.dynamic_update_slice_in_dim(out, y, start[b], 0)
 
     out = lax.fori_loop(0, count, body, jnp.zeros((m + block, down.shape[2]), jnp.float32))[:m]
@@ -87,6 +114,14 @@ def expert_ffn(
         y = jax.vmap(_forward_block)(_masked(rows[first], own), gate_up, down)
         out = jnp.where(inside[:, None], _flat(y)[place], out)
     return (out * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
+
+
+@jax.custom_vjp
+def expert_ffn(
+    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
+) -> Array:
+    """See api.expert_ffn."""
+    return forward(rows, gate_up, down, group_sizes, row_weights)
 
 
 def _masked(x: Array, own: Array) -> Array:

@@ -339,10 +339,12 @@ def pallas_call(
     return functools.partial(run, *plan) if prefetched else run
 
 
-def _launch(call: Call, group_sizes: Array, interpret: Any) -> Callable[..., Any]:
+def _launch(
+    call: Call, group_sizes: Array, interpret: Any, first_expert: Array | int = 0
+) -> Callable[..., Any]:
     backward = call.kind == "backward"
     plan = schedule(group_sizes, call.m, call.tiles.rows, visit_idle=backward)
-    return pallas_call(call, plan, interpret)
+    return pallas_call(call, plan._replace(weights=plan.weights + first_expert), interpret)
 
 
 def _padded(rows: int, *arrays: Array) -> list[Array]:
@@ -368,15 +370,34 @@ def expert_ffn(
     Raises:
       ValueError: a dtype that the MXU does not multiply.
     """
+    return forward(rows, gate_up, down, group_sizes, row_weights, None, interpret)
+
+
+def forward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | None,
+    interpret: Any = False,
+) -> Array:
+    """`expert_ffn`; with first_expert the groups are those from it on, of more than are groups."""
     for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} is {array.dtype}; a TPU takes float32 or bfloat16")
-    m = rows.shape[0]
+    m, experts = rows.shape[0], group_sizes.shape[0]
     x, weights = _padded(m, rows, row_weights)
-    call = plan_call("forward", x, gate_up, down, interpret)
+    groups: list[Any] = [
+        jax.ShapeDtypeStruct((experts, *w.shape[1:]), w.dtype) for w in (gate_up, down)
+    ]
+    call = plan_call("forward", x, groups[0], groups[1], interpret)
+    first = 0 if first_expert is None else first_expert
     if call is None:
+        if first_expert is not None:
+            gate_up, down = (lax.dynamic_slice_in_dim(w, first, experts) for w in (gate_up, down))
         return _unfused(rows, gate_up, down, group_sizes, row_weights, interpret)
-    run = _launch(call, group_sizes, interpret)
+    run = _launch(call, group_sizes, interpret, first)
     (y,) = run(x, weights.astype(jnp.float32)[None], gate_up, down)
     return y[:m]
 

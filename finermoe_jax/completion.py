@@ -1,0 +1,179 @@
+"""Text from a decoder: prompts continued piece by piece or in batches, and conversations."""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.generation import stream
+from finermoe_jax.model import Decoder
+from finermoe_jax.sampling import Sampling
+from finermoe_jax.tokenizers import generation_settings
+
+GREEDY = Sampling()
+
+
+def end_tokens(files: Path, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json in `files`, and the tokenizer's own."""
+    stated = generation_settings(files, vocab_size).get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [stated, tokenizer.eos_token_id]
+    return frozenset(i for i in ids if i is not None)
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    ends: Collection[int] | None = None,
+) -> Iterator[str]:
+    """The continuation of one prompt, piece by piece.
+
+    It ends before the first of the `stop` strings, at one of the `ends` tokens (default: the
+    tokenizer's end of text) or after max_new_tokens. Raises InputError, at the call, when the
+    prompt has no token or does not fit (`generate`).
+    """
+    ids = _encode(tokenizer, prompt)
+    text = _Text(tokenizer, stop, ends)
+    tokens = stream(model, np.asarray([ids], np.int32), None, max_new_tokens, sampling)
+
+    def pieces() -> Iterator[str]:
+        for token in tokens:
+            if piece := text.add(int(token[0])):
+                yield piece
+            if text.ended:
+                return
+        if piece := text.rest():
+            yield piece
+
+    return pieces()
+
+
+def continue_all(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    ends: Collection[int] | None = None,
+    batch_size: int = 8,
+    show_progress: bool = False,
+) -> list[str]:
+    """Every prompt's continuation, as `complete` ends it, in the order of the prompts.
+
+    Prompts run in batches of like lengths, so that few programs are compiled. Raises InputError,
+    before any is run, when one has no token or does not fit.
+    """
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    for ids in encoded:
+        stream(model, np.asarray([ids], np.int32), None, max_new_tokens, sampling)  # checks it
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    texts = [_Text(tokenizer, stop, ends) for _ in encoded]
+    with tqdm(total=len(order), unit="prompt", disable=not show_progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            # A last, smaller batch is filled up: another size would be another program.
+            filled = [encoded[i] for i in rows] + [encoded[rows[-1]]] * (batch_size - len(rows))
+            longest = max(map(len, filled))
+            padded = np.zeros((batch_size, longest), np.int32)
+            mask = np.zeros_like(padded)
+            for row, prompt_ids in enumerate(filled):
+                padded[row, : len(prompt_ids)], mask[row, : len(prompt_ids)] = prompt_ids, 1
+            for new in stream(model, padded, mask, max_new_tokens, sampling):
+                for i, token in zip(rows, new, strict=False):
+                    texts[i].add(int(token))
+                if all(texts[i].ended for i in rows):
+                    break
+            bar.update(len(rows))
+    for text in texts:
+        text.rest()
+    return [text.shown for text in texts]
+
+
+def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation, by the tokenizer's chat template, up to the next answer.
+
+    messages are {"role": "system" | "user" | "assistant", "content": text}. The template is
+    rendered in a sandbox (transformers'). Raises InputError: no template, or one that refuses.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the tokenizer has no chat template: its model has not learnt conversations. Leave "
+            "--chat away, or put the template's file (chat_template.jinja) beside the tokenizer"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # whatever the template raises
+        raise InputError(f"the tokenizer's chat template failed: {error}") from None
+
+
+def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        ids = [int(i) for i in prompt]
+    else:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"a prompt is no valid UTF-8 at character {error.start}; convert it first"
+            ) from None
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError("a prompt is empty; give at least one character")
+    return ids
+
+
+class _Text:
+    """The text of the tokens that came so far, as far as it is certain."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], ends: Collection[int] | None):
+        if "" in stop:
+            raise InputError("a stop string is empty; it would end every text at once")
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.ends = {tokenizer.eos_token_id} if ends is None else frozenset(ends)
+        self.tokens: list[int] = []
+        self.shown = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """What a further token makes certain; what follows the end is ignored."""
+        if self.ended:
+            return ""
+        if token in self.ends:
+            return self.rest()
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens)
+        found = [place for s in self.stop if (place := text.find(s)) >= 0]
+        if found:
+            self.ended = True
+            return self._show(text[: min(found)])
+        # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
+        # So does what may become a stop string.
+        certain = len(text.rstrip("\ufffd"))
+        for s in self.stop:
+            for size in range(min(len(s) - 1, len(text)), 0, -1):
+                if text.endswith(s[:size]):
+                    certain = min(certain, len(text) - size)
+                    break
+        return self._show(text[:certain])
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self._show(self.tokenizer.decode(self.tokens))
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self.shown) :]
+        self.shown += piece
+        return piece

@@ -1,0 +1,86 @@
+"""The choice of the next token from its logits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.errors import InputError
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn. All are arguments of one compiled program, none recompiles it.
+
+    temperature 0 takes the most likely token. Else logits are divided by it, and drawn from are
+    the top_k most likely tokens (0: all), of these the fewest that hold top_p of the probability.
+    Before all that the logits of tokens that the row has seen are divided by repetition_penalty
+    where positive, multiplied where not (1: none). Each row draws from its own key of the seed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError where a value makes no sense."""
+        for name, right, what in (
+            ("temperature", self.temperature >= 0, "0 (greedy) or positive"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or positive"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "positive; 1 is none"),
+            ("seed", 0 <= self.seed < 2**32, "in 0 … 2^32 - 1"),
+        ):
+            if not right:  # NaN is not right either
+                raise InputError(f"{name}={getattr(self, name)} must be {what}")
+
+    def scalars(self) -> "Sampling":
+        """As arrays of fixed types, so that no value is a compilation of its own."""
+        kinds = (np.float32, np.int32, np.float32, np.float32, np.uint32)
+        return jax.tree.map(lambda kind, x: kind(x), Sampling(*kinds), self)  # type: ignore
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seen: Bool[Array, "B V"],
+    step: Int[Array, ""],
+) -> Int[Array, " B"]:
+    """Each row's next token, int32; `sampling` holds scalars, step counts the tokens drawn."""
+    penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalized, logits)
+
+    def draw() -> Int[Array, " B"]:
+        scaled = logits / sampling.temperature
+        restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
+        least = jax.lax.cond(
+            restricted,
+            lambda: _least_kept(scaled, sampling),
+            lambda: jnp.full(scaled.shape[:1], -jnp.inf),
+        )
+        scaled = jnp.where(scaled >= least[:, None], scaled, -jnp.inf)
+        key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(scaled)))
+        return jax.vmap(jax.random.categorical)(keys, scaled)
+
+    def most_likely() -> Int[Array, " B"]:
+        return jnp.argmax(logits, axis=-1)
+
+    return jax.lax.cond(sampling.temperature > 0, draw, most_likely).astype(jnp.int32)
+
+
+def _least_kept(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[Array, " B"]:
+    """The smallest logit that top_k and top_p leave in each row; equal ones all stay."""
+    falling = -jnp.sort(-scaled, axis=-1)
+    vocab = scaled.shape[-1]
+    count = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
+    falling = jnp.where(jnp.arange(vocab) < count, falling, -jnp.inf)
+    probabilities = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The most likely one has nothing before it: at least one token stays.
+    kept = (before < sampling.top_p) & (falling > -jnp.inf)
+    return jnp.where(kept, falling, jnp.inf).min(axis=-1)
