@@ -18,6 +18,7 @@ from finermoe_jax.attention import KVCache, init_cache
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
 from finermoe_jax.sampling import Sampling, choose
+from finermoe_jax.weights import apart
 
 SMALLEST_BUCKET = 32
 
@@ -96,12 +97,25 @@ def _tokens(
     cache = init_cache(model.config, len(ids), slots, model.dtype)
     arguments = padded, lengths.astype(np.int32), cache, sampling.scalars()
     token, running = _prefill(graphdef, state, *arguments)
+    if max_new_tokens > 1:
+        state = layers_apart(state)
     for _ in range(1, max_new_tokens):
         # The next step is on its way before this token is fetched.
         following, running = _decode(graphdef, state, token, running, sampling.scalars())
         yield np.asarray(token)
         token = following
     yield np.asarray(token)
+
+
+def layers_apart(state: nnx.State) -> nnx.State:
+    """The state with the layers' weights as a decoding step reads them best (weights.Apart)."""
+
+    def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if path[0] != "runs":
+            return variable
+        return variable.replace(jax.tree.map(apart, variable.get_value()))
+
+    return nnx.map_state(cut, state)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")

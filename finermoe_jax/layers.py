@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
 from finermoe_jax.config import RopeScaling
+from finermoe_jax.few_rows import FEW_ROWS, few_rows
 from finermoe_jax.sharding import ONE_DEVICE, Placement
 from finermoe_jax.weights import OfLayer, Quantized, Weight
 from pallas_kernels.platform import platform
@@ -48,13 +49,6 @@ def normal(std: float) -> Callable[..., Array]:
     return init
 
 
-# Rows up to which a product on a CPU is bound by reading the weight.
-FEW_ROWS = 16
-# What is cut out of a stack or cast on its way into such a product, at a time: it stays in cache,
-# and memory is read once.
-_BLOCK_BYTES = 2 * 2**20
-
-
 def project(
     equation: str,
     x: Float[Array, "..."],
@@ -77,37 +71,10 @@ def project(
     if math.prod(leading) <= FEW_ROWS and platform() == "cpu":
         outputs = weight.shape[: weight.ndim - summed]
         matrix = weight.reshape(math.prod(outputs), -1)
-        y = _few_rows(x.reshape(-1, matrix.shape[1]).astype(jnp.float32), matrix)
+        y = few_rows(x.reshape(-1, matrix.shape[1]).astype(jnp.float32), matrix)
         return y.reshape(*leading, *outputs).astype(out_dtype)
     whole = weight.whole() if isinstance(weight, OfLayer) else weight
     return _project(equation, x, whole, out_dtype)
-
-
-def _few_rows(x: Float[Array, "M K"], weight: Array | OfLayer) -> Float[Array, "M N"]:
-    """x @ weight.T in float32, in the forms that XLA runs at a CPU's memory speed."""
-    outputs, width = weight.shape
-    block = max(1, min(outputs, _BLOCK_BYTES // (4 * width)))
-    if isinstance(weight, Array) and (weight.dtype == jnp.float32 or len(x) == 1):
-        return _times(x, weight)
-
-    def body(i: Array, y: Array) -> Array:
-        start = jnp.minimum(i * block, outputs - block)
-        if isinstance(weight, OfLayer):
-            part = weight.rows(start, block)
-        else:
-            part = jax.lax.dynamic_slice_in_dim(weight, start, block)
-        return jax.lax.dynamic_update_slice(y, _times(x, part), (0, start))
-
-    y = jnp.zeros((len(x), outputs), jnp.float32)
-    return jax.lax.fori_loop(0, -(-outputs // block), body, y)
-
-
-def _times(x: Float[Array, "M K"], weight: Array) -> Float[Array, "M N"]:
-    if len(x) > 1:
-        return x @ weight.astype(jnp.float32).T
-    if weight.dtype == jnp.float32:
-        return (weight @ x[0])[None]
-    return (weight.astype(jnp.float32) * x).sum(axis=1)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -22,7 +22,7 @@ from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.routing import Routing, expert_tokens
 from finermoe_jax.sharding import ONE_DEVICE, Placement
-from finermoe_jax.weights import OfLayer
+from finermoe_jax.weights import Apart, OfLayer
 
 
 class Features(NamedTuple):
@@ -260,6 +260,10 @@ class _RunCache(NamedTuple):
     visible: Array
 
 
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, Apart)
+
+
 def _scan_run(
     run: nnx.List,
     x: Array,
@@ -276,7 +280,8 @@ def _scan_run(
     """
     graphdef: Any
     graphdef, stacked = nnx.split(run)
-    repeats = jax.tree.leaves(stacked)[0].shape[0]
+    first = jax.tree.leaves(stacked, is_leaf=_is_apart)[0]
+    repeats = len(first.layers) if _is_apart(first) else first.shape[0]
 
     def layers(x: Array, state: Any, caches: Sequence[CacheUse | None]) -> tuple:
         written: list[Any] = []
@@ -293,13 +298,19 @@ def _scan_run(
         x, _, traces = layers(x, state, (None,) * len(run))
         return x, traces
 
-    def cached_body(carry: tuple, layer: Array) -> tuple:
+    def cached_body(carry: tuple, layer: Array | int) -> tuple:
         x, places = carry
         assert cache is not None
         alone = placement.mesh is None or placement.mesh.size == 1
-        # Handed out by the scan, a layer's weights would be a copy, of the idle experts too.
-        state = jax.tree.map(lambda leaf: OfLayer(leaf, layer) if alone else leaf[layer], stacked)
-        uses = [CacheUse(place, layer, cache.slot, cache.visible) for place in places]
+
+        def of_layer(leaf: Any) -> Any:
+            if _is_apart(leaf):
+                return leaf.layers[layer]
+            # Handed out by the scan it would be a copy, of the idle experts too.
+            return OfLayer(leaf, jnp.asarray(layer)) if alone else leaf[layer]
+
+        state = jax.tree.map(of_layer, stacked, is_leaf=_is_apart)
+        uses = [CacheUse(place, jnp.int32(layer), cache.slot, cache.visible) for place in places]
         x, places, traces = layers(x, state, uses)
         return (x, places), traces
 
@@ -310,6 +321,12 @@ def _scan_run(
     stacked_traces: Any
     if cache is None:
         x, stacked_traces = jax.lax.scan(body, x, stacked, unroll=min(unroll, repeats))
+    elif _is_apart(first):
+        places, each = cache.places, []
+        for layer in range(repeats):
+            (x, places), traces = cached_body((x, places), layer)
+            each.append(traces)
+        stacked_traces = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     else:
         (x, places), stacked_traces = jax.lax.scan(
             cached_body, (x, cache.places), jnp.arange(repeats)

@@ -1,8 +1,9 @@
-"""Weights that are not arrays of their own: a layer still in its stack, and int8 with scales.
+"""Weights as generation reads them: layers where they lie in their stack, and int8 with scales.
 
-Generation reads every weight once per token, so that a copy would double its time: scanning
-over a stack of layers hands out copies, `OfLayer` what its user wants of them. `layers.project`
-and `expert_parallel.routed_experts` read both kinds; whoever asks for an array gets one.
+Generation reads every weight once per token, so that a copy would double its time, and a scan over
+a stack of layers hands out copies. `OfLayer` leaves a layer in its stack: accelerators fuse the
+cutting into the product, and kernels take the stack. XLA on a CPU copies there too; for it `Apart`
+holds the layers as arrays of their own, in the memory of the stack.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
@@ -56,6 +58,24 @@ class OfLayer:
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is ... else self.whole()[index]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """All layers of a stack."""
+
+    layers: tuple[Array, ...]
+
+
+def apart(stack: Array) -> Array | Apart:
+    """The layers in the memory of their stack, on a CPU; elsewhere the stack.
+
+    Layers whose size is no multiple of 64 bytes, which are small, are copied.
+    """
+    if len(stack.devices()) > 1 or next(iter(stack.devices())).platform != "cpu":
+        return stack
+    return Apart(tuple(jax.device_put(layer, may_alias=True) for layer in np.asarray(stack)))
 
 
 @jax.tree_util.register_dataclass
