@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from finermoe_jax.weights import OfLayer
+from pallas_kernels.written_out import partial_sums, row_products
 
 FEW_ROWS = 16  # up to which a product is bound by reading the weight
 # Of what has to be copied or cast on its way, so much float32 at a time: it stays in cache.
@@ -26,8 +27,8 @@ def few_rows(x: Float[Array, "M K"], weight: Array | OfLayer) -> Float[Array, "M
     outputs, width = weight.shape
     if isinstance(weight, Array):
         if len(x) == 1 and weight.dtype != jnp.float32:
-            # Written out: what a short loop does runs on one core.
-            count = -(-outputs * _lanes(width) * 4 // _SUMS_BYTES)
+            # No loop: what a short one does runs on one core.
+            count = -(-outputs * partial_sums(width) * 4 // _SUMS_BYTES)
             parts = jnp.array_split(weight, count)
             return jnp.concatenate([_times(x, part) for part in parts], axis=1)
         if weight.dtype == jnp.float32 or _splits(weight):
@@ -51,26 +52,11 @@ def _splits(weight: Array | OfLayer) -> bool:
     return weight.dtype == jnp.bfloat16 and _multiplies_bfloat16()
 
 
-def _lanes(width: int) -> int:
-    """How many sums a row's products are gathered in: at most 80 products each, 32 sums or more."""
-    return max(32, 1 << (-(-width // 80) - 1).bit_length())
-
-
 def _times(x: Float[Array, "M K"], weight: Array) -> Float[Array, "M N"]:
     if len(x) == 1 and weight.dtype == jnp.float32:
         return (weight @ x[0])[None]
     if len(x) == 1:
-        # Written out, so that one loop casts, multiplies and adds; XLA's sums cast into memory.
-        lanes = _lanes(weight.shape[1])
-        x = jax.lax.optimization_barrier(x)  # what made it would be done again for every output
-        sums = jnp.zeros((len(weight), lanes), jnp.float32)
-        for start in range(0, weight.shape[1] - lanes + 1, lanes):
-            part = slice(start, start + lanes)
-            sums += weight[:, part].astype(jnp.float32) * x[:, part]
-        y = sums @ jnp.ones(lanes)
-        if rest := weight.shape[1] % lanes:
-            y += (weight[:, -rest:].astype(jnp.float32) * x[:, -rest:]).sum(axis=1)
-        return y[None]
+        return row_products(lambda start, stop: weight[:, start:stop], x)[None]
     if _splits(weight):
         # The two halves together have 16 bits of x's 24: their errors are float32's, nearly.
         high = x.astype(jnp.bfloat16)

@@ -74,6 +74,8 @@ def project(
         y = few_rows(x.reshape(-1, matrix.shape[1]).astype(jnp.float32), matrix)
         return y.reshape(*leading, *outputs).astype(out_dtype)
     whole = weight.whole() if isinstance(weight, OfLayer) else weight
+    if whole.dtype == jnp.int8:
+        whole = whole.astype(x.dtype)
     return _project(equation, x, whole, out_dtype)
 
 

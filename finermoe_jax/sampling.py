@@ -78,7 +78,7 @@ def _least_kept(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
     falling = -jnp.sort(-scaled, axis=-1)
     vocab = scaled.shape[-1]
     count = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    falling = jnp.where(jnp.arange(vocab) < count, falling, -jnp.inf)
+    falling = jnp.where(jnp.arange(vocab)[None] < count, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # The most likely one has nothing before it: at least one token stays.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.blocks import block_rows, blocks, heads, pad, take
+from pallas_kernels.written_out import combined_rows, row_products
 
 # Mean rows per expert between which reading every expert, and padding it to twice the mean, cost
 # less than a loop's turn for each.
@@ -43,17 +44,31 @@ def _forward_block(
 ) -> Array:
     """y [B, W] of one expert's rows, before the routing weights; float32."""
     f32 = jnp.float32
-    if x.shape[0] == 1:
-        # Bound by reading the weights: sums of products run at the memory's speed, small matrix
-        # products do not, and a cast would be an array of its own.
-        hidden = (w_in.astype(f32) * x).sum(axis=1)[None]
-    else:
-        hidden = x @ w_in.astype(f32).T
+    hidden = x @ w_in.astype(f32).T
     if scales is not None:
-        hidden *= scales[0]
+        hidden *= scales[0][None]
     gate, up = jnp.split(hidden, 2, axis=1)
     y = (jax.nn.silu(gate) * up) @ w_out.astype(f32)
-    return y if scales is None else y * scales[1]
+    return y if scales is None else y * scales[1][None]
+
+
+def _forward_rows(
+    x: Array, gate_up: Array, down: Array, expert: Array, scales: tuple[Array, Array] | None
+) -> Array:
+    """y [M, W] of few rows, each with an expert of its own; float32."""
+    x = x.astype(jnp.float32)[:, None]
+    hidden = row_products(lambda start, stop: gate_up[expert, :, start:stop], x)
+    if scales is not None:
+        hidden *= scales[0][expert]
+    gate, up = jnp.split(hidden, 2, axis=1)
+    # Rows f, f + step, … are a slice of an axis of their own, which a gather leaves in place.
+    experts, f, width = down.shape
+
+    def rows(start: int, step: int) -> Array:
+        return down.reshape(experts, f // step, step, width)[expert, :, start]
+
+    y = combined_rows(rows, jax.nn.silu(gate) * up)
+    return y if scales is None else y * scales[1][expert]
 
 
 def _backward_block(
@@ -95,8 +110,12 @@ def forward(
     m, experts = rows.shape[0], group_sizes.shape[0]
     block, head = _blocks(m, experts)
     if first_expert is not None:
+        if m <= experts // 2:
+            expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
+            y = _forward_rows(rows, gate_up, down, first_expert + expert, scales)
+            return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
         # A batched product would need the layer's experts as an array of its own.
-        block, head = 1 if m <= experts // 2 else block_rows(m, experts), 0
+        block, head = block_rows(m, experts), 0
     count, expert, start, _ = blocks(group_sizes, m, block, head)
     x_all = pad(rows, block)
 

@@ -1,0 +1,313 @@
+"""Prefill and decoding on this machine's CPU, at Qwen2.5-0.5B's shapes with random weights.
+
+    python benchmarks/inference.py bounds
+    python benchmarks/inference.py architectures --layers=12 --plot=docs/inference.png
+
+`bounds` holds FineRMoE against what the machine can do, measured in the same process between the
+runs: a decoding step against the bytes that it cannot avoid (all weights but the embedding table
+and the experts that no row chose, and the cache's tokens) at the speed of reading 256 MiB; a
+prefill of 512 tokens against float32 products of 2048 x 2048 matrices.
+
+`architectures` is the paper's Table 6 at this scale: time to the first token of a prompt of 512 and
+tokens per second after it, at batch 1, of the paper's architectures with the same number of layers
+in bfloat16, all in memory at once and measured in turn, round by round.
+
+Medians. Every architecture runs the same two programs (finermoe_jax/generation.py).
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from finermoe_jax import host_memory
+from finermoe_jax.architectures import ARCHITECTURES
+from finermoe_jax.config import ModelConfig
+from finermoe_jax.generation import _decode, _prefill, _Running, bucket, init_cache, layers_apart
+from finermoe_jax.model import Decoder, parameter_shapes, with_params
+from finermoe_jax.published import QWEN2P5
+from finermoe_jax.sampling import Sampling
+
+PROMPT, NEW = 512, 64
+GREEDY = Sampling().scalars()
+TABLE_6 = {
+    "FineRMoE": "inter_out_fg", "S16A4": "s16a4", "DU": "du", "NVShard": "nvshard",
+    "dense base": "pt", "C32A2": "c32a2",
+}  # fmt: skip
+
+
+# --- what the machine can do ----------------------------------------------------------------
+
+
+class Machine:
+    """The speed of its memory and of its matrix products, as they are at the moment."""
+
+    def __init__(self) -> None:
+        self.values = jnp.ones(64 << 20, jnp.float32)
+        self.matrix = jnp.ones((2048, 2048), jnp.float32)
+        self.read, self.multiply = jax.jit(jnp.sum), jax.jit(jnp.matmul)
+        self.bandwidth(), self.flops()
+
+    def bandwidth(self) -> float:
+        """Bytes per second."""
+        return self.values.nbytes / seconds(lambda: self.read(self.values), 3)
+
+    def flops(self) -> float:
+        """Float32 operations per second."""
+        return 2 * 2048**3 / seconds(lambda: self.multiply(self.matrix, self.matrix), 3)
+
+
+def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    """Median time of a call, its result computed."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# --- models ---------------------------------------------------------------------------------
+
+
+def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]) -> Decoder:
+    """A decoder of repeated random weights; those that `shared` holds already are taken from it."""
+    piece = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02
+    piece = piece.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    params: dict = {}
+    for path, shape in parameter_shapes(config).items():
+        if path not in shared:
+            values = np.empty(int(np.prod(shape)), piece.dtype)
+            for start in range(0, values.size, piece.size):
+                part = values[start : start + piece.size]
+                # Another part for every place: no two experts or layers are alike.
+                part[:] = np.roll(piece, start // 977 + len(path))[: part.size]
+            shared[path] = jax.device_put(values.reshape(shape), may_alias=True)
+        place = params
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = shared[path]
+    return with_params(config, params, dtype="float32")
+
+
+class Served:
+    """A model with a running request of `batch` rows."""
+
+    def __init__(self, config: ModelConfig, dtype: str, batch: int, shared: dict | None = None):
+        self.config, self.batch = config, batch
+        model = random_model(config, dtype, {} if shared is None else shared)
+        self.graphdef, self.stacked = nnx.split(model)
+        self.state = layers_apart(self.stacked)
+        self.itemsize = 2 if dtype == "bfloat16" else 4
+        rng = np.random.default_rng(1)
+        self.prompt = rng.integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32)
+        self.token, self.running = self.prefill()
+
+    def prefill(self) -> tuple[jax.Array, _Running]:
+        """The prompt and its first token, into a fresh cache."""
+        cache = init_cache(self.config, self.batch, bucket(PROMPT + NEW), "float32")
+        jax.block_until_ready(cache)
+        lengths = np.full(self.batch, PROMPT, np.int32)
+        return _prefill(self.graphdef, self.stacked, self.prompt, lengths, cache, GREEDY)
+
+    def decode(self) -> jax.Array:
+        """The next token of every row."""
+        arguments = self.state, self.token, self.running, GREEDY
+        self.token, self.running = _decode(self.graphdef, *arguments)
+        return self.token
+
+    def bytes(self) -> tuple[int, int]:
+        """Of all weights, and those that the next step has to read, the cache's tokens included.
+
+        Experts are counted as its routers choose them.
+        """
+        total = needed = 0
+        chosen = _chosen(self.graphdef, self.stacked, self.token, self.running.cache)
+        own = [len(np.unique(layer)) for layer in chosen]
+        for path, shape in parameter_shapes(self.config).items():
+            size = int(np.prod(shape)) * self.itemsize
+            total += size
+            if path[-2:] in (("moe", "gate_up"), ("moe", "down")):
+                size = size // shape[0] // shape[1] * sum(own)
+            elif path[0] == "embed" and not self.config.tie_word_embeddings:
+                size = self.batch * shape[1] * self.itemsize
+            needed += size
+        for keys, values in (place for run in self.running.cache.layers for place in run):
+            used = int(self.running.cache.length) / keys.shape[3]
+            needed += round((keys.nbytes + values.nbytes) * used)
+        return total, needed
+
+    def prefill_flops(self) -> float:
+        """Of the products of a prefill: weights with the rows they meet, and attention."""
+        config, moe, total = self.config, self.config.moe, 0.0
+        for path, shape in parameter_shapes(config).items():
+            size = float(np.prod(shape))
+            if path[-2:] in (("moe", "gate_up"), ("moe", "down")):
+                assert moe is not None
+                size *= moe.num_active / moe.num_experts
+            total += 2 * size * self.batch * (PROMPT if path[0] == "runs" else 0)
+        total += 2 * self.batch * config.vocab_size * config.hidden_size
+        width = config.num_attention_heads * config.attention_head_dim
+        return total + 2 * self.batch * config.num_hidden_layers * PROMPT**2 * width
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _chosen(graphdef: Any, state: Any, token: jax.Array, cache: Any) -> list[jax.Array]:
+    features = nnx.merge(graphdef, state).features(token[:, None], cache=cache)
+    return [routing.experts for routing in features.routing]
+
+
+def shapes(name: str, layers: int) -> ModelConfig:
+    """Qwen2.5-0.5B as that architecture, untied like all upcycled models."""
+    moe = ARCHITECTURES[name].moe
+    base = dataclasses.replace(QWEN2P5["0.5B"], num_hidden_layers=layers)
+    return dataclasses.replace(base, moe=moe, tie_word_embeddings=False)
+
+
+# --- the two measurements -------------------------------------------------------------------
+
+
+def bounds(layers: int, rounds: int) -> list[dict[str, Any]]:
+    """FineRMoE in float32 and bfloat16, at batch 1 and 8."""
+    machine, rows = Machine(), []
+    for dtype in ("float32", "bfloat16"):
+        shared: dict[tuple, jax.Array] = {}
+        for batch in (1, 8):
+            served = Served(shapes("inter_out_fg", layers), dtype, batch, shared)
+            jax.block_until_ready((served.decode(), served.prefill()))
+            _, needed = served.bytes()
+            decode, bandwidth, prefill, peak = [], [], [], []
+            for _ in tqdm(range(rounds), desc=f"{dtype}, batch {batch}", file=sys.stderr):
+                bandwidth.append(machine.bandwidth())
+                decode.append(seconds(served.decode, 3))
+                if batch == 1:
+                    peak.append(machine.flops())
+                    prefill.append(seconds(served.prefill))
+            row: dict[str, Any] = dict(weights=dtype, batch=batch, bytes=needed)
+            row["step_s"] = statistics.median(decode)
+            row["bandwidth"] = statistics.median(bandwidth)
+            row["decode_share"] = needed / row["step_s"] / row["bandwidth"]
+            if prefill:
+                row["prefill_s"], row["peak"] = map(statistics.median, (prefill, peak))
+                row["prefill_share"] = served.prefill_flops() / row["prefill_s"] / row["peak"]
+            rows.append(row)
+            print(_bounds_line(row), flush=True)
+            del served
+            gc.collect()
+    return rows
+
+
+def _bounds_line(row: dict[str, Any]) -> str:
+    line = (
+        f"| {row['weights']} | {row['batch']} | {row['bytes'] / 1e9:.2f} GB | "
+        f"{row['step_s'] * 1e3:.0f} ms | {row['batch'] / row['step_s']:.1f} | "
+        f"{row['bandwidth'] / 1e9:.1f} GB/s | {row['decode_share']:.0%} |"
+    )
+    if "prefill_s" not in row:
+        return line + " | | |"
+    return line + (
+        f" {row['prefill_s']:.2f} s | {row['peak'] / 1e9:.0f} GFLOP/s | "
+        f"{row['prefill_share']:.0%} |"
+    )
+
+
+def architectures(layers: int, rounds: int, plot: str) -> list[dict[str, Any]]:
+    """Time to first token and tokens per second of Table 6's architectures."""
+    models: dict[str, Served] = {}
+    embeddings: dict[tuple, jax.Array] = {}
+    for name, variant in tqdm(TABLE_6.items(), desc="weights and programs", file=sys.stderr):
+        shared = {path: w for path, w in embeddings.items() if path[0] != "runs"}
+        models[name] = Served(shapes(variant, layers), "bfloat16", 1, shared)
+        embeddings = shared
+        jax.block_until_ready((models[name].decode(), models[name].prefill()))
+    first: dict[str, list[float]] = {name: [] for name in models}
+    step: dict[str, list[float]] = {name: [] for name in models}
+    for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr):
+        for name, served in models.items():
+            first[name].append(seconds(served.prefill))
+            step[name].append(seconds(served.decode, 5))
+    rows = []
+    for name, served in models.items():
+        total, needed = served.bytes()
+        row = dict(name=name, total=total, needed=needed)
+        row |= dict(first_s=statistics.median(first[name]), step_s=statistics.median(step[name]))
+        # Each round against the same round's FineRMoE.
+        for key, times in (("first", first), ("step", step)):
+            pairs = zip(times[name], times["FineRMoE"], strict=True)
+            row[f"{key}_ratio"] = statistics.median(a / b for a, b in pairs)
+        rows.append(row)
+        print(
+            f"| {name} | {total / 1e9:.2f} GB | {needed / 1e9:.2f} GB | {row['first_s']:.2f} s | "
+            f"{row['first_ratio']:.2f} | {1 / row['step_s']:.1f} | {1 / row['step_ratio']:.2f} |",
+            flush=True,
+        )
+    if plot:
+        draw(rows, layers, plot)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], layers: int, path: str) -> None:
+    """Weights, time to first token and tokens per second, a bar for each architecture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    names = [row["name"] for row in rows][::-1]
+    colors = ["#c4552d" if name == "FineRMoE" else "#7d8ca3" for name in names]
+    for axes, title, values, form in (
+        (panels[0], "weights, GB", [row["total"] / 1e9 for row in rows], "{:.1f}"),
+        (panels[1], "time to first token, s", [row["first_s"] for row in rows], "{:.2f}"),
+        (panels[2], "tokens per second", [1 / row["step_s"] for row in rows], "{:.1f}"),
+    ):
+        bars = axes.barh(names, values[::-1], color=colors)
+        axes.bar_label(bars, [form.format(v) for v in values[::-1]], padding=3, fontsize=9)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, max(values) * 1.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Qwen2.5-0.5B's shapes, {layers} layers, bfloat16 weights, batch 1, prompt of {PROMPT}, "
+        "2 CPU cores", fontsize=10,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["bounds", "architectures"])
+    parser.add_argument("--layers", type=int, help="default: 24 for bounds, 12 otherwise")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--plot", default="", help="architectures: a picture of the table")
+    parser.add_argument("--output", default="", help="the figures as JSON")
+    arguments = parser.parse_args()
+    host_memory.keep_freed()
+    if arguments.what == "bounds":
+        print("| weights | batch | bytes to read | step | tokens/s | reads at | share | "
+              "prefill of 512 | products at | share |\n" + "|---" * 10 + "|")  # fmt: skip
+        rows = bounds(arguments.layers or 24, arguments.rounds)
+    else:
+        print("| | all weights | read by a step | first token | / FineRMoE | tokens/s | "
+              "/ FineRMoE |\n" + "|---" * 7 + "|")  # fmt: skip
+        rows = architectures(arguments.layers or 12, arguments.rounds, arguments.plot)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

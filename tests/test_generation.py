@@ -1,0 +1,353 @@
+"""Generation: what two compiled programs make is what the whole model says, however it is asked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import finermoe_jax as fm
+from finermoe_jax import few_rows as few
+from finermoe_jax import generation
+from finermoe_jax.completion import complete, continue_all, conversation
+from finermoe_jax.files import find
+from finermoe_jax.int8 import int8_weights
+from finermoe_jax.model import Decoder, with_params
+from finermoe_jax.sampling import Sampling, choose
+from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.weights import OfLayer, apart, quantize
+from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from tests.test_training import MOE
+
+# A repeated pattern of dense and MoE layers, several experts per slot, and everything else.
+CONFIG = dataclasses.replace(
+    MOE,
+    initializer_range=0.3,
+    num_hidden_layers=4,
+    moe=fm.MoEConfig(8, 2, 1, 2, 2, concat_proj="routed", decoder_sparse_step=2),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(CONFIG, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(find("finermoe_jax/demo/model"), 10**6)
+
+
+def prompts(lengths, vocab=CONFIG.vocab_size):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab, n).tolist() for n in lengths]
+
+
+def batch(rows, left):
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(-len(row), None) if left else slice(len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+def check_greedy(model, prompt, made):
+    """Every new token is the most likely one after the whole sequence before it."""
+    whole = np.zeros((1, 24), np.int32)
+    whole[0, : len(prompt) + len(made)] = [*prompt, *made]
+    best = np.asarray(model(whole).logits[0].argmax(-1))
+    np.testing.assert_array_equal(best[len(prompt) - 1 :][: len(made)], made)
+
+
+def test_greedy_tokens_are_those_of_whole_sequences(model):
+    rows = prompts([3, 11, 1, 7])
+    new = []
+    for left in (True, False):
+        ids, mask = batch(rows, left)
+        made = np.asarray(fm.generate(model, ids, mask, max_new_tokens=8))
+        np.testing.assert_array_equal(made[:, : ids.shape[1]], ids)
+        new.append(made[:, ids.shape[1] :])
+    np.testing.assert_array_equal(*new)
+    for row, tokens in zip(rows, new[0], strict=True):
+        check_greedy(model, row, tokens)
+    alone = np.asarray(fm.generate(model, [rows[1]], max_new_tokens=8))[0, 11:]
+    np.testing.assert_array_equal(alone, new[0][1])
+
+
+def test_stored_in_bfloat16(model):
+    # Decoding multiplies in float32, as whole sequences do here: the weights are what is rounded.
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(model)))
+    rounded = with_params(CONFIG, params, dtype="float32")
+    row = prompts([9])[0]
+    made = np.asarray(fm.generate(rounded, [row], max_new_tokens=8))[0, 9:]
+    check_greedy(rounded, row, made)
+
+
+def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
+    def run(length, new, **settings):
+        list(generation.stream(model, [prompts([length])[0]], None, new, Sampling(**settings)))
+
+    run(40, 5)
+    compiled = [f._cache_size() for f in (generation._prefill, generation._decode)]
+    run(33, 9)
+    run(47, 2, temperature=0.7, top_k=5, seed=3)
+    run(41, 12, temperature=1.3, top_p=0.6, repetition_penalty=1.2)
+    assert [f._cache_size() for f in (generation._prefill, generation._decode)] == compiled
+    sizes = [generation.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1000)]
+    assert sizes == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1024]
+
+
+def test_the_cache_is_written_in_place(model):
+    graphdef, state = nnx.split(model)
+    cache = generation.init_cache(CONFIG, 1, 32, model.dtype)
+    arguments = np.zeros((1, 32), np.int32), np.array([5], np.int32), cache, Sampling().scalars()
+    token, running = generation._prefill(graphdef, state, *arguments)
+    keys = running.cache.layers[0][0].keys
+    assert cache.layers[0][0].keys.is_deleted()
+    place = keys.unsafe_buffer_pointer()
+    _, after = generation._decode(graphdef, state, token, running, Sampling().scalars())
+    assert keys.is_deleted() and after.cache.layers[0][0].keys.unsafe_buffer_pointer() == place
+
+
+def test_layers_apart_lie_in_the_memory_of_their_stack():
+    stack = jnp.arange(3 * 16 * 32, dtype=jnp.float32).reshape(3, 16, 32)
+    layers = apart(stack).layers
+    start = stack.unsafe_buffer_pointer()
+    assert [w.unsafe_buffer_pointer() - start for w in layers] == [0, 2048, 4096]
+    # Rows of 12 bytes cannot: they are copied.
+    odd = jnp.arange(9, dtype=jnp.float32).reshape(3, 3)
+    np.testing.assert_array_equal(np.stack(apart(odd).layers), odd)
+
+
+def test_only_active_experts_are_read(model):
+    """Whatever an expert holds that no token chose, NaN included, it reaches nothing."""
+    row = prompts([4])[0]
+    made = fm.generate(model, [row], max_new_tokens=6)
+    params = jax.tree.map(lambda x: x, nnx.to_pure_dict(nnx.state(model)))
+    used = [np.unique(routing.experts) for routing in model(made).routing]
+    assert all(len(experts) < CONFIG.moe.num_experts for experts in used)
+    moe = params["runs"][0][1]["moe"]
+    for name in ("gate_up", "down"):
+        poisoned = np.full(moe[name].shape, np.nan, np.float32)
+        for layer, experts in enumerate(used):
+            poisoned[layer, experts] = moe[name][layer, experts]
+        moe[name] = jnp.asarray(poisoned)
+    again = fm.generate(with_params(CONFIG, params, dtype="float32"), [row], max_new_tokens=6)
+    np.testing.assert_array_equal(again, made)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows(monkeypatch, native, dtype, rows):
+    monkeypatch.setattr(few, "_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(few, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(few, "_SUMS_BYTES", 4096)
+    rng = np.random.default_rng(0)
+    for outputs, width in ((5, 3), (70, 77), (33, 160)):
+        stack = jnp.asarray(rng.integers(-99, 99, (3, outputs, width)), dtype)
+        x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+        wanted = np.asarray(x, np.float64) @ np.asarray(stack[1], np.float64).T
+        for weight in (stack[1], OfLayer(stack, jnp.int32(1))):
+            got = (
+                jax.jit(few.few_rows)(x, weight) if weight is stack[1] else few.few_rows(x, weight)
+            )
+            np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=99 * width * 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
+@pytest.mark.parametrize("sizes", [[0, 2, 0, 0, 0, 1, 0, 0], [5, 0, 9, 1, 0, 3, 2, 0]])
+def test_experts_of_a_stack(implementation, sizes):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    m, interpret = sum(sizes), implementation == "tpu"
+    rows, weights = draw(m, 16), draw(m)
+    gate_up, down = draw(3, 8, 24, 16), draw(3, 8, 12, 8)
+    groups = jnp.asarray(sizes, jnp.int32)
+    wanted = expert_ffn(rows, gate_up[1], down[1], groups, weights, "reference")
+    # The other layers' experts, and idle ones, reach nothing.
+    keep = jnp.zeros((3, 8), bool).at[1].set(groups > 0)[..., None, None]
+    poisoned = [jnp.where(keep, w, jnp.nan) for w in (gate_up, down)]
+    if implementation == "reference":
+        poisoned = [gate_up, down]
+    got = expert_ffn_of_stack(
+        rows, *poisoned, groups, weights, jnp.int32(1), None, implementation, interpret
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="int8"):
+        whole = [w.astype(jnp.int8) for w in (gate_up, down)]
+        expert_ffn_of_stack(rows, *whole, groups, weights, 1, None, implementation, interpret)
+    small = [quantize(w, (axis,)) for w, axis in ((gate_up, -1), (down, -2))]
+    restored = [
+        w.values.astype(jnp.float32) * jnp.expand_dims(w.scale, axis)
+        for w, axis in zip(small, (-1, -2), strict=True)
+    ]
+    wanted = expert_ffn(rows, *(w[1] for w in restored), groups, weights, "reference")
+    scales = (small[0].scale, small[1].scale)
+    got = expert_ffn_of_stack(rows, small[0].values, small[1].values, groups, weights, 1, scales)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_int8(model):
+    small = int8_weights(model)
+    row = prompts([9])[0]
+    made = np.asarray(fm.generate(small, [row], max_new_tokens=8))[0, 9:]
+    check_greedy(small, row, made)
+    exact, rounded = model([row]).logits, small([row]).logits
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.1
+    # What every matrix became is off by half a step at most.
+    weight = model.runs[0][1].moe.down[...]
+    values = small.runs[0][1].moe.down.get_value()
+    step = np.abs(weight).max(axis=-2, keepdims=True) / 127
+    back = values.values.astype(jnp.float32) * values.scale[..., None, :]
+    assert (np.abs(back - weight) <= step * 0.501).all()
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def draws(logits, count=2000, **settings):
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (count, 1))
+    seen = jnp.zeros(rows.shape, bool)
+    return np.asarray(choose(rows, Sampling(**settings).scalars(), seen, jnp.int32(0)))
+
+
+def test_sampling_frequencies():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    for settings, wanted in (
+        (dict(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (dict(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
+        (dict(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (dict(temperature=1.0, top_p=0.75), [0.625, 0.375, 0, 0]),
+        (dict(temperature=1.0, top_p=0.85), [0.526, 0.316, 0.158, 0]),
+        (dict(temperature=1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
+        (dict(temperature=1.0, top_p=1e-6), [1, 0, 0, 0]),
+        (dict(temperature=0.0, top_k=3), [1, 0, 0, 0]),
+    ):
+        got = np.bincount(draws(logits, **settings), minlength=4) / 2000
+        np.testing.assert_allclose(got, wanted, atol=0.04, err_msg=str(settings))
+        np.testing.assert_array_equal(got == 0, np.array(wanted) == 0, err_msg=str(settings))
+
+
+def test_repetition_penalty():
+    logits = jnp.asarray([[2.0, 1.5, -1.0, -1.1]])
+    seen = jnp.asarray([[True, False, False, False]])
+    token = choose(logits, Sampling(repetition_penalty=1.5).scalars(), seen, jnp.int32(0))
+    assert token.tolist() == [1]  # 2 / 1.5 < 1.5
+    logits, seen = jnp.asarray([[-1.0, -1.1]]), jnp.asarray([[True, False]])
+    token = choose(logits, Sampling(repetition_penalty=1.5).scalars(), seen, jnp.int32(0))
+    assert token.tolist() == [1]
+
+
+def test_a_seed_repeats_and_rows_differ(model):
+    ids = np.tile(prompts([5])[0], (4, 1))
+    sampling = Sampling(temperature=2.0, seed=5)
+    made = np.asarray(fm.generate(model, ids, max_new_tokens=12, sampling=sampling))
+    np.testing.assert_array_equal(
+        made, fm.generate(model, ids, max_new_tokens=12, temperature=2.0, seed=5)
+    )
+    assert len({tuple(row) for row in made.tolist()}) == 4
+    other = fm.generate(model, ids, max_new_tokens=12, temperature=2.0, seed=6)
+    assert (np.asarray(other) != made).any()
+    # A penalty forbids, if large enough, whatever is there already.
+    never = Sampling(repetition_penalty=1e9)
+    new = np.asarray(fm.generate(model, ids[:1], max_new_tokens=12, sampling=never))[0]
+    assert len(set(new[5:].tolist())) == 12 and not set(new[5:]) & set(ids[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=-2), dict(top_p=0.0),
+     dict(top_p=1.1), dict(repetition_penalty=0.0), dict(seed=-1)],
+)  # fmt: skip
+def test_settings_that_make_no_sense(model, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(fm.InputError, match=f"{name}={value}"):
+        generation.stream(model, [[1]], None, 4, Sampling(**settings))
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer(tokenizer):
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer))
+    return Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(2))
+
+
+def test_pieces_stop_strings_and_batches(writer, tokenizer):
+    texts = ["Return the", "def main(argv):\n    return 0", "list of"]
+    new = 16
+    whole = [
+        tokenizer.decode(np.asarray(fm.generate(writer, [ids], max_new_tokens=new))[0, len(ids) :])
+        for ids in (tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts)
+    ]
+    assert ["".join(complete(writer, tokenizer, t, new, ends=[])) for t in texts] == whole
+    assert (
+        continue_all(writer, tokenizer, texts, max_new_tokens=new, ends=[], batch_size=2) == whole
+    )
+    # A stop string that spans tokens, and one that never comes.
+    stop = ["\0never", whole[0][7:12]]
+    cut = [words.partition(stop[1])[0] for words in whole]
+    assert len(cut[0]) <= 7
+    assert ["".join(complete(writer, tokenizer, t, new, stop=stop, ends=[])) for t in texts] == cut
+    settings = dict(max_new_tokens=new, stop=stop, ends=[], batch_size=2)
+    assert continue_all(writer, tokenizer, texts, **settings) == cut
+    # The tokens that end a text.
+    ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    tokens = np.asarray(fm.generate(writer, [ids], max_new_tokens=new))[0, len(ids) :].tolist()
+    cut = tokens.index(tokens[5])
+    ended = "".join(complete(writer, tokenizer, texts[0], new, ends=[tokens[5]]))
+    assert ended == tokenizer.decode(tokens[:cut])
+
+
+def test_characters_of_several_tokens_come_whole(tokenizer):
+    from finermoe_jax.completion import _Text
+
+    words = "naïve — 東京 🙂!"
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    text = _Text(tokenizer, ["!?"], [])
+    pieces = [text.add(i) for i in ids]
+    assert len(ids) > len(words) and "\ufffd" not in "".join(pieces)
+    assert pieces[-1] == "" and text.rest() == "!"  # it might have begun the stop string
+    assert text.shown == words
+
+
+def test_conversations(tokenizer):
+    with pytest.raises(fm.InputError, match="no chat template"):
+        conversation(tokenizer, [{"role": "user", "content": "hi"}])
+    import copy
+
+    chatting = copy.copy(tokenizer)
+    chatting.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    ids = conversation(chatting, said)
+    assert tokenizer.decode(ids) == "<system>be brief\n<user>hi\n<assistant>"
+    chatting.chat_template = "{{ raise_exception('only users') }}"
+    with pytest.raises(fm.InputError, match="only users"):
+        conversation(chatting, said)
+
+
+def test_prompts_that_cannot_be_continued(writer, tokenizer):
+    for prompt, words in (
+        ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "outside the vocabulary"),
+    ):  # fmt: skip
+        with pytest.raises(fm.InputError, match=words):
+            complete(writer, tokenizer, prompt, 4)
+        with pytest.raises(fm.InputError, match=words):
+            continue_all(writer, tokenizer, ["fine", prompt], max_new_tokens=4)
+    limit = writer.config.max_position_embeddings
+    with pytest.raises(fm.InputError, match=f"{limit - 1} prompt tokens.*=2 .*{limit}"):
+        complete(writer, tokenizer, [1] * (limit - 1), 2)
+    with pytest.raises(fm.InputError, match="stop string is empty"):
+        complete(writer, tokenizer, "fine", 2, stop=[""])
