@@ -20,7 +20,7 @@ from finermoe_jax import sharding
 from finermoe_jax.config import RopeScaling
 from finermoe_jax.few_rows import FEW_ROWS, few_rows
 from finermoe_jax.sharding import ONE_DEVICE, Placement
-from finermoe_jax.weights import OfLayer, Quantized, Weight
+from finermoe_jax.weights import Quantized, Weight
 from pallas_kernels.platform import platform
 
 _ACTIVATION = ("batch", "sequence", "width")
@@ -68,15 +68,18 @@ def project(
     of_x, of_weight = equation.partition("->")[0].replace("...", "").split(",")
     summed = len({*of_x} & {*of_weight})
     leading = x.shape[: x.ndim - summed]
-    if math.prod(leading) <= FEW_ROWS and platform() == "cpu":
-        outputs = weight.shape[: weight.ndim - summed]
-        matrix = weight.reshape(math.prod(outputs), -1)
-        y = few_rows(x.reshape(-1, matrix.shape[1]).astype(jnp.float32), matrix)
-        return y.reshape(*leading, *outputs).astype(out_dtype)
-    whole = weight.whole() if isinstance(weight, OfLayer) else weight
-    if whole.dtype == jnp.int8:
-        whole = whole.astype(x.dtype)
-    return _project(equation, x, whole, out_dtype)
+    few = math.prod(leading) <= FEW_ROWS and platform() == "cpu"
+    if not few and isinstance(weight, Array) and weight.dtype != jnp.int8:
+        return _project(equation, x, weight, out_dtype)
+    # As a matrix: cut out of a stack with several output or input axes, a CPU would transpose it.
+    outputs = weight.shape[: weight.ndim - summed]
+    matrix = weight.reshape(math.prod(outputs), -1)
+    rows = x.reshape(-1, matrix.shape[1])
+    if few:
+        y = few_rows(rows.astype(jnp.float32), matrix)
+    else:
+        y = _project("MK,NK->MN", rows, matrix.astype(x.dtype), out_dtype)
+    return y.reshape(*leading, *outputs).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
