@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Bool, Int
 
 from finermoe_jax.attention import KVCache, init_cache
@@ -89,6 +90,7 @@ def _tokens(
     model: Decoder, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[Int[np.ndarray, " B"]]:
     graphdef, state = nnx.split(model)
+    state = experts_row_major(state)
     lengths = mask.sum(axis=1)
     padded = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
     for row, length in enumerate(lengths):
@@ -105,6 +107,24 @@ def _tokens(
         yield np.asarray(token)
         token = following
     yield np.asarray(token)
+
+
+def experts_row_major(state: nnx.State) -> nnx.State:
+    """The state with expert weights on a TPU as its kernels read them (sharding.row_major).
+
+    Once for a request, where they lie otherwise, in place of a copy at every step.
+    """
+
+    def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if not isinstance(value, jax.Array) or value.ndim != 4 or "moe" not in path:
+            return variable
+        if next(iter(value.devices())).platform != "tpu":
+            return variable
+        row_major = Format(Layout(tuple(range(value.ndim))), value.sharding)
+        return variable.replace(jax.device_put(value, row_major))
+
+    return nnx.map_state(place, state)
 
 
 def layers_apart(state: nnx.State) -> nnx.State:

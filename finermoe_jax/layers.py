@@ -64,7 +64,8 @@ def project(
     out_dtype = out_dtype or x.dtype
     if isinstance(weight, Quantized):
         y = project(equation, x, weight.values, jnp.float32)
-        return (y * weight.scale[...].astype(jnp.float32)).astype(out_dtype)
+        scale = weight.scale[...].astype(jnp.float32)
+        return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(out_dtype)
     of_x, of_weight = equation.partition("->")[0].replace("...", "").split(",")
     summed = len({*of_x} & {*of_weight})
     leading = x.shape[: x.ndim - summed]
