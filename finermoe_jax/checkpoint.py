@@ -340,10 +340,21 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
     since products of few bfloat16 rows run far below the memory's bandwidth there.
     """
     source = open_model(path)
+    return read_model(source, path), source.files
+
+
+def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+    """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`."""
     with _readable(Path(path)):
-        params = lazy.in_memory(source.weights)
+        if mesh is None:
+            params = lazy.in_memory(source.weights)
+        else:
+            shardings, _ = sharding.param_shardings(with_shapes(source.config), mesh)
+            params = lazy.placed(source.weights, shardings)
     dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
-    return with_params(source.config, params, dtype=dtype), source.files
+    model = with_params(source.config, params, dtype=dtype)
+    model.placement = sharding.Placement(mesh)
+    return model
 
 
 class TrainingCheckpoints:

@@ -298,22 +298,68 @@ def evaluate() -> None:
         _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
         _flag(flags.DEFINE_string, "text", "", "perplexity of a .txt or .jsonl file")
         _flag(flags.DEFINE_integer, "sequence_length", 0,
-              "tokens per window (default: the model's limit, at most 2048)")  # fmt: skip
+              "--text: tokens per window (default: the model's limit, at most 2048)")  # fmt: skip
+        _flag(flags.DEFINE_integer, "stride", 0,
+              "--text: tokens from one window to the next (default: half a window)")  # fmt: skip
+        _flag(flags.DEFINE_list, "tasks", [],
+              "tasks of the lm-evaluation-harness: arc_easy,hellaswag; finermoe: the paper's "
+              "ten and their mean")  # fmt: skip
+        _flag(flags.DEFINE_integer, "limit", None, "--tasks: rows of each task (default: all)")
+        _flag(flags.DEFINE_integer, "num_fewshot", None,
+              "--tasks: examples per prompt (default: as each task says)")  # fmt: skip
+        _flag(flags.DEFINE_string, "data_dir", "",
+              "--tasks: local rows, docs/evaluation.md; nothing is fetched then")  # fmt: skip
+        _flag(flags.DEFINE_bool, "skip_missing", False,
+              "--tasks: leave out tasks of a group of which data_dir has no rows")  # fmt: skip
+        _flag(flags.DEFINE_bool, "apply_chat_template", False,
+              "--tasks: prompts as conversations, for chat models")  # fmt: skip
+        _flag(flags.DEFINE_bool, "allow_code_execution", False,
+              "--tasks: MBPP and its like may run programs that the model writes, with your "
+              "rights")  # fmt: skip
+        _flag(flags.DEFINE_bool, "int8", False,
+              "weights as int8 with a scale for each output channel")  # fmt: skip
+        _flag(flags.DEFINE_integer, "batch_tokens", 2048,
+              "tokens that a device computes together, padding included")  # fmt: skip
         _flag(flags.DEFINE_string, "output", "", "also write the results as JSON to this file")
 
     def main() -> None:
-        path, text = _require("checkpoint"), find(_require("text"))
+        path = _require("checkpoint")
+        if not FLAGS.text and not FLAGS.tasks:
+            raise InputError("--text or --tasks is needed; see --help")
         if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
             raise InputError(f"--output={FLAGS.output}: its directory does not exist")
-        from finermoe_jax.evaluation import perplexity
+        if FLAGS.data_dir:
+            # Read when the libraries are imported.
+            os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        from finermoe_jax.evaluation import Tasks, evaluate
 
-        result = json.dumps(perplexity(path, text, FLAGS.sequence_length), indent=2)
+        tasks = Tasks(
+            names=[name.strip() for name in FLAGS.tasks if name.strip()],
+            data_dir=Path(FLAGS.data_dir) if FLAGS.data_dir else None,
+            limit=FLAGS.limit,
+            num_fewshot=FLAGS.num_fewshot,
+            chat=FLAGS.apply_chat_template,
+            skip_missing=FLAGS.skip_missing,
+            allow_code_execution=FLAGS.allow_code_execution,
+        )
+        result = json.dumps(
+            evaluate(
+                path,
+                text=find(FLAGS.text) if FLAGS.text else None,
+                sequence_length=FLAGS.sequence_length,
+                stride=FLAGS.stride,
+                tasks=tasks if FLAGS.tasks else None,
+                int8=FLAGS.int8,
+                batch_tokens=FLAGS.batch_tokens,
+            ),
+            indent=2,
+        )
         if FLAGS.output:
             Path(FLAGS.output).write_text(result + "\n")
         print(result)
 
-    run("Evaluate: python eval.py --checkpoint=DIR --text=FILE.txt [--output=FILE.json]", define,
-         main)  # fmt: skip
+    run("Evaluate: python eval.py --checkpoint=DIR [--text=FILE.txt] [--tasks=arc_easy,hellaswag] "
+         "[--data_dir=DIR] [--output=FILE.json]", define, main)  # fmt: skip
 
 
 def generate() -> None:

@@ -50,6 +50,12 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
     return tokenizer
 
 
+def prefix_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """What the first token of a text follows: the beginning-of-text token, else the end's."""
+    begin: int | None = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if begin is None else begin
+
+
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

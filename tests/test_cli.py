@@ -458,10 +458,11 @@ def test_workdirs_of_others(dense, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("length", "words"), [(129, ["129", "128"]), (-1, ["-1"]), (100, ["20 tokens", "=100"])]
+    ("length", "stride", "words"),
+    [(129, 0, ["129", "128"]), (-1, 0, ["-1"]), (16, 17, ["--stride=17", "16"]), (0, -1, ["-1"])],
 )
-def test_windows_that_cannot_be_scored(dense, tmp_path, length, words):
-    refuses(words, perplexity, str(dense), text_file(tmp_path, 20), length)
+def test_windows_that_cannot_be_scored(dense, tmp_path, length, stride, words):
+    refuses(words, perplexity, str(dense), text_file(tmp_path, 20), length, stride)
 
 
 @pytest.mark.parametrize(
@@ -593,7 +594,7 @@ def test_help(script):
             "--peak_tflops",
         ],
         "convert_hf.py": ["--source", "--target", "--to", "--config"],
-        "eval.py": ["--checkpoint", "--text", "--output"],
+        "eval.py": ["--checkpoint", "--text", "--tasks", "--data_dir", "--limit", "--output"],
         "generate.py": ["--checkpoint", "--prompt", "--max_new_tokens", "--temperature"],
     }[script]
     assert [flag for flag in wanted if flag not in result.stdout] == []

@@ -71,24 +71,39 @@ def test_generation_continues_the_prompt(workdir, place):
 
 
 def test_evaluation_equals_a_plain_forward_pass(workdir, place):
-    (place / "short.txt").write_text((DEMO / "pydoc_small.txt").read_text()[-6000:])
-    arguments = ("--checkpoint=run", "--text=short.txt", "--sequence_length=32")
+    """Of a text, each document from its first token; and a task of the harness beside it."""
+    source = (DEMO / "pydoc_small.txt").read_text()
+    texts = [source[-6000:-2000], source[-2000:-1950]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (place / "short.jsonl").write_text(lines)
+    rows = place / "rows" / "winogrande"
+    rows.mkdir(parents=True)
+    row = dict(sentence="A _ is it.", option1="list", option2="dict", answer="1")
+    (rows / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = ("--checkpoint=run", "--text=short.jsonl", "--sequence_length=32", "--stride=12",
+                 "--tasks=winogrande", "--data_dir=rows", "--limit=5")  # fmt: skip
     stdout = run("eval.py", *arguments, "--output=result.json", cwd=place)
     result = json.loads((place / "result.json").read_text())
     assert json.loads(stdout) == result
     model, files = load_model(workdir)
-    from finermoe_jax.text import TextFile, tokenize
     from finermoe_jax.tokenizers import load_tokenizer
 
-    pieces = list(TextFile(place / "short.txt").pieces())
-    tokens = tokenize(pieces, load_tokenizer(files, 2048)).ids
-    total = 0.0
-    count = (len(tokens) - 1) // 32
-    for i in range(count):
-        window = tokens[i * 32 : i * 32 + 33]
-        log_p = np.asarray(jax.nn.log_softmax(model(window[None, :-1]).logits))
-        total -= np.take_along_axis(log_p[0], window[1:, None], -1).sum(dtype=np.float64)
-    assert result["tokens"] == count * 32
+    tokenizer = load_tokenizer(files, 2048)
+    total, count = 0.0, 0
+    for text in texts:
+        ids = np.asarray([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+        done = 0
+        for end in [*range(32, len(ids) - 1, 12), len(ids) - 1]:
+            begin = max(0, end - 32)
+            window = np.pad(ids[begin:end], (0, 32 - (end - begin)))  # one shape
+            log_p = np.asarray(jax.nn.log_softmax(model(window[None]).logits))[0]
+            scored = log_p[np.arange(done, end) - begin, ids[done + 1 : end + 1]]
+            total -= scored.sum(dtype=np.float64)
+            done = end
+        count += done
+    assert result["tokens"] == count == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert result["tasks"]["winogrande"]["rows"] == 1
+    assert 0 <= result["tasks"]["winogrande"]["acc"] <= 1
     assert result["loss"] == pytest.approx(total / result["tokens"], abs=1e-5)
     assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
 
