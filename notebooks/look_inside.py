@@ -215,6 +215,6 @@ if slots > 1:
     plt.show()
 
 # %% [markdown]
-# Four equal numbers mean that the slots decide independently; a heavy diagonal, that they agree on
-# a candidate. After a short training the R_O candidates are still near copies of one another, and
-# the router's random start shows through.
+# Slots that decided independently would show in each cell the product of its row's and its column's
+# share; a heavy diagonal means that they agree. After a short training the candidates of a slot
+# are still near copies of one another, and the router's random start shows through.

@@ -178,20 +178,24 @@ for name, model in models.items():
     scores[name] = score(models[name])
     print(f"{name:20} held-out loss {before:.4f} → {scores[name]:.4f}")
 
+# %% [markdown]
+# The batches differ more than the layers do. So below: each one's loss minus FineRMoE's on the same
+# batch.
+
 # %%
-figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-span = max(1, STEPS // 10)
+figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, layout="constrained")
+steps = np.arange(1, STEPS + 1)
 for name, losses in curves.items():
-    smooth = np.convolve(losses, np.ones(span) / span, mode="valid")
-    steps = np.arange(span, STEPS + 1)
-    axes.plot(
-        steps, smooth, marker="o" if TINY else None, label=f"{name}: held-out {scores[name]:.3f}"
-    )
-axes.set_xlabel("step")
-axes.set_ylabel("training loss, nats per token" + (f" (mean of {span} steps)" if span > 1 else ""))
-axes.legend(frameon=False)
-axes.grid(alpha=0.25)
-axes.spines[["top", "right"]].set_visible(False)
+    top.plot(steps, losses, label=f"{name}: held-out {scores[name]:.3f}")
+    below.plot(steps, np.subtract(losses, curves["FineRMoE"]))
+top.set_ylabel("training loss, nats per token")
+top.legend(frameon=False)
+below.set_ylabel("minus FineRMoE's")
+below.set_xlabel("step")
+below.xaxis.get_major_locator().set_params(integer=True)
+for axes in (top, below):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
