@@ -1,4 +1,4 @@
-"""What mkdocs needs beside Markdown: files outside docs/ that pages link to become pages themselves.
+"""What mkdocs needs beside Markdown: files outside docs/ that pages link to become pages too.
 
 On GitHub `../finermoe_jax/moe.py` is a file of the repository; on the site it is a page that shows
 it. A link to a file that is not there fails the build.
