@@ -393,8 +393,8 @@ def test_a_subclass_of_the_layer_serves_a_whole_model():
 
     config = dataclasses.replace(
         SMALL,
-        # The last layer is dense: it has no layer to change.
-        moe=MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(3,)),
+        num_hidden_layers=2,
+        moe=MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(1,)),
         initializer_range=0.3,
     )
     flat = dataclasses.replace(
