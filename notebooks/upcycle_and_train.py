@@ -85,7 +85,7 @@ config = fm.preset("configs/demo.py" if TINY else "configs/qwen0p5b.py:lean")
 config.data.path = TEXT
 config.prompts = ("The following example shows",)
 config.prompt_tokens = 8 if TINY else 48
-config.data.eval_windows = 16
+config.data.eval_windows = 8
 config.train.update(
     steps=STEPS, eval_every=STEPS // 2, checkpoint_every=STEPS, keep_checkpoints=1, load_every=2
 )
