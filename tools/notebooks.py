@@ -36,7 +36,7 @@ def execute(source: Path, work: Path, output: Path | None) -> None:
     began, made = time.perf_counter(), notebook(source)
     resources = {"metadata": {"path": str(work)}}
     try:
-        NotebookClient(made, timeout=300, kernel_name="python3", resources=resources).execute()
+        NotebookClient(made, timeout=600, kernel_name="python3", resources=resources).execute()
     finally:
         if output:
             nbformat.write(made, output / f"{source.stem}.ipynb")
