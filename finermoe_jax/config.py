@@ -22,12 +22,14 @@ Letters of array axes, in einsums and shape annotations:
 
 import dataclasses
 import math
+import runpy
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.files import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -591,8 +593,20 @@ def default_config() -> Any:
     return config
 
 
+def preset(name: str) -> Any:
+    """The ConfigDict of `configs/NAME.py` or `configs/NAME.py:VARIANT`, as --config reads it.
+
+    `run_config` makes a RunConfig of it. Raises InputError where there is no such file.
+    """
+    path, _, variant = name.partition(":")
+    if not find(path).is_file():
+        raise InputError(f"config file {path} does not exist")
+    get_config = runpy.run_path(str(find(path)))["get_config"]
+    return get_config(variant) if variant else get_config()
+
+
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """A RunConfig from a plain nested mapping.
+    """A RunConfig from a plain nested mapping, such as `preset(NAME).to_dict()`.
 
     Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
     """

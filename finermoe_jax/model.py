@@ -234,6 +234,20 @@ def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decod
     return nnx.merge(graphdef, state)
 
 
+def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
+    """The same weights, not copied, their MoE layers computed by a subclass of FineRMoE.
+
+    The subclass changes methods (`route`, `__call__`), not parameters. Checkpoints hold weights
+    alone: give the layer again after loading.
+    """
+    changed = nnx.merge(*nnx.split(model))
+    for run in changed.runs:
+        for block in run:
+            if hasattr(block, "moe"):
+                block.moe.__class__ = layer
+    return changed
+
+
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
     model = nnx.merge(graphdef, state)

@@ -52,7 +52,7 @@ class FineRMoE(nnx.Module):
         mask marks real tokens; it touches the loss only. placement says on which devices, and
         by which kernel, the experts are computed.
         """
-        routing, slot_order = self._route(x)
+        routing, slot_order = self.route(x)
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
         y = self._routed(x, routing, slot_order, placement)
         if self.moe.concat_proj == "routed":
@@ -64,7 +64,11 @@ class FineRMoE(nnx.Module):
             y = self._project(y)
         return y, routing, aux_loss
 
-    def _route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
+    def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
+        """Each token's experts and weights, and their order by slots (`routing.route`).
+
+        A subclass may choose otherwise: the T_I experts of every slot have to be of that slot.
+        """
         dtype = jnp.dtype(self.moe.router_dtype)
 
         def logits(weight: nnx.Param) -> Float[Array, "B T E"]:

@@ -41,7 +41,8 @@ def draw(workdir: Path) -> list[Path]:
 def _matplotlib() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")
+    if "IPython" not in sys.modules:  # a notebook shows pictures by a backend of its own
+        matplotlib.use("Agg")
     import matplotlib.pyplot
 
     return matplotlib

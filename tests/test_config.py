@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finermoe_jax.config import ModelConfig, MoEConfig, default_config, run_config
+from finermoe_jax.config import ModelConfig, MoEConfig, default_config, preset, run_config
 from finermoe_jax.errors import InputError
 from finermoe_jax.published import QWEN2P5
 
@@ -143,3 +143,10 @@ def test_bad_fields_are_named(path, value, words):
     with pytest.raises(InputError) as error:
         run_config(values)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_presets_by_name():
+    assert run_config(preset("configs/demo.py:ct").to_dict()).moe is None
+    assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"
+    with pytest.raises(InputError, match=r"configs/dmo\.py does not exist"):
+        preset("configs/dmo.py")

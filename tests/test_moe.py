@@ -13,11 +13,14 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config import ModelConfig, MoEConfig
+from finermoe_jax.model import Decoder, with_layer, with_params
 from finermoe_jax.moe import FineRMoE
+from finermoe_jax.routing import route
 from finermoe_jax.sharding import Placement
 from finermoe_jax.upcycle import expert_down, expert_gate_up
 from pallas_kernels.expert_ffn import cpu
 from tests import naive
+from tests.test_config import SMALL
 
 VARIANTS = {
     "published": {},
@@ -378,3 +381,34 @@ def test_settings_and_config_agree_on_the_sizes():
     config = moe_config(s)
     assert (config.num_experts, config.num_active) == (s.N, s.A)
     assert dataclasses.replace(config, shared_expert_intermediate_size=None) == config
+
+
+def test_a_subclass_of_the_layer_serves_a_whole_model():
+    """One candidate group with twice the copies is the same selection as a slot's best expert."""
+
+    class OneLevel(FineRMoE):
+        def route(self, x):
+            flat = dataclasses.replace(self.moe, output_expansion=1, intermediate_expansion=2)
+            return route(super().route(x)[0].logits, flat, x.dtype)
+
+    config = dataclasses.replace(
+        SMALL,
+        num_hidden_layers=2,
+        moe=MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(1,)),
+        initializer_range=0.3,
+    )
+    flat = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, intermediate_expansion=2, output_expansion=1)
+    )
+    model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(1))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+    before = model(ids)
+    changed = with_layer(model, OneLevel)
+    wanted = with_params(flat, nnx.to_pure_dict(nnx.state(model)), dtype="float32")(ids)
+    got = changed(ids)
+    for a, b in zip(got.routing, wanted.routing, strict=True):
+        np.testing.assert_array_equal(a.experts, b.experts)
+    np.testing.assert_array_equal(got.logits, wanted.logits)
+    assert not np.array_equal(got.logits, before.logits)
+    np.testing.assert_array_equal(model(ids).logits, before.logits)  # the given one is as it was
+    np.testing.assert_array_equal(with_layer(changed, FineRMoE)(ids).logits, before.logits)

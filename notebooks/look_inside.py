@@ -1,0 +1,220 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Look inside: which experts read which word
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github)
+#
+# A checkpoint is loaded, continues a text, and tells for each token and layer which experts were
+# chosen, and how surely.
+#
+# **Compiled, not run, on a TPU.** This notebook was run on a CPU. On a TPU or GPU runtime the same
+# cells use the accelerator; there the model was compiled, not run.
+
+# %%
+# @title Install, once
+# @markdown `SOURCE` is where this repository lies: its address with `git+` before it, or
+# @markdown `file:///content/drive/MyDrive/…`. All versions are pinned in its pyproject.toml.
+# @markdown Colab's own JAX is older, so the runtime restarts: run this cell again, and go on.
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = ""  # @param {type:"string"}
+DEVICE = "cpu"  # @param ["cpu", "tpu", "cuda"]
+if importlib.util.find_spec("finermoe_jax") is None:
+    if not SOURCE:
+        raise SystemExit("fill in SOURCE, and run this cell again")
+    package = "finermoe-jax" if DEVICE == "cpu" else f"finermoe-jax[{DEVICE}]"
+    pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
+    subprocess.run(pip, check=True)
+    print("Installed. The runtime restarts; run this cell again.")
+    get_ipython().kernel.do_shutdown(restart=True)
+
+# %%
+# @title What to look at
+# @markdown A checkpoint, a workdir of train.py, a Hugging Face directory or a hub id. If nothing
+# @markdown is there yet, the demo is trained for it: two minutes on two CPU cores.
+import os
+from pathlib import Path
+
+TINY = False  # @param {type:"boolean"}
+CHECKPOINT = "runs/demo"  # @param {type:"string"}
+PROMPT = "The following example shows how to"  # @param {type:"string"}
+NEW_TOKENS = 24  # @param {type:"integer"}
+
+TINY |= os.environ.get("FINERMOE_TINY") == "1"
+if TINY:
+    CHECKPOINT, NEW_TOKENS = "runs/tiny", 8
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import finermoe_jax as fm
+from finermoe_jax.checkpoint import load_model
+from finermoe_jax.files import find
+from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.training import train
+
+if CHECKPOINT in ("runs/demo", "runs/tiny") and not Path(CHECKPOINT).exists():
+    config = fm.preset("configs/demo.py")
+    config.prompts = ()
+    if TINY:
+        config.train.update(steps=6, eval_every=6, checkpoint_every=6)
+        config.data.eval_windows = 16
+    train(fm.run_config(config.to_dict()), Path(CHECKPOINT))
+
+model, files = load_model(CHECKPOINT)
+tokenizer = load_tokenizer(files, model.config.vocab_size)
+moe = model.config.moe
+layers = model.config.layer_kinds.count("moe")
+slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
+print(
+    f"{layers} MoE layers, {slots} slots x {candidates} candidate groups x {group} experts, "
+    f"{moe.num_active} active"
+)
+
+# %% [markdown]
+# ## Generate
+
+# %%
+prompt_ids = tokenizer([PROMPT], return_tensors="np")["input_ids"]
+ids = np.asarray(fm.generate(model, prompt_ids, max_new_tokens=NEW_TOKENS))
+print(tokenizer.decode(ids[0]))
+
+# %% [markdown]
+# ## One pass, and what the routers did
+#
+# `out.routing` has an entry for each MoE layer: `logits` [batch, tokens, experts], `experts` and
+# `weights` [batch, tokens, active], the active ones by falling logit.
+
+# %%
+out = model(ids)
+chosen = np.stack([r.experts[0] for r in out.routing])  # [layers, tokens, active]
+weights = np.stack([r.weights[0] for r in out.routing]).astype(np.float32)
+probabilities = np.stack([jax.nn.softmax(r.logits[0].astype(jnp.float32)) for r in out.routing])
+words = [tokenizer.decode([i]).replace("\n", "\\n").replace(" ", "·") for i in ids[0]]
+chosen.shape, weights.shape, probabilities.shape
+
+# %% [markdown]
+# **Which expert, for every token and layer.** One picture per output slot. The colour is the group
+# that was kept (blue: candidate 0, orange: candidate 1, …), the number the expert inside it, which
+# is also its slice of the dense FFN (modulo the slices, where a group holds copies). Darker: the
+# slot's expert has more of the token's weight. From the line on, the model wrote the text itself.
+
+# %%
+hues = plt.get_cmap("tab10").colors
+shown = min(len(words), 40)
+figure, panels = plt.subplots(
+    slots, 1, figsize=(2.5 + 0.42 * shown, slots * (0.8 + 0.34 * layers)), layout="constrained"
+)
+for slot, axes in enumerate(np.atleast_1d(panels)):
+    here = chosen // (candidates * group) == slot  # [layers, tokens, active]
+    best = np.where(here, weights, -1).argmax(-1)[..., None]  # the slot's heaviest expert
+    expert = np.take_along_axis(chosen, best, -1)[..., 0]
+    share = np.take_along_axis(weights, best, -1)[..., 0]
+    hue = np.array(hues)[expert // group % candidates % len(hues)]
+    strength = (share / share.max())[..., None] ** 2
+    axes.imshow((1 - (1 - hue) * strength)[:, :shown], aspect="auto")
+    for layer, token in np.ndindex(layers, shown):
+        number = expert[layer, token] % group
+        axes.text(token, layer, number, ha="center", va="center", fontsize=8)
+    axes.axvline(prompt_ids.shape[1] - 0.5, color="black")
+    axes.set_yticks(range(layers))
+    axes.set_ylabel(f"slot {slot}\nlayer")
+    axes.set_xticks(range(shown), words[:shown], rotation=60, ha="right", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# **How sure the router is.** The softmax over all experts of one layer, a row for each token;
+# circles are the experts that computed it. A row with one bright cell is a sure decision; a bright
+# cell without a circle lies in a group that was not kept, because the *sum* of its logits was
+# smaller.
+
+# %%
+layer = layers // 2  # any from 0
+figure, axes = plt.subplots(
+    figsize=(2 + max(7, 0.1 * moe.num_experts), 1.5 + 0.24 * shown), layout="constrained"
+)
+image = axes.imshow(probabilities[layer, :shown], aspect="auto", cmap="viridis", vmin=0)
+rows = np.repeat(np.arange(shown), moe.num_active)
+axes.scatter(chosen[layer, :shown].ravel(), rows, s=40, facecolors="none", edgecolors="white")
+for border in range(group, moe.num_experts, group):
+    axes.axvline(
+        border - 0.5, color="white", linewidth=2 if border % (candidates * group) == 0 else 0.7
+    )
+axes.set_yticks(range(shown), words[:shown], fontsize=9)
+axes.set_xlabel("expert: slots apart by heavy lines, candidate groups by thin ones")
+axes.set_title(f"layer {layer}: softmax of the router's logits")
+figure.colorbar(image, label="probability")
+plt.show()
+
+# %% [markdown]
+# ## Over a longer text
+#
+# Which share of the tokens each expert gets, and whether the slots decide together: of each pair
+# of candidates, in how many tokens slot 0 kept the one and slot 1 the other.
+
+# %%
+text = find("demo/pydoc_small.txt").read_text()[100_000:104_000]
+long = tokenizer([text], return_tensors="np")["input_ids"][:, :512]
+experts = np.stack([r.experts[0] for r in model(long).routing])
+load = np.stack([np.bincount(e.ravel(), minlength=moe.num_experts) for e in experts])
+load = load * moe.num_experts / load.sum(-1, keepdims=True)
+
+figure, axes = plt.subplots(
+    figsize=(2 + max(7, 0.1 * moe.num_experts), 1.6 + 0.3 * layers), layout="constrained"
+)
+image = axes.imshow(load, aspect="auto", cmap="PuOr_r", vmin=0, vmax=2)
+for border in range(group, moe.num_experts, group):
+    axes.axvline(
+        border - 0.5, color="black", linewidth=2 if border % (candidates * group) == 0 else 0.7
+    )
+axes.set_yticks(range(layers))
+axes.set_ylabel("layer")
+axes.set_xlabel("expert")
+figure.colorbar(image, label="tokens / even load", extend="max")
+plt.show()
+
+# %%
+if slots > 1:
+    figure, panels = plt.subplots(
+        1,
+        layers,
+        figsize=(1.2 + 1.9 * layers, 2.6),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for layer, axes in enumerate(panels[0]):
+        by_slot = np.sort(experts[layer], axis=-1).reshape(-1, slots, moe.active_per_group)
+        candidate = by_slot[..., 0] // group % candidates  # [tokens, slots]
+        pairs = np.zeros((candidates, candidates))
+        np.add.at(pairs, (candidate[:, 0], candidate[:, 1]), 1 / len(candidate))
+        axes.imshow(pairs, vmin=0, vmax=1, cmap="Blues")
+        for a, b in np.ndindex(candidates, candidates):
+            colour = "white" if pairs[a, b] > 0.5 else "black"
+            axes.text(b, a, f"{pairs[a, b]:.0%}", ha="center", va="center", color=colour)
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.set_xticks(range(candidates))
+        axes.set_yticks(range(candidates))
+        axes.set_xlabel("slot 1's candidate")
+    panels[0][0].set_ylabel("slot 0's candidate")
+    plt.show()
+
+# %% [markdown]
+# Slots that decided independently would show in each cell the product of its row's and its column's
+# share; a heavy diagonal means that they agree. After a short training the candidates of a slot
+# are still near copies of one another, and the router's random start shows through.

@@ -1,0 +1,168 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V5E1
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Upcycle Qwen2.5-0.5B to FineRMoE and train it on one TPU
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github)
+#
+# A dense model of 0.49 billion parameters becomes a mixture of 128 small experts per layer, 1.68
+# billion parameters of which 0.65 billion work on a token, and trains on: on a Colab runtime of
+# type *v5e-1 TPU* (16 GB), or tiny, with `TINY`, on any CPU in a minute.
+#
+# **Compiled, not run, on a TPU.** This notebook was run on a CPU with `TINY`. For one v5e chip the
+# full train step was compiled, not run (`python -m finermoe_jax.aot --topology=v5e:1x1
+# --config=configs/qwen0p5b.py:lean`). The compiler's *estimates*: it takes 7.2 of 15.75 GiB, and at
+# least 85 ms a step by the bytes that it moves, so 24 thousand tokens a second at most
+# ([docs/scaling.md](../docs/scaling.md)).
+
+# %%
+# @title Install, once
+# @markdown `SOURCE` is where this repository lies: its address with `git+` before it, or
+# @markdown `file:///content/drive/MyDrive/…`. All versions are pinned in its pyproject.toml.
+# @markdown Colab's own JAX is older, so the runtime restarts: run this cell again, and go on.
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = ""  # @param {type:"string"}
+DEVICE = "tpu"  # @param ["cpu", "tpu", "cuda"]
+if importlib.util.find_spec("finermoe_jax") is None:
+    if not SOURCE:
+        raise SystemExit("fill in SOURCE, and run this cell again")
+    package = "finermoe-jax" if DEVICE == "cpu" else f"finermoe-jax[{DEVICE}]"
+    pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
+    subprocess.run(pip, check=True)
+    print("Installed. The runtime restarts; run this cell again.")
+    get_ipython().kernel.do_shutdown(restart=True)
+
+# %%
+# @title What to run
+import os
+from pathlib import Path
+
+TINY = False  # @param {type:"boolean"}
+STEPS = 200  # @param {type:"integer"}
+TEXT = "demo/pydoc_small.txt"  # @param {type:"string"}
+WORKDIR = "runs/qwen0p5b"  # @param {type:"string"}
+
+TINY |= os.environ.get("FINERMOE_TINY") == "1"
+if TINY:
+    STEPS, WORKDIR = 12, "runs/tiny"
+
+import jax
+from IPython.display import Image, display
+
+import finermoe_jax as fm
+
+print(jax.__version__, jax.devices())
+
+# %% [markdown]
+# `TEXT` is a `.txt`, `.jsonl` or `.parquet` file; as given, one megabyte of Python documentation
+# that comes along. A path on Google Drive does as well ([docs/data.md](../docs/data.md)).
+#
+# ## The run
+#
+# A preset says everything, and any field can be changed. `lean` is the recipe for one device of 16
+# GB: weights in bfloat16, rounded at random after each update; Adafactor, which keeps no first
+# moment and stores second moments as sums over rows and columns; each layer recomputed in the
+# backward pass; the loss in chunks, so that the logits of 152 thousand words never exist at once;
+# one sequence of 2048 tokens a step. float32 weights with AdamW would take 20 GB before the first
+# activation.
+
+# %%
+config = fm.preset("configs/demo.py" if TINY else "configs/qwen0p5b.py:lean")
+config.data.path = TEXT
+config.prompts = ("The following example shows",)
+config.prompt_tokens = 8 if TINY else 48
+config.data.eval_windows = 8
+config.train.update(
+    steps=STEPS, eval_every=STEPS // 2, checkpoint_every=STEPS, keep_checkpoints=1, load_every=2
+)
+if not TINY:  # a short run, so a higher rate than the paper's for 50 billion tokens
+    config.optimizer.update(learning_rate=5e-5, final_learning_rate=5e-6, warmup_fraction=0.05)
+
+run = fm.run_config(config.to_dict())
+print(run.moe)
+
+# %% [markdown]
+# What that is in parameters: every one counted once, and those that work on a token.
+
+# %%
+from finermoe_jax.params import run_model, true_counts
+
+model_config = run_model(run)
+counts = true_counts(model_config)
+print(f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active per token")
+print(
+    f"{run.moe.num_experts} experts a layer, {run.moe.num_active} active; each maps "
+    f"{model_config.hidden_size} → {model_config.expert_intermediate_size} → "
+    f"{model_config.expert_output_size} values"
+)
+
+# %% [markdown]
+# ## Upcycle and train
+#
+# One call: the dense weights are read (from the hub, 1 GB, unless `TINY`), every FFN is cut in two
+# dimensions, the dense model and the fresh mixture are scored on held-out text, and the steps
+# begin. The interrupt button (■) saves and stops; the same cell goes on from there.
+
+# %%
+from finermoe_jax.training import train
+
+workdir = Path(WORKDIR)
+train(run, workdir)
+
+# %% [markdown]
+# The dashed line is the dense model on the same held-out text. An upcycled model starts above it
+# (the router is new and knows nothing yet) and comes down.
+
+# %%
+display(Image(workdir / "loss.png", width=700))
+
+# %% [markdown]
+# Who worked: a row for each layer, a cell for each expert; white is an even load, orange more,
+# purple less. ([docs/monitoring.md](../docs/monitoring.md) explains the rest.)
+
+# %%
+display(Image(workdir / "load.png", width=1000))
+
+# %% [markdown]
+# ## Use it
+
+# %%
+from finermoe_jax.checkpoint import load_model
+from finermoe_jax.tokenizers import load_tokenizer
+
+model, files = load_model(workdir)
+tokenizer = load_tokenizer(files, model.config.vocab_size)
+prompt = "The following example shows"
+ids = tokenizer([prompt], return_tensors="np")["input_ids"]
+print(tokenizer.decode(fm.generate(model, ids, max_new_tokens=8 if TINY else 48)[0]))
+
+# %% [markdown]
+# In Hugging Face's form, with the authors' tensor names, for transformers and for the hub
+# ([docs/huggingface.md](../docs/huggingface.md)). On Colab, copy it to Drive: the runtime's disk
+# does not stay.
+
+# %%
+exported = workdir / "exported"
+if not exported.exists():
+    fm.save_hf(model, exported, files)
+sorted(path.name for path in exported.iterdir())
+
+# %% [markdown]
+# Next: [look_inside.ipynb](look_inside.ipynb) shows which experts read which word, of this
+# checkpoint or another; [your_own_layer.ipynb](your_own_layer.ipynb) changes the layer.
