@@ -6,13 +6,16 @@
 Makes a dense source of true shapes with random bfloat16 weights, then runs convert_hf.py: to
 Orbax (upcycled with the published settings), --verify, and back to Hugging Face. Before and after
 each, as many bytes as it writes (at most 8 GiB) are written to the same disk by a plain loop with
-an fsync at its end: the conversion's speed is given as a share of their median. Anonymous memory is
-RssAnon of /proc, sampled every 20 ms; what is mapped from files does not count, as the system can
-drop it at any time.
+an fsync at its end: the conversion's speed is given as a share of their mean. The same loop past
+the page cache (O_DIRECT) is given beside it: in a virtual machine whose host takes back free
+memory, the plain loop is slowed down by getting pages from it, and says little of the disk.
+Anonymous memory is RssAnon of /proc, sampled every 20 ms; what is mapped from files does not count,
+as the system can drop it at any time.
 """
 
 import argparse
 import dataclasses
+import mmap
 import os
 import shutil
 import statistics
@@ -67,18 +70,20 @@ def make_source(config: ModelConfig, directory: Path) -> None:
             bar.update(size)
 
 
-def raw_speed(directory: Path, size: int) -> float:
-    """Bytes per second of a plain loop of writes, its fsync included."""
-    path, block = directory / "raw", np.random.default_rng(0).bytes(16 << 20)
-    size = min(size, _RAW_BYTES)
+def raw_speed(directory: Path, size: int, direct: bool = False) -> float:
+    """Bytes per second of a loop of writes, its fsync included; direct: past the page cache."""
+    path, block = directory / "raw", mmap.mmap(-1, 16 << 20)  # aligned, as direct writes have to be
+    block.write(np.random.default_rng(0).bytes(len(block)))
+    count = max(1, min(size, _RAW_BYTES) // len(block))
     start = time.perf_counter()
-    with path.open("wb", buffering=0) as stream:
-        for _ in range(max(1, size // len(block))):
-            stream.write(block)
-        os.fsync(stream.fileno())
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct else 0), 0o600)
+    for _ in range(count):
+        assert os.write(file, block) == len(block)
+    os.fsync(file)
+    os.close(file)
     seconds = time.perf_counter() - start
     path.unlink()
-    return max(1, size // len(block)) * len(block) / seconds
+    return count * len(block) / seconds
 
 
 @dataclasses.dataclass
@@ -111,15 +116,16 @@ def size_of(directory: Path) -> int:
 
 def measure(name: str, work: Path, written: Path | None, expected: int, *arguments: str) -> None:
     """Runs one command between two raw writes and prints its line."""
-    before = raw_speed(work, expected) if written else 0.0
-    run = command(*arguments)
+    before, run = raw_speed(work, expected) if written else 0.0, command(*arguments)
     line = f"{name:<28} {run.seconds:8.1f} s   {run.memory / 2**20:6.0f} MiB anonymous"
     if written:
         speed = size_of(written) / run.seconds
-        raw = statistics.median([before, raw_speed(work, expected)])
+        raws = [before, raw_speed(work, expected)]
+        direct = raw_speed(work, expected, direct=True)
         line += (
             f"   {size_of(written) / 1e9:6.2f} GB   {speed / 1e6:5.0f} MB/s"
-            f"   disk {raw / 1e6:5.0f} MB/s   {speed / raw:4.0%}"
+            f"   plain loop {raws[0] / 1e6:5.0f}, {raws[1] / 1e6:5.0f} MB/s"
+            f"   {speed / statistics.mean(raws):4.0%}   direct {direct / 1e6:5.0f} MB/s"
         )
     print(line, flush=True)
 

@@ -39,7 +39,14 @@ from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import TOKENIZER_FILES, open_hf, resolve_source, stored_dtypes
-from finermoe_jax.integrity import damage, newest_whole, saved_steps, write_checksums
+from finermoe_jax.integrity import (
+    Known,
+    damage,
+    hashed_along,
+    newest_whole,
+    saved_steps,
+    write_checksums,
+)
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
 
@@ -130,6 +137,7 @@ def write_checkpoint(
     )
     with (
         _quiet_threads(),
+        hashed_along(_partial(target)) as known,
         ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 **{
@@ -138,7 +146,7 @@ def write_checkpoint(
                     _TOKENIZER: TokenizerHandler(),
                 }
             ),
-            async_options=_with_checksums(lambda: target),
+            async_options=_with_checksums(lambda: target, known),
         ) as checkpointer,
     ):
         checkpointer.save(target, args=items)
@@ -163,15 +171,15 @@ def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.orbax-checkpoint-tmp")
 
 
-def _with_checksums(target: Callable[[], Path]) -> ocp.AsyncOptions:
+def _with_checksums(target: Callable[[], Path], known: Known | None = None) -> ocp.AsyncOptions:
     """Orbax's options that put checksums into what is about to become `target()`.
 
-    Orbax calls back when all processes have written, in a thread of the first process, just before
-    it renames the directory.
+    known holds those taken already. Orbax calls back when all processes have written, in a thread
+    of the first process, just before it renames the directory.
     """
 
     def call() -> None:
-        write_checksums(_partial(target()))
+        write_checksums(_partial(target()), known)
 
     return ocp.AsyncOptions(post_finalization_callback=call)
 

@@ -1,8 +1,12 @@
 """Checksums of checkpoints: written as part of each, compared before one is used."""
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import xxhash
 
 from finermoe_jax import distributed
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import forget
 from finermoe_jax.hf_config import read_json
 
 CHECKSUMS = "checksums.json"
@@ -19,18 +24,77 @@ _ALGORITHM = "xxh3_128"
 # Orbax writes these two after the checksums, just before it renames the directory.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _THREADS = 4
+# Seconds between looks at a directory that is being written, and for which a file must have rested.
+_PAUSE, _RESTED = 0.1, 0.5
+# Hashes by what changes with a file's content: inode, bytes, and time of the last write.
+Known = dict[tuple[int, int, int], str]
 
 
-def write_checksums(directory: Path) -> None:
-    """Writes checksums.json: size in bytes and hash of every file of a checkpoint's directory."""
+def write_checksums(directory: Path, known: Known | None = None) -> None:
+    """Writes checksums.json: size in bytes and hash of every file of a checkpoint's directory.
+
+    Files in `known` (`hashed_along`) are not read again.
+    """
+    known = known or {}
     names = sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
     )
     names = [name for name in names if name not in (*_LATER, CHECKSUMS)]
+
+    def entry(name: str) -> tuple[int, str]:
+        state = _state(directory / name)
+        return (state[1], known[state]) if state in known else _hash(directory / name)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        files = dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
+        files = dict(zip(names, pool.map(entry, names), strict=True))
     text = json.dumps({"algorithm": _ALGORITHM, "files": files}, indent=1)
     (directory / CHECKSUMS).write_text(text + "\n")
+
+
+@contextlib.contextmanager
+def hashed_along(directory: Path) -> Iterator[Known]:
+    """Hashes the files of a directory in a thread while more are written into it.
+
+    Each is read soon after it was written, when it need not come from the disk, and then leaves the
+    page cache: a target larger than memory would push out everything else, and its last files
+    would be read from the disk all the same. A file that is written to later is not in `known` with
+    the state it then has.
+    """
+    known: Known = {}
+    seen: set[int] = set()
+    stop = threading.Event()
+
+    def look(folder: str) -> None:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    look(entry.path)
+                elif entry.inode() not in seen and not stop.is_set():
+                    path = Path(entry.path)
+                    state = _state(path)
+                    if time.time_ns() - state[2] > _RESTED * 1e9:
+                        known[state] = _hash(path)[1]
+                        seen.add(state[0])
+                        forget(path)
+
+    def follow() -> None:
+        while not stop.wait(_PAUSE):
+            # Directories are renamed, and files removed, while they are looked at.
+            with contextlib.suppress(OSError):
+                look(str(directory))
+
+    thread = threading.Thread(target=follow, name="checksums", daemon=True)
+    thread.start()
+    try:
+        yield known
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
@@ -78,11 +142,11 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
 
 
 def _hash(path: Path) -> tuple[int, str]:
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
+    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return size, digest.hexdigest()
 
 

@@ -1,7 +1,9 @@
 """Pictures of a run: `python -m finermoe_jax.plot WORKDIR` writes loss.png and load.png there."""
 
+import itertools
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from finermoe_jax.errors import InputError
 
 _BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
+_GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
 _DEAD = "black"
 # A colour stands for a load between an eighth of the even one and eight times as much.
 _OCTAVES = 3
@@ -259,6 +262,28 @@ def _over_steps(mpl: Any, figure: Any, records: list[dict], layers: int) -> None
     bar.set_label("MoE layer")
     bar.set_ticks(sorted({0, layers // 2, layers - 1}))
     bar.ax.minorticks_off()
+
+
+def draw_similarity(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
+) -> None:
+    """Draws the experts' similarity over layers (similarity.py), one curve per model."""
+    plt = _matplotlib().pyplot
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles = itertools.product(("-", "--", ":"), (_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY))
+    for (name, (layers, values)), (line, colour) in zip(curves.items(), styles, strict=False):
+        label = f"{name}: mean {np.mean(values):.3f}"
+        axes.plot(layers, values, "o", linestyle=line, color=colour, markersize=4, label=label)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("mean cosine similarity of experts")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    lowest = min(min(values) for _, values in curves.values())
+    axes.set_ylim(min(0.0, 1.1 * lowest), 1.05)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main(argv: list[str]) -> int:

@@ -20,10 +20,10 @@ def drop(
 ) -> Float[np.ndarray, "F X"]:
     """Drop-upcycling (arXiv 2502.19261) of one expert's `gate_up` [2F, D] or `down` [F, W].
 
-    The equations of the paper's section 3, "diversity re-initialization", which it does not number
-    one by one. Column-wise sampling: S is floor(ratio * F) of
-    the expert's F channels, one set for all three matrices (`key` is the expert's). Then for each
-    matrix, with mu and sigma the mean and standard deviation of its entries in S,
+    The formula that ends "diversity re-initialization" in the paper's section 3; its number there
+    was not checked. Column-wise sampling: S is floor(ratio * F) of the expert's F channels, one set
+    for all three matrices (`key` is the expert's). Then for each matrix, with mu and sigma the mean
+    and standard deviation of its entries in S,
 
         W' = I_S * R + (1 - I_S) * W,   R ~ normal(mu, sigma^2),
 
@@ -55,17 +55,19 @@ def drop(
 def virtual_group_rows(moe: MoEConfig) -> Int[np.ndarray, " E"]:
     """For each expert, the expert whose row of the router it starts with.
 
-    NVShard (arXiv 2410.07524), "virtual group initialization"; the paper describes it in words and
-    gives the scaling as a formula without a number. What has to hold is that the T_I
-    chosen experts are one copy of every slice. Rows shared by the copies of one *slice* would
-    give all of them equal logits, and the best T_I = G_I experts would be copies of a single
-    slice. Rows shared by the slices of one *copy* do it, and so does the paper's code: the best
-    copy is chosen as a whole, at equal weights; of T_I = k G_I, the best k copies.
+    NVShard (arXiv 2410.07524), "virtual group initialization": section 2.3, in words and without
+    an equation, and the pseudo-code of appendix A. What has to hold is that the T_I chosen experts
+    are one copy of every slice. Rows shared by the copies of one *slice* would give all of them
+    equal logits, and the best T_I = G_I experts would be copies of a single slice. Rows shared by
+    the slices of one *copy* do it, and so does the paper's code: the best copy is chosen as a
+    whole, at equal weights; of T_I = k G_I, the best k copies.
 
-    The paper scales the weights by G_I where the softmax runs over the chosen experts, as here
-    (by N G_I / T_I where it runs over all). Its code spreads that as a cube root over the three
-    matrices, which for SwiGLU is no longer exact. Here it stands whole in the down-projections,
-    as in every start without a shared expert: the layer is the dense FFN, to rounding.
+    The weights are scaled by Eq. 2 (section 2.3.1): by N G_I / T_I in all, for a softmax over all
+    experts, each of which then has the weight 1/N. Over the T_I chosen ones, as here, each has
+    1/T_I, and the same reasoning gives G_I. Eq. 2 puts the factor's cube root into each matrix,
+    which is exact for the paper's squared ReLU and not for SwiGLU. Here it stands whole in the
+    down-projections, as in every start without a shared expert: the layer is the dense FFN, to
+    rounding.
     """
     slices = moe.intermediate_granularity
     return np.arange(moe.num_experts) // slices * slices

@@ -7,21 +7,25 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import forget
 from finermoe_jax.hf_config import read_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # safetensors' names of the dtypes that are read and written.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SHARD_BYTES = 4 << 30
+# Bytes that are handed to the disk at a time, while the next are made.
+_FLUSH_BYTES = 128 << 20
 
 
 class TensorFiles(contextlib.ExitStack):
@@ -182,7 +186,7 @@ def write_tensors(
         files = [SINGLE_FILE]
     coming = iter(pieces)
     for file, shard in zip(files, shards, strict=True):
-        with (directory / file).open("wb") as stream:
+        with (directory / file).open("wb") as stream, _flushed(stream) as flush:
             stream.write(_header(shard))
             for entry in shard:
                 left = entry.nbytes
@@ -191,8 +195,7 @@ def write_tensors(
                     assert name == entry.name and values.dtype == entry.dtype, (name, entry)
                     left -= stream.write(np.ascontiguousarray(values).view(np.uint8).data)
                     yield values.nbytes
-            stream.flush()
-            os.fsync(stream.fileno())
+                    flush()
     assert next(coming, None) is None
     if count > 1:
         index = {
@@ -200,6 +203,36 @@ def write_tensors(
             "weight_map": {e.name: file for file, s in zip(files, shards, strict=True) for e in s},
         }
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _flushed(stream: BinaryIO) -> Iterator[Callable[[], None]]:
+    """Brings a file to the disk in a thread while it is written, and in whole at the end.
+
+    To be called after each write. What is on the disk leaves the page cache (`files.forget`).
+    """
+    path, pending, done = Path(stream.name), None, 0
+
+    def sync() -> None:
+        os.fdatasync(stream.fileno())
+        forget(path)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def flush() -> None:
+            nonlocal pending, done
+            if stream.tell() - done >= _FLUSH_BYTES:
+                if pending is not None:
+                    pending.result()
+                stream.flush()
+                done, pending = stream.tell(), pool.submit(sync)
+
+        yield flush
+        if pending is not None:
+            pending.result()
+    stream.flush()
+    os.fsync(stream.fileno())
+    forget(path)
 
 
 def _header(shard: Sequence[Entry]) -> bytes:

@@ -160,6 +160,8 @@ def _per_layer(shape: tuple[int, ...], dtype: Any, read: Callable[[int, Index], 
 
     def stack(index: Index) -> np.ndarray:
         places = range(index[0].start, index[0].stop)
+        if len(places) == 1:  # as most blocks are: no copy
+            return np.asarray(read(places[0], index[1:]))[np.newaxis]
         return np.stack([np.asarray(read(place, index[1:])) for place in places])
 
     return LazyArray(shape, np.dtype(dtype), stack)

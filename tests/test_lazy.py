@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -9,22 +10,35 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xxhash
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax import lazy, lazy_checkpoint, sharding, tensor_files
+from finermoe_jax import integrity, lazy, lazy_checkpoint, sharding, tensor_files
 from finermoe_jax.checkpoint import write_checkpoint
 from finermoe_jax.config import MeshConfig
 from finermoe_jax.hf_names import parts
+from finermoe_jax.integrity import write_checksums
 from finermoe_jax.model import Decoder, parameter_shapes, with_shapes
 from finermoe_jax.tensor_files import Entry, write_tensors
 from tests.test_config import SMALL
 
 MOE = fm.MoEConfig(4, 2, 1, 2, 1)
 SHAPES = st.lists(st.integers(1, 12), max_size=4).map(tuple)
+
+
+class Counted:
+    """A function that notes what it was asked."""
+
+    def __init__(self, function):
+        self.function, self.asked = function, []
+
+    def __call__(self, argument):
+        self.asked.append(argument)
+        return self.function(argument)
 
 
 def counted(values, asked):
@@ -104,6 +118,7 @@ def test_the_table_of_names_by_hand():
 @pytest.mark.parametrize("most", [1, 100, 1 << 30])
 def test_files_are_what_safetensors_reads(tmp_path, monkeypatch, most):
     monkeypatch.setattr(tensor_files, "_SHARD_BYTES", most)
+    monkeypatch.setattr(tensor_files, "_FLUSH_BYTES", 50)
     rng = np.random.default_rng(0)
     sizes = {"a": (3, 5), "é": (1,), "c.weight": (4, 4), "empty": (0, 7), "scalar": (), "z": (64,)}
     dtypes = ["float32", "bfloat16", "float16"] * 2
@@ -127,6 +142,34 @@ def test_files_are_what_safetensors_reads(tmp_path, monkeypatch, most):
     if len(files) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == {name: file for file, name, _ in found}
+
+
+def test_files_hashed_while_others_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "_RESTED", 0.05)
+    contents = {"0/whole": b"1" * 3_000_000, "0/d/grown": b"22", "0/late": b"333"}
+    monkeypatch.setattr(integrity, "_hash", counted_hash := Counted(integrity._hash))
+    with integrity.hashed_along(tmp_path / "1") as known:
+        (tmp_path / "1" / "0" / "d").mkdir(parents=True)
+        for name in ("0/whole", "0/d/grown"):
+            (tmp_path / "1" / name).write_bytes(contents[name])
+        deadline = time.monotonic() + 20
+        while len(known) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(known) == 2
+    # The directory's items get their names, and one file its end, only now.
+    (tmp_path / "1" / "0").rename(tmp_path / "1" / "params")
+    with (tmp_path / "1" / "params" / "d" / "grown").open("ab") as file:
+        file.write(b"4")
+    (tmp_path / "1" / "params" / "late").write_bytes(contents["0/late"])
+    write_checksums(tmp_path / "1", known)
+    assert [path.name for path in counted_hash.asked].count("whole") == 1
+    assert [path.name for path in counted_hash.asked].count("grown") == 2
+    stated = json.loads((tmp_path / "1" / integrity.CHECKSUMS).read_text())["files"]
+    assert stated == {
+        "params/whole": [3_000_000, xxhash.xxh3_128_hexdigest(contents["0/whole"])],
+        "params/d/grown": [3, xxhash.xxh3_128_hexdigest(b"224")],
+        "params/late": [3, xxhash.xxh3_128_hexdigest(b"333")],
+    }
 
 
 @pytest.fixture(scope="module")

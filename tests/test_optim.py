@@ -1,6 +1,7 @@
 """Adafactor beside AdamW: its state's shardings, its arithmetic, and bfloat16 weights."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,12 @@ def test_rows_and_columns_are_split_as_their_parameter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 4, 1)])
-def test_every_mesh_gives_one_devices_result(mesh):
+def test_every_mesh_gives_one_devices_result():
     config = dataclasses.replace(_run(8), optimizer=ADAFACTOR)
     reference = _steps(config, MeshConfig(1, 1, 1, 1))
     assert reference[0][-1, 0] < reference[0][0, 0]
-    _same(_steps(config, mesh), reference)
+    for mesh in (MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 4, 1)):
+        _same(_steps(config, mesh), reference)
 
 
 def test_the_step_is_adafactors():
@@ -125,20 +126,15 @@ def test_a_lean_run_resumes(tmp_path):
         adafactor = dataclasses.replace(tiny.optimizer, name="adafactor", learning_rate=1e-2)
         return dataclasses.replace(tiny, prompts=(), optimizer=adafactor)
 
-    class Stop(Exception):
-        pass
-
-    def stop_after_two(message):
-        if message.startswith("held-out loss  step 2"):
-            raise Stop
-
     train(config(4), tmp_path / "straight", say=lambda _: None)
-    part = config(4)
-    part = dataclasses.replace(part, train=dataclasses.replace(part.train, eval_every=2))
-    with pytest.raises(Stop):
-        train(part, tmp_path / "resumed", say=stop_after_two)
-    train(part, tmp_path / "resumed", say=lambda _: None)
+    # As if it had been broken off after step 2.
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    said = []
+    train(config(4), tmp_path / "resumed", say=said.append)
+    assert any("resumed from step 2 of 4" in message for message in said)
     ours, theirs = (read_lines(tmp_path / n / "metrics.jsonl") for n in ("resumed", "straight"))
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
 
 
