@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,13 @@ def apart(stack: Array) -> Array | Apart:
 class Quantized:
     """values * scale: int8 weights with one float32 scale for each output.
 
-    values has the shape of the weight. scale has its first axes for [out, …, in] matrices, that is
-    all but the summed ones; for the experts' down [E, F, W] it is [E, W].
+    values, int8, has the shape of the weight. scale has its first axes for [out, …, in] matrices,
+    that is all but the summed ones; for the experts' down [E, F, W] it is [E, W]. Of a stack of
+    layers both are OfLayer or Apart where those are asked for.
     """
 
-    values: Int8[Array, "..."] | OfLayer
-    scale: Float[Array, "..."] | OfLayer
+    values: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from finermoe_jax import flash
-from finermoe_jax.attention import Attention, LayerCache, cache_mask
+from finermoe_jax.attention import Attention, CacheUse, LayerCache
 from finermoe_jax.config import MeshConfig
 from finermoe_jax.layers import rotary_angles
 from finermoe_jax.sharding import Placement, make_mesh
@@ -267,17 +267,15 @@ def test_cache_agrees_with_the_whole_sequence(side):
     cos, sin = rotary_angles(positions, CONFIG.attention_head_dim, CONFIG.rope_theta)
     whole, no_cache = run(x, (cos, sin), flash.segments(mask, None))
     assert no_cache is None
-    empty = jnp.zeros((2, tokens, 2, CONFIG.attention_head_dim))
+    empty = jnp.zeros((1, 2, 2, tokens, CONFIG.attention_head_dim))
     cache, parts = LayerCache(empty, empty), []
     for start, end in [(0, split)] + [(t, t + 1) for t in range(split, tokens)]:
         valid = (mask != 0) & (jnp.arange(tokens) < end)[None]
         y, cache = run(
             x[:, start:end],
             (cos[:, start:end], sin[:, start:end]),
-            None,
-            cache=cache,
-            cache_length=start,
-            mask=cache_mask(valid, jnp.arange(start, end)),
+            flash.segments(mask[:, start:end], None),
+            cache=CacheUse(cache, jnp.int32(0), jnp.int32(start), valid),
         )
         parts.append(y)
     shown = real == 1
