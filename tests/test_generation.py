@@ -199,7 +199,7 @@ def test_int8(model):
     row = prompts([9])[0]
     made = np.asarray(fm.generate(small, [row], max_new_tokens=8))[0, 9:]
     check_greedy(small, row, made)
-    exact, rounded = model([row]).logits, small([row]).logits
+    exact, rounded = model(np.array([row])).logits, small(np.array([row])).logits
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.1
     # What every matrix became is off by half a step at most.
