@@ -3,7 +3,8 @@
 With some rows for each expert the first of all of them are one block each and computed at once, as
 batched products; a loop over blocks takes what is left. With fewer rows, or many, there is only the
 loop: work and memory traffic are then proportional to the rows, and only experts that own a row are
-read.
+read. Where most experts own none, as in decoding, each row meets its expert's weights by itself
+(pallas_kernels/written_out.py).
 """
 
 import functools
@@ -108,12 +109,13 @@ def forward(
     scales, float32 [experts of gate_up, 2F] and [.., W], the weights are int8.
     """
     m, experts = rows.shape[0], group_sizes.shape[0]
+    if 0 < m <= experts // 2:
+        expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
+        expert += 0 if first_expert is None else first_expert
+        y = _forward_rows(rows, gate_up, down, expert, scales)
+        return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
     block, head = _blocks(m, experts)
     if first_expert is not None:
-        if m <= experts // 2:
-            expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
-            y = _forward_rows(rows, gate_up, down, first_expert + expert, scales)
-            return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
         # A batched product would need the layer's experts as an array of its own. Forward a block
         # of 16 rows costs what one of 8 does, and few experts then have two.
         block, head = max(16, 2 * block_rows(m, experts)), 0
