@@ -390,19 +390,27 @@ def generate() -> None:
         prompt = FLAGS.prompt if FLAGS.chat else _require("prompt")
         if FLAGS.system and not FLAGS.chat:
             raise InputError("--system is of a conversation; it needs --chat")
-        from finermoe_jax.checkpoint import load_model
-        from finermoe_jax.completion import complete, conversation, end_tokens
+        from finermoe_jax.checkpoint import open_model, read_model
+        from finermoe_jax.completion import check_prompt, complete, conversation, end_tokens
         from finermoe_jax.int8 import int8_weights
         from finermoe_jax.sampling import Sampling
         from finermoe_jax.tokenizers import load_tokenizer
 
         sampling = Sampling(*map(FLAGS.__getattr__, Sampling._fields))
         sampling.check()
-        model, files = load_model(path)
-        tokenizer = load_tokenizer(files, model.config.vocab_size)
-        ends = end_tokens(files, tokenizer, model.config.vocab_size)
+        source = open_model(path)
+        config = source.config
+        tokenizer = load_tokenizer(source.files, config.vocab_size)
+        ends = end_tokens(source.files, tokenizer, config.vocab_size)
+        messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+        # What can be refused is refused before the weights are read.
+        if FLAGS.chat:
+            conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
+        check_prompt(config, tokenizer, prompt or "?", FLAGS.max_new_tokens, FLAGS.stop)
+        model = read_model(source, path)
         if FLAGS.int8:
             model = int8_weights(model)
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
         def answer(prompt: Any, shown: str) -> str:
             pieces = complete(
@@ -420,8 +428,6 @@ def generate() -> None:
         if not FLAGS.chat:
             answer(prompt, prompt)
             return
-        messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
-        conversation(tokenizer, [*messages, {"role": "user", "content": "?"}])  # has a template
         for line in _said(prompt):
             messages.append({"role": "user", "content": line})
             said = answer(conversation(tokenizer, messages), "")

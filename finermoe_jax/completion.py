@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.generation import stream
+from finermoe_jax.generation import check, stream
 from finermoe_jax.model import Decoder
 from finermoe_jax.sampling import Sampling
 from finermoe_jax.tokenizers import generation_settings
@@ -17,10 +18,11 @@ GREEDY = Sampling()
 
 
 def end_tokens(files: Path, tokenizer: Any, vocab_size: int) -> frozenset[int]:
-    """The tokens that end a text: of generation_config.json in `files`, and the tokenizer's own."""
+    """The tokens that end a text: those of generation_config.json (config.json, where that is
+    silent) in `files`, and the tokenizer's own."""
     stated = generation_settings(files, vocab_size).get("eos_token_id")
-    ids = stated if isinstance(stated, list) else [stated, tokenizer.eos_token_id]
-    return frozenset(i for i in ids if i is not None)
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def complete(
@@ -39,7 +41,7 @@ def complete(
     prompt has no token or does not fit (`generate`).
     """
     ids = _encode(tokenizer, prompt)
-    text = _Text(tokenizer, stop, ends)
+    text = _Text(tokenizer, ids, stop, ends)
     tokens = stream(model, np.asarray([ids], np.int32), None, max_new_tokens, sampling)
 
     def pieces() -> Iterator[str]:
@@ -71,11 +73,13 @@ def continue_all(
     Prompts run in batches of like lengths, so that few programs are compiled. Raises InputError,
     before any is run, when one has no token or does not fit.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1")
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    for ids in encoded:
-        stream(model, np.asarray([ids], np.int32), None, max_new_tokens, sampling)  # checks it
+    for prompt_ids in encoded:
+        _check_ids(model.config, prompt_ids, max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    texts = [_Text(tokenizer, stop, ends) for _ in encoded]
+    texts = [_Text(tokenizer, ids, stop, ends) for ids in encoded]
     with tqdm(total=len(order), unit="prompt", disable=not show_progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -97,6 +101,20 @@ def continue_all(
     return [text.shown for text in texts]
 
 
+def check_prompt(
+    config: ModelConfig, tokenizer: Any, prompt: str, max_new_tokens: int, stop: Sequence[str]
+) -> None:
+    """Raises InputError where `complete` would; needs no weights."""
+    ids = _encode(tokenizer, prompt)
+    _check_ids(config, ids, max_new_tokens)
+    _Text(tokenizer, ids, stop, None)
+
+
+def _check_ids(config: ModelConfig, ids: list[int], max_new_tokens: int) -> None:
+    prompt = np.asarray([ids])
+    check(config, prompt, np.ones(prompt.shape, bool), max_new_tokens)
+
+
 def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """The tokens of a conversation, by the tokenizer's chat template, up to the next answer.
 
@@ -108,6 +126,8 @@ def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int
             "the tokenizer has no chat template: its model has not learnt conversations. Leave "
             "--chat away, or put the template's file (chat_template.jinja) beside the tokenizer"
         )
+    for message in messages:
+        _check_text(message["content"], f"a message of the {message['role']}")
     try:
         return tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=False
@@ -120,26 +140,45 @@ def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     if not isinstance(prompt, str):
         ids = [int(i) for i in prompt]
     else:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"a prompt is no valid UTF-8 at character {error.start}; convert it first"
-            ) from None
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        _check_text(prompt, "a prompt")
+        # What the tokenizer begins texts with, as in pretraining and as in evaluation.
+        begins = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not begins)["input_ids"] if prompt else []
     if not ids:
         raise InputError("a prompt is empty; give at least one character")
     return ids
 
 
-class _Text:
-    """The text of the tokens that came so far, as far as it is certain."""
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} is no valid UTF-8 at character {error.start}; convert it first"
+        ) from None
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], ends: Collection[int] | None):
+
+class _Text:
+    """The text of the tokens that came after a prompt so far, as far as it is certain."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        ends: Collection[int] | None,
+    ):
         if "" in stop:
             raise InputError("a stop string is empty; it would end every text at once")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ends = {tokenizer.eos_token_id} if ends is None else frozenset(ends)
+        # Decoded along with the prompt's last tokens: by itself the first word of a text loses its
+        # space with some tokenizers. They begin with a whole character.
+        begin = max(0, len(prompt) - 8)
+        while begin and tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
+            begin -= 1
+        self.context = list(prompt[begin:])
+        self.offset = len(tokenizer.decode(self.context))
         self.tokens: list[int] = []
         self.shown = ""
         self.ended = False
@@ -151,7 +190,7 @@ class _Text:
         if token in self.ends:
             return self.rest()
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
+        text = self._decoded()
         found = [place for s in self.stop if (place := text.find(s)) >= 0]
         if found:
             self.ended = True
@@ -171,7 +210,10 @@ class _Text:
         if self.ended:
             return ""
         self.ended = True
-        return self._show(self.tokenizer.decode(self.tokens))
+        return self._show(self._decoded())
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self.context + self.tokens)[self.offset :]
 
     def _show(self, text: str) -> str:
         piece = text[len(self.shown) :]

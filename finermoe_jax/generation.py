@@ -16,6 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Bool, Int
 
 from finermoe_jax.attention import KVCache, init_cache
+from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
 from finermoe_jax.sampling import Sampling, choose
@@ -67,7 +68,7 @@ def stream(
     """`generate`, one new token of every row at a time. Input is checked at the call."""
     ids = np.asarray(input_ids)
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    _check(model, ids, mask, max_new_tokens)
+    check(model.config, ids, mask, max_new_tokens)
     sampling.check()
     return _tokens(model, ids, mask, max_new_tokens, sampling)
 
@@ -185,21 +186,24 @@ def _next(
     return token, _Running(cache, seen, step + 1)
 
 
-def _check(model: Decoder, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
+def check(config: ModelConfig, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
+    """Raises InputError where prompts [B, T] cannot be continued by so many tokens (`generate`)."""
     if ids.ndim != 2 or not ids.size:
         raise InputError(f"input_ids has shape {ids.shape}; it must be [batch, tokens], not empty")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"input_ids are {ids.dtype}; they must be integers, the ids of tokens")
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask {mask.shape} must have input_ids' shape {ids.shape}")
     if not mask.any(axis=1).all():
         raise InputError("a prompt holds no token: its attention_mask is 0 everywhere")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise InputError(
             f"input_ids reach from {ids.min()} to {ids.max()}, outside the vocabulary of "
-            f"{model.config.vocab_size}"
+            f"{config.vocab_size}"
         )
     if new < 1:
         raise InputError(f"max_new_tokens={new} must be at least 1")
-    limit, longest = model.config.max_position_embeddings, mask.sum(axis=1).max()
+    limit, longest = config.max_position_embeddings, mask.sum(axis=1).max()
     if longest + new > limit:
         raise InputError(
             f"{longest} prompt tokens and max_new_tokens={new} exceed the model's "

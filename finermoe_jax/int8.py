@@ -2,8 +2,9 @@
 
 from flax import nnx
 
+from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
-from finermoe_jax.weights import quantize
+from finermoe_jax.weights import Quantized, quantize
 
 # Last axes of each matrix that its product sums over. Router, norms, biases and the shared
 # expert's gate are left as they are: they are small, and the router decides.
@@ -18,14 +19,25 @@ def int8_weights(model: Decoder) -> Decoder:
     """The decoder with every matrix as int8 and a float32 scale for each output channel.
 
     Activations stay as they are (weight-only quantization). The result generates and scores; it
-    is not trained or saved. For one device.
+    is not trained or saved.
+
+    Raises InputError: a model on a mesh of several devices.
     """
 
     def convert(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         summed = _SUMMED.get(str(path[-1]))
         if path[-2:] == ("moe", "down"):  # [E, F, W]
             summed = (-2,)
-        return variable if summed is None else variable.replace(quantize(variable[...], summed))
+        value = variable.get_value()
+        if summed is None or isinstance(value, Quantized):
+            return variable
+        return variable.replace(quantize(value, summed))
 
+    mesh = model.placement.mesh
+    if mesh is not None and mesh.size > 1:
+        raise InputError(
+            f"int8 weights are for one device, and the model is on a mesh of {mesh.size}: load it "
+            "without a mesh"
+        )
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, nnx.map_state(convert, state))

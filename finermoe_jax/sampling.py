@@ -28,10 +28,14 @@ class Sampling(NamedTuple):
     def check(self) -> None:
         """Raises InputError where a value makes no sense."""
         for name, right, what in (
-            ("temperature", self.temperature >= 0, "0 (greedy) or positive"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or positive"),
+            ("temperature", 0 <= self.temperature <= 1e6, "0 (greedy), or up to 1e6"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens), or less than 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive; 1 is none"),
+            (
+                "repetition_penalty",
+                1e-6 <= self.repetition_penalty <= 1e12,
+                "1 (none), or in 1e-6 … 1e12",
+            ),
             ("seed", 0 <= self.seed < 2**32, "in 0 … 2^32 - 1"),
         ):
             if not right:  # NaN is not right either
@@ -55,7 +59,8 @@ def choose(
     logits = jnp.where(seen, penalized, logits)
 
     def draw() -> Int[Array, " B"]:
-        scaled = logits / sampling.temperature
+        # From the largest, so that a low temperature overflows to -inf alone.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
         restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
         least = jax.lax.cond(
             restricted,
@@ -81,6 +86,6 @@ def _least_kept(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
     falling = jnp.where(jnp.arange(vocab)[None] < count, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The most likely one has nothing before it: at least one token stays.
-    kept = (before < sampling.top_p) & (falling > -jnp.inf)
+    first = (jnp.arange(vocab) == 0)[None]  # stays, even where top_p is 0 in float32
+    kept = first | (before < sampling.top_p) & (falling > -jnp.inf)
     return jnp.where(kept, falling, jnp.inf).min(axis=-1)

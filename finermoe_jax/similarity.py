@@ -132,6 +132,8 @@ def _labelled(arguments: Sequence[str]) -> dict[str, str]:
         label, equals, source = argument.partition("=")
         if not equals or Path(argument).exists():
             label, source = Path(argument).name or argument, argument
+        if not source:
+            raise InputError(f"{argument}: no checkpoint follows the label; give LABEL=CHECKPOINT")
         if label in sources:
             raise InputError(
                 f"{sources[label]} and {source} are both called {label}; give LABEL=CHECKPOINT"

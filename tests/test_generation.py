@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import finermoe_jax as fm
+from finermoe_jax import completion, generation, sharding
 from finermoe_jax import few_rows as few
-from finermoe_jax import generation
 from finermoe_jax.completion import complete, continue_all, conversation
+from finermoe_jax.config import MeshConfig
 from finermoe_jax.files import find
 from finermoe_jax.int8 import int8_weights
 from finermoe_jax.model import Decoder, with_params
 from finermoe_jax.sampling import Sampling, choose
+from finermoe_jax.sharding import make_mesh
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.weights import OfLayer, apart, quantize
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
@@ -220,16 +224,17 @@ def draws(logits, count=2000, **settings):
 
 
 def test_sampling_frequencies():
-    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    logits = np.log([0.3, 0.5, 0.15, 0.05])
     for settings, wanted in (
-        (dict(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
-        (dict(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
-        (dict(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
-        (dict(temperature=1.0, top_p=0.75), [0.625, 0.375, 0, 0]),
-        (dict(temperature=1.0, top_p=0.85), [0.526, 0.316, 0.158, 0]),
-        (dict(temperature=1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
-        (dict(temperature=1.0, top_p=1e-6), [1, 0, 0, 0]),
-        (dict(temperature=0.0, top_k=3), [1, 0, 0, 0]),
+        (dict(temperature=1.0), [0.3, 0.5, 0.15, 0.05]),
+        (dict(temperature=0.5), [0.247, 0.685, 0.062, 0.007]),
+        (dict(temperature=1.0, top_k=2), [0.375, 0.625, 0, 0]),
+        (dict(temperature=1.0, top_p=0.75), [0.375, 0.625, 0, 0]),
+        (dict(temperature=1.0, top_p=0.85), [0.316, 0.526, 0.158, 0]),
+        (dict(temperature=1.0, top_k=3, top_p=0.5), [0, 1, 0, 0]),
+        (dict(temperature=1.0, top_p=1e-46), [0, 1, 0, 0]),
+        (dict(temperature=1e-38), [0, 1, 0, 0]),
+        (dict(temperature=0.0, top_k=3), [0, 1, 0, 0]),
     ):
         got = np.bincount(draws(logits, **settings), minlength=4) / 2000
         np.testing.assert_allclose(got, wanted, atol=0.04, err_msg=str(settings))
@@ -264,8 +269,9 @@ def test_a_seed_repeats_and_rows_differ(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=-2), dict(top_p=0.0),
-     dict(top_p=1.1), dict(repetition_penalty=0.0), dict(seed=-1)],
+    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=float("inf")),
+     dict(top_k=-2), dict(top_k=2**31), dict(top_p=0.0), dict(top_p=1.1),
+     dict(repetition_penalty=0.0), dict(seed=-1)],
 )  # fmt: skip
 def test_settings_that_make_no_sense(model, settings):
     ((name, value),) = settings.items()
@@ -309,15 +315,46 @@ def test_pieces_stop_strings_and_batches(writer, tokenizer):
 
 
 def test_characters_of_several_tokens_come_whole(tokenizer):
-    from finermoe_jax.completion import _Text
-
     words = "naïve — 東京 🙂!"
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-    text = _Text(tokenizer, ["!?"], [])
+    text = completion._Text(
+        tokenizer, tokenizer("→", add_special_tokens=False)["input_ids"], ["!?"], []
+    )
     pieces = [text.add(i) for i in ids]
     assert len(ids) > len(words) and "\ufffd" not in "".join(pieces)
     assert pieces[-1] == "" and text.rest() == "!"  # it might have begun the stop string
     assert text.shown == words
+
+
+def test_a_first_word_keeps_its_space():
+    """As with the tokenizers of Llama 2 and Mistral, whose decoders strip a text's first space."""
+    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "▁The", "▁capital", "▁is", "▁Paris"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+    prompt = completion._encode(tokenizer, "The capital is")
+    assert prompt == [1, 2, 3, 4] == completion._encode(tokenizer, "<s>The capital is")
+    text = completion._Text(tokenizer, prompt, [], [])
+    assert text.add(5) == " Paris" and text.rest() == ""
+
+
+def test_on_a_mesh(model):
+    """Experts, weights and rows spread over devices: the tokens of one device."""
+    rows = prompts([3, 11, 1, 7])
+    ids, mask = batch(rows, left=True)
+    wanted = fm.generate(model, ids, mask, max_new_tokens=4)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=2, tensor=2))
+    params = nnx.to_pure_dict(nnx.state(model))
+    shardings, _ = sharding.param_shardings(model, mesh)
+    spread = with_params(CONFIG, jax.device_put(params, shardings), dtype="float32")
+    spread.placement = sharding.Placement(mesh)
+    np.testing.assert_array_equal(fm.generate(spread, ids, mask, max_new_tokens=4), wanted)
+    with pytest.raises(fm.InputError, match="mesh of 8"):
+        int8_weights(spread)
 
 
 def test_conversations(tokenizer):
