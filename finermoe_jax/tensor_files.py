@@ -214,7 +214,7 @@ def _flushed(stream: BinaryIO) -> Iterator[Callable[[], None]]:
     path, pending, done = Path(stream.name), None, 0
 
     def sync() -> None:
-        os.fdatasync(stream.fileno())
+        getattr(os, "fdatasync", os.fsync)(stream.fileno())  # macOS has no fdatasync
         forget(path)
 
     with ThreadPoolExecutor(1) as pool:

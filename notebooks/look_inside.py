@@ -24,7 +24,8 @@
 # %%
 # @title Install, once
 # @markdown `SOURCE` is where this repository lies: its address with `git+` before it, or
-# @markdown `file:///content/drive/MyDrive/…`. All versions are pinned in its pyproject.toml.
+# @markdown `file:///content/drive/MyDrive/…` (mount Drive first: the folder icon at the left).
+# @markdown All versions are pinned in its pyproject.toml.
 # @markdown Colab's own JAX is older, so the runtime restarts: run this cell again, and go on.
 import importlib.util
 import subprocess
@@ -68,7 +69,7 @@ from finermoe_jax.files import find
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.training import train
 
-if CHECKPOINT in ("runs/demo", "runs/tiny") and not Path(CHECKPOINT).exists():
+if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("checkpoints/*")):
     config = fm.preset("configs/demo.py")
     config.prompts = ()
     if TINY:
@@ -79,6 +80,8 @@ if CHECKPOINT in ("runs/demo", "runs/tiny") and not Path(CHECKPOINT).exists():
 model, files = load_model(CHECKPOINT)
 tokenizer = load_tokenizer(files, model.config.vocab_size)
 moe = model.config.moe
+if moe is None:
+    raise SystemExit(f"{CHECKPOINT} is dense; convert_hf.py makes a mixture of it")
 layers = model.config.layer_kinds.count("moe")
 slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
 print(

@@ -31,7 +31,8 @@
 # %%
 # @title Install, once
 # @markdown `SOURCE` is where this repository lies: its address with `git+` before it, or
-# @markdown `file:///content/drive/MyDrive/…`. All versions are pinned in its pyproject.toml.
+# @markdown `file:///content/drive/MyDrive/…` (mount Drive first: the folder icon at the left).
+# @markdown All versions are pinned in its pyproject.toml.
 # @markdown Colab's own JAX is older, so the runtime restarts: run this cell again, and go on.
 import importlib.util
 import subprocess
