@@ -1,13 +1,15 @@
 """Runs programs that a model wrote, for benchmarks that score code. Only where the user allows it.
 
-A program runs in a process of its own with limits on time, memory and what it writes, in an empty
-directory that is removed, and without this process's environment. That stops accidents, not
-attacks: it has the user's rights and the network.
+A program runs in a process of its own, in a directory that holds it alone and is removed, without
+this process's environment. Limits on memory, processor time and the size of a file hold for each
+process that it starts, not for all of them together; what it has started ends with it, unless that
+has left its session. That stops accidents, not attacks: it has the user's rights and the network.
 """
 
 import contextlib
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,23 +18,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finermoe_jax.errors import InputError
+
 SECONDS = 3.0  # that a program may run; what the benchmarks' own metric allows
 _LIMITED = """
 import resource, runpy, sys
+path, done, token = sys.argv[1:]
+del sys.argv[1:]
 for limit, most in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 16 << 20),
                     (resource.RLIMIT_CPU, 10), (resource.RLIMIT_CORE, 0)):
+    hard = resource.getrlimit(limit)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
     resource.setrlimit(limit, (most, most))
-runpy.run_path(sys.argv[1], run_name="__main__")
+runpy.run_path(path, run_name="program")
+with open(done, "w") as file:
+    file.write(token)
 """
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Whether a Python program ends within the time and without an error."""
+    """Whether a Python program reaches its end within the time and without an error.
+
+    Its name is not "__main__", so that what a script would do besides its tests is left out.
+    """
     with tempfile.TemporaryDirectory(prefix="finermoe-code-") as folder:
-        path = Path(folder) / "program.py"
+        path, done = Path(folder) / "program.py", Path(folder) / "done"
         path.write_text(program, encoding="utf-8", errors="replace")
+        # The exit code alone is no proof: a program may leave before its tests.
+        token = secrets.token_hex()
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _LIMITED, str(path)],
+            [sys.executable, "-I", "-c", _LIMITED, str(path), str(done), token],
             cwd=folder,
             env={"PATH": os.defpath},
             stdin=subprocess.DEVNULL,
@@ -41,11 +57,12 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
             start_new_session=True,
         )
         try:
-            return process.wait(seconds) == 0
+            ended = process.wait(seconds) == 0
+            return ended and done.is_file() and done.read_bytes() == token.encode()
         except subprocess.TimeoutExpired:
             return False
         finally:
-            # Whatever the program has started goes with it.
+            # What the program has started goes with it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -75,8 +92,17 @@ def own_code_eval() -> Iterator[None]:
     """While tasks are loaded: `evaluate.load("code_eval")` gives `CodeEval`.
 
     The harness's tasks would fetch that metric's source from the hub and run it.
+
+    Raises InputError: a program that does nothing fails, so that all would.
     """
     import evaluate
+
+    if not passes("pass"):
+        raise InputError(
+            "code cannot be run apart here: a program that does nothing failed "
+            f"({sys.executable}, {SECONDS:g} s, a directory in {tempfile.gettempdir()}); leave out "
+            "the tasks that run code"
+        )
 
     real = evaluate.load
 

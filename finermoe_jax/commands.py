@@ -315,7 +315,7 @@ def evaluate() -> None:
               "--tasks: prompts as conversations, for chat models")  # fmt: skip
         _flag(flags.DEFINE_bool, "allow_code_execution", False,
               "--tasks: MBPP and its like may run programs that the model writes, with your "
-              "rights")  # fmt: skip
+              "rights; some tasks (cruxeval, longproc) do so in ways of their own")  # fmt: skip
         _flag(flags.DEFINE_bool, "int8", False,
               "weights as int8 with a scale for each output channel")  # fmt: skip
         _flag(flags.DEFINE_integer, "batch_tokens", 2048,
@@ -326,8 +326,18 @@ def evaluate() -> None:
         path = _require("checkpoint")
         if not FLAGS.text and not FLAGS.tasks:
             raise InputError("--text or --tasks is needed; see --help")
+        for half, names in {
+            "text": ["sequence_length", "stride"],
+            "tasks": ["limit", "num_fewshot", "data_dir", "skip_missing", "apply_chat_template",
+                      "allow_code_execution"],
+        }.items():  # fmt: skip
+            for name in names:
+                if not FLAGS[half].value and FLAGS[name].value != FLAGS[name].default:
+                    raise InputError(f"--{name} is about --{half}, which is not given")
         if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
             raise InputError(f"--output={FLAGS.output}: its directory does not exist")
+        if FLAGS.output and Path(FLAGS.output).is_dir():
+            raise InputError(f"--output={FLAGS.output} is a directory; name a file in it")
         if FLAGS.data_dir:
             # Read when the libraries are imported.
             os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -354,9 +364,10 @@ def evaluate() -> None:
             ),
             indent=2,
         )
+        # Hours of work are not lost where the file cannot be written.
+        print(result, flush=True)
         if FLAGS.output:
             Path(FLAGS.output).write_text(result + "\n")
-        print(result)
 
     run("Evaluate: python eval.py --checkpoint=DIR [--text=FILE.txt] [--tasks=arc_easy,hellaswag] "
          "[--data_dir=DIR] [--output=FILE.json]", define, main)  # fmt: skip

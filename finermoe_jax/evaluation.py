@@ -72,11 +72,12 @@ def evaluate(
       show_progress: bars on stderr.
 
     Returns:
-      perplexity, loss (nats per token) and tokens, of text; tasks (name → metric → value) and, if
-      there were any, skipped (names).
+      perplexity, loss (nats per token) and tokens, of text; tasks (name → metric → value), cut (how
+      many of their prompts lost their beginning) and, if there were any, skipped (names).
 
     Raises InputError, before weights are read: unreadable text, windows that the model does not
-    take, no tokenizer, unknown tasks, missing rows, the extra `eval` not installed.
+    take, no tokenizer, unknown tasks, missing or unusable rows, the extra `eval` not installed.
+    After: log-likelihoods that are not finite.
     """
     if batch_tokens < 1:
         raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
@@ -205,8 +206,8 @@ def _select(tasks: Tasks) -> Any:
 
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
-    """What only the model and its tokenizer can tell."""
-    from finermoe_jax.harness import check_limits
+    """What only the model and its tokenizer can tell; and, as it takes longest, every row."""
+    from finermoe_jax.harness import check_limits, check_rows
 
     if prefix_token(tokenizer) is None:
         raise InputError(
@@ -219,6 +220,7 @@ def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> No
             "base model"
         )
     check_limits(selection.tasks, limit)
+    check_rows(selection.tasks, tasks.limit, tasks.num_fewshot)
 
 
 def _run(
@@ -227,8 +229,9 @@ def _run(
     from finermoe_jax.harness import HarnessModel, run
     from finermoe_jax.tasks import ALL_TEN, TEN
 
+    harness = HarnessModel(model, tokenizer, **options)
     metrics = run(
-        HarnessModel(model, tokenizer, **options),
+        harness,
         selection.objects,
         limit=tasks.limit,
         num_fewshot=tasks.num_fewshot,
@@ -238,7 +241,8 @@ def _run(
     if ALL_TEN in tasks.names:
         values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
         metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
-    return {"tasks": metrics} | ({"skipped": selection.skipped} if selection.skipped else {})
+    found = {"tasks": metrics, "cut": harness.cut}
+    return found | ({"skipped": selection.skipped} if selection.skipped else {})
 
 
 def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:

@@ -1,5 +1,6 @@
 """Our models for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
 
+import itertools
 import random
 import sys
 from collections.abc import Collection, Sequence
@@ -39,6 +40,8 @@ class HarnessModel(TemplateLM):
     ):
         """ends as in `completion.complete`, the others as in `scoring.score`.
 
+        `cut` counts the prompts that have lost their beginning.
+
         Raises InputError when the tokenizer has neither of the two tokens.
         """
         super().__init__()
@@ -51,6 +54,7 @@ class HarnessModel(TemplateLM):
                 "text without a context could be scored; set eos_token in tokenizer_config.json"
             )
         self.prefix: int = prefix
+        self.cut = 0
 
     @property
     def max_length(self) -> int:
@@ -101,7 +105,7 @@ class HarnessModel(TemplateLM):
         self, requests: list, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         parts = [Continuation(context, targets) for _, context, targets in requests]
-        _tell_cut(sum(len(c) + len(t) - 1 > self.max_length for c, t in parts), parts, self)
+        self._count_cut(sum(len(c) + len(t) - 1 > self.max_length for c, t in parts), len(parts))
         found = score(
             self.model,
             parts,
@@ -154,7 +158,7 @@ class HarnessModel(TemplateLM):
             room = _room(self.max_length, new)
             prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
             prompts = [prompt or [self.prefix] for prompt in prompts]
-            _tell_cut(sum(len(prompt) > room for prompt in prompts), prompts, self)
+            self._count_cut(sum(len(prompt) > room for prompt in prompts), len(prompts), new)
             found = continue_all(
                 self.model,
                 self.tokenizer,
@@ -170,14 +174,18 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-
-def _tell_cut(count: int, of: Sequence, model: HarnessModel) -> None:
-    if count:
-        print(
-            f"{count} of {len(of)} prompts exceed the model's limit of {model.max_length} tokens "
-            "and lose their beginning, as in the harness",
-            file=sys.stderr,
-        )
+    def _count_cut(self, count: int, of: int, new: int = 0) -> None:
+        """Adds to `cut` and says so; new: tokens that are generated."""
+        self.cut += count
+        most = f"the model's limit of {self.max_length} tokens"
+        if new:
+            most = f"{self.max_length - new} tokens ({self.max_length} less {new} to generate)"
+        if count:
+            print(
+                f"{count} of {of} prompts exceed {most} and lose their beginning, as in the "
+                "harness",
+                file=sys.stderr,
+            )
 
 
 def _room(limit: int, new: int) -> int:
@@ -206,6 +214,54 @@ def check_limits(tasks: Sequence[Any], limit: int) -> None:
                 _room(limit, settings["max_gen_toks"])
             except InputError as error:
                 raise InputError(f"task {task.task_name}: {error}") from None
+
+
+def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None) -> None:
+    """Raises InputError for a row, of the first `limit` of each task, that the task cannot use, and
+    where there are fewer rows than examples that a prompt wants."""
+    for task in tasks:
+        _check_examples(task, num_fewshot)
+        for number, row in enumerate(itertools.islice(task.eval_docs, limit)):
+            try:
+                _use(task, row)
+            except Exception as error:  # of jinja, or a task's own code
+                first = (str(error).strip() or "no message").splitlines()[0]
+                raise InputError(
+                    f"task {task.task_name}, row {number}: it cannot be used: "
+                    f"{type(error).__name__}: {first}"
+                ) from None
+
+
+def _use(task: Any, row: Any) -> None:
+    """What the harness will ask of a row."""
+    text, target = task.doc_to_text(row), task.doc_to_target(row)
+    if not isinstance(text, str | int):
+        raise TypeError(f"its text is {text!r}")
+    if task.get_config("output_type") != "multiple_choice":
+        return
+    choices = task.doc_to_choice(row)
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError(f"its choices are {choices!r}")
+    for index in target if isinstance(target, list) else [target]:
+        # The harness would count it as a wrong answer.
+        if isinstance(index, int) and not 0 <= index < len(choices):
+            raise ValueError(f"its answer, {index}, is none of its {len(choices)} choices")
+
+
+def _check_examples(task: Any, num_fewshot: int | None) -> None:
+    count = task.get_config("num_fewshot") or 0
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        count = num_fewshot
+    if not count or not hasattr(task, "fewshot_cfg"):
+        return
+    rows = len(task.sampler.fewshot_docs()) if hasattr(task, "sampler") else 0
+    # The harness keeps a row back where it takes the scored row itself for an example.
+    have = rows - (task.fewshot_cfg.split == task.config.test_split)
+    if count > have:
+        raise InputError(
+            f"task {task.task_name}: {count} examples in each prompt are more than the "
+            f"{max(0, have)} rows for them; set --num_fewshot, or give more rows"
+        )
 
 
 def run(

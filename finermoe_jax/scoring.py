@@ -58,7 +58,8 @@ def score(
       batch_tokens: tokens of a batch on one device, padding included; at least one row.
       show_progress: a bar on stderr.
 
-    Raises InputError: a request without context or targets, or more targets than the limit.
+    Raises InputError: a request without context or targets, or more targets than the limit;
+    log-likelihoods that are not finite.
     """
     limit = model.config.max_position_embeddings
     # Input tokens → the requests that they answer, each scored at the last positions.
@@ -88,6 +89,10 @@ def score(
             np.add.at(sums, owners, log_p.astype(np.float64))
             np.logical_and.at(greedy, owners, likeliest)
             bar.update(len(batch))
+    if not np.isfinite(sums).all():
+        raise InputError(
+            "the model's log-likelihoods are not finite: its weights are damaged or overflow"
+        )
     return [Score(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
 
 

@@ -114,6 +114,12 @@ def select(
             random.seed(0)
             objects += _build(name, manager, local if data_dir is not None else None)
     _refuse_duplicates(objects)
+    built = {one.name if isinstance(one, Group) else one.task_name for one in objects}
+    if ALL_TEN in names and not built & TEN.keys():
+        raise InputError(
+            f"--data_dir={data_dir} holds no rows of any of the ten of {ALL_TEN}, which then has "
+            "no mean: leave that name out"
+        )
     tasks = [task for one in objects for task in _tasks(one)]
     return Selection(objects, tasks, skipped)
 

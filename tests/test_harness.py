@@ -3,11 +3,16 @@
 import gzip
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
@@ -19,6 +24,7 @@ from finermoe_jax.harness import HarnessModel
 from finermoe_jax.scoring import Continuation, score, windows
 from finermoe_jax.tasks import TEN, select
 from finermoe_jax.tokenizers import load_tokenizer
+from tests.test_cli import assert_refused, command
 
 DEMO = Path(__file__).parent.parent / "finermoe_jax" / "demo" / "model"
 
@@ -60,6 +66,7 @@ def rows(tmp_path_factory):
     for path, of_path in {
         "arc_easy/test.jsonl.gz": ARC,
         "hellaswag/validation.jsonl": [ending | dict(endings=["reads.", "is."] * 2, label="2")] * 2,
+        "hellaswag/train.jsonl": [ending | dict(endings=["reads.", "is."] * 2, label="2")] * 2,
         "winogrande/validation.jsonl.gz": [
             dict(sentence="A set is a list but _ is sorted.", option1="the set", option2="the list",
                  answer="2")
@@ -123,7 +130,14 @@ def test_windows_are_the_harnesss(count, stride):
         assert [*context, *targets][:-1] == inputs
 
 
-def test_generate_until(harness, tokenizer):
+def test_weights_that_are_not_numbers(harness):
+    graphdef, state = nnx.split(harness.model)
+    damaged = nnx.merge(graphdef, jax.tree.map(lambda x: x * np.nan, state))
+    with pytest.raises(InputError, match="log-likelihoods are not finite: its weights"):
+        score(damaged, [Continuation([1, 2], [3])])
+
+
+def test_generate_until(harness, tokenizer, capsys):
     prompt, settings = "The following example shows", dict(do_sample=False, max_gen_toks=12)
     ids = np.asarray([tokenizer.encode(prompt)])
     whole = tokenizer.decode(np.asarray(fm.generate(harness.model, ids, None, 12))[0, ids.size :])
@@ -133,7 +147,10 @@ def test_generate_until(harness, tokenizer):
         _request("generate_until", prompt, settings | dict(until=[stop])),
         _request("generate_until", "word " * 2000, settings | dict(until=[])),
     ]
+    before = harness.cut
     free, stopped, cut = harness.generate_until(requests)
+    assert "1 of 2 prompts exceed 1012 tokens (1024 less 12 to" in capsys.readouterr().err
+    assert harness.cut == before + 1
     assert free == whole and stopped == whole[: whole.index(stop)]
     assert harness.generate_until(requests) == [free, stopped, cut]
     with pytest.raises(InputError, match=r"max_gen_toks=1024 .*=1024"):
@@ -189,6 +206,7 @@ def test_ten_benchmarks_with_local_rows(rows, harness, tmp_path):
     assert scores["finermoe"] == {"mean": pytest.approx(np.mean(values)), "benchmarks": 5}
     subjects = [scores["mmlu_anatomy"], scores["mmlu_virology"]]
     assert [one["rows"] for one in subjects] == [2, 1]
+    assert result["cut"] == 0
     weighted = (2 * subjects[0]["acc"] + subjects[1]["acc"]) / 3
     assert scores["mmlu"]["acc"] == pytest.approx(weighted)
     # The choice of the harness, from log-likelihoods of one device.
@@ -220,12 +238,24 @@ def test_code_is_run_apart_and_only_with_leave(rows):
     (task,) = select(["mbpp"], rows, allow_code_execution=True).tasks
     for code, wanted in [("def add(a, b): return a + b", 1.0), ("def add(a, b): return a", 0.0)]:
         assert task.process_results(MBPP, [code])["pass_at_1"] == wanted
-    assert passes("import os; assert 'HOME' not in os.environ and not os.listdir('..') is None")
+    assert passes("import os; assert 'HOME' not in os.environ and os.listdir() == ['program.py']")
+    assert passes("if __name__ == '__main__': raise ValueError\nopen = None")
     assert not passes("while True: pass", seconds=0.5)
     assert not passes("x = bytearray(4 << 30)")
     assert not passes("import sys; sys.exit(3)") and not passes("\ud800")
+    for leave in ["quit()", "import sys; sys.exit()", "import os; os._exit(0)"]:
+        assert not passes(f"{leave}\nassert False")
     rates, _ = CodeEval().compute(references=["assert x"], predictions=[["x=1", "x=0"]], k=[1, 2])
     assert rates == {"pass@1": 0.5, "pass@2": 1.0}
+
+
+def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
+    program = "from finermoe_jax.code_execution import passes; assert passes('pass')"
+    shell = 'ulimit -f 1000 -t 8 && exec "$0" -c "$1"'
+    subprocess.run(["bash", "-c", shell, sys.executable, program], check=True, timeout=300)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(InputError, match="code cannot be run apart here"):
+        select(["mbpp"], rows, allow_code_execution=True)
 
 
 @pytest.mark.parametrize(
@@ -244,14 +274,22 @@ def test_code_is_run_apart_and_only_with_leave(rows):
         (["arc_easy"], dict(chat=True), ["--apply_chat_template", "chat_template"]),
         (["arc_easy"], dict(limit=0), ["--limit=0"]),
         (["arc_easy"], dict(num_fewshot=-1), ["--num_fewshot=-1"]),
+        (["agieval_math"], dict(num_fewshot=2), ["agieval_math: 2 examples", "the 1 rows"]),
+        # Two, one of which may be the row itself.
+        (["hellaswag"], dict(num_fewshot=2), ["task hellaswag: 2 examples", "the 1 rows"]),
         ([], {}, ["--tasks is empty"]),
         (["arc_easy"], dict(data_dir=Path("nowhere")), ["--data_dir=nowhere"]),
-        (["arc_easy"], dict(data_dir=None), ["task arc_easy", "--data_dir"]),
+        (["arc_easy"], dict(data_dir=None), ["task arc_easy", "out of reach", "--data_dir"]),
         (["arc_easy"], dict(data_dir=None, skip_missing=True), ["--skip_missing", "--data_dir"]),
     ],
 )  # fmt: skip
 def test_refused_before_weights_are_read(rows, names, settings, words, monkeypatch):
     monkeypatch.setattr("finermoe_jax.evaluation.read_model", None)
+
+    def no_network(*_, **__):
+        raise ConnectionError("the hub is out of reach")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(InputError) as error:
         evaluate(str(DEMO), tasks=Tasks(names, **{"data_dir": rows} | settings))
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
@@ -273,6 +311,49 @@ def test_damaged_rows(tmp_path, content, words):
     with pytest.raises(InputError) as error:
         select(["arc_easy"], tmp_path)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"answerKey": None}, "ValueError"),
+        ({"answerKey": "Z"}, "ValueError: 'Z' is not in list"),
+        ({"choices": None}, "row 1"),
+        ({"choices": CHOICES | {"text": ["one"]}}, "ValueError: its answer, 1, is none of its 1 "),
+    ],
+)
+def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
+    """After the first, which the harness looks at by itself."""
+    monkeypatch.setattr("finermoe_jax.evaluation.read_model", None)
+    changed = {key: x for key, x in (ARC[1] | second).items() if x is not None}
+    _write(tmp_path / "arc_easy" / "test.jsonl", [ARC[0], changed])
+    with pytest.raises(InputError, match=r"task arc_easy, row 1: ") as error:
+        evaluate(str(DEMO), tasks=Tasks(["arc_easy"], tmp_path))
+    assert words in str(error.value)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        evaluate(str(DEMO), tasks=Tasks(["arc_easy"], tmp_path, limit=1))
+
+
+def test_ten_without_rows_have_no_mean(tmp_path):
+    answers = {f"Incorrect Answer {i}": f"No, {i}." for i in (1, 2, 3)}
+    row = {"Question": "Which?", "Correct Answer": "This."} | answers
+    _write(tmp_path / "gpqa" / "gpqa_diamond.jsonl", [row])
+    options = dict(skip_missing=True, allow_code_execution=True)
+    assert select(["gpqa_diamond_zeroshot"], tmp_path, **options).tasks
+    with pytest.raises(InputError, match="no rows of any of the ten of finermoe"):
+        select(["finermoe", "gpqa_diamond_zeroshot"], tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text=t.txt", "--limit=3"], ["--limit is about --tasks"]),
+        (["--tasks=arc_easy", "--stride=3"], ["--stride is about --text"]),
+        (["--text=t.txt", "--output=."], ["--output=. is a directory"]),
+    ],
+)
+def test_flags_that_do_not_fit(arguments, words):
+    assert_refused(command("eval.py", "--checkpoint=nowhere", *arguments), *words)
 
 
 def test_what_is_not_there(rows, tmp_path, monkeypatch):
