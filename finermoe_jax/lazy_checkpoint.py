@@ -6,7 +6,6 @@ reads those needs to know nothing of this.
 """
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ from finermoe_jax.lazy import Index, LazyArray, ParamPath, Weights
 
 # Blocks that may wait to be written while the next one is made.
 _IN_FLIGHT = 3
-# Blocks that are made at a time.
-_MAKERS = 2
 
 
 class LazyHandler(ocp.type_handlers.TypeHandler):
@@ -87,26 +84,12 @@ class LazyHandler(ocp.type_handlers.TypeHandler):
                 await future
                 self.written(size)
 
-        indices = iter(lazy.blocks(array.shape, block))
-        making: deque[tuple[Index, asyncio.Task]] = deque()
-
-        def make() -> None:
-            for index in itertools.islice(indices, _MAKERS - len(making)):
-                values = asyncio.to_thread(array.__getitem__, index)
-                making.append((index, asyncio.create_task(values)))
-
-        make()
-        try:
-            while making:
-                index, task = making.popleft()
-                values = await task
-                make()
-                future = store[index].write(values, can_reference_source_data_indefinitely=True)
-                waiting.append((future, values.nbytes))
-                await settle(_IN_FLIGHT)
-            await settle(0)
-        finally:  # of a block that failed the others are no longer wanted, but seen to their end
-            await asyncio.gather(*(task for _, task in making), return_exceptions=True)
+        for index in lazy.blocks(array.shape, block):
+            values = await asyncio.to_thread(array.__getitem__, index)
+            future = store[index].write(values, can_reference_source_data_indefinitely=True)
+            waiting.append((future, values.nbytes))
+            await settle(_IN_FLIGHT)
+        await settle(0)
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[LazyArray]:
         """The arrays as stored, not read yet."""
