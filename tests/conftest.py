@@ -1,6 +1,7 @@
 """Strict tests: several CPU devices, no silent rank promotion, shapes in signatures checked."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
@@ -20,7 +21,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
-from jax._src import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.devices()  # reads the flags
@@ -28,27 +28,6 @@ jax.devices()  # reads the flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(
     " --xla_backend_optimization_level=0"
 )
-
-# XLA sometimes crashes (JAX 0.12.0.1) where it stores the prefill as machine code that is not
-# optimised, or reads it back: generation's programs stay out of the tests' cache.
-_stored, _put = compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time
-
-
-def _uncached(name):
-    return name.startswith(("jit__prefill", "jit__decode"))
-
-
-def _get_but_generation(key, *rest, **more):
-    return (None, None) if _uncached(key) else _stored(key, *rest, **more)
-
-
-def _put_but_generation(key, name, *rest, **more):
-    if not _uncached(name):
-        _put(key, name, *rest, **more)
-
-
-compilation_cache.get_executable_and_time = _get_but_generation
-compilation_cache.put_executable_and_time = _put_but_generation
 
 # Before anything of the package is imported: every annotated shape is checked at each call.
 install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
@@ -62,3 +41,25 @@ def golden():
     from pathlib import Path
 
     return Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_are_dropped():
+    """Every program that JAX keeps takes some maps of memory, and Linux gives a process 65530.
+
+    Beyond them XLA cannot load another one, and the exception that says so can crash the process.
+    """
+    yield
+    if next(_tests) % 20 == 0 and _maps() > 30000:
+        jax.clear_caches()
+
+
+_tests = itertools.count(1)
+
+
+def _maps():
+    try:
+        with open("/proc/self/maps", "rb") as lines:
+            return sum(1 for _ in lines)
+    except OSError:  # not Linux
+        return 0
