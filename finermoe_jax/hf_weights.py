@@ -274,8 +274,8 @@ def _pieces(
         block = lazy.block_shape(array)
         if not where.rules[0].same:
             block = (*block[:leading], *array.shape[leading:])
-        for index in lazy.blocks(array.shape, block):
-            values = array[index]
+        indices = list(lazy.blocks(array.shape, block))
+        for index, values in zip(indices, lazy.made_ahead(array, indices), strict=True):
             for place in np.ndindex(*values.shape[:leading]):
                 at = tuple(index[axis].start + i for axis, i in enumerate(place))
                 for rule in where.rules:

@@ -9,7 +9,8 @@ no host ever holds more of a model than a few of those.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -148,3 +149,15 @@ def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
             slice(start, min(start + step, size))
             for start, step, size in zip(corner, block, shape, strict=True)
         )
+
+
+def made_ahead(array: LazyArray, indices: Iterable[Index]) -> Iterator[np.ndarray]:
+    """The values at each index in turn; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for index in indices:
+            coming, before = pool.submit(array.__getitem__, index), coming
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()

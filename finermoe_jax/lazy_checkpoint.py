@@ -6,7 +6,6 @@ reads those needs to know nothing of this.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from finermoe_jax import lazy
 from finermoe_jax.errors import InputError
 from finermoe_jax.lazy import Index, LazyArray, ParamPath, Weights
 
-# Blocks that may wait to be written while the next one is made.
-_IN_FLIGHT = 3
+# Blocks that are being made or written at a time.
+_AT_A_TIME = 4
 
 
 class LazyHandler(ocp.type_handlers.TypeHandler):
@@ -76,20 +75,21 @@ class LazyHandler(ocp.type_handlers.TypeHandler):
         store = await tensorstore.open(
             tensorstore.Spec(spec), create=True, open=True, context=info.ts_context
         )
-        waiting: deque[tuple[Any, int]] = deque()
+        room = asyncio.Semaphore(_AT_A_TIME)
 
-        async def settle(most: int) -> None:
-            while len(waiting) > most:
-                future, size = waiting.popleft()
-                await future
-                self.written(size)
+        async def one(index: Index) -> None:
+            async with room:
+                values = await asyncio.to_thread(array.__getitem__, index)
+                await store[index].write(values, can_reference_source_data_indefinitely=True)
+                self.written(values.nbytes)
 
-        for index in lazy.blocks(array.shape, block):
-            values = await asyncio.to_thread(array.__getitem__, index)
-            future = store[index].write(values, can_reference_source_data_indefinitely=True)
-            waiting.append((future, values.nbytes))
-            await settle(_IN_FLIGHT)
-        await settle(0)
+        tasks = [asyncio.create_task(one(i)) for i in lazy.blocks(array.shape, block)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # where one failed the others are no longer wanted, but seen to their end
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[LazyArray]:
         """The arrays as stored, not read yet."""
