@@ -15,9 +15,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from finermoe_jax.config import PUBLISHED_START, MoEConfig, RunConfig, run_config
+from finermoe_jax.config import PUBLISHED_START, MoEConfig
 from finermoe_jax.errors import InputError, RunEnded, near_misses
 from finermoe_jax.files import find
+from finermoe_jax.run_settings import RunConfig, run_config
 
 FLAGS = flags.FLAGS
 

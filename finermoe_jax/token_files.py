@@ -27,8 +27,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from finermoe_jax.config import from_dict
 from finermoe_jax.errors import InputError
+from finermoe_jax.run_settings import from_dict
 
 FORMAT = "finermoe-jax tokens 1"
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"

@@ -14,10 +14,10 @@ import finermoe_jax as fm
 from finermoe_jax import completion, generation, sharding
 from finermoe_jax import few_rows as few
 from finermoe_jax.completion import complete, continue_all, conversation
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.files import find
 from finermoe_jax.int8 import int8_weights
 from finermoe_jax.model import Decoder, with_params
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.sampling import Sampling, choose
 from finermoe_jax.sharding import make_mesh
 from finermoe_jax.tokenizers import load_tokenizer

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finermoe_jax.config import DataConfig
 from finermoe_jax.data import open_data
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.prepare_data import prepare
+from finermoe_jax.run_settings import DataConfig
 from finermoe_jax.token_files import (
     TokenStream,
     id_range,
