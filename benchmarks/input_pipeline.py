@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from finermoe_jax.data import Batches, split_held_out
+from finermoe_jax.megatron import open_megatron
 from finermoe_jax.rows import Mixture
 from finermoe_jax.run_settings import DataConfig
 from finermoe_jax.token_files import (
@@ -29,7 +30,6 @@ from finermoe_jax.token_files import (
     Manifest,
     Settings,
     Shard,
-    open_megatron,
     open_prepared,
     shard_files,
     shard_name,

@@ -16,6 +16,7 @@ import numpy as np
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
+from finermoe_jax.megatron import megatron_prefix, open_megatron
 from finermoe_jax.packing import Batch
 from finermoe_jax.rows import Mixture, Packed, Rows, Windows
 from finermoe_jax.run_settings import DataConfig
@@ -25,8 +26,6 @@ from finermoe_jax.token_files import (
     PARTIAL,
     Source,
     TokenStream,
-    megatron_prefix,
-    open_megatron,
     open_prepared,
     tokenizer_hash,
 )
