@@ -416,9 +416,10 @@ def generate() -> None:
         ends = end_tokens(source.files, tokenizer, config.vocab_size)
         messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
         # What can be refused is refused before the weights are read.
+        first: Any = prompt
         if FLAGS.chat:
-            conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
-        check_prompt(config, tokenizer, prompt or "?", FLAGS.max_new_tokens, FLAGS.stop)
+            first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
+        check_prompt(config, tokenizer, first, FLAGS.max_new_tokens, FLAGS.stop)
         model = read_model(source, path)
         if FLAGS.int8:
             model = int8_weights(model)
