@@ -11,8 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from finermoe_jax.config import RunConfig, run_config
 from finermoe_jax.plot import read_lines
+from finermoe_jax.run_settings import RunConfig, run_config
 from finermoe_jax.training import train
 
 SEEDS = (1, 2, 3)

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from finermoe_jax.config import DataConfig
 from finermoe_jax.data import Batches, split_held_out
+from finermoe_jax.megatron import open_megatron
 from finermoe_jax.rows import Mixture
+from finermoe_jax.run_settings import DataConfig
 from finermoe_jax.token_files import (
     MANIFEST,
     Manifest,
     Settings,
     Shard,
-    open_megatron,
     open_prepared,
     shard_files,
     shard_name,

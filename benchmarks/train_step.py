@@ -21,12 +21,13 @@ import numpy as np
 from flax import nnx
 
 from finermoe_jax import host_memory, sharding
-from finermoe_jax.config import DataConfig, MeshConfig, MoEConfig, RunConfig, TrainConfig
+from finermoe_jax.config import MoEConfig
 from finermoe_jax.flops import training_flops
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
 from finermoe_jax.published import QWEN2P5
+from finermoe_jax.run_settings import DataConfig, MeshConfig, RunConfig, TrainConfig
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step
 

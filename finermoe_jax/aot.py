@@ -26,13 +26,14 @@ from jax.sharding import Mesh
 
 from finermoe_jax import candidates, commands, report, sharding
 from finermoe_jax.checkpoint import abstract_params
-from finermoe_jax.config import ModelConfig, RunConfig
+from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import with_shapes
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
 from finermoe_jax.params import run_model, true_counts
 from finermoe_jax.program import analyse
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import abstract_optimizer, check_microbatch, jit_step
 from finermoe_jax.topology import Target, describe

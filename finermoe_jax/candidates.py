@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from finermoe_jax import sharding
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.topology import Target
 
 

@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from finermoe_jax import lazy, lazy_checkpoint, sharding
-from finermoe_jax.config import ModelConfig, from_dict
+from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
@@ -49,6 +49,7 @@ from finermoe_jax.integrity import (
 )
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
+from finermoe_jax.run_settings import from_dict
 
 _CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "optimizer"
 _NOT_READ = (_OPTIMIZER, "metrics")  # by those who want the model alone

@@ -15,9 +15,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from finermoe_jax.config import PUBLISHED_START, MoEConfig, RunConfig, run_config
+from finermoe_jax.config import PUBLISHED_START, MoEConfig
 from finermoe_jax.errors import InputError, RunEnded, near_misses
 from finermoe_jax.files import find
+from finermoe_jax.run_settings import RunConfig, run_config
 
 FLAGS = flags.FLAGS
 
@@ -415,9 +416,10 @@ def generate() -> None:
         ends = end_tokens(source.files, tokenizer, config.vocab_size)
         messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
         # What can be refused is refused before the weights are read.
+        first: Any = prompt
         if FLAGS.chat:
-            conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
-        check_prompt(config, tokenizer, prompt or "?", FLAGS.max_new_tokens, FLAGS.stop)
+            first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
+        check_prompt(config, tokenizer, first, FLAGS.max_new_tokens, FLAGS.stop)
         model = read_model(source, path)
         if FLAGS.int8:
             model = int8_weights(model)

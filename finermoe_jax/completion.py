@@ -1,5 +1,6 @@
 """Text from a decoder: prompts continued piece by piece or in batches, and conversations."""
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,11 @@ def continue_all(
 
 
 def check_prompt(
-    config: ModelConfig, tokenizer: Any, prompt: str, max_new_tokens: int, stop: Sequence[str]
+    config: ModelConfig,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    max_new_tokens: int,
+    stop: Sequence[str],
 ) -> None:
     """Raises InputError where `complete` would; needs no weights."""
     ids = _encode(tokenizer, prompt)
@@ -178,7 +183,7 @@ class _Text:
         while begin and tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
             begin -= 1
         self.context = list(prompt[begin:])
-        self.offset = len(tokenizer.decode(self.context))
+        self.before = tokenizer.decode(self.context)
         self.tokens: list[int] = []
         self.shown = ""
         self.ended = False
@@ -197,13 +202,14 @@ class _Text:
             return self._show(text[: min(found)])
         # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
         # So does what may become a stop string.
-        certain = len(text.rstrip("\ufffd"))
+        whole = text.rstrip("\ufffd")
+        certain = len(whole)
         for s in self.stop:
-            for size in range(min(len(s) - 1, len(text)), 0, -1):
-                if text.endswith(s[:size]):
-                    certain = min(certain, len(text) - size)
+            for size in range(min(len(s) - 1, len(whole)), 0, -1):
+                if whole.endswith(s[:size]):
+                    certain = min(certain, len(whole) - size)
                     break
-        return self._show(text[:certain])
+        return self._show(whole[:certain])
 
     def rest(self) -> str:
         """What was held back, at the end."""
@@ -213,7 +219,10 @@ class _Text:
         return self._show(self._decoded())
 
     def _decoded(self) -> str:
-        return self.tokenizer.decode(self.context + self.tokens)[self.offset :]
+        text = self.tokenizer.decode(self.context + self.tokens)
+        # Tokens given as ids may end inside a character, which the next ones complete.
+        kept = os.path.commonprefix([self.before, text])  # noqa: RUF071  (of characters)
+        return text[len(kept) :]
 
     def _show(self, text: str) -> str:
         piece = text[len(self.shown) :]

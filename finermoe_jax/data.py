@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grain
 import numpy as np
 
-from finermoe_jax.config import DataConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
+from finermoe_jax.megatron import megatron_prefix, open_megatron
 from finermoe_jax.packing import Batch
 from finermoe_jax.rows import Mixture, Packed, Rows, Windows
+from finermoe_jax.run_settings import DataConfig
 from finermoe_jax.text import KNOWN, TextFile, text_kind, tokenize
 from finermoe_jax.token_files import (
     MANIFEST,
     PARTIAL,
     Source,
     TokenStream,
-    megatron_prefix,
-    open_megatron,
     open_prepared,
     tokenizer_hash,
 )

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from finermoe_jax import sharding
 from finermoe_jax.checkpoint import open_model, read_model
 from finermoe_jax.completion import end_tokens
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.int8 import int8_weights
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.packing import Batch, counted, masks
 from finermoe_jax.rows import Mixture
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.scoring import BATCH_TOKENS, score, windows
 from finermoe_jax.text import Piece, TextFile, tokenize
 from finermoe_jax.tokenizers import load_tokenizer, prefix_token

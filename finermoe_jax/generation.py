@@ -23,6 +23,8 @@ from finermoe_jax.sampling import Sampling, choose
 from finermoe_jax.weights import apart
 
 SMALLEST_BUCKET = 32
+# In place of a token that could not be chosen.
+_NOT_FINITE = -1
 
 
 def generate(
@@ -50,7 +52,8 @@ def generate(
       int32 [B, T + max_new_tokens]: the input as given, then the new tokens.
 
     Raises:
-      InputError: empty prompts, ids outside the vocabulary, more positions than the model has.
+      InputError: empty prompts, ids outside the vocabulary, more positions than the model has;
+        logits that are not finite.
     """
     prompt = np.asarray(input_ids)
     sampling = sampling or Sampling(temperature=temperature, seed=seed)
@@ -105,9 +108,19 @@ def _tokens(
     for _ in range(1, max_new_tokens):
         # The next step is on its way before this token is fetched.
         following, running = _decode(graphdef, state, token, running, sampling.scalars())
-        yield np.asarray(token)
+        yield _fetched(token)
         token = following
-    yield np.asarray(token)
+    yield _fetched(token)
+
+
+def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
+    tokens = np.asarray(token)
+    if (tokens == _NOT_FINITE).any():
+        raise InputError(
+            "the model's logits are not finite: its weights are damaged or overflow; take an "
+            "older checkpoint, or weights that generate"
+        )
+    return tokens
 
 
 def experts_row_major(state: nnx.State) -> nnx.State:
@@ -181,7 +194,9 @@ def _next(
     step: Array,
 ) -> tuple[Int[Array, " B"], _Running]:
     assert cache is not None
-    token = choose(model.logits(hidden), sampling, seen, step)
+    logits = model.logits(hidden)
+    token = choose(logits, sampling, seen, step)
+    token = jnp.where(jnp.isfinite(logits.max(axis=-1)), token, _NOT_FINITE)
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     return token, _Running(cache, seen, step + 1)
 

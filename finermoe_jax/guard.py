@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from finermoe_jax import data
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.rows import Mixture
+from finermoe_jax.run_settings import RunConfig
 
 
 class Guard:

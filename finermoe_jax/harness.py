@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from finermoe_jax.completion import continue_all
 from finermoe_jax.errors import InputError
+from finermoe_jax.generation import bucket
 from finermoe_jax.model import Decoder
 from finermoe_jax.sampling import Sampling
 from finermoe_jax.scoring import BATCH_TOKENS, Continuation, score, windows
@@ -143,6 +144,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Continuations, each ended by its stop strings, which are left out.
 
+        Eight at a time, or as many more as batch_tokens allows with prompt and new tokens.
+
         A prompt that leaves no room for the new tokens loses its beginning.
 
         Raises InputError: as many new tokens as the model has positions, or more.
@@ -159,14 +162,17 @@ class HarnessModel(TemplateLM):
             prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
             prompts = [prompt or [self.prefix] for prompt in prompts]
             self._count_cut(sum(len(prompt) > room for prompt in prompts), len(prompts), new)
+            prompts = [prompt[-room:] for prompt in prompts]
+            length = bucket(max(map(len, prompts)) + new)
             found = continue_all(
                 self.model,
                 self.tokenizer,
-                [prompt[-room:] for prompt in prompts],
+                prompts,
                 max_new_tokens=new,
                 sampling=sampling,
                 stop=stop,
                 ends=self.ends,
+                batch_size=8 * max(1, self.batch_tokens // (8 * length)),
                 show_progress=self.show_progress and not disable_tqdm,
             )
             for index, text in zip(indices, found, strict=True):
@@ -199,17 +205,27 @@ def _room(limit: int, new: int) -> int:
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    if not settings.get("do_sample"):
-        return Sampling()
-    known = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return Sampling(**{name: settings[name] for name in known if name in settings})
+    known = ["repetition_penalty"]
+    if settings.get("do_sample"):
+        known += ["temperature", "top_k", "top_p", "seed"]
+    return Sampling(**{name: settings[name] for name in known if settings.get(name) is not None})
 
 
 def check_limits(tasks: Sequence[Any], limit: int) -> None:
-    """Raises InputError when a task generates more tokens than the model has room for."""
+    """Raises InputError when a task generates more tokens than the model has room for, or asks
+    for what there is not: pictures, beam search."""
     for task in tasks:
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(
+                f"task {task.task_name} shows pictures, and the model reads text alone"
+            )
         if task.get_config("output_type") == "generate_until":
             settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, NEW_TOKENS)
+            if (settings.get("num_beams") or 1) != 1:
+                raise InputError(
+                    f"task {task.task_name} asks for num_beams={settings['num_beams']}; there is "
+                    "no beam search here"
+                )
             try:
                 _room(limit, settings["max_gen_toks"])
             except InputError as error:

@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from finermoe_jax import data, sharding
 from finermoe_jax.checkpoint import TrainingCheckpoints
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.guard import Guard
 from finermoe_jax.metrics import Monitor
@@ -23,6 +22,7 @@ from finermoe_jax.model import Decoder
 from finermoe_jax.packing import Batch
 from finermoe_jax.preemption import EXIT_CODE
 from finermoe_jax.rows import Mixture
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.step import jit_step, rebuild
 from finermoe_jax.workdir import way_on
 

@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from finermoe_jax.config import ModelConfig, MoEConfig, RunConfig
+from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.flops import peak_flops, training_flops
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.workdir import Log
 from finermoe_jax.writers import TensorBoard, WeightsAndBiases
 

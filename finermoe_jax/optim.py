@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from finermoe_jax.config import OptimizerConfig
+from finermoe_jax.run_settings import OptimizerConfig
 
 # Parameters that are not decayed: norms and biases.
 _NOT_DECAYED = ("scale", "query_bias", "key_bias", "value_bias")

@@ -16,12 +16,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from finermoe_jax import commands, sharding
-from finermoe_jax.config import ModelConfig, MoEConfig, RunConfig
+from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.hf_weights import read_config, resolve_source
 from finermoe_jax.model import with_shapes
 from finermoe_jax.published import QWEN2P5
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.upcycle import upcycled_config
 
 

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from finermoe_jax.architectures import apply_variant
-from finermoe_jax.config import ModelConfig, default_config
+from finermoe_jax.config import ModelConfig
+from finermoe_jax.run_settings import default_config
 
 _QWEN: Any = dict(rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
 
@@ -40,7 +41,7 @@ def qwen_config(size: str, variant: str) -> Any:
     """The run that made FineRMoE from Qwen2.5-{size}.
 
     Variants are those of finermoe_jax/architectures.py. Granularities, optimizer,
-    schedule and batch are the defaults of finermoe_jax/config.py.
+    schedule and batch are the defaults of finermoe_jax/run_settings.py.
     """
     return _recipe(f"Qwen/Qwen2.5-{size}", QWEN2P5[size], variant)
 

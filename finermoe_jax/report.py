@@ -4,8 +4,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from finermoe_jax.config import RunConfig
 from finermoe_jax.program import Costs
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.topology import HOST_BYTES_PER_SECOND, Target
 
 _GIB = 2**30

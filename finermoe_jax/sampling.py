@@ -60,7 +60,9 @@ def choose(
 
     def draw() -> Int[Array, " B"]:
         # From the largest, so that a low temperature overflows to -inf alone.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+        # Below float32's normal numbers a temperature is 0 on some devices.
+        temperature = jnp.maximum(sampling.temperature, 1e-30)
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
         least = jax.lax.cond(
             restricted,

@@ -21,8 +21,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.run_settings import MeshConfig
 from pallas_kernels.platform import Implementation
 
 # Logical axis → mesh axes, outer first. Parameters, then activations.

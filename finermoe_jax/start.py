@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 
 from finermoe_jax import lazy
 from finermoe_jax.checkpoint import open_model, read_description
-from finermoe_jax.config import PUBLISHED_START, ModelConfig, RunConfig
+from finermoe_jax.config import PUBLISHED_START, ModelConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.files import find
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, with_shapes
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
 
 

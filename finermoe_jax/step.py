@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import apply_updates, completed, learning_rate, trained
 from finermoe_jax.packing import Batch, counted, masks
+from finermoe_jax.run_settings import RunConfig
 
 
 def train_step(

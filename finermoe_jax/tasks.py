@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +151,19 @@ def _members(name: str, index: dict) -> list[str] | None:
         case "TAG":
             return sorted(entry.tags)
         case "GROUP":
-            listed = entry.cfg.get("task") or []
-            # A group may change a member's settings on the way.
-            return [m if isinstance(m, str) else m.get("task") or m.get("group") for m in listed]
+            return list(_listed(entry.cfg.get("task")))
     return None
+
+
+def _listed(members: Any) -> Iterator[str]:
+    """The names in a group's list, whose members may have settings or be groups defined there."""
+    for member in [members] if isinstance(members, str | dict) else members or []:
+        if isinstance(member, str):
+            yield member
+        elif isinstance(inside := member.get("task"), list):
+            yield from _listed(inside)
+        elif name := inside or member.get("group"):
+            yield name
 
 
 def _leaves(name: str, index: dict) -> list[str]:

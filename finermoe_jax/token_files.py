@@ -1,4 +1,4 @@
-"""Tokens in memory-mapped files: our prepared directories, and Megatron's .bin/.idx pairs.
+"""Tokens in memory-mapped files: streams of them, and our prepared directories.
 
 A prepared directory (python -m finermoe_jax.prepare_data) holds
 
@@ -18,24 +18,19 @@ import json
 import mmap
 import os
 import resource
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
-from finermoe_jax.config import from_dict
 from finermoe_jax.errors import InputError
+from finermoe_jax.run_settings import from_dict
 
 FORMAT = "finermoe-jax tokens 1"
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
-_MEGATRON_HEADER = b"MMIDIDX\x00\x00"
-_MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 # --- a stream of tokens ---------------------------------------------------------------------
@@ -293,7 +288,7 @@ def _check_ids(
 ) -> None:
     """Compares the largest token of each shard with the vocabulary, and with the manifest."""
     way_out = f"compare the files: python -m finermoe_jax.prepare_data --verify={directory}"
-    with _scan_bar(manifest.tokens, directory.name if bar else "") as progress:
+    with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
         for shard, tokens in zip(manifest.shards, arrays, strict=True):
             path, largest = shard_files(directory, shard.name)[0], id_range(tokens, progress)[1]
             if largest >= vocab_size:
@@ -367,78 +362,7 @@ def tokenizer_hash(directory: Path) -> str:
     return found.hexdigest()
 
 
-# --- Megatron's -----------------------------------------------------------------------------
-
-
-def megatron_prefix(path: Path) -> Path | None:
-    """The common part of a .bin/.idx pair that `path` names whole, by its .idx or by its .bin."""
-    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
-        if Path(f"{prefix}.idx").is_file():
-            return prefix
-    return None
-
-
-def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
-    """A .bin/.idx pair as Megatron-Core's IndexedDataset writes it, memory-mapped.
-
-    All tokens are read once, for the largest and the smallest id and a hash of them: the format
-    does not state them.
-
-    Raises InputError: a header or sizes that contradict each other, a missing file, negative ids.
-    """
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    content = map_file(index, np.dtype("u1"))
-    head = len(_MEGATRON_HEADER) + 25
-    if len(content) < head or content[:9].tobytes() != _MEGATRON_HEADER:
-        raise InputError(f"{index} does not begin as an index of Megatron-Core (MMIDIDX)")
-    version, code, sequences, documents = struct.unpack("<QBQQ", content[9:head].tobytes())
-    if version != 1 or code not in _MEGATRON_DTYPES:
-        raise InputError(
-            f"{index} has version {version} and dtype code {code}; version 1 with one of the "
-            f"integer codes {', '.join(map(str, _MEGATRON_DTYPES))} is needed"
-        )
-    needed = head + 12 * sequences + 8 * documents
-    # Multimodal data adds a byte a sequence.
-    if len(content) not in (needed, needed + sequences) or not sequences or not documents:
-        raise InputError(
-            f"{index} has {len(content)} bytes; its {sequences} sequences and {documents} "
-            f"document marks would take {needed}: it is cut or damaged"
-        )
-    lengths = np.frombuffer(content, "<i4", sequences, head)
-    pointers = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
-    marks = np.frombuffer(content, "<i8", documents, head + 12 * sequences)
-    dtype = np.dtype(_MEGATRON_DTYPES[code])
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if (lengths < 0).any() or (pointers != starts[:-1] * dtype.itemsize).any():
-        raise InputError(f"{index}: its sequences do not lie in {data} one after the other")
-    if marks[0] != 0 or marks[-1] != sequences or (np.diff(marks) < 0).any():
-        raise InputError(f"{index}: its document marks do not rise from 0 to {sequences}")
-    total = int(starts[-1])
-    if not total:
-        raise InputError(f"{data} is empty")
-    size = data.stat().st_size if data.is_file() else 0
-    if size != total * dtype.itemsize:
-        raise InputError(
-            f"{data} has {size} bytes, and {index} speaks of {total} tokens of "
-            f"{dtype.itemsize} bytes: one of them is cut, or of another pair"
-        )
-    tokens = map_file(data, dtype)
-    digest = xxhash.xxh3_128()
-    with _scan_bar(total, prefix.name if show_progress else "") as progress:
-        low, high = id_range(tokens, progress, digest)
-    if low < 0:
-        raise InputError(f"{data} holds the negative token {low}")
-    identity = {
-        "kind": "megatron",
-        "index_sha256": hashlib.sha256(content).hexdigest(),
-        "tokens_xxh3_128": digest.hexdigest(),
-        "tokens": total,
-        "max_id": high,
-    }
-    return Source(str(prefix), TokenStream([tokens]), ((starts[marks[:-1]], 0),), identity)
-
-
-def _scan_bar(total: int, name: str) -> tqdm:
+def scan_bar(total: int, name: str) -> tqdm:
     """Of a scan of so many tokens; without a name it is not shown."""
     return tqdm(
         total=total, desc=f"scanning {name}", unit="token", unit_scale=True, disable=not name,

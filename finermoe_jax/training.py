@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from finermoe_jax import data, distributed, metrics, plot, sharding
 from finermoe_jax.checkpoint import TrainingCheckpoints, abstract_params, newest_checkpoint
 from finermoe_jax.completion import complete
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
 from finermoe_jax.guard import Guard
@@ -24,6 +23,7 @@ from finermoe_jax.loop import Loop
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.preemption import stop_requests
+from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.sharding import Placement
 from finermoe_jax.start import Start, fresh_start, restart
 from finermoe_jax.step import (

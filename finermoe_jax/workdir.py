@@ -18,10 +18,10 @@ import jax
 
 from finermoe_jax import plot
 from finermoe_jax.checkpoint import newest_checkpoint
-from finermoe_jax.config import RunConfig, run_config
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import copy_tokenizer
+from finermoe_jax.run_settings import RunConfig, run_config
 
 _LOCK, _PARTIAL = ".lock", ".config.json.partial"
 

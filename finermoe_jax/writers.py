@@ -5,8 +5,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from finermoe_jax.config import RunConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.run_settings import RunConfig
 
 
 class TensorBoard:

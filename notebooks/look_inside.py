@@ -143,8 +143,8 @@ plt.show()
 # %% [markdown]
 # **How sure the router is.** The softmax over all experts of one layer, a row for each token;
 # circles are the experts that computed it. A row with one bright cell is a sure decision; a bright
-# cell without a circle lies in a group that was not kept, because the *sum* of its logits was
-# smaller.
+# cell without a circle is not the best of its group, or lies in a group that was not kept, because
+# the *sum* of its logits was smaller.
 
 # %%
 layer = layers // 2  # any from 0

@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from finermoe_jax import aot, candidates, report, topology
-from finermoe_jax.config import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.program import Costs
+from finermoe_jax.run_settings import MeshConfig, OptimizerConfig
 from tests.compilers import interpreter
 from tests.test_config import _preset
 

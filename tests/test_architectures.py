@@ -15,12 +15,13 @@ from flax import nnx
 import finermoe_jax as fm
 from finermoe_jax import sharding
 from finermoe_jax.architectures import ARCHITECTURES
-from finermoe_jax.config import MeshConfig, MoEConfig, UpcycleConfig, default_config, run_config
+from finermoe_jax.config import MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
+from finermoe_jax.run_settings import MeshConfig, default_config, run_config
 from finermoe_jax.step import init_optimizer, jit_step
 from finermoe_jax.training import train
 from tests.test_config import SMALL, _preset

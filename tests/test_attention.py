@@ -12,8 +12,8 @@ from flax import nnx
 
 from finermoe_jax import flash
 from finermoe_jax.attention import Attention, CacheUse, LayerCache
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.layers import rotary_angles
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.sharding import Placement, make_mesh
 from tests.test_config import SMALL
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from finermoe_jax.config import ModelConfig, MoEConfig, default_config, preset, run_config
+from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.published import QWEN2P5
+from finermoe_jax.run_settings import default_config, preset, run_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -14,13 +14,13 @@ import pytest
 from pyarrow import parquet
 
 from finermoe_jax import text
-from finermoe_jax.config import DataConfig, RunConfig
 from finermoe_jax.data import batch_identity, open_data, parse_mixture, train_batches
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.packing import counted, masks, pack
 from finermoe_jax.plot import read_lines
 from finermoe_jax.rows import Mixture, Packed, Windows
+from finermoe_jax.run_settings import DataConfig, RunConfig
 from finermoe_jax.text import Piece, TextFile, cut_document, tokenize
 from finermoe_jax.token_files import TokenStream
 from finermoe_jax.tokenizers import load_tokenizer

@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.config import MeshConfig, RopeScaling
+from finermoe_jax.config import RopeScaling
 from finermoe_jax.convert import convert
 from finermoe_jax.hf_config import model_config_from_hf, model_config_to_hf
 from finermoe_jax.layers import rotary_angles
 from finermoe_jax.params import sharding_table, true_counts
 from finermoe_jax.published import QWEN3
+from finermoe_jax.run_settings import MeshConfig
 from tests import naive, naive_decoder
 from tests.test_config import SMALL, _preset
 

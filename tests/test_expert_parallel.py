@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 from finermoe_jax import expert_parallel, sharding
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.expert_parallel import routed_experts
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.sharding import ONE_DEVICE, Placement
 from pallas_kernels.expert_ffn import expert_ffn
 

@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.checkpoint import abstract_params
-from finermoe_jax.config import MoEConfig, RunConfig, TrainConfig
+from finermoe_jax.config import MoEConfig
 from finermoe_jax.flops import forward_flops, peak_flops, training_flops
 from finermoe_jax.model import with_shapes
 from finermoe_jax.packing import Batch
 from finermoe_jax.params import true_counts
 from finermoe_jax.program import analyse
 from finermoe_jax.published import QWEN2P5
+from finermoe_jax.run_settings import RunConfig, TrainConfig
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss
 from finermoe_jax.topology import CHIPS

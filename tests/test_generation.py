@@ -1,6 +1,10 @@
 """Generation: what two compiled programs make is what the whole model says, however it is asked."""
 
 import dataclasses
+import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +17,13 @@ from transformers import PreTrainedTokenizerFast
 import finermoe_jax as fm
 from finermoe_jax import completion, generation, sharding
 from finermoe_jax import few_rows as few
+from finermoe_jax.attention import init_cache
+from finermoe_jax.checkpoint import load_model
 from finermoe_jax.completion import complete, continue_all, conversation
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.files import find
 from finermoe_jax.int8 import int8_weights
 from finermoe_jax.model import Decoder, with_params
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.sampling import Sampling, choose
 from finermoe_jax.sharding import make_mesh
 from finermoe_jax.tokenizers import load_tokenizer
@@ -234,6 +240,7 @@ def test_sampling_frequencies():
         (dict(temperature=1.0, top_k=3, top_p=0.5), [0, 1, 0, 0]),
         (dict(temperature=1.0, top_p=1e-46), [0, 1, 0, 0]),
         (dict(temperature=1e-38), [0, 1, 0, 0]),
+        (dict(temperature=1e-44), [0, 1, 0, 0]),
         (dict(temperature=0.0, top_k=3), [0, 1, 0, 0]),
     ):
         got = np.bincount(draws(logits, **settings), minlength=4) / 2000
@@ -249,6 +256,27 @@ def test_repetition_penalty():
     logits, seen = jnp.asarray([[-1.0, -1.1]]), jnp.asarray([[True, False]])
     token = choose(logits, Sampling(repetition_penalty=1.5).scalars(), seen, jnp.int32(0))
     assert token.tolist() == [1]
+
+
+def test_padding_is_not_penalized(model):
+    """A row has seen its prompt and the new token, and no padding, which is token 0."""
+    row = [5, 9, 7]
+    graphdef, state = nnx.split(model)
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, :3] = row
+    cache = init_cache(CONFIG, 1, 64, model.dtype)
+    token, running = generation._prefill(
+        graphdef, state, padded, np.asarray([3], np.int32), cache, Sampling().scalars()
+    )
+    assert np.flatnonzero(np.asarray(running.seen)[0]).tolist() == sorted({*row, int(token[0])})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite(model, value):
+    graphdef, state = nnx.split(model)
+    damaged = nnx.merge(graphdef, jax.tree.map(lambda x: x * value, state))
+    with pytest.raises(fm.InputError, match="not finite"):
+        fm.generate(damaged, [prompts([3])[0]], max_new_tokens=3)
 
 
 def test_a_seed_repeats_and_rows_differ(model):
@@ -326,6 +354,23 @@ def test_characters_of_several_tokens_come_whole(tokenizer):
     assert text.shown == words
 
 
+@pytest.mark.parametrize(
+    "words, stop, shown", [("結果\n問題は", "\n問題", "結果"), ("ok‹/答> more", "‹/答>", "ok")]
+)
+def test_stop_strings_of_characters_of_several_tokens(tokenizer, words, stop, shown):
+    text = completion._Text(tokenizer, [5], [stop], [])
+    pieces = [text.add(i) for i in tokenizer(words, add_special_tokens=False)["input_ids"]]
+    assert "".join(pieces) == text.shown == shown and text.ended
+
+
+def test_a_prompt_of_ids_may_end_inside_a_character(tokenizer):
+    ids = tokenizer("a 問b", add_special_tokens=False)["input_ids"]
+    cut = ids.index(tokenizer("b", add_special_tokens=False)["input_ids"][0]) - 1
+    assert tokenizer.decode(ids[:cut]).endswith("\ufffd")
+    text = completion._Text(tokenizer, ids[:cut], [], [])
+    assert "".join(text.add(i) for i in ids[cut:]) == "問b"
+
+
 def test_a_first_word_keeps_its_space():
     """As with the tokenizers of Llama 2 and Mistral, whose decoders strip a text's first space."""
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "▁The", "▁capital", "▁is", "▁Paris"])}
@@ -373,6 +418,41 @@ def test_conversations(tokenizer):
     chatting.chat_template = "{{ raise_exception('only users') }}"
     with pytest.raises(fm.InputError, match="only users"):
         conversation(chatting, said)
+
+
+@pytest.mark.slow
+def test_a_conversation_on_the_command_line(tmp_path):
+    """Two lines of stdin are two answers, each after all that was said before it."""
+    folder = shutil.copytree(find("demo/model"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    )
+    model, files = load_model(folder)
+    tokenizer = load_tokenizer(files, model.config.vocab_size)
+    said = [{"role": "system", "content": "be brief"}]
+    ids = conversation(tokenizer, [*said, {"role": "user", "content": "Return the"}])
+    made = np.asarray(fm.generate(model, [ids], max_new_tokens=8))[0, len(ids) :].tolist()
+    # Of several tokens that end a text, the one that comes up: before the stop string would.
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [made[6], 0]}))
+    ends = completion.end_tokens(folder, tokenizer, model.config.vocab_size)
+    assert ends == {made[6], 0, tokenizer.eos_token_id}
+    wanted, stop = [], tokenizer.decode(made[7:8])
+    for line in ("Return the", "def"):
+        said.append({"role": "user", "content": line})
+        pieces = complete(
+            model, tokenizer, conversation(tokenizer, said), 8, stop=[stop], ends=ends
+        )
+        wanted.append("".join(pieces))
+        said.append({"role": "assistant", "content": wanted[-1]})
+    assert wanted[0] == tokenizer.decode(made[: made.index(made[6])])
+    arguments = [sys.executable, str(find("generate.py")), f"--checkpoint={folder}", "--chat",
+                 "--system=be brief", f"--stop={stop}", "--max_new_tokens=8"]  # fmt: skip
+    given = dict(input="Return the\n\ndef\n", capture_output=True, text=True)
+    done = subprocess.run(arguments, **given)
+    assert (done.returncode, done.stdout) == (0, "".join(f"{words}\n" for words in wanted))
+    arguments[4] = f"--system={'be brief ' * 2000}"
+    done = subprocess.run(arguments, **given)
+    assert done.returncode == 2 and "prompt tokens" in done.stderr and not done.stdout
 
 
 def test_prompts_that_cannot_be_continued(writer, tokenizer):

@@ -21,6 +21,7 @@ from finermoe_jax.code_execution import CodeEval, passes
 from finermoe_jax.errors import InputError
 from finermoe_jax.evaluation import Tasks, evaluate
 from finermoe_jax.harness import HarnessModel
+from finermoe_jax.sampling import Sampling
 from finermoe_jax.scoring import Continuation, score, windows
 from finermoe_jax.tasks import TEN, select
 from finermoe_jax.tokenizers import load_tokenizer
@@ -153,6 +154,12 @@ def test_generate_until(harness, tokenizer, capsys):
     assert harness.cut == before + 1
     assert free == whole and stopped == whole[: whole.index(stop)]
     assert harness.generate_until(requests) == [free, stopped, cut]
+    # A penalty holds for greedy decoding, too; settings that say nothing change nothing.
+    penalty = dict(until=[], repetition_penalty=1e9, top_k=None, temperature=0.3)
+    (other,) = harness.generate_until([_request("generate_until", prompt, settings | penalty)])
+    never = Sampling(repetition_penalty=1e9)
+    made = np.asarray(fm.generate(harness.model, ids, None, 12, sampling=never))[0, ids.size :]
+    assert other == tokenizer.decode(made) != whole
     with pytest.raises(InputError, match=r"max_gen_toks=1024 .*=1024"):
         harness.generate_until([_request("generate_until", prompt, dict(max_gen_toks=1024))])
 
@@ -278,6 +285,9 @@ def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
         # Two, one of which may be the row itself.
         (["hellaswag"], dict(num_fewshot=2), ["task hellaswag: 2 examples", "the 1 rows"]),
         ([], {}, ["--tasks is empty"]),
+        # Groups whose members are defined inside of them, some of these groups again.
+        (["mmlu_continuation"], dict(skip_missing=True), ["--data_dir"]),
+        (["flan_held_in"], dict(skip_missing=True), ["--data_dir"]),
         (["arc_easy"], dict(data_dir=Path("nowhere")), ["--data_dir=nowhere"]),
         (["arc_easy"], dict(data_dir=None), ["task arc_easy", "out of reach", "--data_dir"]),
         (["arc_easy"], dict(data_dir=None, skip_missing=True), ["--skip_missing", "--data_dir"]),

@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 import finermoe_jax as fm
 from finermoe_jax import integrity, lazy, lazy_checkpoint, sharding, tensor_files
 from finermoe_jax.checkpoint import write_checkpoint
-from finermoe_jax.config import MeshConfig
 from finermoe_jax.hf_names import parts
 from finermoe_jax.integrity import write_checksums
 from finermoe_jax.model import Decoder, parameter_shapes, with_shapes
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.tensor_files import Entry, write_tensors
 from tests.test_config import SMALL
 

@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from finermoe_jax import sharding
 from finermoe_jax.checkpoint import abstract_params
-from finermoe_jax.config import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import with_shapes
 from finermoe_jax.optim import apply_updates, in_float32, optimizer, round_at_random
 from finermoe_jax.params import run_model
 from finermoe_jax.plot import read_lines
+from finermoe_jax.run_settings import MeshConfig, OptimizerConfig
 from finermoe_jax.step import abstract_optimizer
 from finermoe_jax.training import train
 from tests.test_config import _preset
@@ -139,7 +139,7 @@ def test_a_lean_run_resumes(tmp_path):
 
 
 def test_unknown_optimizers_are_refused():
-    from finermoe_jax.config import default_config, run_config
+    from finermoe_jax.run_settings import default_config, run_config
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"

@@ -6,12 +6,13 @@ import jax
 import pytest
 from flax import nnx
 
-from finermoe_jax.config import MeshConfig, MoEConfig
+from finermoe_jax.config import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
 from finermoe_jax.paper_tables import ROWS
 from finermoe_jax.paper_tables import text as paper_tables_text
 from finermoe_jax.params import paper_counts, run_model, sharding_table, true_counts
+from finermoe_jax.run_settings import MeshConfig
 from tests.test_config import SMALL, _preset
 
 

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from finermoe_jax import scoring, sharding
-from finermoe_jax.config import MeshConfig, MoEConfig
+from finermoe_jax.config import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
+from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.scoring import Continuation, score, windows
 from finermoe_jax.sharding import Placement
 from tests.test_config import SMALL

@@ -27,7 +27,6 @@ from benchmarks.kill_campaign import (
 )
 from finermoe_jax import data, sharding
 from finermoe_jax.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
-from finermoe_jax.config import MeshConfig, run_config
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.files import find
 from finermoe_jax.integrity import damage, saved_steps
@@ -35,6 +34,7 @@ from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.preemption import stop_requests
+from finermoe_jax.run_settings import MeshConfig, run_config
 from finermoe_jax.step import init_optimizer, jit_step
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.training import train

@@ -13,19 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finermoe_jax.config import DataConfig
 from finermoe_jax.data import open_data
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
+from finermoe_jax.megatron import megatron_prefix, open_megatron
 from finermoe_jax.prepare_data import prepare
-from finermoe_jax.token_files import (
-    TokenStream,
-    id_range,
-    megatron_prefix,
-    open_megatron,
-    tokenizer_hash,
-    verify,
-)
+from finermoe_jax.run_settings import DataConfig
+from finermoe_jax.token_files import TokenStream, id_range, tokenizer_hash, verify
 from finermoe_jax.tokenizers import load_tokenizer
 
 MODEL = find("demo/model")

@@ -17,7 +17,7 @@ from flax import nnx
 
 from finermoe_jax import sharding
 from finermoe_jax.checkpoint import load_checkpoint
-from finermoe_jax.config import MeshConfig, MoEConfig, RunConfig, run_config
+from finermoe_jax.config import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.losses import cross_entropy_sum
@@ -28,6 +28,7 @@ from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.routing import load_balancing_loss
 from finermoe_jax.rows import Mixture, Packed
+from finermoe_jax.run_settings import MeshConfig, RunConfig, run_config
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild, train_step
 from finermoe_jax.token_files import TokenStream
