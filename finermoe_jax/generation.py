@@ -19,12 +19,10 @@ from finermoe_jax.attention import KVCache, init_cache
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
-from finermoe_jax.sampling import Sampling, choose
+from finermoe_jax.sampling import NO_TOKEN, Sampling, choose
 from finermoe_jax.weights import apart
 
 SMALLEST_BUCKET = 32
-# In place of a token that could not be chosen.
-_NOT_FINITE = -1
 
 
 def generate(
@@ -115,7 +113,7 @@ def _tokens(
 
 def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
     tokens = np.asarray(token)
-    if (tokens == _NOT_FINITE).any():
+    if (tokens == NO_TOKEN).any():
         raise InputError(
             "the model's logits are not finite: its weights are damaged or overflow; take an "
             "older checkpoint, or weights that generate"
@@ -194,9 +192,7 @@ def _next(
     step: Array,
 ) -> tuple[Int[Array, " B"], _Running]:
     assert cache is not None
-    logits = model.logits(hidden)
-    token = choose(logits, sampling, seen, step)
-    token = jnp.where(jnp.isfinite(logits.max(axis=-1)), token, _NOT_FINITE)
+    token = choose(model.logits(hidden), sampling, seen, step)
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     return token, _Running(cache, seen, step + 1)
 

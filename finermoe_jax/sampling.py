@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.errors import InputError
 
+# Where logits are not finite.
+NO_TOKEN = -1
+
 
 class Sampling(NamedTuple):
     """How tokens are drawn. All are arguments of one compiled program, none recompiles it.
@@ -53,7 +56,10 @@ def choose(
     seen: Bool[Array, "B V"],
     step: Int[Array, ""],
 ) -> Int[Array, " B"]:
-    """Each row's next token, int32; `sampling` holds scalars, step counts the tokens drawn."""
+    """Each row's next token, int32; `sampling` holds scalars, step counts the tokens drawn.
+
+    NO_TOKEN for a row whose largest logit is not finite (NaN counts as larger than all).
+    """
     penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen, penalized, logits)
@@ -62,7 +68,8 @@ def choose(
         # From the largest, so that a low temperature overflows to -inf alone.
         # Below float32's normal numbers a temperature is 0 on some devices.
         temperature = jnp.maximum(sampling.temperature, 1e-30)
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        largest = logits.max(axis=-1, keepdims=True)
+        scaled = (logits - largest) / temperature
         restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
         least = jax.lax.cond(
             restricted,
@@ -72,10 +79,13 @@ def choose(
         scaled = jnp.where(scaled >= least[:, None], scaled, -jnp.inf)
         key = jax.random.fold_in(jax.random.key(sampling.seed), step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(scaled)))
-        return jax.vmap(jax.random.categorical)(keys, scaled)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+        return jnp.where(jnp.isfinite(largest[:, 0]), drawn, NO_TOKEN)
 
     def most_likely() -> Int[Array, " B"]:
-        return jnp.argmax(logits, axis=-1)
+        best = jnp.argmax(logits, axis=-1)
+        largest = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+        return jnp.where(jnp.isfinite(largest), best, NO_TOKEN)
 
     return jax.lax.cond(sampling.temperature > 0, draw, most_likely).astype(jnp.int32)
 

@@ -275,8 +275,13 @@ def test_padding_is_not_penalized(model):
 def test_logits_that_are_not_finite(model, value):
     graphdef, state = nnx.split(model)
     damaged = nnx.merge(graphdef, jax.tree.map(lambda x: x * value, state))
-    with pytest.raises(fm.InputError, match="not finite"):
-        fm.generate(damaged, [prompts([3])[0]], max_new_tokens=3)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(fm.InputError, match="not finite"):
+            fm.generate(damaged, [prompts([3])[0]], max_new_tokens=3, temperature=temperature)
+    one = jnp.asarray([[0.0, 2.0, 1.0], [0.0, value, 1.0]])  # of one row a single logit
+    for settings in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=2)):
+        tokens = choose(one, settings.scalars(), jnp.zeros(one.shape, bool), jnp.int32(0))
+        assert tokens[0] >= 0 and tokens[1] == -1
 
 
 def test_a_seed_repeats_and_rows_differ(model):
