@@ -4,6 +4,7 @@ Letters: finermoe_jax/config.py.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -213,9 +214,15 @@ def _experts(
     assert moe is not None
     gate, up, down = (stacks[tuple(ffn.split("/"))] for ffn in _DENSE_FFN)
     # An expert may be read in several blocks, and each takes the whole of it to make.
+    # Threads that ask for blocks of one expert wait for it in place of making it again.
     last: dict[tuple[int, int], np.ndarray] = {}
+    making = threading.Lock()
 
     def one(layer: int, expert: int) -> np.ndarray:
+        with making:
+            return made_once(layer, expert)
+
+    def made_once(layer: int, expert: int) -> np.ndarray:
         made = last.get((layer, expert))
         if made is None:
             last.clear()
