@@ -65,9 +65,9 @@ def choose(
     logits = jnp.where(seen, penalized, logits)
 
     def draw() -> Int[Array, " B"]:
-        # From the largest, so that a low temperature overflows to -inf alone.
         # Below float32's normal numbers a temperature is 0 on some devices.
         temperature = jnp.maximum(sampling.temperature, 1e-30)
+        # From the largest, so that a low temperature overflows to -inf alone.
         largest = logits.max(axis=-1, keepdims=True)
         scaled = (logits - largest) / temperature
         restricted = (sampling.top_k > 0) | (sampling.top_p < 1)

@@ -213,32 +213,35 @@ def _experts(
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
     gate, up, down = (stacks[tuple(ffn.split("/"))] for ffn in _DENSE_FFN)
-    # An expert may be read in several blocks, and each takes the whole of it to make.
-    # Threads that ask for blocks of one expert wait for it in place of making it again.
+
+    def make(layer: int, expert: int) -> np.ndarray:
+        if name == "gate_up":
+            made = expert_gate_up(gate.row(layer), up.row(layer), moe, expert)
+        else:
+            made = expert_down(down.row(layer), moe, expert, shared)
+        if start.drop_ratio:
+            own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
+            made = starts.drop(name, made, start.drop_ratio, own)
+        return made
+
+    # Each block of an expert that is read in several takes the whole of it to make: the last one is
+    # kept, and threads that ask for it meanwhile wait.
     last: dict[tuple[int, int], np.ndarray] = {}
     making = threading.Lock()
 
-    def one(layer: int, expert: int) -> np.ndarray:
+    def kept(layer: int, expert: int) -> np.ndarray:
         with making:
-            return made_once(layer, expert)
-
-    def made_once(layer: int, expert: int) -> np.ndarray:
-        made = last.get((layer, expert))
-        if made is None:
-            last.clear()
-            if name == "gate_up":
-                made = expert_gate_up(gate.row(layer), up.row(layer), moe, expert)
-            else:
-                made = expert_down(down.row(layer), moe, expert, shared)
-            if start.drop_ratio:
-                own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
-                made = starts.drop(name, made, start.drop_ratio, own)
-            last[layer, expert] = made
-        return made
+            if (layer, expert) not in last:
+                last.clear()
+                last[layer, expert] = make(layer, expert)
+            return last[layer, expert]
 
     def read(i: int, rest: Index) -> np.ndarray:
-        experts = range(rest[0].start, rest[0].stop)
-        return np.stack([one(layers[i], expert)[rest[1:]] for expert in experts])
+        whole = all(of.stop - of.start == n for of, n in zip(rest[1:], shape[2:], strict=True))
+        one = make if whole else kept
+        return np.stack(
+            [one(layers[i], expert)[rest[1:]] for expert in range(rest[0].start, rest[0].stop)]
+        )
 
     return _per_layer(shape, down.dtype, read)
 

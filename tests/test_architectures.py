@@ -1,8 +1,11 @@
 """The paper's architectures by name, and the settings that contradict their starts."""
 
 import dataclasses
+import math
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -13,9 +16,10 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax import sharding
-from finermoe_jax.architectures import ARCHITECTURES
+from finermoe_jax import sharding, starts
+from finermoe_jax.architectures import ARCHITECTURES, architecture
 from finermoe_jax.config import MoEConfig, UpcycleConfig
+from finermoe_jax.convert import convert
 from finermoe_jax.errors import InputError
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
@@ -180,7 +184,7 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
         assert float(jnp.abs(mean).max()) > 0, path
 
 
-def test_the_command_drop_upcycles_block_by_block_as_the_library_in_memory(dense, tmp_path):
+def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
     target = tmp_path / "du"
     command = [
         sys.executable, "convert_hf.py", f"--source={dense}", f"--target={target}",
@@ -193,6 +197,38 @@ def test_the_command_drop_upcycles_block_by_block_as_the_library_in_memory(dense
         np.testing.assert_array_equal(converted[name], upcycled[name])
     # Drawn by compiled code, which the tests do not optimise.
     np.testing.assert_allclose(converted["router"], upcycled["router"], rtol=1e-5)
+
+
+def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
+    """Blocks are made by threads; those of one expert wait for the one that makes it."""
+    monkeypatch.setattr("finermoe_jax.lazy.BLOCK_BYTES", 1024)
+    wanted = nnx.to_pure_dict(nnx.state(_upcycled("du", dense)))["runs"][0][0]["moe"]
+    calls, running, most, lock, drop = [], 0, 0, threading.Lock(), starts.drop
+
+    def counted(name, *rest):
+        nonlocal running, most
+        with lock:
+            calls.append(name)
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        made = drop(name, *rest)
+        with lock:
+            running -= 1
+        return made
+
+    monkeypatch.setattr(starts, "drop", counted)
+    found = architecture("du")
+    convert(str(dense), tmp_path / "du", "orbax", found.moe, start=found.upcycle, seed=0)
+    converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(tmp_path / "du")))
+    for name in ("gate_up", "down"):
+        array = converted["runs"][0][0]["moe"][name]
+        layers, experts, *shape = array.shape
+        assert math.prod(shape) * array.dtype.itemsize > 2 * 1024, "blocks cut this expert"
+        # Threads may have gone on to the next expert before its last block was read.
+        assert layers * experts <= calls.count(name) <= 1.5 * layers * experts
+        np.testing.assert_array_equal(array, wanted[name])
+    assert most == 1
 
 
 @pytest.mark.slow
