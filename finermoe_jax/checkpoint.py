@@ -281,7 +281,14 @@ def _readable(checkpoint: Path) -> Iterator[None]:
     try:
         with _quiet_threads():
             yield
+    except InputError:
+        raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise InputError(
+                f"the weights of {checkpoint} do not fit the memory of this machine or its devices:"
+                " spread them over more devices by a mesh, or take a smaller model"
+            ) from None
         first = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
         raise InputError(f"checkpoint {checkpoint} is damaged or incomplete: {first}") from None
 

@@ -274,18 +274,19 @@ def convert_hf() -> None:
         from finermoe_jax.convert import convert
         from finermoe_jax.verify import verify
 
-        moe = config.moe if config else MoEConfig()
-        seed = config.train.seed if config else 0
-        start = config.upcycle if config else PUBLISHED_START
-        if not (FLAGS.verify and target.is_dir() and any(target.iterdir())):
-            dtype = FLAGS.dtype or None
-            convert(
-                source, target, FLAGS.to, moe, start=start, seed=seed, dtype=dtype,
-                stated=config is not None,
-            )  # fmt: skip
+        asked: dict[str, Any] = {
+            "moe": config.moe if config else MoEConfig(),
+            "start": config.upcycle if config else PUBLISHED_START,
+            "seed": config.train.seed if config else 0,
+            "dtype": FLAGS.dtype or None,
+            "stated": config is not None,
+        }
+        there = FLAGS.verify and target.is_dir() and any(target.iterdir())
+        if not there:
+            convert(source, target, FLAGS.to, **asked)
         if FLAGS.verify:
-            asked = FLAGS.dtype or None
-            print(verify(source, target, moe=moe, start=start, seed=seed, dtype=asked))
+            form = FLAGS.to if FLAGS["to"].present or not there else None
+            print(verify(source, target, form, **asked))
         print(target)
 
     run("Convert: python convert_hf.py --source=DIR|hub-id --target=DIR [--config=FILE] "

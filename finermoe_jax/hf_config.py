@@ -164,26 +164,33 @@ def _head_dim(fields: _Fields) -> int | None:
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, from rope_theta and rope_scaling or from rope_parameters.
 
-    Published files carry the former, transformers 5 writes the latter.
+    Published files carry the former, transformers 5 writes the latter. Raises InputError for what
+    is not known of them, since it may change the computation, and where they contradict each other.
     """
-    values = fields.values
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
-    kind = "?"
-    if isinstance(rope, Mapping):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        beside = {k: values[k] for k in ("rope_theta", "partial_rotary_factor") if k in values}
-        fields = _Fields({"rope_theta": 10000.0, **beside, **rope}, fields.where)
-    if kind not in ("default", "llama3"):
+    keys = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
+    given = {key: fields.values[key] for key in keys if fields.values.get(key) is not None}
+    stated = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    rope: dict[str, Any] = {}
+    for key, value in given.items():
+        for name, one in value.items() if isinstance(value, Mapping) else [(key, value)]:
+            name = "rope_type" if name == "type" else name
+            if one is not None and rope.setdefault(name, one) != one:
+                raise InputError(
+                    f"{fields.where}: {stated} state both {name}={rope[name]!r} and {one!r}: leave "
+                    "out the one that the model was not trained with"
+                )
+    kind = rope.pop("rope_type", "default")
+    numbers = {"default": set(), "llama3": {f.name for f in dataclasses.fields(RopeScaling)}}
+    known = {"rope_theta", "partial_rotary_factor"} | numbers.get(str(kind), set())
+    strange = {name: value for name, value in rope.items() if name not in known}
+    if kind not in list(numbers) or strange or rope.get("partial_rotary_factor", 1) != 1:
+        what = f" with {strange!r}" if strange else ""
         raise InputError(
-            f"{fields.where}: {key}={rope!r} is not supported; supported are the types default "
-            "and llama3"
+            f"{fields.where}: {stated}: rotary embeddings of rope_type={kind!r}{what} are not "
+            "supported; supported are the types default and llama3, over the whole head"
         )
-    if fields.values.get("partial_rotary_factor") not in (None, 1):
-        raise InputError(
-            f"{fields.where}: partial_rotary_factor={fields.values['partial_rotary_factor']!r} is "
-            "not supported"
-        )
+    theta = fields.values.get("rope_theta", 10000.0)
+    fields = _Fields({"rope_theta": theta, **rope}, fields.where)
     if kind == "default":
         return fields.number("rope_theta"), None
     return fields.number("rope_theta"), RopeScaling(

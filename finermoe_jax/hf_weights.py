@@ -27,8 +27,10 @@ from finermoe_jax.model import Decoder, parameter_shapes, with_params
 from finermoe_jax.tensor_files import (
     DTYPES,
     INDEX_FILE,
+    SINGLE_FILE,
     Entry,
     TensorFiles,
+    indexed_files,
     listing,
     write_tensors,
 )
@@ -72,8 +74,14 @@ def resolve_source(source: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.safetensors", INDEX_FILE, "config.json", *TOKENIZER_FILES]
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
+        wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES]
+        directory = Path(snapshot_download(str(source), allow_patterns=wanted))
+        # Repositories may hold their weights in other forms beside these.
+        wanted = indexed_files(directory) or [SINGLE_FILE]
+        # A snapshot's directory is named after its revision.
+        return Path(snapshot_download(str(source), revision=directory.name, allow_patterns=wanted))
+    except InputError:
+        raise
     except Exception as error:  # the hub client raises many unrelated types
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
@@ -125,14 +133,21 @@ def _reader(
 ) -> Callable[[lazy.Index], np.ndarray]:
     leading = bool(where.layers) + bool(where.experts)
 
+    def laid_out(*place: int) -> np.ndarray:
+        whole = np.empty(shape[leading:], dtype)
+        for rule in where.rules:
+            rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
+        return whole
+
+    kept = lazy.last_kept(laid_out)
+
     def one(place: tuple[int, ...], index: lazy.Index) -> np.ndarray:
         first = where.rules[0]
         if first.same:
             return _cast(files, where.name(first, place), dtype, index)
-        whole = np.empty(shape[leading:], dtype)
-        for rule in where.rules:
-            rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
-        return whole[index]
+        if lazy.is_whole(index, shape[leading:]):
+            return laid_out(*place)
+        return kept(*place)[index]
 
     def read(index: lazy.Index) -> np.ndarray:
         outer, inner = index[:leading], index[leading:]

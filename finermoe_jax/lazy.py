@@ -9,6 +9,7 @@ no host ever holds more of a model than a few of those.
 import dataclasses
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -68,13 +69,27 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = values.astype(dtype)
     if jnp.finfo(dtype).max < jnp.finfo(values.dtype).max:
-        lost = np.isinf(wanted) & np.isfinite(values)
-        if lost.any():
-            raise InputError(
-                f"{name} holds {values[lost][0]}, and the largest {dtype}, as which it is to be "
-                f"stored, is {jnp.finfo(dtype).max}; ask for another dtype"
-            )
+        _refuse_infinite(values, wanted, f"{name} holds")
     return wanted
+
+
+def scaled(values: np.ndarray, factor: int) -> np.ndarray:
+    """The values times a number, in their dtype. Raises InputError where one would not fit."""
+    if factor == 1:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = values * np.asarray(factor, values.dtype)
+    _refuse_infinite(values, wanted, f"the weights are multiplied by {factor} and hold")
+    return wanted
+
+
+def _refuse_infinite(values: np.ndarray, wanted: np.ndarray, what: str) -> None:
+    lost = np.isinf(wanted) & np.isfinite(values)
+    if lost.any():
+        raise InputError(
+            f"{what} {values[lost][0]}, and the largest {wanted.dtype}, as which it is to be "
+            f"stored, is {jnp.finfo(wanted.dtype).max}; ask for another dtype"
+        )
 
 
 Weights = dict[ParamPath, LazyArray]
@@ -149,6 +164,30 @@ def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
             slice(start, min(start + step, size))
             for start, step, size in zip(corner, block, shape, strict=True)
         )
+
+
+def last_kept[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray]:
+    """`make`, whose last result is kept.
+
+    For what takes the whole to make, however small the block that is asked for. Threads that ask
+    meanwhile wait, so that one result is made at a time.
+    """
+    last: dict[Any, np.ndarray] = {}
+    making = threading.Lock()
+
+    def kept(*key: *K) -> np.ndarray:
+        with making:
+            if key not in last:
+                last.clear()
+                last[key] = make(*key)
+            return last[key]
+
+    return kept
+
+
+def is_whole(index: Index, shape: tuple[int, ...]) -> bool:
+    """Whether the index takes all of an array of this shape."""
+    return all(each.stop - each.start == size for each, size in zip(index, shape, strict=True))
 
 
 def made_ahead(array: LazyArray, indices: Iterable[Index]) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from finermoe_jax import lazy
 from finermoe_jax.config import MoEConfig
 
 # The gate of the shared expert starts at sigmoid(0) = 1/2; this makes it good, exactly.
@@ -48,7 +49,8 @@ def drop(
         old -= mean
         std = np.sqrt(np.mean(np.square(old), dtype=np.float64))
         noise = own.standard_normal(old.shape, np.float32)
-        new[rows] = noise * np.float32(std) + np.float32(mean)
+        drawn = noise * np.float32(std) + np.float32(mean)
+        new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
     return new
 
 

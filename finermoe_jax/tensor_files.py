@@ -28,6 +28,26 @@ _SHARD_BYTES = 4 << 30
 _FLUSH_BYTES = 128 << 20
 
 
+def indexed_files(directory: Path) -> list[str] | None:
+    """The files that the index of a HF directory names; None where it has no index.
+
+    Raises InputError for an index that cannot be read or points outside its directory.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise InputError(f"{index} has no usable weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index} points outside its directory: {name!r}")
+    return names
+
+
 class TensorFiles(contextlib.ExitStack):
     """The safetensors of a HF directory, opened lazily and memory-mapped.
 
@@ -50,22 +70,13 @@ class TensorFiles(contextlib.ExitStack):
         self._check_index()
 
     def _file_names(self) -> list[str]:
-        if (self.directory / INDEX_FILE).exists():
-            weight_map = read_json(self.directory / INDEX_FILE).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise InputError(f"{self.directory / INDEX_FILE} has no usable weight_map")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name or name in ("", ".", ".."):
-                    raise InputError(
-                        f"{self.directory / INDEX_FILE} points outside its directory: {name!r}"
-                    )
-                if not os.path.isfile(self.directory / name):  # False for impossible names, too
-                    raise InputError(
-                        f"{self.directory / INDEX_FILE} names {name!r}, which is missing or no file"
-                    )
+        names = indexed_files(self.directory)
+        for name in names or ():
+            if not os.path.isfile(self.directory / name):  # False for impossible names, too
+                raise InputError(
+                    f"{self.directory / INDEX_FILE} names {name!r}, which is missing or no file"
+                )
+        if names is not None:
             return names
         if (self.directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]

@@ -4,7 +4,6 @@ Letters: finermoe_jax/config.py.
 """
 
 import dataclasses
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +58,7 @@ def expert_down(
     rows = down.shape[0] // moe.output_granularity
     width = down.shape[1] // moe.intermediate_granularity
     part = down[slot * rows : (slot + 1) * rows, place * width : (place + 1) * width].T
-    return part if shared_expert else part * np.asarray(moe.intermediate_granularity, down.dtype)
+    return part if shared_expert else lazy.scaled(part, moe.intermediate_granularity)
 
 
 def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
@@ -181,9 +180,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
 
 
 def _scaled(array: LazyArray, factor: int) -> LazyArray:
-    return dataclasses.replace(
-        array, read=lambda index: array[index] * np.asarray(factor, array.dtype)
-    )
+    return dataclasses.replace(array, read=lambda index: lazy.scaled(array[index], factor))
 
 
 def _drawn(keys: list[Array], shape: tuple[int, ...], dtype: np.dtype, std: float) -> LazyArray:
@@ -224,21 +221,11 @@ def _experts(
             made = starts.drop(name, made, start.drop_ratio, own)
         return made
 
-    # Each block of an expert that is read in several takes the whole of it to make: the last one is
-    # kept, and threads that ask for it meanwhile wait.
-    last: dict[tuple[int, int], np.ndarray] = {}
-    making = threading.Lock()
-
-    def kept(layer: int, expert: int) -> np.ndarray:
-        with making:
-            if (layer, expert) not in last:
-                last.clear()
-                last[layer, expert] = make(layer, expert)
-            return last[layer, expert]
+    # Each block of an expert that is read in several takes the whole of it to make.
+    kept = lazy.last_kept(make)
 
     def read(i: int, rest: Index) -> np.ndarray:
-        whole = all(of.stop - of.start == n for of, n in zip(rest[1:], shape[2:], strict=True))
-        one = make if whole else kept
+        one = make if lazy.is_whole(rest[1:], shape[2:]) else kept
         return np.stack(
             [one(layers[i], expert)[rest[1:]] for expert in range(rest[0].start, rest[0].stop)]
         )

@@ -9,7 +9,7 @@ import filecmp
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from finermoe_jax.hf_names import Parts, parts, run_layers
 from finermoe_jax.hf_weights import TOKENIZER_FILES
 from finermoe_jax.lazy import Index, ParamPath, Weights
 from finermoe_jax.tensor_files import listing
-from finermoe_jax.upcycle import upcycle_weights, upcycled_config
+from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
 
 # The values of a block as the source implies them; None where they are drawn at random.
 Expected = Callable[[Index], np.ndarray] | None
@@ -62,45 +62,50 @@ class Report:
 def verify(
     source: str,
     target: Path,
+    to: Literal["orbax", "hf"] | None,
+    moe: MoEConfig | None,
     *,
-    moe: MoEConfig | None = None,
     start: UpcycleConfig = PUBLISHED_START,
     seed: int | None = None,
     dtype: str | None = None,
+    stated: bool = False,
 ) -> Report:
-    """Compares a target of convert_hf.py with its source.
+    """Whether `target` is what `convert` with the same arguments makes.
 
-    Both may be a HF directory or a checkpoint of ours; of the latter the files' checksums are
-    compared as well. Where the target was cast, the source's values are cast for comparison. A few
-    blocks are in memory at a time.
+    Source and target may be a HF directory or a checkpoint of ours; of the latter the files'
+    checksums are compared as well. Where the target was cast, the source's values are cast for
+    comparison. A few blocks are in memory at a time.
 
     Args:
-      source, target: as the conversion had them.
-      moe: the experts that a dense source was to become; None: those that the target has.
-      start: what they started from. Where that is not the dense FFN's slices, they are compared
+      source, target, moe, stated: as the conversion had them.
+      to: as well; None takes a target in either form for what "orbax" makes, so that an export can
+        be compared with the dense model where it all began.
+      start: what experts started from. Where that is not the dense FFN's slices, they are compared
         with experts made anew.
       seed: of the conversion; what it drew is compared with what it draws again, to the last few
         bits, which are another CPU's own. None: what was drawn has to be finite only.
       dtype: the weights' in the target; None: any one.
 
-    Raises InputError: damage, architectures that are not each other's, or the tensors that differ.
+    Raises InputError: another form or architecture than was asked for, damage, or the tensors that
+    differ.
     """
+    if to is not None:
+        _check_form(target, to)
     made = open_model(str(target))
     stored = made.weights["embed", "weight"].dtype
     if len(made.stored) > 1 or (dtype and made.stored != [dtype]):
         raise InputError(f"{target} stores {' and '.join(made.stored)}, not {dtype or 'one dtype'}")
     given = open_model(source, stored)
-    upcycled = given.config.moe is None and made.config.moe is not None
-    wanted = given.config
+    upcycled = to != "hf" and moe is not None and given.config.moe is None
+    wanted, again = given.config, Weights()
     if upcycled:
-        assert made.config.moe is not None
-        wanted = upcycled_config(given.config, moe or made.config.moe)
+        assert moe is not None
+        key = jax.random.key(seed or 0)
+        wanted, again = upcycle_weights(given.config, given.weights, moe, key, start)
+    elif to != "hf" and moe is not None and stated:
+        refuse_other_experts(source, given.config, moe, start)
     _check_architectures(source, wanted, target, made.config)
     _check_tokenizers(given.files, made.files)
-    again: Weights = {}
-    if upcycled and wanted.moe is not None:
-        key = jax.random.key(seed or 0)
-        _, again = upcycle_weights(given.config, given.weights, wanted.moe, key, start)
     other_start = upcycled and bool(start.drop_ratio or start.function_preserving)
     table = parts(made.config, list(made.weights))
     size = sum(array.nbytes for array in made.weights.values())
@@ -141,6 +146,16 @@ def verify(
 
 _EXPERTS = (("moe", "gate_up"), ("moe", "down"))
 _DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
+
+
+def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
+    found = "hf" if (target / "config.json").is_file() else "orbax"
+    if found != to:
+        forms = {"hf": "a Hugging Face directory", "orbax": "an Orbax checkpoint"}
+        raise InputError(
+            f"{target} is {forms[found]}, and --to={to} asks for {forms[to]}: say --to={found}, or "
+            "name another target"
+        )
 
 
 def _check_tokenizers(given: Path, made: Path) -> None:
@@ -212,8 +227,7 @@ def _slices(given: Source, made: ModelConfig, layers: tuple[int, ...], name: str
         if name == "gate_up":
             return np.concatenate([dense[part].row(layer)[channels] for part in ("gate", "up")])
         outputs = slice(slot * wide_out, (slot + 1) * wide_out)
-        part = dense["down"].row(layer)[outputs, channels].T
-        return part * np.asarray(scale, part.dtype)
+        return lazy.scaled(dense["down"].row(layer)[outputs, channels].T, scale)
 
     def expected(index: Index) -> np.ndarray:
         experts = range(index[1].start, index[1].stop)

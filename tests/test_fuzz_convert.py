@@ -153,10 +153,14 @@ def assert_right(values, tensors, config, arrays, upcycled=False):
             # Nothing has become infinite on the way to another dtype.
             assert np.array_equal(np.isinf(part), np.isinf(right)), key
     assert not wanted
-    values = values | (values.get("rope_parameters") or {})
+    rope = [values.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    assert not {k for said in rope for k in said} - {"rope_theta", "rope_type", "type"}
+    assert config.rope_scaling is None
+    theta = [said["rope_theta"] for said in (values, *rope) if said.get("rope_theta") is not None]
+    assert {config.rope_theta} == set(theta or [10000])
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-                "head_dim", "rms_norm_eps", "rope_theta"):  # fmt: skip
+                "head_dim", "rms_norm_eps"):  # fmt: skip
         if values.get(key) is not None:
             assert getattr(config, key) == values[key], key
 

@@ -371,6 +371,12 @@ def test_config_that_is_no_object(source, content, words):
         (dict(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), ["rope_parameters", "yarn"]),
         (dict(rope_parameters=[1e6]), ["rope_parameters"]),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+         ["rope_parameters", "full_attention"]),
+        (dict(rope_scaling={"factor": 4.0}), ["rope_scaling", "factor", "rope_type='default'"]),
+        (dict(rope_scaling={"type": "default", "rope_type": "llama3"}), ["default", "llama3"]),
+        (dict(rope_theta=1e4, rope_parameters={"rope_theta": 5e5}), ["10000.0", "500000.0"]),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor", "0.5"]),
         (dict(use_sliding_window=True), ["use_sliding_window=True"]),
         (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
         (dict(hidden_size=None), ["hidden_size=None", "integer"]),
@@ -392,7 +398,7 @@ def test_config_that_is_no_object(source, content, words):
         (dict(tie_word_embeddings="false"), ["tie_word_embeddings='false'", "true or false"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
+)  # fmt: skip
 def test_config_values(source, changes, words):
     (source / "config.json").write_text(json.dumps(config_of(source, **changes)))
     refuses(source, *words)

@@ -163,7 +163,7 @@ def test_killed_at_any_moment_nothing_loads_and_a_rerun_succeeds(tmp_path, model
     code, said = conversion.end(signal.SIGCONT)
     assert code == 0, said
     assert [path.name for path in folder.iterdir()] == ["target"]
-    verify(str(models / source), target)
+    verify(str(models / source), target, to, fm.MoEConfig())
 
 
 # --- room ---------------------------------------------------------------------------------------

@@ -30,22 +30,22 @@ def upcycled(tmp_path_factory):
 
 
 def test_whole_conversions(upcycled, tmp_path):
-    reports = [verify(str(UNTIED), upcycled / name) for name in ("orbax", "hf")]
+    reports = [verify(str(UNTIED), upcycled / name, None, MOE) for name in ("orbax", "hf")]
     for report in reports:
         # Of 2 layers: 2 norms, 4 matrices, 3 biases and the shared expert; and 3 at the top.
         assert (report.copied, report.slices, report.drawn) == (2 * 12 + 3, 2 * 32 * 3, 2 * 2)
         assert 0.015 < np.sqrt(report.squares / report.values) < 0.025
     assert reports[0].digest == reports[1].digest
-    again = verify(str(upcycled / "orbax"), upcycled / "hf")
+    again = verify(str(upcycled / "orbax"), upcycled / "hf", "hf", None)
     assert (again.copied, again.slices, again.drawn) == (2 * 12 + 3 + 2 * 32 * 3 + 4, 0, 0)
     assert again.digest == reports[0].digest
     # The embedding of a tied source is the target's lm_head.
     for source, moe in ((TIED, MOE), (TIED, None), (MIXTURE, None)):
         target = tmp_path / f"{source.name}-{moe is None}"
         convert(str(source), target, "orbax", moe, seed=1)
-        assert verify(str(source), target).digest != reports[0].digest
+        assert verify(str(source), target, "orbax", moe).digest != reports[0].digest
     convert(str(UNTIED), tmp_path / "narrow", "orbax", MOE, seed=1, dtype="bfloat16")
-    assert verify(str(UNTIED), tmp_path / "narrow").slices == 2 * 32 * 3
+    assert verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE).slices == 2 * 32 * 3
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_one_flipped_bit_is_named(upcycled, tmp_path, name):
     tensors[name].view(np.uint32).flat[-1] ^= 1
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(fm.InputError) as error:
-        verify(str(UNTIED), folder)
+        verify(str(UNTIED), folder, None, MOE)
     assert "1 tensors differ" in str(error.value) and str(error.value).endswith(name)
 
 
@@ -79,7 +79,7 @@ def test_what_was_drawn_must_be_finite(upcycled, tmp_path, value):
     tensors[name][3, 4] = value
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(fm.InputError, match=name):
-        verify(str(UNTIED), folder)
+        verify(str(UNTIED), folder, None, MOE)
 
 
 def test_another_source_and_another_architecture(upcycled, tmp_path):
@@ -87,30 +87,30 @@ def test_another_source_and_another_architecture(upcycled, tmp_path):
     tensors = load_file(other / "model.safetensors")
     save_file({k: v + 1 for k, v in tensors.items()}, other / "model.safetensors")
     with pytest.raises(fm.InputError, match=r"is not what .*other becomes: 219 tensors differ"):
-        verify(str(other), upcycled / "orbax")
+        verify(str(other), upcycled / "orbax", "orbax", MOE)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
     with pytest.raises(fm.InputError, match="another architecture") as error:
-        verify(str(other), upcycled / "orbax")
+        verify(str(other), upcycled / "orbax", "orbax", MOE)
     assert "rope_theta" in str(error.value) and "500000.0" in str(error.value)
     for source in (MIXTURE, TIED.parent / "nowhere"):
         with pytest.raises(fm.InputError):
-            verify(str(source), upcycled / "hf")
+            verify(str(source), upcycled / "hf", None, MOE)
 
 
 def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
     target = upcycled / "orbax"
-    assert verify(str(UNTIED), target, moe=MOE, seed=1).drawn == 4
+    assert verify(str(UNTIED), target, "orbax", MOE, seed=1).drawn == 4
     with pytest.raises(fm.InputError, match=r"4 tensors differ.*\n.*mlp\.gate\.weight"):
-        verify(str(UNTIED), target, moe=MOE, seed=2)
+        verify(str(UNTIED), target, "orbax", MOE, seed=2)
     other = dataclasses.replace(MOE, active_per_group=2)
     with pytest.raises(fm.InputError, match=r"active_per_group: 1 there, 2 "):
-        verify(str(UNTIED), target, moe=other, seed=1)
+        verify(str(UNTIED), target, "orbax", other, seed=1)
     with pytest.raises(fm.InputError, match="stores float32, not bfloat16"):
-        verify(str(UNTIED), target, dtype="bfloat16")
+        verify(str(UNTIED), target, "orbax", MOE, dtype="bfloat16")
     start = fm.UpcycleConfig(drop_ratio=0.5)
     convert(str(UNTIED), tmp_path / "dropped", "orbax", MOE, start=start, seed=1)
-    report = verify(str(UNTIED), tmp_path / "dropped", moe=MOE, start=start, seed=1)
+    report = verify(str(UNTIED), tmp_path / "dropped", "orbax", MOE, start=start, seed=1)
     assert (report.anew, report.drawn) == (2 * 12 + 3 + 2 * 32 * 3, 4)
 
 
@@ -123,7 +123,33 @@ def test_dtypes_are_not_mixed_silently(upcycled, tmp_path):
     with pytest.raises(fm.InputError, match=r"float16 and float32.*--dtype"):
         convert(str(folder), tmp_path / "out", "orbax", MOE, seed=1)
     convert(str(folder), tmp_path / "out", "orbax", None, seed=1, dtype="float32")
-    assert "after casting float16/float32 to float32" in str(verify(str(folder), tmp_path / "out"))
+    report = verify(str(folder), tmp_path / "out", "orbax", None)
+    assert "after casting float16/float32 to float32" in str(report)
+
+
+def test_a_target_of_another_kind_than_was_asked_for(upcycled, tmp_path):
+    convert(str(UNTIED), tmp_path / "dense", "orbax", None, seed=1)
+    convert(str(tmp_path / "dense"), tmp_path / "exported", "hf", MOE, seed=1)
+    for target, to, moe in (
+        ("dense", "orbax", MOE),
+        ("dense", None, MOE),
+        ("exported", None, MOE),
+    ):
+        with pytest.raises(fm.InputError, match=r"another architecture.*\n.*moe\."):
+            verify(str(UNTIED), tmp_path / target, to, moe)
+    assert verify(str(UNTIED), tmp_path / "dense", "orbax", None).copied == 27
+    assert verify(str(tmp_path / "dense"), tmp_path / "exported", "hf", MOE).copied == 27
+    for target, to, moe in (("orbax", "orbax", None), ("hf", None, None), ("hf", "hf", MOE)):
+        with pytest.raises(fm.InputError, match=r"another architecture.*\n.*moe\."):
+            verify(str(UNTIED), upcycled / target, to, moe)
+    for target, to in (("orbax", "hf"), ("hf", "orbax")):
+        with pytest.raises(fm.InputError, match=rf"--to={to} asks for .*: say --to={target}"):
+            verify(str(UNTIED), upcycled / target, to, MOE)
+    # A mixture is imported as it is, but has to be the one that a config states.
+    source, other = str(upcycled / "hf"), dataclasses.replace(MOE, active_per_group=2)
+    assert verify(source, upcycled / "orbax", "orbax", other).copied == 223
+    with pytest.raises(fm.InputError, match=r"mixture already.*\n.*active_per_group"):
+        verify(source, upcycled / "orbax", "orbax", other, stated=True)
 
 
 @pytest.mark.slow
