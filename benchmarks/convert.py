@@ -2,9 +2,11 @@
 
     python benchmarks/convert.py --shape=7B --layers=4,8 --work=/tmp/convert
     python benchmarks/convert.py --shape=1.5B --work=/tmp/convert
+    python benchmarks/convert.py --shape=7B --layers=4 --config=configs/qwen7b.py:du --work=…
 
 Makes a dense source of true shapes with random bfloat16 weights, then runs convert_hf.py: to
-Orbax (upcycled with the published settings), --verify, and back to Hugging Face. Before and after
+Orbax (upcycled with the published settings, or --config's), --verify, back to Hugging Face, and
+from there to Orbax again. Before and after
 each, as many bytes as it writes (at most 8 GiB) are written to the same disk by a plain loop with
 an fsync at its end: the conversion's speed is given as a share of their mean. The same loop past
 the page cache (O_DIRECT) is given beside it: in a virtual machine whose host takes back free
@@ -135,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="7B", choices=sorted(QWEN2P5))
     parser.add_argument("--layers", default="", help="a,b: only so many layers (default: all)")
+    parser.add_argument("--config", default="", help="of the conversion, as convert_hf.py takes it")
     parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to try")
     arguments = parser.parse_args()
     shape = QWEN2P5[arguments.shape]
@@ -147,12 +150,16 @@ def main() -> None:
         make_source(dataclasses.replace(shape, num_hidden_layers=layers), source)
         title = f"{arguments.shape}, {layers} layers"
         print(f"{title}: a source of {size_of(source) / 1e9:.2f} GB", flush=True)
-        given = (f"--source={source}", f"--target={orbax}")
+        config = [f"--config={arguments.config}"] if arguments.config else []
+        given = (f"--source={source}", f"--target={orbax}", *config)
         measure("to Orbax, upcycled", work, orbax, 4 * size_of(source), *given)
         measure("verify", work, None, 0, *given, "--verify")
         given = (f"--source={orbax}", f"--target={back}", "--to=hf")
         measure("to Hugging Face", work, back, size_of(orbax), *given)
         measure("verify", work, None, 0, *given, "--verify")
+        shutil.rmtree(orbax)
+        given = (f"--source={back}", f"--target={orbax}")
+        measure("to Orbax, as it is", work, orbax, size_of(back), *given)
         shutil.rmtree(work)
 
 

@@ -37,6 +37,7 @@ from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import State, state
 from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import TOKENIZER_FILES, open_hf, resolve_source, stored_dtypes
 from finermoe_jax.integrity import (
@@ -319,7 +320,7 @@ class Source:
     """A model wherever it lies, not read yet.
 
     dtype is the activations', stored are the dtypes of the weights as they lie there; files is
-    where its tokenizer is.
+    where its tokenizer is; states are those of the files that hold the weights.
     """
 
     config: ModelConfig
@@ -327,6 +328,16 @@ class Source:
     dtype: jnp.dtype
     stored: list[str]
     files: Path
+    states: dict[Path, State]
+
+    def refuse_changed(self) -> None:
+        """Raises InputError where a file is not what it was when the source was opened.
+
+        For whoever has read for a long time: only blocks read before are known to be right.
+        """
+        for path, before in self.states.items():
+            if not path.is_file() or state(path) != before:
+                raise InputError(f"{path} was changed while it was read: leave the source alone")
 
 
 def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Source:
@@ -338,15 +349,17 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Sourc
     of_hf = (local / "config.json").is_file() or any(local.glob("*.safetensors"))
     if not local.exists() or (of_hf and not (local / "checkpoints").is_dir()):
         directory = resolve_source(path)
+        states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
-        return Source(config, weights, dtype, stored_dtypes(directory), directory)
+        return Source(config, weights, dtype, stored_dtypes(directory), directory, states)
     step = _step_directory(local, _NOT_READ)
+    states = {file: state(file) for file in (step / _PARAMS).rglob("*") if file.is_file()}
     config, activations, stored = read_description(step)
     with _readable(step):
         weights = lazy_checkpoint.read(step / _PARAMS, parameter_shapes(config))
     weights = lazy.cast(weights, dtype)
-    return Source(config, weights, jnp.dtype(activations), [stored], step / _TOKENIZER)
+    return Source(config, weights, jnp.dtype(activations), [stored], step / _TOKENIZER, states)
 
 
 def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:

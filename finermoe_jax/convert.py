@@ -79,6 +79,7 @@ def convert(
         else:
             activations = dtype or model.dtype
             write_checkpoint(config, activations, weights, directory, model.files, written)
+        model.refuse_changed()
 
 
 @contextlib.contextmanager

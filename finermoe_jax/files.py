@@ -1,9 +1,11 @@
-"""Where named files are found, and how the system forgets what it holds of one."""
+"""Where named files are found, whether one has changed, and how the system forgets its content."""
 
 import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
+# Inode, bytes, and time of the last write in nanoseconds.
+State = tuple[int, int, int]
 
 
 def find(path: str) -> Path:
@@ -15,6 +17,12 @@ def find(path: str) -> Path:
     local = Path(path)
     places = (local, _PACKAGE / local, _PACKAGE.parent / local)
     return next((place for place in places if place.exists()), local)
+
+
+def state(path: Path) -> State:
+    """What changes with a file's content. Raises OSError where there is none."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def forget(path: Path) -> None:

@@ -16,7 +16,7 @@ import xxhash
 
 from finermoe_jax import distributed
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import forget
+from finermoe_jax.files import State, forget, state
 from finermoe_jax.hf_config import read_json
 
 CHECKSUMS = "checksums.json"
@@ -26,8 +26,8 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _THREADS = 4
 # Seconds between looks at a directory that is being written, and for which a file must have rested.
 _PAUSE, _RESTED = 0.1, 0.5
-# Hashes by what changes with a file's content: inode, bytes, and time of the last write.
-Known = dict[tuple[int, int, int], str]
+# Hashes of files.
+Known = dict[State, str]
 
 
 def write_checksums(directory: Path, known: Known | None = None) -> None:
@@ -42,8 +42,8 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
     names = [name for name in names if name not in (*_LATER, CHECKSUMS)]
 
     def entry(name: str) -> tuple[int, str]:
-        state = _state(directory / name)
-        return (state[1], known[state]) if state in known else _hash(directory / name)
+        found = state(directory / name)
+        return (found[1], known[found]) if found in known else _hash(directory / name)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         files = dict(zip(names, pool.map(entry, names), strict=True))
@@ -71,10 +71,10 @@ def hashed_along(directory: Path) -> Iterator[Known]:
                     look(entry.path)
                 elif entry.inode() not in seen and not stop.is_set():
                     path = Path(entry.path)
-                    state = _state(path)
-                    if time.time_ns() - state[2] > _RESTED * 1e9:
-                        known[state] = _hash(path)[1]
-                        seen.add(state[0])
+                    found = state(path)
+                    if time.time_ns() - found[2] > _RESTED * 1e9:
+                        known[found] = _hash(path)[1]
+                        seen.add(found[0])
                         forget(path)
 
     def follow() -> None:
@@ -90,11 +90,6 @@ def hashed_along(directory: Path) -> Iterator[Known]:
     finally:
         stop.set()
         thread.join()
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:

@@ -50,7 +50,7 @@ def compiled_programs_are_dropped():
     Beyond them XLA cannot load another one, and the exception that says so can crash the process.
     """
     yield
-    if next(_tests) % 20 == 0 and _maps() > 30000:
+    if next(_tests) % 5 == 0 and _maps() > 30000:
         jax.clear_caches()
 
 

@@ -1,5 +1,6 @@
 """Lazy arrays, and the files that they are written to and read from."""
 
+import dataclasses
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 import finermoe_jax as fm
 from finermoe_jax import integrity, lazy, lazy_checkpoint, sharding, tensor_files
-from finermoe_jax.checkpoint import write_checkpoint
+from finermoe_jax.checkpoint import open_model, read_model, write_checkpoint
 from finermoe_jax.hf_names import parts
 from finermoe_jax.integrity import write_checksums
 from finermoe_jax.model import Decoder, parameter_shapes, with_shapes
@@ -244,3 +245,23 @@ def test_one_expert_is_read_without_the_others(tmp_path):
     before = received()
     assert table[3:5].shape == (2, 1 << 16)
     assert 2 << 18 <= received() - before < 4 << 18 < table.nbytes / 3
+
+
+def test_too_little_memory_is_not_called_damage(written):
+    _, _, target = written
+
+    def read(index):
+        raise MemoryError
+
+    source = open_model(target)
+    path = ("embed", "weight")
+    source.weights[path] = dataclasses.replace(source.weights[path], read=read)
+    with pytest.raises(fm.InputError, match="do not fit the memory of this machine"):
+        read_model(source, target)
+    # A message of our own is left as it is.
+    narrow = open_model(target, "float16")
+    narrow.weights[path] = dataclasses.replace(
+        narrow.weights[path], read=lambda index: np.full(narrow.weights[path].shape, 1e9)
+    )
+    with pytest.raises(fm.InputError, match="array holds 1000000000"):
+        read_model(narrow, target)

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import finermoe_jax as fm
+from finermoe_jax import lazy
 from finermoe_jax.convert import convert
+from finermoe_jax.tensor_files import TensorFiles
 from finermoe_jax.verify import verify
 from tests.test_cli import assert_refused, command
 
@@ -174,3 +176,54 @@ def assert_refused_at_the_end(result, *words):
     """As assert_refused; the progress bar comes first."""
     result.stderr = result.stderr[result.stderr.index("error: ") :]
     assert_refused(result, *words)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 1, 2, 1), (4, 2, 2, 1, 2)])
+def test_there_and_back_in_small_blocks(tmp_path, monkeypatch, numbers):
+    """Blocks that cut tables, matrices and experts: the same bits as in large ones."""
+    moe = fm.MoEConfig(*numbers)
+    convert(str(UNTIED), tmp_path / "large", "orbax", moe, seed=1)
+    convert(str(tmp_path / "large"), tmp_path / "hf", "hf", None, seed=0)
+    monkeypatch.setattr(lazy, "BLOCK_BYTES", 512)
+    laid_out, tensor = [], TensorFiles.tensor
+
+    def counted(files, name, index=()):
+        if not index and ".experts." in name:
+            laid_out.append(name)
+        return tensor(files, name, index)
+
+    monkeypatch.setattr(TensorFiles, "tensor", counted)
+    convert(str(UNTIED), tmp_path / "small", "orbax", moe, seed=1)
+    assert not laid_out
+    convert(str(tmp_path / "hf"), tmp_path / "imported", "orbax", None, seed=0)
+    digests = {
+        verify(str(tmp_path / "hf"), tmp_path / name, "orbax", None).digest
+        for name in ("large", "small", "imported")
+    }
+    assert len(digests) == 1
+    # Three tensors of 2 layers' experts, for the import and for each verification.
+    once = 4 * 3 * 2 * moe.num_experts
+    assert once <= len(laid_out) <= 1.3 * once
+    convert(str(tmp_path / "small"), tmp_path / "back", "hf", None, seed=0)
+    for path in (tmp_path / "hf").iterdir():
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("moe", "start", "name", "factor"),
+    [
+        (dataclasses.replace(MOE, shared_expert_intermediate_size=0), fm.UpcycleConfig(),
+         "mlp.down_proj", 4),
+        (MOE, fm.UpcycleConfig(function_preserving=True), "mlp.down_proj", 2),
+    ],
+)  # fmt: skip
+def test_a_product_that_does_not_fit_the_dtype_is_refused(tmp_path, moe, start, name, factor):
+    folder = shutil.copytree(UNTIED, tmp_path / "narrow")
+    tensors = {n: t.astype(np.float16) for n, t in load_file(folder / "model.safetensors").items()}
+    tensors[f"model.layers.1.{name}.weight"][3, 5] = 40000
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(fm.InputError, match=rf"multiplied by {factor} and hold 4.*largest float16"):
+        convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
+    convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1, dtype="float32")
+    verify(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1)
