@@ -253,8 +253,8 @@ def convert_hf() -> None:
         _flag(flags.DEFINE_string, "dtype", "",
               "float32 or bfloat16 weights in the target (default: as in the source)")  # fmt: skip
         _flag(flags.DEFINE_bool, "verify", False,
-              "compare every tensor of the target with the source; a target that is there already "
-              "is only compared")  # fmt: skip
+              "compare every tensor of the target with what the source becomes; a target that is "
+              "there already is only compared, in either form unless --to is given")  # fmt: skip
 
     def main() -> None:
         config = read_config() if FLAGS["config"].present else None

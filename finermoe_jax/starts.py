@@ -14,6 +14,8 @@ from finermoe_jax.config import MoEConfig
 SHARED_SCALE = 2
 # Sets the key of drop-upcycling apart from those of the routers.
 DROP_KEY = 2**31
+# Channels of an expert that are redrawn at a time.
+_CHANNELS = 1024
 
 
 def drop(
@@ -43,15 +45,25 @@ def drop(
         return expert
     new = np.array(expert)
     for place, own in enumerate(matrices[first : first + parts]):
-        rows = channels + place * width
-        old = new[rows].astype(np.float32)
-        mean = old.mean(dtype=np.float64)
-        old -= mean
-        std = np.sqrt(np.mean(np.square(old), dtype=np.float64))
-        noise = own.standard_normal(old.shape, np.float32)
-        drawn = noise * np.float32(std) + np.float32(mean)
-        new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
+        # Some channels at a time: an expert of a large model is hundreds of megabytes.
+        some = np.split(channels + place * width, range(_CHANNELS, len(channels), _CHANNELS))
+        mean, std = _moments(new, some)
+        for rows in some:
+            drawn = own.standard_normal((len(rows), expert.shape[1]), np.float32) * std + mean
+            new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
     return new
+
+
+def _moments(
+    matrix: Float[np.ndarray, "F X"], some: list[Int[np.ndarray, " S"]]
+) -> tuple[np.float32, np.float32]:
+    """Mean and standard deviation of the entries in these rows."""
+    size = sum(map(len, some)) * matrix.shape[1]
+    parts = [matrix[rows].astype(np.float32).sum(dtype=np.float64) for rows in some]
+    mean = np.float32(sum(parts) / size)
+    parts = [np.square(matrix[rows].astype(np.float32) - mean).sum(dtype=np.float64)
+             for rows in some]  # fmt: skip
+    return mean, np.float32(np.sqrt(sum(parts) / size))
 
 
 def virtual_group_rows(moe: MoEConfig) -> Int[np.ndarray, " E"]:

@@ -69,6 +69,15 @@ def test_drop_upcycling_redraws_one_set_of_channels_per_expert(dtype):
     np.testing.assert_array_equal(starts.drop("down", down, 0.01, key), down)
 
 
+def test_drop_upcycling_draws_the_same_in_parts(monkeypatch):
+    expert = np.random.default_rng(3).normal(size=(40, 7)).astype(np.float32)
+    whole = starts.drop("down", expert, 0.5, jax.random.key(2))
+    monkeypatch.setattr(starts, "_CHANNELS", 3)
+    parts = starts.drop("down", expert, 0.5, jax.random.key(2))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)  # sums are of parts, too
+    assert np.count_nonzero((whole != expert).any(1)) == 20
+
+
 def test_any_block_of_a_start_equals_the_whole():
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(_dense())))
     for one in (DU, ARCHITECTURES["nvshard"]):
