@@ -55,7 +55,7 @@ def drop(
 
 
 def _moments(
-    matrix: Float[np.ndarray, "F X"], some: list[Int[np.ndarray, " S"]]
+    matrix: Float[np.ndarray, "F X"], some: list[Int[np.ndarray, " _"]]
 ) -> tuple[np.float32, np.float32]:
     """Mean and standard deviation of the entries in these rows."""
     size = sum(map(len, some)) * matrix.shape[1]
