@@ -3,6 +3,8 @@
 Letters: finermoe_jax/config.py.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -44,13 +46,17 @@ def drop(
     if not len(channels):
         return expert
     new = np.array(expert)
-    for place, own in enumerate(matrices[first : first + parts]):
+
+    def redraw(place: int, own: np.random.Generator) -> None:
         # Some channels at a time: an expert of a large model is hundreds of megabytes.
         some = np.split(channels + place * width, range(_CHANNELS, len(channels), _CHANNELS))
         mean, std = _moments(new, some)
         for rows in some:
             drawn = own.standard_normal((len(rows), expert.shape[1]), np.float32) * std + mean
             new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
+
+    with ThreadPoolExecutor(parts) as pool:  # drawing takes most of the time
+        list(pool.map(redraw, range(parts), matrices[first : first + parts]))
     return new
 
 
