@@ -11,6 +11,7 @@ each, as many bytes as it writes (at most 8 GiB) are written to the same disk by
 an fsync at its end: the conversion's speed is given as a share of their mean. The same loop past
 the page cache (O_DIRECT) is given beside it: in a virtual machine whose host takes back free
 memory, the plain loop is slowed down by getting pages from it, and says little of the disk.
+Sources are read from the disk, too: what is in the page cache of them is dropped before.
 Anonymous memory is RssAnon of /proc, sampled every 20 ms; what is mapped from files does not count,
 as the system can drop it at any time.
 """
@@ -32,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.config import ModelConfig
+from finermoe_jax.files import forget
 from finermoe_jax.hf_config import model_config_to_hf
 from finermoe_jax.hf_names import parts
 from finermoe_jax.model import parameter_shapes
@@ -117,8 +119,15 @@ def size_of(directory: Path) -> int:
 
 
 def measure(name: str, work: Path, written: Path | None, expected: int, *arguments: str) -> None:
-    """Runs one command between two raw writes and prints its line."""
-    before, run = raw_speed(work, expected) if written else 0.0, command(*arguments)
+    """Runs one command between two raw writes and prints its line.
+
+    What it reads comes from the disk: nothing of `work` is left in the page cache.
+    """
+    before = raw_speed(work, expected) if written else 0.0
+    for path in work.rglob("*"):
+        if path.is_file():
+            forget(path)
+    run = command(*arguments)
     line = f"{name:<28} {run.seconds:8.1f} s   {run.memory / 2**20:6.0f} MiB anonymous"
     if written:
         speed = size_of(written) / run.seconds
