@@ -182,7 +182,8 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
         f"{target} has another architecture than {source}",
         found,
         stated,
-        "give the source that the target was made of, and its --config",
+        "give the source that the target was made of, the conversion's --config, and --to=hf if it "
+        "was an export",
         "as the source and the config imply",
     )
 
