@@ -56,6 +56,8 @@ _DENSE = (
 )
 _MOE = (
     Rule("moe/router", "mlp.gate.weight"),
+    # No published model has it, and none is exported with it: a name for messages.
+    Rule("moe/group_router", "mlp.group_gate.weight"),
     Rule("moe/gate_up", "mlp.experts.{e}.gate_proj.weight", lambda w: w[: w.shape[0] // 2]),
     Rule("moe/gate_up", "mlp.experts.{e}.up_proj.weight", lambda w: w[w.shape[0] // 2 :]),
     Rule("moe/down", "mlp.experts.{e}.down_proj.weight", lambda w: w.T),

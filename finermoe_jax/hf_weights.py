@@ -256,20 +256,14 @@ def write_hf(
 
     Raises InputError: the variant has no HF form, or files of the tokenizer cannot be read.
     """
-    values = model_config_to_hf(config, str(weights["embed", "weight"].dtype))
-    generation = generation_settings(tokenizer, config.vocab_size) if tokenizer is not None else {}
-    for key in ("bos_token_id", "eos_token_id"):
-        # Where a dense config.json is silent transformers takes its family's, not this model's.
-        if key in generation or config.moe is None:
-            values[key] = generation.get(key)
+    texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if config.moe is not None:
         copy_model_code(directory)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
-    if generation:
-        (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
+    for name, text in texts.items():
+        (directory / name).write_text(text)
     table = parts(config, list(weights))
     entries = [
         Entry(name, shape, array.dtype)
@@ -277,6 +271,18 @@ def write_hf(
         for name, shape in table[path].shapes(array.shape)
     ]
     yield from write_tensors(directory, entries, _pieces(weights, table))
+
+
+def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
+    """What `write_hf` writes into config.json and, if there is anything to say, GENERATION_FILE."""
+    values = model_config_to_hf(config, dtype)
+    generation = generation_settings(tokenizer, config.vocab_size) if tokenizer is not None else {}
+    for key in ("bos_token_id", "eos_token_id"):
+        # Where a dense config.json is silent transformers takes its family's, not this model's.
+        if key in generation or config.moe is None:
+            values[key] = generation.get(key)
+    files = {"config.json": values} | ({GENERATION_FILE: generation} if generation else {})
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
 
 
 def _pieces(
@@ -304,12 +310,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def model_code() -> list[Path]:
+    """The files that auto_map names: the model for transformers; none of them runs here."""
+    modules = {place.split(".")[0] for place in AUTO_MAP.values()}
+    return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
+
+
 def copy_model_code(target: Path) -> None:
-    """Copies the files that auto_map names: the model for transformers; none of them runs here."""
-    for module in {place.split(".")[0] for place in AUTO_MAP.values()}:
-        shutil.copyfile(
-            Path(__file__).parent / "hf_export" / f"{module}.py", target / f"{module}.py"
-        )
+    """Copies `model_code`."""
+    for file in model_code():
+        shutil.copyfile(file, target / file.name)
 
 
 def save_hf(

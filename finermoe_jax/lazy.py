@@ -191,7 +191,15 @@ def is_whole(index: Index, shape: tuple[int, ...]) -> bool:
 
 
 def made_ahead(array: LazyArray, indices: Iterable[Index]) -> Iterator[np.ndarray]:
-    """The values at each index in turn; while one is used, a thread makes the next."""
+    """The values at each index in turn; while one is used, a thread makes the next.
+
+    Nothing is made ahead where one alone has more than BLOCK_BYTES.
+    """
+    indices = list(indices)
+    first = math.prod(each.stop - each.start for each in indices[0]) if indices else 0
+    if first * array.dtype.itemsize > BLOCK_BYTES:
+        yield from (array[index] for index in indices)
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for index in indices:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax import lazy
 from finermoe_jax.config import MoEConfig
+from finermoe_jax.errors import InputError
 
 # The gate of the shared expert starts at sigmoid(0) = 1/2; this makes it good, exactly.
 SHARED_SCALE = 2
@@ -52,7 +53,15 @@ def drop(
         some = np.split(channels + place * width, range(_CHANNELS, len(channels), _CHANNELS))
         mean, std = _moments(new, some)
         for rows in some:
-            drawn = own.standard_normal((len(rows), expert.shape[1]), np.float32) * std + mean
+            noise = own.standard_normal((len(rows), expert.shape[1]), np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                drawn = noise * std + mean
+            if not np.isfinite(drawn).all():
+                raise InputError(
+                    "drop-upcycling draws weights like those that are there, and some of these are "
+                    f"not finite, or too large for their deviation ({std}): look for a damaged "
+                    "tensor in the source"
+                )
             new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
 
     with ThreadPoolExecutor(parts) as pool:  # drawing takes most of the time
@@ -65,11 +74,10 @@ def _moments(
 ) -> tuple[np.float32, np.float32]:
     """Mean and standard deviation of the entries in these rows."""
     size = sum(map(len, some)) * matrix.shape[1]
-    parts = [matrix[rows].astype(np.float32).sum(dtype=np.float64) for rows in some]
-    mean = np.float32(sum(parts) / size)
-    parts = [np.square(matrix[rows].astype(np.float32) - mean).sum(dtype=np.float64)
-             for rows in some]  # fmt: skip
-    return mean, np.float32(np.sqrt(sum(parts) / size))
+    with np.errstate(over="ignore", invalid="ignore"):  # seen in what is drawn
+        mean = sum(matrix[rows].astype(np.float64).sum() for rows in some) / size
+        squares = (np.square(matrix[rows].astype(np.float64) - mean).sum() for rows in some)
+        return np.float32(mean), np.float32(np.sqrt(sum(squares) / size))
 
 
 def virtual_group_rows(moe: MoEConfig) -> Int[np.ndarray, " E"]:

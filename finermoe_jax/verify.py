@@ -22,7 +22,7 @@ from finermoe_jax.checkpoint import Source, open_model
 from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.hf_names import Parts, parts, run_layers
-from finermoe_jax.hf_weights import TOKENIZER_FILES
+from finermoe_jax.hf_weights import TOKENIZER_FILES, json_files, model_code
 from finermoe_jax.lazy import Index, ParamPath, Weights
 from finermoe_jax.tensor_files import listing
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
@@ -84,7 +84,7 @@ def verify(
         with experts made anew.
       seed: of the conversion; what it drew is compared with what it draws again, to the last few
         bits, which are another CPU's own. None: what was drawn has to be finite only.
-      dtype: the weights' in the target; None: any one.
+      dtype: the weights' in the target; None: the source's.
 
     Raises InputError: another form or architecture than was asked for, damage, or the tensors that
     differ.
@@ -93,9 +93,13 @@ def verify(
         _check_form(target, to)
     made = open_model(str(target))
     stored = made.weights["embed", "weight"].dtype
-    if len(made.stored) > 1 or (dtype and made.stored != [dtype]):
-        raise InputError(f"{target} stores {' and '.join(made.stored)}, not {dtype or 'one dtype'}")
     given = open_model(source, stored)
+    asked = [dtype] if dtype else given.stored
+    if made.stored != asked or len(asked) > 1:
+        raise InputError(
+            f"{target} stores {' and '.join(made.stored)}, not {' and '.join(asked)}"
+            + ("" if dtype else f" as {source} does: give the conversion's --dtype")
+        )
     upcycled = to != "hf" and moe is not None and given.config.moe is None
     wanted, again = given.config, Weights()
     if upcycled:
@@ -106,6 +110,8 @@ def verify(
         refuse_other_experts(source, given.config, moe, start)
     _check_architectures(source, wanted, target, made.config)
     _check_tokenizers(given.files, made.files)
+    if to == "hf":
+        _check_beside_the_weights(given, target, str(stored))
     other_start = upcycled and bool(start.drop_ratio or start.function_preserving)
     table = parts(made.config, list(made.weights))
     size = sum(array.nbytes for array in made.weights.values())
@@ -123,7 +129,7 @@ def verify(
             digest.update(repr((path, array.shape, str(array.dtype))).encode())
             for index in lazy.blocks(array.shape, lazy.block_shape(array)):
                 values = np.ascontiguousarray(array[index])
-                _compare(report, table[path], index, values, expected, drawn)
+                _compare(report, table[path], array.shape, index, values, expected, drawn)
                 digest.update(values.view(np.uint8).data)
                 bar.update(values.nbytes)
             tensors = sum(1 for _ in table[path].shapes(array.shape))
@@ -166,6 +172,20 @@ def _check_tokenizers(given: Path, made: Path) -> None:
         if name != "generation_config.json" and (given / name).is_file():
             if not (made / name).is_file() or not filecmp.cmp(given / name, made / name, False):
                 raise InputError(f"{made / name} is missing or not what {given / name} is")
+
+
+def _check_beside_the_weights(given: Source, target: Path, dtype: str) -> None:
+    """What an export consists of beside weights and tokenizer: without it nothing loads it."""
+    wanted = {
+        name: text.encode() for name, text in json_files(given.config, dtype, given.files).items()
+    }
+    if given.config.moe is not None:
+        wanted |= {file.name: file.read_bytes() for file in model_code()}
+    for name, content in wanted.items():
+        if not (target / name).is_file() or (target / name).read_bytes() != content:
+            raise InputError(
+                f"{target / name} is missing or not what this export has: make it anew"
+            )
 
 
 def _check_architectures(source: str, given: ModelConfig, target: Path, made: ModelConfig) -> None:
@@ -246,6 +266,7 @@ def _slices(given: Source, made: ModelConfig, layers: tuple[int, ...], name: str
 def _compare(
     report: Report,
     where: Parts,
+    shape: tuple[int, ...],
     index: Index,
     values: np.ndarray,
     expected: Expected,
@@ -269,10 +290,13 @@ def _compare(
         wrong = wanted.view(bits) != values.view(bits)
     leading = bool(where.layers) + bool(where.experts)
     for place in np.ndindex(*values.shape[:leading]):
+        if not wrong[place].any():
+            continue
         at = tuple(index[axis].start + i for axis, i in enumerate(place))
+        # Gate and up lie in one array, of which the block may hold a part.
+        whole = np.zeros(shape[leading:], bool)
+        whole[index[leading:]] = wrong[place]
         for rule in where.rules:
-            # Gate and up lie in one array; whole ones, since a block holds whole experts.
-            bad = rule.view(wrong[place]) if len(where.rules) > 1 else wrong[place]
             name = where.name(rule, at)
-            if bad.any() and name not in report.differences:
+            if rule.view(whole).any() and name not in report.differences:
                 report.differences.append(name)

@@ -78,6 +78,18 @@ def test_drop_upcycling_draws_the_same_in_parts(monkeypatch):
     assert np.count_nonzero((whole != expert).any(1)) == 20
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", 3e38), ("bfloat16", 3e38), ("float32", np.nan)]
+)
+def test_drop_upcycling_draws_nothing_that_is_not_finite(dtype, value):
+    expert = np.full((40, 7), 0.02, dtype)
+    expert[:, ::2] = value
+    with pytest.raises(fm.InputError, match="drop-upcycling draws"):
+        starts.drop("down", expert, 0.9, jax.random.key(2))
+    expert[:, ::2] = 1e25  # its square would not fit
+    assert np.isfinite(starts.drop("down", expert, 0.9, jax.random.key(2)).astype(float)).all()
+
+
 def test_any_block_of_a_start_equals_the_whole():
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(_dense())))
     for one in (DU, ARCHITECTURES["nvshard"]):

@@ -47,7 +47,9 @@ def test_whole_conversions(upcycled, tmp_path):
         convert(str(source), target, "orbax", moe, seed=1)
         assert verify(str(source), target, "orbax", moe).digest != reports[0].digest
     convert(str(UNTIED), tmp_path / "narrow", "orbax", MOE, seed=1, dtype="bfloat16")
-    assert verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE).slices == 2 * 32 * 3
+    assert verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE, dtype="bfloat16").slices == 192
+    with pytest.raises(fm.InputError, match=r"stores bfloat16, not float32 as .*: give.*--dtype"):
+        verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,9 @@ def test_whole_conversions(upcycled, tmp_path):
         "lm_head.weight",
     ],
 )
-def test_one_flipped_bit_is_named(upcycled, tmp_path, name):
+@pytest.mark.parametrize("most", [lazy.BLOCK_BYTES, 600])
+def test_one_flipped_bit_is_named(upcycled, tmp_path, monkeypatch, name, most):
+    monkeypatch.setattr(lazy, "BLOCK_BYTES", most)
     folder = shutil.copytree(upcycled / "hf", tmp_path / "flipped")
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(np.uint32).flat[-1] ^= 1
@@ -100,6 +104,33 @@ def test_another_source_and_another_architecture(upcycled, tmp_path):
             verify(str(source), upcycled / "hf", None, MOE)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "modeling_finer_moe.py",
+        "configuration_finer_moe.py",
+    ],
+)
+def test_an_export_that_nothing_could_load(upcycled, tmp_path, name):
+    source = shutil.copytree(UNTIED, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": 3}')
+    convert(str(source), tmp_path / "orbax", "orbax", MOE, seed=1)
+    convert(str(tmp_path / "orbax"), tmp_path / "hf", "hf", None, seed=1)
+    verify(str(tmp_path / "orbax"), tmp_path / "hf", "hf", None)
+    file = tmp_path / "hf" / name
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(fm.InputError, match=f"{name} is missing or not what"):
+        verify(str(tmp_path / "orbax"), tmp_path / "hf", "hf", None)
+
+
+def test_separate_routers_have_names_for_messages(tmp_path):
+    moe = dataclasses.replace(MOE, separate_routers=True)
+    convert(str(UNTIED), tmp_path / "out", "orbax", moe, seed=1)
+    assert verify(str(UNTIED), tmp_path / "out", "orbax", moe, seed=1).drawn == 6
+
+
 def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
     target = upcycled / "orbax"
     assert verify(str(UNTIED), target, "orbax", MOE, seed=1).drawn == 4
@@ -125,7 +156,7 @@ def test_dtypes_are_not_mixed_silently(upcycled, tmp_path):
     with pytest.raises(fm.InputError, match=r"float16 and float32.*--dtype"):
         convert(str(folder), tmp_path / "out", "orbax", MOE, seed=1)
     convert(str(folder), tmp_path / "out", "orbax", None, seed=1, dtype="float32")
-    report = verify(str(folder), tmp_path / "out", "orbax", None)
+    report = verify(str(folder), tmp_path / "out", "orbax", None, dtype="float32")
     assert "after casting float16/float32 to float32" in str(report)
 
 
@@ -226,4 +257,4 @@ def test_a_product_that_does_not_fit_the_dtype_is_refused(tmp_path, moe, start, 
         convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
     convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1, dtype="float32")
-    verify(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1)
+    verify(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1, dtype="float32")
