@@ -35,7 +35,9 @@ def route(
       logits: the router's raw logits; the selection runs in their dtype.
       moe: granularities and variants.
       weight_dtype: dtype that the weights, a float32 softmax, are cast to.
-      candidate_logits: a second router's logits of the candidate groups, separate_routers only.
+      candidate_logits: a second router's logits of the candidate groups, separate_routers only. The
+        paper gives no formula for it: that a slot is scaled by the chosen candidate's probability
+        is our reading.
 
     Returns:
       The routing, and the order [*T, A] that brings its experts into slot order: applied to

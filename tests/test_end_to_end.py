@@ -123,10 +123,11 @@ def test_there_and_back(workdir, place):
 
 
 def test_hub_ids_come_from_the_cache_when_offline(place):
-    snapshot = place / "cache" / "models--someone--tiny" / "snapshots" / "abc"
+    revision = "abcd" * 10
+    snapshot = place / "cache" / "models--someone--tiny" / "snapshots" / revision
     shutil.copytree(DEMO / "model", snapshot)
     (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot.parent.parent / "refs" / "main").write_text(revision)
     offline = dict(HF_HUB_CACHE=str(place / "cache"), HF_HUB_OFFLINE="1")
     run(
         "convert_hf.py", "--source=someone/tiny", "--target=upcycled",
