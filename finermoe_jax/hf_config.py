@@ -279,6 +279,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         )
         if getattr(moe, name) not in hf
     ]
+    if config.tie_word_embeddings:
+        inexpressible.append("tie_word_embeddings=True (it has a head of its own)")
     if inexpressible:
         raise InputError(
             "the published HF model cannot express " + ", ".join(inexpressible) + "; keep the "
