@@ -17,7 +17,6 @@ import gc
 import logging
 import math
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, state
 from finermoe_jax.hf_config import read_json
-from finermoe_jax.hf_weights import TOKENIZER_FILES, open_hf, resolve_source, stored_dtypes
+from finermoe_jax.hf_weights import copy_tokenizer, open_hf, resolve_source, stored_dtypes
 from finermoe_jax.integrity import (
     Known,
     damage,
@@ -51,20 +50,19 @@ from finermoe_jax.integrity import (
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
 from finermoe_jax.run_settings import from_dict
+from finermoe_jax.tokenizers import check_kept
 
 _CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "optimizer"
 _NOT_READ = (_OPTIMIZER, "metrics")  # by those who want the model alone
 
 
 class TokenizerHandler(ocp.CheckpointHandler):
-    """An Orbax item that holds the tokenizer's files as they are."""
+    """An Orbax item that holds the tokenizer's files."""
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
-        """Copies the files; the first process alone."""
+        """Writes the files (`copy_tokenizer`); the first process alone."""
         if jax.process_index() == 0 and args.source is not None:
-            for name in TOKENIZER_FILES:
-                if (args.source / name).is_file():
-                    shutil.copyfile(args.source / name, Path(directory) / name)
+            copy_tokenizer(args.source, Path(directory))
 
     def restore(self, directory: epath.Path, args: "TokenizerRestore") -> Path:
         """The directory that holds them."""
@@ -129,7 +127,12 @@ def write_checkpoint(
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
     dtype is the activations'; written(bytes) is told of each block of weights.
+
+    Raises InputError, before anything is written, for a tokenizer that would not be the same one
+    in the checkpoint (`check_kept`).
     """
+    if tokenizer is not None:
+        check_kept(tokenizer)
     items = ocp.args.Composite(
         **{
             _CONFIG: ocp.args.JsonSave(_describe(config, dtype, weights["embed", "weight"].dtype)),
@@ -160,7 +163,9 @@ def save_checkpoint(
 ) -> None:
     """Writes the model as an Orbax checkpoint at `path`, a new or empty directory.
 
-    Raises InputError when path is occupied.
+    tokenizer is a directory whose tokenizer files the checkpoint takes along.
+
+    Raises InputError when path is occupied, or the tokenizer cannot be kept.
     """
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
     source = Path(tokenizer) if tokenizer is not None else None

@@ -34,21 +34,16 @@ from finermoe_jax.tensor_files import (
     listing,
     write_tensors,
 )
-from finermoe_jax.tokenizers import generation_settings
-
-GENERATION_FILE = "generation_config.json"
-# What a tokenizer may consist of, and when generation ends; copied along with weights, never
-# executed.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+from finermoe_jax.tokenizers import (
     GENERATION_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    check_kept,
+    generation_settings,
+    kept_files,
+    write_files,
 )
+
 # Buffers that old exports carry and that are computed, not learned.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # A size whose bytes still count in 64 bits.
@@ -74,7 +69,7 @@ def resolve_source(source: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES]
+        wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES, TEMPLATE_FILES]
         directory = Path(snapshot_download(str(source), allow_patterns=wanted))
         # Repositories may hold their weights in other forms beside these.
         wanted = indexed_files(directory) or [SINGLE_FILE]
@@ -254,9 +249,12 @@ def write_hf(
     config.json has the authors' keys; tokenizer is a directory whose tokenizer files are copied,
     and which tells where text ends (`generation_settings`).
 
-    Raises InputError: the variant has no HF form, or files of the tokenizer cannot be read.
+    Raises InputError: the variant has no HF form, files of the tokenizer cannot be read, or it
+    would be another tokenizer in the export (`check_kept`).
     """
     texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
+    if tokenizer is not None:
+        check_kept(tokenizer, texts)
     directory.mkdir()
     if config.moe is not None:
         copy_model_code(directory)
@@ -303,11 +301,9 @@ def _pieces(
                     yield where.name(rule, at), rule.view(values[place])
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files that source has."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> None:
+    """Writes the `kept_files` of source (and model) into target."""
+    write_files(kept_files(source, model), target)
 
 
 def model_code() -> list[Path]:

@@ -50,7 +50,7 @@ from finermoe_jax.token_files import (
     tokenizer_hash,
     verify,
 )
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.tokenizers import ANY_VOCABULARY, load_tokenizer
 
 _LOCK = ".lock"
 _AHEAD = 4  # batches of text under way for each process
@@ -83,7 +83,7 @@ def prepare(
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
-    tokenizer = load_tokenizer(tokenizer_files, 1 << 31)
+    tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
     vocab_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
     found = expand(sources, split, text_field)
     settings = Settings(
@@ -325,7 +325,7 @@ def _begin_worker(files: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(Path(files), 1 << 31)
+    _worker_tokenizer = load_tokenizer(Path(files), ANY_VOCABULARY)
 
 
 def _end_with_parent() -> None:

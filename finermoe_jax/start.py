@@ -17,6 +17,8 @@ from finermoe_jax.files import find
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, with_shapes
 from finermoe_jax.run_settings import RunConfig
+from finermoe_jax.token_files import tokenizer_hash
+from finermoe_jax.tokenizers import has_tokenizer
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
 
 
@@ -25,13 +27,15 @@ class Start:
     """What a run begins with.
 
     `model` has shapes in place of arrays; `place` makes its weights, on shardings like its
-    parameters' (a pure dict), every device's part for it alone. `dense` is the model that it was
-    upcycled from, if any.
+    parameters' (a pure dict), every device's part for it alone. `ends_files` is the directory that
+    names the ends of text if `tokenizer_files` does not. `dense` is the model that it was upcycled
+    from, if any.
     """
 
     model: Decoder
     place: Callable[[dict], dict]
     tokenizer_files: Path
+    ends_files: Path | None = None
     dense: "Start | None" = None
 
 
@@ -65,19 +69,29 @@ def fresh_start(config: RunConfig) -> Start:
     if config.model is not None:
         _check_agreement(config, source.config)
     files = tokenizer or source.files
-    given = _lazy_start(source.config, source.weights, compute, files)
+    ends = source.files if _same_tokenizer(files, source.files) else files
+    given = _lazy_start(source.config, source.weights, compute, files, ends)
     if config.moe is None:
         return given
     if source.config.moe is not None:
         refuse_other_experts(config.init_from, source.config, config.moe, config.upcycle)
         return given
     upcycled = upcycle_weights(source.config, source.weights, config.moe, key, config.upcycle)
-    return dataclasses.replace(_lazy_start(*upcycled, compute, files), dense=given)
+    return dataclasses.replace(_lazy_start(*upcycled, compute, files, ends), dense=given)
 
 
-def _lazy_start(config: ModelConfig, weights: Weights, compute: DTypeLike, files: Path) -> Start:
+def _same_tokenizer(one: Path, other: Path) -> bool:
+    """True also where one of them has none; ids of one tokenizer say nothing in another."""
+    if not (has_tokenizer(one) and has_tokenizer(other)):
+        return True
+    return tokenizer_hash(one) == tokenizer_hash(other)
+
+
+def _lazy_start(
+    config: ModelConfig, weights: Weights, compute: DTypeLike, files: Path, ends: Path
+) -> Start:
     model = with_shapes(config, compute)
-    return Start(model, lambda shardings: lazy.placed(weights, shardings), files)
+    return Start(model, lambda shardings: lazy.placed(weights, shardings), files, ends)
 
 
 def restart(config: RunConfig, checkpoint: Path, workdir: Path) -> Start:

@@ -356,7 +356,7 @@ def tokenizer_hash(directory: Path) -> str:
                 content.pop(setting, None)
         found.update(json.dumps(content, sort_keys=True).encode())
     else:
-        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
             if (directory / name).is_file():
                 found.update(name.encode() + b"\0" + (directory / name).read_bytes())
     return found.hexdigest()

@@ -33,7 +33,7 @@ from finermoe_jax.step import (
     rebuild,
     updates_made,
 )
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.tokenizers import check_kept, load_tokenizer
 from finermoe_jax.workdir import (
     Lock,
     Log,
@@ -143,7 +143,7 @@ def _claimed(
             Log(workdir).config_changes(int(step), changes)
             for name, (old, new) in changes.items():
                 say(f"from step {step} on, {name} is {new!r}; it was {old!r}")
-        prepare(workdir, config, start.tokenizer_files)
+        prepare(workdir, config, start.tokenizer_files, start.ends_files)
         record_data(workdir, text.identity)
     with distributed.together():
         find_shared(workdir)
@@ -169,6 +169,8 @@ def _checked(
             f"{model_config.max_position_embeddings}"
         )
     tokenizer = load_tokenizer(start.tokenizer_files, model_config.vocab_size)
+    if newest is None:
+        check_kept(start.tokenizer_files)
     text = data.open_data(
         config.data,
         tokenizer,

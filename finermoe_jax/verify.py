@@ -5,7 +5,6 @@ laid back over the dense FFN, which every set of copies has to cover.
 """
 
 import dataclasses
-import filecmp
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,10 @@ from finermoe_jax.checkpoint import Source, open_model
 from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.hf_names import Parts, parts, run_layers
-from finermoe_jax.hf_weights import TOKENIZER_FILES, json_files, model_code
+from finermoe_jax.hf_weights import json_files, model_code
 from finermoe_jax.lazy import Index, ParamPath, Weights
 from finermoe_jax.tensor_files import listing
+from finermoe_jax.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
 
 # The values of a block as the source implies them; None where they are drawn at random.
@@ -167,11 +167,13 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
 
 
 def _check_tokenizers(given: Path, made: Path) -> None:
-    for name in TOKENIZER_FILES:
+    exported = (made / "config.json").is_file()
+    for name, content in kept_files(given).items():
         # An export says anew where text ends.
-        if name != "generation_config.json" and (given / name).is_file():
-            if not (made / name).is_file() or not filecmp.cmp(given / name, made / name, False):
-                raise InputError(f"{made / name} is missing or not what {given / name} is")
+        if exported and name == GENERATION_FILE:
+            continue
+        if not (made / name).is_file() or (made / name).read_bytes() != content:
+            raise InputError(f"{made / name} is missing or not what {given} has: convert it anew")
 
 
 def _check_beside_the_weights(given: Source, target: Path, dtype: str) -> None:

@@ -155,8 +155,13 @@ class Lock:
             self.stream = None
 
 
-def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
-    """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses."""
+def prepare(
+    workdir: Path, config: RunConfig, tokenizer_files: Path, ends_files: Path | None = None
+) -> None:
+    """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses.
+
+    ends_files is the directory that names the ends of text if tokenizer_files does not.
+    """
     if jax.process_index() != 0:
         return
     # In this order: killed in between, the same command goes on (_unfinished).
@@ -166,7 +171,7 @@ def prepare(workdir: Path, config: RunConfig, tokenizer_files: Path) -> None:
     partial.rename(workdir / "config.json")
     (workdir / "tokenizer").mkdir(exist_ok=True)
     if tokenizer_files != workdir / "tokenizer":
-        copy_tokenizer(tokenizer_files, workdir / "tokenizer")
+        copy_tokenizer(tokenizer_files, workdir / "tokenizer", ends_files)
 
 
 def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
