@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from finermoe_jax import text
-from finermoe_jax.data import batch_identity, open_data, parse_mixture, train_batches
+from finermoe_jax.data import Order, batch_identity, open_data, parse_mixture, train_batches
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.packing import counted, masks, pack
@@ -115,6 +115,20 @@ def test_mixtures_keep_their_shares_and_shuffle_each_source_anew():
         for epoch in epochs:
             np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
         assert all((a != b).any() for a, b in itertools.pairwise(epochs))
+
+
+def test_sources_of_one_size_come_in_orders_of_their_own():
+    parts = [Windows(TokenStream([np.arange(8 * 50 + 1)]), 8) for _ in range(3)]
+    rows = Mixture(parts, ["a", "b", "c"], [Fraction(1)] * 3)
+
+    def orders(seed):
+        """The first 40 windows of each source."""
+        order = Order(rows, seed)
+        found = [rows.locate(order[place]) for place in range(120)]
+        return [tuple(i for part, i in found if part == wanted) for wanted in range(3)]
+
+    first, other = orders(0), orders(1)
+    assert first == orders(0) and len({*first, *other}) == 6
 
 
 def test_a_batch_is_known_by_its_step():

@@ -16,7 +16,7 @@ from finermoe_jax.architectures import ARCHITECTURES
 from finermoe_jax.config import MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
-from finermoe_jax.model import Decoder
+from finermoe_jax.model import Decoder, parameter_shapes
 from finermoe_jax.moe import FineRMoE
 from finermoe_jax.step import rebuild
 from finermoe_jax.upcycle import upcycle_weights
@@ -105,9 +105,35 @@ def test_any_block_of_a_start_equals_the_whole():
                 for expert in reversed(range(one.moe.num_experts)):
                     place = (slice(layer, layer + 1), slice(expert, expert + 1), slice(5, 30))
                     np.testing.assert_array_equal(parts[place], whole[place])
-    # Layers differ, too.
-    gate_up = made[0]["runs", 0, 0, "moe", "gate_up"]
-    assert gate_up.shape[:2] == (2, 64)
+
+
+def test_every_layer_and_parameter_is_drawn_with_a_key_of_its_own():
+    """Of all that is drawn no two share a beginning, nor does another seed draw any of it."""
+    dense = dataclasses.replace(DENSE, num_hidden_layers=4)
+    moe = MoEConfig(
+        4, 2, 1, 2, 1, concat_proj="routed", separate_routers=True, mlp_only_layers=(1,)
+    )
+    zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), parameter_shapes(dense),
+                         is_leaf=lambda leaf: isinstance(leaf, tuple))  # fmt: skip
+    weights = lazy.of_params(nnx.traversals.unflatten_mapping(zeros))
+    beginnings = []
+    for seed in (0, 1):
+        _, made = upcycle_weights(dense, weights, moe, jax.random.key(seed))
+        for path, array in made.items():
+            if path[-1] in ("router", "group_router", "shared_gate", "concat_proj"):
+                # One key draws the same beginning for every shape.
+                beginnings += [layer.ravel()[:32] for layer in array[:]]
+    assert len(beginnings) == 2 * 3 * 4  # seeds, MoE layers, parameters
+    alike = np.corrcoef(np.stack(beginnings).astype(float)) - np.eye(len(beginnings))
+    assert np.abs(alike).max() < 0.9
+
+
+def test_a_model_drawn_from_scratch_repeats_no_layer():
+    config = dataclasses.replace(DENSE, num_hidden_layers=3, moe=MoEConfig(4, 2, 1, 2, 1))
+    model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    for path, stack in nnx.traversals.flatten_mapping(_params(model)).items():
+        if path[-1] != "scale" and not path[-1].endswith("_bias"):  # ones, and zeros
+            assert len({layer.tobytes() for layer in np.asarray(stack)}) == 3, path
 
 
 def test_drop_upcycled_layers_and_experts_differ():
