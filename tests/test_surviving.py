@@ -459,6 +459,12 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     np.testing.assert_array_equal(
         np.load(workdir / "nonfinite" / f"step-{end}.npz")["tokens"], batch
     )
+    # Going on meets the same batches, and goes on counting.
+    said.clear()
+    with pytest.raises(RunEnded):
+        train(config, workdir, say=said.append)
+    assert f"resumed from step {range(0, end, 2)[-1]} of 40" in said
+    assert [m["skipped"] for m in read_lines(workdir / "metrics.jsonl")] == left_out
 
 
 def _saved(path, config):

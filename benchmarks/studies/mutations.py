@@ -73,19 +73,19 @@ MUTATIONS = (
         "weights are a softmax in the activations' dtype", ROUTING,
         "by_logit, axis=-1).astype(jnp.float32)",
         "by_logit, axis=-1).astype(weight_dtype)",
-        f"{LAYER} -k bfloat16", OF_ROUTING,
+        "tests/test_routing.py -k rounded", OF_ROUTING,
     ),
     Mutation(
         "a slot's factor goes to another slot", ROUTING,
         "weights *= jnp.take_along_axis(scale, by_logit, axis=-1)",
         "weights *= scale",
-        f"{LAYER} -k 'test_layer and separate_routers'", OF_ROUTING,
+        f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
     ),
     Mutation(
         "a candidate's probability is its share of its slot's sum", ROUTING,
         "probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)",
         "probabilities = jax.nn.sigmoid(scores.astype(jnp.float32))",
-        f"{LAYER} -k 'test_layer and separate_routers'", OF_ROUTING,
+        f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
     ),
     Mutation(
         "Eq. 11 counts a token once per expert, not per active expert", ROUTING,
@@ -122,7 +122,7 @@ MUTATIONS = (
         "train.seed draws nothing", "finermoe_jax/start.py",
         "key = jax.random.key(config.train.seed)",
         "key = jax.random.key(0)",
-        "tests/test_starts.py", f"{OF_UPCYCLING} tests/test_training.py tests/test_end_to_end.py",
+        "tests/test_starts.py -k seed", f"{OF_UPCYCLING} tests/test_training.py",
     ),
     Mutation(
         "an expert's slot goes by its candidate", UPCYCLE,
@@ -146,7 +146,7 @@ MUTATIONS = (
         "a run of layers begins with the first ones", UPCYCLE,
         "stack[slice(layers[i], layers[i] + 1), *rest][0]",
         "stack[slice(i, i + 1), *rest][0]",
-        "tests/test_starts.py tests/test_dense_sources.py", OF_UPCYCLING,
+        "tests/test_starts.py -k some_layers", OF_UPCYCLING,
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
@@ -171,13 +171,13 @@ MUTATIONS = (
         "a token's gradient is the mean of its copies'", DISPATCH,
         "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
         "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
-        f"{LAYER} -k test_gradients", "tests/test_parity.py",
+        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
     ),
     Mutation(
         "gradients are permuted as the rows were, not back", DISPATCH,
         "lambda inverse, g: (g[inverse], None, None),",
         "lambda inverse, g: (g[inverse_of(inverse)], None, None),",
-        f"{LAYER} -k test_gradients", "tests/test_parity.py",
+        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
     ),
     Mutation(
         "buffers hold four times the balanced share", EXCHANGE,
@@ -226,13 +226,13 @@ MUTATIONS = (
         "the head's gradient is summed in bfloat16", LOSSES,
         "start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)",
         "start = jnp.float32(0), jnp.zeros(whole.shape, whole.dtype)",
-        "tests/test_training.py -k loss", f"{OF_STEPS} tests/test_parity.py",
+        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
     ),
     Mutation(
         "logits of the loss are rounded to bfloat16", LOSSES,
         'logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)',
         'logits = jnp.einsum("MD,VD->MV", h, weight).astype(jnp.float32)',
-        "tests/test_training.py -k loss", f"{OF_STEPS} tests/test_parity.py",
+        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
     ),
     # --- step ------------------------------------------------------------------------------
     Mutation(
@@ -245,7 +245,7 @@ MUTATIONS = (
         "the balancing losses are averaged over layers", STEP,
         "config.train.aux_loss_weight * features.aux_loss.sum()",
         "config.train.aux_loss_weight * features.aux_loss.mean()",
-        "tests/test_training.py -k 'loss or frozen'", OF_STEPS,
+        "tests/test_step.py -k balancing", OF_STEPS,
     ),
     Mutation(
         "microbatches of packed rows count as much each", STEP,
@@ -257,31 +257,31 @@ MUTATIONS = (
         "bfloat16 gradients of microbatches are summed in bfloat16", STEP,
         "jnp.zeros(p.shape, jnp.float32), free)",
         "jnp.zeros(p.shape, p.dtype), free)",
-        "tests/test_training.py -k accumulation", OF_STEPS,
+        "tests/test_step.py -k microbatches", OF_STEPS,
     ),
     Mutation(
         "bfloat16 weights are rounded by the same draw in every step", STEP,
         "jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))",
         "jax.random.key(config.train.seed)",
-        "tests/test_optim.py -k 'bfloat16 or lean'", OF_STEPS,
+        "tests/test_step.py -k rounded", OF_STEPS,
     ),
     Mutation(
         "the rate goes down to zero, not to the final rate", OPTIM,
         "end_value=config.final_learning_rate,",
         "end_value=0.0,",
-        "tests/test_training.py -k schedule", OF_STEPS,
+        "tests/test_optim.py -k adamws", OF_STEPS,
     ),
     Mutation(
         "gradients are not clipped", OPTIM,
         "optax.chain(optax.clip_by_global_norm(config.clip_norm), second)",
         "optax.chain(optax.identity(), second)",
-        "tests/test_optim.py tests/test_training.py -k 'step_is or frozen'", OF_STEPS,
+        "tests/test_optim.py -k adamws", OF_STEPS,
     ),
     Mutation(
         "AdamW's second mean has Optax's default rate", OPTIM,
         "b2=config.beta2,",
         "b2=0.999,",
-        "tests/test_optim.py -k 'step_is'", OF_STEPS,
+        "tests/test_optim.py -k adamws", OF_STEPS,
     ),
     # --- data order ------------------------------------------------------------------------
     Mutation(
@@ -312,7 +312,7 @@ MUTATIONS = (
         "packed documents share their positions", "finermoe_jax/packing.py",
         '"position_ids": slots - first,',
         '"position_ids": slots,',
-        "tests/test_data.py -k packed", "tests/test_data.py",
+        "tests/test_data.py -k every_target_once", "tests/test_data.py",
     ),
     # --- resume ----------------------------------------------------------------------------
     Mutation(
