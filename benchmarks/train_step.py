@@ -1,11 +1,13 @@
-"""The training step on a CPU against the machine's own matrix product.
+"""The training step on a CPU against the machine's own matrix product, and against the dense model.
 
     python benchmarks/train_step.py [--layers=4] [--repeats=9] [--unroll=4] [--remat=none]
+    python benchmarks/train_step.py --config=configs/smollm2_135m.py --layers=10
 
 Layers of Qwen2.5-0.5B's width as FineRMoE (32, 2, 1, 2), vocabulary 32000, batch 2 x 256, float32,
-random weights. Forward and backward, and the whole step with AdamW, take turns with the matrix
-products, so that what else runs on the machine meets all of them; medians, the products' fastest.
-FLOPs: finermoe_jax/flops.py.
+random weights; with --config, that file's model, batch and remat. Forward and backward, the whole
+step with AdamW, and the whole step of the dense model take turns with the matrix products, so that
+what else runs on the machine meets all of them; medians, the products' fastest, and the ratio to
+the dense model's step, round by round. FLOPs: finermoe_jax/flops.py.
 """
 
 import argparse
@@ -21,97 +23,155 @@ import numpy as np
 from flax import nnx
 
 from finermoe_jax import host_memory, sharding
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.flops import training_flops
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
 from finermoe_jax.published import QWEN2P5
-from finermoe_jax.run_settings import DataConfig, MeshConfig, RunConfig, TrainConfig
+from finermoe_jax.run_settings import (
+    DataConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+    preset,
+    run_config,
+)
 from finermoe_jax.sharding import Placement
 from finermoe_jax.step import batch_loss, init_optimizer, jit_step
+from finermoe_jax.upcycle import upcycled_config
 
-BATCH, TOKENS = 2, 256
 
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--unroll", type=int, default=4, help="train.scan_unroll")
-    parser.add_argument("--remat", default="none", help="train.remat")
-    parser.add_argument("--free", action="store_true", help="give freed memory back each time")
-    arguments = parser.parse_args()
-    if not arguments.free:
-        host_memory.keep_freed()
+def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
+    """The FineRMoE's shape, and a run of it: of a config file, or the widths of Qwen2.5-0.5B."""
+    if arguments.config:
+        run = run_config(preset(arguments.config).to_dict())
+        assert run.model is not None and run.moe is not None
+        shape = upcycled_config(run.model, run.moe)
+    else:
+        run = RunConfig(
+            model=QWEN2P5["0.5B"],
+            data=DataConfig(sequence_length=256, global_batch_size=2),
+            train=TrainConfig(compute_dtype="float32", remat=arguments.remat or "none"),
+        )
+        shape = dataclasses.replace(
+            QWEN2P5["0.5B"], vocab_size=32000, tie_word_embeddings=False, moe=MoEConfig()
+        )
+    remat = arguments.remat or run.train.remat
+    train = dataclasses.replace(
+        run.train, steps=1000, remat=remat, scan_unroll=arguments.unroll or run.train.scan_unroll
+    )
     shape = dataclasses.replace(
-        QWEN2P5["0.5B"],
-        num_hidden_layers=arguments.layers,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-        moe=MoEConfig(),
-        initializer_range=0.02,
+        shape, num_hidden_layers=arguments.layers or shape.num_hidden_layers, initializer_range=0.02
     )
-    model = nnx.jit(
-        lambda: Decoder(shape, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
-    )()
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    model.placement = Placement(mesh)
-    config = RunConfig(
-        model=dataclasses.replace(shape, moe=None),
-        data=DataConfig(sequence_length=TOKENS, global_batch_size=BATCH),
-        train=TrainConfig(
-            steps=1000, compute_dtype="float32", remat=arguments.remat, scan_unroll=arguments.unroll
-        ),
-    )
-    shardings, _ = sharding.param_shardings(model, mesh)
-    graphdef, state = nnx.split(model)
-    flops = training_flops(shape, TOKENS) * BATCH * TOKENS
-    params = jax.device_put(nnx.to_pure_dict(state), shardings)
-    del state, model
-    tx = optimizer(config.optimizer, config.train.steps)
-    opt_state = init_optimizer(tx, params, shardings, mesh)
-    step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
-    held = list(jax.device_put((params, opt_state), places, donate=True))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, shape.vocab_size, (BATCH, TOKENS + 1)).astype(np.int32)
-    batch = Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
-    both = jax.jit(
-        lambda p, b: jax.value_and_grad(batch_loss, argnums=2, has_aux=True)(graphdef, config, p, b)
-    )
+    return shape, dataclasses.replace(run, train=train)
 
-    def whole() -> Any:
-        held[0], held[1], metrics = step(held[0], held[1], batch)
+
+class Stepper:
+    """A model of random weights, its optimizer's state, and a batch, to take steps with.
+
+    Attributes:
+      flops: of a step's forward and backward pass (finermoe_jax/flops.py).
+      parameters: how many.
+    """
+
+    def __init__(self, shape: ModelConfig, config: RunConfig):
+        model = nnx.jit(
+            lambda: Decoder(shape, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+        )()
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        model.placement = Placement(mesh)
+        shardings, _ = sharding.param_shardings(model, mesh)
+        graphdef, state = nnx.split(model)
+        batch, length = config.data.global_batch_size, config.data.sequence_length
+        self.flops = training_flops(shape, length) * batch * length
+        params = jax.device_put(nnx.to_pure_dict(state), shardings)
+        del state, model
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        tx = optimizer(config.optimizer, config.train.steps)
+        opt_state = init_optimizer(tx, params, shardings, mesh)
+        self._step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
+        self._held = list(jax.device_put((params, opt_state), places, donate=True))
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, shape.vocab_size, (batch, length + 1)).astype(np.int32)
+        self._batch = Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
+        self._both = jax.jit(
+            lambda p, b: jax.value_and_grad(batch_loss, argnums=2, has_aux=True)(
+                graphdef, config, p, b
+            )
+        )
+
+    def forward_and_backward(self) -> Any:
+        """Loss and gradient, which are dropped."""
+        return self._both(self._held[0], self._batch)
+
+    def step(self) -> Any:
+        """A step; its metrics."""
+        self._held[0], self._held[1], metrics = self._step(*self._held, self._batch)
         return metrics
 
-    variants: dict[str, Callable[[], Any]] = {
-        "forward and backward": lambda: both(held[0], batch),
-        "whole step": whole,
-    }
-    multiply = jax.jit(jnp.matmul)
-    for size in (1024, 2048):
-        a, b = (jnp.asarray(rng.standard_normal((size, size)), jnp.float32) for _ in "ab")
-        variants[f"matmul {size}"] = lambda a=a, b=b: multiply(a, b)  # type: ignore[misc]
+
+def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every variant in each round; of all but the products two more are dropped."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(arguments.repeats + 2):
+    for _ in range(repeats + 2):
         for name, run in variants.items():
             for _ in range(3 if "matmul" in name else 1):
                 began = time.perf_counter()
                 jax.block_until_ready(run())
                 times[name].append(time.perf_counter() - began)
+    return {n: t if "matmul" in n else t[2:] for n, t in times.items()}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="", help="a config file; default: Qwen2.5-0.5B's width")
+    parser.add_argument("--layers", type=int, default=0, help="default: 4, or the config's")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--unroll", type=int, default=0, help="train.scan_unroll")
+    parser.add_argument("--remat", default="", help="train.remat")
+    parser.add_argument("--free", action="store_true", help="give freed memory back each time")
+    arguments = parser.parse_args()
+    if not arguments.config:
+        arguments.layers, arguments.unroll = arguments.layers or 4, arguments.unroll or 4
+    if not arguments.free:
+        host_memory.keep_freed()
+    shape, config = settings(arguments)
+    model = Stepper(shape, config)
+    dense = Stepper(
+        dataclasses.replace(shape, moe=None, tie_word_embeddings=config.model.tie_word_embeddings),
+        config,
+    )
+    variants: dict[str, Callable[[], Any]] = {
+        "forward and backward": model.forward_and_backward,
+        "whole step": model.step,
+        "dense model's step": dense.step,
+    }
+    multiply = jax.jit(jnp.matmul)
+    rng = np.random.default_rng(0)
+    for size in (1024, 2048):
+        a, b = (jnp.asarray(rng.standard_normal((size, size)), jnp.float32) for _ in "ab")
+        variants[f"matmul {size}"] = lambda a=a, b=b: multiply(a, b)  # type: ignore[misc]
+    times = timed(variants, arguments.repeats)
     peak = max(2 * size**3 / min(times[f"matmul {size}"]) for size in (1024, 2048))
     median = max(2 * size**3 / statistics.median(times[f"matmul {size}"]) for size in (1024, 2048))
-    count = sum(leaf.size for leaf in jax.tree.leaves(held[0]))
-    print(f"{count:,} parameters, {flops / 1e9:.1f} GFLOP forward and backward")
+    print(f"{model.parameters:,} parameters, {model.flops / 1e9:.1f} GFLOP forward and backward; "
+          f"dense {dense.parameters:,}, {dense.flops / 1e9:.1f}")  # fmt: skip
     print(f"best matmul {peak / 1e9:.0f} GFLOP/s, median {median / 1e9:.0f}")
-    for name in ("forward and backward", "whole step"):
-        seconds = statistics.median(times[name][2:])
+    for name in list(variants)[:3]:
+        flops = dense.flops if "dense" in name else model.flops
+        seconds = statistics.median(times[name])
         print(
-            f"{name:<22} {seconds:6.3f} s (fastest {min(times[name][2:]):.3f})  "
+            f"{name:<22} {seconds:6.3f} s (fastest {min(times[name]):.3f})  "
             f"{flops / seconds / 1e9:6.1f} GFLOP/s  {flops / seconds / peak:6.1%} of the best, "
             f"{flops / seconds / median:6.1%} of the median matmul"
         )
+    ratios = [a / b for a, b in zip(times["whole step"], times["dense model's step"], strict=True)]
+    print(
+        f"step / dense model's step: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to "
+        f"{max(ratios):.2f}; of their FLOPs {model.flops / dense.flops:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Pictures of a run: `python -m finermoe_jax.plot WORKDIR` writes loss.png and load.png there."""
+"""Pictures of a run: `python -m finermoe_jax.plot WORKDIR` writes loss.png and load.png there.
+
+`python -m finermoe_jax.plot WORKDIR RIVAL` draws another run's losses beside its own.
+"""
 
 import itertools
 import json
@@ -32,12 +35,12 @@ def read_lines(path: Path) -> list[dict]:
     ]
 
 
-def draw(workdir: Path) -> list[Path]:
+def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
     """Draws all there is to see of a run; returns the PNGs' paths. A dense run has no load.png.
 
-    Raises InputError when workdir holds no metrics.
+    Raises InputError when workdir, or rival (`draw_loss`), holds no metrics.
     """
-    pictures = [draw_loss(workdir), draw_load(workdir)]
+    pictures = [draw_loss(workdir, rival), draw_load(workdir)]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -66,15 +69,16 @@ def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [line["step"] for line in kept], [line[name] for line in kept]
 
 
-def draw_loss(workdir: Path) -> Path:
+def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     """Draws losses, learning rate, gradient norm and speed over steps; returns the PNG's path.
 
-    Raises InputError when workdir holds no metrics.
+    `rival` is the workdir of a run to compare with, as of the dense model on the same tokens: its
+    losses are drawn, too. Without one, an upcycled run is drawn beside the dense model as loaded,
+    which no step has trained.
+
+    Raises InputError when either workdir holds no metrics.
     """
-    metrics = read_lines(workdir / "metrics.jsonl")
-    evals = [e for e in read_lines(workdir / "evals.jsonl") if e["loss"] is not None]
-    if not metrics:
-        raise InputError(f"{workdir} holds no metrics.jsonl to draw")
+    metrics, evals = _losses(workdir)
     plt = _matplotlib().pyplot
     figure, (top, rate, norm, speed) = plt.subplots(
         4, 1, figsize=(7.5, 8), height_ratios=(3, 1, 1, 1), sharex=True, layout="constrained"
@@ -89,16 +93,14 @@ def draw_loss(workdir: Path) -> Path:
         )  # fmt: skip
     dense = [e for e in evals if e["name"] == "dense base"]
     scored = [e for e in evals if e["name"] != "dense base"]
-    if dense:
+    if rival is not None:
+        _draw_rival(top, rival, span)
+    elif dense:
         top.axhline(
             dense[-1]["loss"], color=_GREY, linestyle="--", linewidth=1.2,
-            label=f"held-out, dense base: {dense[-1]['loss']:.3f}",
+            label=f"held-out, dense base as loaded: {dense[-1]['loss']:.3f}",
         )  # fmt: skip
-    if scored:
-        top.plot(
-            [e["step"] for e in scored], [e["loss"] for e in scored], "o-", color=_ORANGE,
-            markersize=4, label=f"held-out: {scored[0]['loss']:.3f} → {scored[-1]['loss']:.3f}",
-        )  # fmt: skip
+    _draw_held_out(top, scored, "held-out", "o-", _ORANGE)
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
     for axes, name, label in (
@@ -127,6 +129,35 @@ def draw_loss(workdir: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def _losses(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """A run's metrics and its finite scores; InputError where it has no metrics."""
+    metrics = read_lines(workdir / "metrics.jsonl")
+    if not metrics:
+        raise InputError(f"{workdir} holds no metrics.jsonl to draw")
+    return metrics, [e for e in read_lines(workdir / "evals.jsonl") if e["loss"] is not None]
+
+
+def _draw_held_out(axes: Any, scored: list[dict], name: str, line: str, colour: str) -> None:
+    if scored:
+        axes.plot(
+            [e["step"] for e in scored], [e["loss"] for e in scored], line, color=colour,
+            markersize=4, label=f"{name}: {scored[0]['loss']:.3f} → {scored[-1]['loss']:.3f}",
+        )  # fmt: skip
+
+
+def _draw_rival(axes: Any, rival: Path, span: int) -> None:
+    """Another run's losses, behind the run's own."""
+    metrics, evals = _losses(rival)
+    name = rival.absolute().name
+    steps, losses = _series(metrics, "loss")
+    axes.plot(
+        steps, _running_mean(losses, span), color=_GREY, linewidth=1, alpha=0.7,
+        label=f"{name}: training",
+    )  # fmt: skip
+    scored = [e for e in evals if e["name"] != "dense base"]
+    _draw_held_out(axes, scored, f"{name}: held-out", "s--", _GREY)
 
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:
@@ -288,11 +319,11 @@ def draw_similarity(
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit code."""
-    if len(argv) != 2 or argv[1] in ("-h", "--help"):
-        print("usage: python -m finermoe_jax.plot WORKDIR", file=sys.stderr)
+    if len(argv) not in (2, 3) or argv[1] in ("-h", "--help"):
+        print("usage: python -m finermoe_jax.plot WORKDIR [RIVAL]", file=sys.stderr)
         return 0 if argv[1:] in (["-h"], ["--help"]) else 2
     try:
-        print(*draw(Path(argv[1])), sep="\n")
+        print(*draw(*map(Path, argv[1:])), sep="\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -64,7 +64,10 @@ def test_one_devices_result_and_gradients(sizes, one_device):
 def _ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-    """lax.ragged_all_to_all by its documentation; NaN where the sizes contradict each other."""
+    """lax.ragged_all_to_all by its documentation.
+
+    NaN where the sizes contradict each other, or no such rows are there.
+    """
     me, place = lax.axis_index(axis_name), jnp.arange(output.shape[0])
     sent = (operand, input_offsets, send_sizes, output_offsets)
     operands, starts, sizes, targets = (lax.all_gather(x, axis_name) for x in sent)
@@ -73,7 +76,10 @@ def _ragged_all_to_all(
         row = jnp.clip(starts[source, me] + place - target, 0, operands.shape[1] - 1)
         here = (place >= target) & (place < target + size)
         output = jnp.where(here[:, None], operands[source][row], output)
-    return jnp.where((sizes[:, me] != recv_sizes).any(), jnp.nan, output)
+    wrong = (sizes[:, me] != recv_sizes).any() | (sizes < 0).any()
+    for begin, rows in ((starts, operands.shape[1]), (targets, output.shape[0])):
+        wrong |= ((begin < 0) | (begin + sizes > rows)).any()
+    return jnp.where(wrong, jnp.nan, output)
 
 
 def _poisoned(x, count):

@@ -81,6 +81,36 @@ def test_the_step_is_adafactors():
     np.testing.assert_allclose(updates["weight"], -1e-2 * (step + 0.1 * w), rtol=1e-4, atol=1e-6)
 
 
+def test_the_step_is_adamws():
+    """Three steps by hand: clipping, both means and their corrections, decay, and the rate."""
+    config = OptimizerConfig(
+        learning_rate=1e-2, final_learning_rate=1e-3, warmup_fraction=0.0, beta1=0.8, beta2=0.9,
+        weight_decay=0.1, clip_norm=2.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    exact = {"weight": rng.standard_normal((5, 7)), "scale": rng.standard_normal(7)}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
+    tx = optimizer(config, 3)
+    state = tx.init(params)
+    means = {name: (0.0, 0.0) for name in exact}
+    for step, size in enumerate((0.01, 1.0, 30.0)):  # the last two are clipped
+        grads = {name: size * rng.standard_normal(value.shape) for name, value in exact.items()}
+        given = {name: jnp.asarray(grad, jnp.float32) for name, grad in grads.items()}
+        updates, state = tx.update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
+        assert (norm > 2.0) == (step > 0)
+        rate = 1e-3 + (1e-2 - 1e-3) * (1 + np.cos(np.pi * step / 3)) / 2
+        for name, grad in grads.items():
+            grad = grad * min(1.0, 2.0 / norm)
+            first, second = means[name]
+            means[name] = first, second = 0.8 * first + 0.2 * grad, 0.9 * second + 0.1 * grad**2
+            move = first / (1 - 0.8 ** (step + 1))
+            move /= np.sqrt(second / (1 - 0.9 ** (step + 1))) + 1e-8
+            exact[name] = exact[name] - rate * (move + 0.1 * exact[name] * (name == "weight"))
+            np.testing.assert_allclose(params[name], exact[name], rtol=1e-5, atol=1e-6)
+
+
 def test_state_in_float32_whatever_the_weights():
     tx = in_float32(optax.scale_by_factored_rms())
     params = {"a": jnp.ones((256, 256), jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.axes
 import matplotlib.image
 import numpy as np
 import pytest
@@ -45,6 +46,28 @@ def test_what_older_runs_lack_and_what_was_not_finite_is_left_out(tmp_path):
           "learning_rate": 1e-3}],
     )  # fmt: skip
     assert plot.draw_loss(tmp_path).stat().st_size > 10_000
+
+
+def test_a_rival_is_drawn_in_place_of_the_untrained_base(tmp_path, monkeypatch):
+    for name, losses in (("ours", (4.0, 2.5)), ("theirs", (3.0, 2.75))):
+        (tmp_path / name).mkdir()
+        _metrics(tmp_path / name)
+        scores = [{"name": f"step {s}", "step": s, "loss": losses[s > 0]} for s in (0, 29)]
+        base = {"name": "dense base", "step": 0, "loss": 3.0}
+        _write(tmp_path / name, "evals.jsonl", [base, *scores])
+    said = []
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "legend",
+        lambda axes, **_: said.append(axes.get_legend_handles_labels()[1]),
+    )  # fmt: skip
+    plot.draw(tmp_path / "ours")
+    plot.draw(tmp_path / "ours", tmp_path / "theirs")
+    alone, beside = (set(labels) for labels in said)
+    base, ours = "held-out, dense base as loaded: 3.000", "held-out: 4.000 → 2.500"
+    assert alone - beside == {base} and ours in alone & beside
+    assert beside - alone == {"theirs: training", "theirs: held-out: 3.000 → 2.750"}
+    with pytest.raises(InputError, match=r"nowhere holds no metrics\.jsonl"):
+        plot.draw(tmp_path / "ours", tmp_path / "nowhere")
 
 
 def test_the_running_mean():

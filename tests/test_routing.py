@@ -64,6 +64,13 @@ def test_ties_take_the_lowest_index():
     np.testing.assert_array_equal(routing.experts[0], [0, 1, 8, 9])
 
 
+def test_weights_are_rounded_once():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, (500, 16)), jnp.float32)
+    moe = MoEConfig(4, 2, 1, 2, 1)
+    exact, rounded = (route(logits, moe, dtype)[0].weights for dtype in (jnp.float32, jnp.bfloat16))
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+
+
 def test_candidates_are_chosen_by_the_sum_of_all_raw_logits():
     # The second candidate holds the largest logit; the first has the larger sum.
     logits = jnp.asarray([[1.0, 1.0, 1.5, -3.0]])

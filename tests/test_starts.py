@@ -11,16 +11,19 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax import lazy, starts
+from finermoe_jax import lazy, sharding, starts
 from finermoe_jax.architectures import ARCHITECTURES
 from finermoe_jax.config import MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
-from finermoe_jax.model import Decoder
+from finermoe_jax.hf_names import run_layers
+from finermoe_jax.model import Decoder, parameter_shapes
 from finermoe_jax.moe import FineRMoE
+from finermoe_jax.run_settings import DataConfig, MeshConfig
+from finermoe_jax.start import fresh_start
 from finermoe_jax.step import rebuild
 from finermoe_jax.upcycle import upcycle_weights
-from tests.test_config import SMALL
+from tests.test_config import SMALL, _preset
 
 DENSE = dataclasses.replace(SMALL, num_hidden_layers=2, initializer_range=0.3)
 DU = ARCHITECTURES["du"]
@@ -105,9 +108,85 @@ def test_any_block_of_a_start_equals_the_whole():
                 for expert in reversed(range(one.moe.num_experts)):
                     place = (slice(layer, layer + 1), slice(expert, expert + 1), slice(5, 30))
                     np.testing.assert_array_equal(parts[place], whole[place])
-    # Layers differ, too.
-    gate_up = made[0]["runs", 0, 0, "moe", "gate_up"]
-    assert gate_up.shape[:2] == (2, 64)
+
+
+def test_every_layer_and_parameter_is_drawn_with_a_key_of_its_own():
+    """Of all that is drawn no two share a beginning, nor does another seed draw any of it."""
+    dense = dataclasses.replace(DENSE, num_hidden_layers=4)
+    moe = MoEConfig(
+        4, 2, 1, 2, 1, concat_proj="routed", separate_routers=True, mlp_only_layers=(1,)
+    )
+    zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), parameter_shapes(dense),
+                         is_leaf=lambda leaf: isinstance(leaf, tuple))  # fmt: skip
+    weights = lazy.of_params(nnx.traversals.unflatten_mapping(zeros))
+    beginnings = []
+    for seed in (0, 1):
+        _, made = upcycle_weights(dense, weights, moe, jax.random.key(seed))
+        for path, array in made.items():
+            if path[-1] in ("router", "group_router", "shared_gate", "concat_proj"):
+                # One key draws the same beginning for every shape.
+                beginnings += [layer.ravel()[:32] for layer in array[:]]
+    assert len(beginnings) == 2 * 3 * 4  # seeds, MoE layers, parameters
+    alike = np.corrcoef(np.stack(beginnings).astype(float)) - np.eye(len(beginnings))
+    assert np.abs(alike).max() < 0.9
+
+
+def test_some_layers_of_a_mixture_are_those_layers_of_the_dense_model():
+    """What is copied lands in its own layer, however the layers fall into runs."""
+    dense = dataclasses.replace(DENSE, num_hidden_layers=5)
+    rng = np.random.default_rng(0)
+    arrays = {
+        path: rng.standard_normal(shape, np.float32)
+        for path, shape in parameter_shapes(dense).items()
+    }
+    moe = MoEConfig(1, 1, 1, 2, 1, mlp_only_layers=(0, 3))
+    weights = lazy.of_params(nnx.traversals.unflatten_mapping(arrays))
+    config, made = upcycle_weights(dense, weights, moe, jax.random.key(0))
+    assert len(config.layer_runs) > 1
+    for path, array in made.items():
+        if path[0] != "runs":
+            continue
+        for got, layer in zip(array[:], run_layers(config, *path[1:3]), strict=True):
+            ffn = {n: arrays["runs", 0, 0, "mlp", n][layer] for n in ("gate", "up", "down")}
+            if path[3:] == ("moe", "gate_up"):
+                wanted = np.stack([np.concatenate([ffn["gate"], ffn["up"]])] * 2)
+            elif path[3:] == ("moe", "down"):
+                wanted = np.stack([ffn["down"].T] * 2)
+            elif path[3:5] == ("moe", "shared"):
+                wanted = ffn[path[5]]
+            elif path[3] == "moe":
+                continue  # drawn
+            else:
+                wanted = arrays["runs", 0, 0, *path[3:]][layer]
+            np.testing.assert_array_equal(got, wanted, err_msg=str((layer, path)))
+
+
+def test_a_runs_seed_draws_what_is_new_and_nothing_else():
+    def placed(seed, **changes):
+        config = dataclasses.replace(_preset("demo"), **changes)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        start = fresh_start(config)
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        params = start.place(sharding.param_shardings(start.model, mesh)[0])
+        return nnx.traversals.flatten_mapping(jax.device_get(params))
+
+    def changed(**changes):
+        first, again, other = (placed(seed, **changes) for seed in (1, 1, 2))
+        assert all(np.array_equal(first[path], again[path]) for path in first)
+        return {path[-1] for path in first if not np.array_equal(first[path], other[path])}
+
+    assert changed() == {"router", "shared_gate"}
+    scratch = dict(init_from="", moe=None, model=dataclasses.replace(SMALL, vocab_size=2048))
+    scratch["data"] = DataConfig(path="x", tokenizer="demo/model", global_batch_size=1)
+    assert {"weight", "query", "gate", "down"} <= changed(**scratch)
+
+
+def test_a_model_drawn_from_scratch_repeats_no_layer():
+    config = dataclasses.replace(DENSE, num_hidden_layers=3, moe=MoEConfig(4, 2, 1, 2, 1))
+    model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    for path, stack in nnx.traversals.flatten_mapping(_params(model)).items():
+        if path[-1] != "scale" and not path[-1].endswith("_bias"):  # ones, and zeros
+            assert len({layer.tobytes() for layer in np.asarray(stack)}) == 3, path
 
 
 def test_drop_upcycled_layers_and_experts_differ():

@@ -35,7 +35,7 @@ from finermoe_jax.packing import Batch
 from finermoe_jax.plot import read_lines
 from finermoe_jax.preemption import stop_requests
 from finermoe_jax.run_settings import MeshConfig, run_config
-from finermoe_jax.step import init_optimizer, jit_step
+from finermoe_jax.step import batch_loss, init_optimizer, jit_step
 from finermoe_jax.tokenizers import load_tokenizer
 from finermoe_jax.training import train
 from finermoe_jax.workdir import Lock, claim, prepare
@@ -348,8 +348,11 @@ def test_a_workdir_of_a_run_killed_at_its_beginning_is_no_foreign_one(tmp_path):
 # --- what is not finite -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "bfloat16")])
-def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
+def _after(name, dtype, infinite=None):
+    """A function from batches to the state after their steps, and which of them were left out.
+
+    `infinite` is a token whose embedding is.
+    """
     config = _run(8)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
     model = _model(dataclasses.replace(MOE, num_hidden_layers=1))
@@ -357,14 +360,12 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
     params = jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(state))
-    token = 63
-    params["embed"]["weight"] = params["embed"]["weight"].at[token].set(jnp.inf)
+    if infinite is not None:
+        params["embed"]["weight"] = params["embed"]["weight"].at[infinite].set(jnp.inf)
     params = jax.device_put(params, shardings)
     tx = optimizer(config.optimizer, 10)
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
-    good = jnp.where(_batch(8) == token, 0, _batch(8))
-    bad = good.at[3, 5].set(token)
 
     def after(batches):
         state = jax.device_put(jax.tree.map(jnp.copy, (params, opt_state)), places)
@@ -374,12 +375,43 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
             skipped.append(float(metrics["skipped"]))
         return jax.device_get(state), skipped
 
+    return after
+
+
+def _assert_bits(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "bfloat16")])
+def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
+    token = 63
+    after = _after(name, dtype, infinite=token)
+    good = jnp.where(_batch(8) == token, 0, _batch(8))
+    bad = good.at[3, 5].set(token)
     with_bad, skipped = after([good, bad, bad, good])
     assert skipped == [0, 1, 1, 0]
     without, _ = after([good, good])
-    for a, b in zip(jax.tree.leaves(with_bad), jax.tree.leaves(without), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    _assert_bits(with_bad, without)
     assert np.isfinite(without[0]["lm_head"]["weight"].astype("float32")).all()
+
+
+def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
+    """The first token of a batch says which of the three is infinite; the others are finite."""
+
+    def spoilt(graphdef, config, params, batch, count=None):
+        total, told = batch_loss(graphdef, config, params, batch, count)
+        spoils = [jnp.where(batch.tokens[0, 0] == place, jnp.inf, 0.0) for place in range(3)]
+        told["loss"] += spoils[0]
+        told["layer_aux_loss"] += spoils[1]
+        return total + spoils[2] * params["final_norm"]["scale"].sum(), told
+
+    monkeypatch.setattr("finermoe_jax.step.batch_loss", spoilt)
+    after = _after("adamw", "float32")
+    batches = [_batch(8).at[0, 0].set(first) for first in (9, 0, 1, 2, 9)]
+    found, skipped = after(batches)
+    assert skipped == [0, 1, 1, 1, 0]
+    _assert_bits(found, after([batches[0], batches[4]])[0])
 
 
 @pytest.mark.slow
@@ -427,6 +459,12 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     np.testing.assert_array_equal(
         np.load(workdir / "nonfinite" / f"step-{end}.npz")["tokens"], batch
     )
+    # Going on meets the same batches, and goes on counting.
+    said.clear()
+    with pytest.raises(RunEnded):
+        train(config, workdir, say=said.append)
+    assert f"resumed from step {range(0, end, 2)[-1]} of 40" in said
+    assert [m["skipped"] for m in read_lines(workdir / "metrics.jsonl")] == left_out
 
 
 def _saved(path, config):

@@ -1,0 +1,464 @@
+"""How good the tests are: faults put in one by one, and which of them some test finds.
+
+    python benchmarks/studies/mutations.py OUT.json             # half an hour on 2 CPU cores
+    python benchmarks/studies/mutations.py OUT.json --only=WORDS --most=1 --again
+
+Each mutation replaces one line or part of one in a copy of the working tree, and the tests that
+should notice run there, the first failure ending them. Killed: a test failed. Survived: none did,
+nor any of the wider selection; then an assertion is missing, or the line does nothing. What is
+in OUT.json is not run again, unless it, its tests or the line have changed; --again runs what
+survived once more. A mutation that no program can tell from the original does not belong here.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 1200.0  # seconds of one selection of tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One fault. `tests` are arguments of pytest; `wider` are others, for what survives these."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    wider: str = ""
+
+
+ROUTING = "finermoe_jax/routing.py"
+UPCYCLE = "finermoe_jax/upcycle.py"
+STARTS = "finermoe_jax/starts.py"
+DISPATCH = "finermoe_jax/dispatch.py"
+EXCHANGE = "finermoe_jax/expert_parallel.py"
+LOSSES = "finermoe_jax/losses.py"
+STEP = "finermoe_jax/step.py"
+OPTIM = "finermoe_jax/optim.py"
+DATA = "finermoe_jax/data.py"
+TRAINING = "finermoe_jax/training.py"
+LOOP = "finermoe_jax/loop.py"
+
+LAYER = "tests/test_moe.py"
+OF_ROUTING = "tests/test_routing.py tests/test_moe.py tests/test_parity.py"
+OF_UPCYCLING = (
+    "tests/test_moe.py tests/test_starts.py tests/test_architectures.py "
+    "tests/test_dense_sources.py tests/test_parity.py tests/test_verify.py"
+)
+OF_STEPS = "tests/test_training.py tests/test_optim.py tests/test_surviving.py"
+OF_RUNS = "tests/test_surviving.py tests/test_training.py tests/test_metrics.py"
+
+MUTATIONS = (
+    # --- routing ---------------------------------------------------------------------------
+    Mutation(
+        "a group's score sums its marked logits alone", ROUTING,
+        "grouped.sum(axis=-1)",
+        "jnp.take_along_axis(grouped, marked, axis=-1).sum(axis=-1)",
+        "tests/test_routing.py", OF_ROUTING,
+    ),
+    Mutation(
+        "weights are a softmax in the activations' dtype", ROUTING,
+        "by_logit, axis=-1).astype(jnp.float32)",
+        "by_logit, axis=-1).astype(weight_dtype)",
+        "tests/test_routing.py -k rounded", OF_ROUTING,
+    ),
+    Mutation(
+        "a slot's factor goes to another slot", ROUTING,
+        "weights *= jnp.take_along_axis(scale, by_logit, axis=-1)",
+        "weights *= scale",
+        f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
+    ),
+    Mutation(
+        "a candidate's probability is its share of its slot's sum", ROUTING,
+        "probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)",
+        "probabilities = jax.nn.sigmoid(scores.astype(jnp.float32))",
+        f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
+    ),
+    Mutation(
+        "Eq. 11 counts a token once per expert, not per active expert", ROUTING,
+        "num_experts / (active * length)",
+        "num_experts / length",
+        "tests/test_routing.py -k aux", OF_ROUTING,
+    ),
+    Mutation(
+        "Eq. 11 is averaged over rows of padding, too", ROUTING,
+        "/ jnp.maximum(holds_token.sum(), 1)",
+        "/ holds_token.size",
+        "tests/test_routing.py -k aux", OF_ROUTING,
+    ),
+    Mutation(
+        "the router computes in the activations' dtype", "finermoe_jax/moe.py",
+        "dtype = jnp.dtype(self.moe.router_dtype)",
+        "dtype = x.dtype",
+        f"{LAYER} -k bfloat16", OF_ROUTING,
+    ),
+    # --- upcycling -------------------------------------------------------------------------
+    Mutation(
+        "the routers of all layers are drawn from one key", UPCYCLE,
+        "keys[moe_layers.index(layer) * len(drawn) + place]",
+        "keys[place]",
+        "tests/test_starts.py -k key", OF_UPCYCLING,
+    ),
+    Mutation(
+        "router and shared gate are drawn from one key", UPCYCLE,
+        "keys[moe_layers.index(layer) * len(drawn) + place]",
+        "keys[moe_layers.index(layer) * len(drawn)]",
+        "tests/test_starts.py -k key", OF_UPCYCLING,
+    ),
+    Mutation(
+        "train.seed draws nothing", "finermoe_jax/start.py",
+        "key = jax.random.key(config.train.seed)",
+        "key = jax.random.key(0)",
+        "tests/test_starts.py -k seed", f"{OF_UPCYCLING} tests/test_training.py",
+    ),
+    Mutation(
+        "an expert's slot goes by its candidate", UPCYCLE,
+        "expert // (moe.output_expansion * moe.group_size)",
+        "expert // moe.group_size % moe.output_granularity",
+        f"{LAYER} -k upcycled", OF_UPCYCLING,
+    ),
+    Mutation(
+        "without a shared expert the output is scaled by G_O", UPCYCLE,
+        "lazy.scaled(part, moe.intermediate_granularity)",
+        "lazy.scaled(part, moe.output_granularity)",
+        f"{LAYER} -k upcycled", OF_UPCYCLING,
+    ),
+    Mutation(
+        "an untied lm_head becomes the embedding", UPCYCLE,
+        'weights.get(path, weights["embed", "weight"])',
+        'weights["embed", "weight"] if path[0] == "lm_head" else weights[path]',
+        "tests/test_parity.py -k test_upcycled_weights", OF_UPCYCLING,
+    ),
+    Mutation(
+        "a run of layers begins with the first ones", UPCYCLE,
+        "stack[slice(layers[i], layers[i] + 1), *rest][0]",
+        "stack[slice(i, i + 1), *rest][0]",
+        "tests/test_starts.py -k some_layers", OF_UPCYCLING,
+    ),
+    Mutation(
+        "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
+        'start.function_preserving and name[2] == "down"',
+        'start.function_preserving and name[2] == "gate"',
+        "tests/test_starts.py -k preserving", OF_UPCYCLING,
+    ),
+    Mutation(
+        "drop-upcycling: another set of channels for each matrix", STARTS,
+        "channels = sampling.permutation(width)",
+        "channels = matrices[first].permutation(width)",
+        "tests/test_starts.py -k channels", OF_UPCYCLING,
+    ),
+    Mutation(
+        "virtual groups: rows shared by the copies of a slice", STARTS,
+        "np.arange(moe.num_experts) // slices * slices",
+        "np.arange(moe.num_experts) % slices",
+        "tests/test_starts.py -k virtual", OF_UPCYCLING,
+    ),
+    # --- dispatch and exchange -------------------------------------------------------------
+    Mutation(
+        "a token's gradient is the mean of its copies'", DISPATCH,
+        "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
+        "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
+        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
+    ),
+    Mutation(
+        "gradients are permuted as the rows were, not back", DISPATCH,
+        "lambda inverse, g: (g[inverse], None, None),",
+        "lambda inverse, g: (g[inverse_of(inverse)], None, None),",
+        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
+    ),
+    Mutation(
+        "buffers hold four times the balanced share", EXCHANGE,
+        "min(rows, -(-2 * rows // devices))",
+        "min(rows, -(-4 * rows // devices))",
+        "tests/test_expert_parallel.py -k buffer", "tests/test_expert_parallel.py",
+    ),
+    Mutation(
+        "the forward pass leaves out the last round", EXCHANGE,
+        "lax.fori_loop(1, plan.rounds, lambda i, out:",
+        "lax.fori_loop(1, plan.rounds - 1, lambda i, out:",
+        "tests/test_expert_parallel.py -k dropped", "tests/test_expert_parallel.py",
+    ),
+    Mutation(
+        "later rounds' experts are the first round's", EXCHANGE,
+        "place = step * self.quota + jnp.arange(self.quota)",
+        "place = jnp.arange(self.quota)",
+        "tests/test_expert_parallel.py -k one_devices_result", "tests/test_expert_parallel.py",
+    ),
+    Mutation(
+        "of the experts' gradients the last round's is kept", EXCHANGE,
+        "dgate_up + more_gate_up,",
+        "more_gate_up,",
+        "tests/test_expert_parallel.py -k one_devices_result", "tests/test_expert_parallel.py",
+    ),
+    Mutation(
+        "a round after a pair's last one moves a negative number of rows", EXCHANGE,
+        "jnp.clip(self.counts - step * self.quota, 0, self.quota)",
+        "jnp.minimum(self.counts - step * self.quota, self.quota)",
+        "tests/test_expert_parallel.py -k ragged", "tests/test_expert_parallel.py",
+    ),
+    Mutation(
+        "a round after a pair's last one begins behind the rows", EXCHANGE,
+        "return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))",
+        "return begin",
+        "tests/test_expert_parallel.py -k ragged", "tests/test_expert_parallel.py",
+    ),
+    # --- losses ----------------------------------------------------------------------------
+    Mutation(
+        "targets that are not counted have a gradient", LOSSES,
+        "jnp.where(real[:, None], jnp.exp(log_p) - chosen, 0.0)",
+        "(jnp.exp(log_p) - chosen)",
+        "tests/test_training.py -k packed_documents", "tests/test_training.py",
+    ),
+    Mutation(
+        "the head's gradient is summed in bfloat16", LOSSES,
+        "start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)",
+        "start = jnp.float32(0), jnp.zeros(whole.shape, whole.dtype)",
+        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
+    ),
+    Mutation(
+        "logits of the loss are rounded to bfloat16", LOSSES,
+        'logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)',
+        'logits = jnp.einsum("MD,VD->MV", h, weight).astype(jnp.float32)',
+        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
+    ),
+    # --- step ------------------------------------------------------------------------------
+    Mutation(
+        "the non-finite check does not look at the loss", STEP,
+        'finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])',
+        "finite = jnp.isfinite(norm)",
+        "tests/test_surviving.py -k balance", OF_STEPS,
+    ),
+    Mutation(
+        "the balancing losses are averaged over layers", STEP,
+        "config.train.aux_loss_weight * features.aux_loss.sum()",
+        "config.train.aux_loss_weight * features.aux_loss.mean()",
+        "tests/test_step.py -k balancing", OF_STEPS,
+    ),
+    Mutation(
+        "microbatches of packed rows count as much each", STEP,
+        "jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts",
+        "jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0)",
+        "tests/test_training.py -k packed_documents", OF_STEPS,
+    ),
+    Mutation(
+        "bfloat16 gradients of microbatches are summed in bfloat16", STEP,
+        "jnp.zeros(p.shape, jnp.float32), free)",
+        "jnp.zeros(p.shape, p.dtype), free)",
+        "tests/test_step.py -k microbatches", OF_STEPS,
+    ),
+    Mutation(
+        "bfloat16 weights are rounded by the same draw in every step", STEP,
+        "jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))",
+        "jax.random.key(config.train.seed)",
+        "tests/test_step.py -k rounded", OF_STEPS,
+    ),
+    Mutation(
+        "the rate goes down to zero, not to the final rate", OPTIM,
+        "end_value=config.final_learning_rate,",
+        "end_value=0.0,",
+        "tests/test_optim.py -k adamws", OF_STEPS,
+    ),
+    Mutation(
+        "gradients are not clipped", OPTIM,
+        "optax.chain(optax.clip_by_global_norm(config.clip_norm), second)",
+        "optax.chain(optax.identity(), second)",
+        "tests/test_optim.py -k adamws", OF_STEPS,
+    ),
+    Mutation(
+        "AdamW's second mean has Optax's default rate", OPTIM,
+        "b2=config.beta2,",
+        "b2=0.999,",
+        "tests/test_optim.py -k adamws", OF_STEPS,
+    ),
+    # --- data order ------------------------------------------------------------------------
+    Mutation(
+        "every source is shuffled by one seed", DATA,
+        ".seed(_seed(seed, part)).shuffle()",
+        ".seed(seed).shuffle()",
+        "tests/test_data.py -k one_size", "tests/test_data.py",
+    ),
+    Mutation(
+        "data.seed orders the first source alone", DATA,
+        "np.random.SeedSequence([seed, part])",
+        "np.random.SeedSequence([part])",
+        "tests/test_data.py -k one_size", "tests/test_data.py",
+    ),
+    Mutation(
+        "held-out windows begin inside the training text", DATA,
+        "return first, Windows(source.tokens, length, cut, total)",
+        "return first, Windows(source.tokens, length, cut - length, total)",
+        "tests/test_data.py -k held_out", "tests/test_data.py tests/test_token_files.py",
+    ),
+    Mutation(
+        "a left-out batch is told with the epoch of its first row", DATA,
+        "epoch = rows.turn(first + row)[1]",
+        "epoch = rows.turn(first)[1]",
+        "tests/test_data.py -k known_by_its_step", "tests/test_data.py tests/test_surviving.py",
+    ),
+    Mutation(
+        "packed documents share their positions", "finermoe_jax/packing.py",
+        '"position_ids": slots - first,',
+        '"position_ids": slots,',
+        "tests/test_data.py -k every_target_once", "tests/test_data.py",
+    ),
+    # --- resume ----------------------------------------------------------------------------
+    Mutation(
+        "a run that goes on begins the data anew", LOOP,
+        "batches = _global_batches(config, self.rows, first,",
+        "batches = _global_batches(config, self.rows, 0,",
+        "tests/test_surviving.py -k goes_on", OF_RUNS,
+    ),
+    Mutation(
+        "a run that goes on forgets the steps left out", TRAINING,
+        "guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)",
+        "guard = Guard(config, windows, workdir, 0, say)",
+        "tests/test_surviving.py -k poisoned", OF_RUNS,
+    ),
+    Mutation(
+        "a run that goes on logs the steps since its checkpoint twice", TRAINING,
+        "log.cut(-1 if first is None else first)",
+        "log.cut(-1 if first is None else first + 1)",
+        "tests/test_surviving.py -k goes_on", OF_RUNS,
+    ),
+    Mutation(
+        "steps left out long ago count as in a row", "finermoe_jax/guard.py",
+        'if not metrics["skipped"]:\n            self.in_a_row = 0',
+        'if not metrics["skipped"]:\n            self.in_a_row += 0',
+        "tests/test_surviving.py -k poisoned", OF_RUNS,
+    ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Tree:
+    """A copy of the working tree in which tests run."""
+
+    folder: Path
+
+    @classmethod
+    def copied(cls, folder: Path) -> "Tree":
+        """What git knows and what is new, without what it ignores."""
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, check=True,
+        )  # fmt: skip
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+        return cls(folder)
+
+    def failing(self, tests: str) -> str:
+        """The first test that fails, or "" where all pass.
+
+        Raises RuntimeError where no tests ran: the mutation, or the selection, is none.
+        """
+        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", *shlex.split(tests)]
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu",
+        }  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True,
+                timeout=TIMEOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"no end within {TIMEOUT:.0f} s"
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        return "" if done.returncode == 0 else found[1] if found else "a test"
+
+
+def tried(mutation: Mutation, tree: Tree, narrow: bool) -> dict:
+    """The mutation's record: which test killed it, if any, and how long that took."""
+    path = tree.folder / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise RuntimeError(
+            f"{mutation.name}: {mutation.file} holds {mutation.old!r} {text.count(mutation.old)} "
+            "times, not once"
+        )
+    began = time.perf_counter()
+    try:
+        path.write_text(text.replace(mutation.old, mutation.new))
+        by = tree.failing(mutation.tests)
+        if not by and mutation.wider and not narrow:
+            by = tree.failing(mutation.wider)
+    finally:
+        path.write_text(text)
+    seconds = round(time.perf_counter() - began, 1)
+    return dataclasses.asdict(mutation) | {"killed_by": by, "seconds": seconds}
+
+
+def known(mutation: Mutation, record: dict | None) -> bool:
+    """Whether a record is of this very mutation."""
+    return record is not None and dataclasses.asdict(mutation).items() <= record.items()
+
+
+def chosen(arguments: argparse.Namespace, records: dict[str, dict]) -> Iterator[Mutation]:
+    """The mutations that are still to be tried."""
+    left = arguments.most
+    for mutation in MUTATIONS:
+        record = records.get(mutation.name)
+        again = arguments.again and record is not None and not record["killed_by"]
+        if arguments.only not in mutation.name or (known(mutation, record) and not again):
+            continue
+        if left == 0:
+            return
+        left -= 1
+        yield mutation
+
+
+def table(records: dict[str, dict]) -> str:
+    """Killed and survived, in Markdown."""
+    lines = ["| fault | where | killed by |", "|---|---|---|"]
+    for mutation in MUTATIONS:
+        if known(mutation, record := records.get(mutation.name)):
+            assert record is not None
+            by = record["killed_by"].removeprefix("tests/") or "**survived**"
+            lines.append(f"| {mutation.name} | `{Path(mutation.file).name}` | `{by}` |")
+    done = [records[m.name] for m in MUTATIONS if known(m, records.get(m.name))]
+    killed = sum(bool(record["killed_by"]) for record in done)
+    return "\n".join([*lines, "", f"{killed} of {len(done)} killed"])
+
+
+def main() -> int:
+    """Tries what is still to be tried, keeping each result, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="JSON file of the results")
+    parser.add_argument("--only", default="", help="words of a mutation's name")
+    parser.add_argument("--most", type=int, default=-1, help="how many to try")
+    parser.add_argument("--narrow", action="store_true", help="without the wider selections")
+    parser.add_argument("--again", action="store_true", help="survivors once more")
+    arguments = parser.parse_args()
+    records = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    wanted = list(chosen(arguments, records))
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Tree.copied(Path(folder)) if wanted else None
+        for number, mutation in enumerate(wanted, 1):
+            assert tree is not None
+            record = records[mutation.name] = tried(mutation, tree, arguments.narrow)
+            arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+            result = f"killed by {record['killed_by']}" if record["killed_by"] else "SURVIVED"
+            print(f"[{number}/{len(wanted)}] {record['seconds']:6.0f} s  {mutation.name}: {result}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
