@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, print_anything
+from finermoe_jax.paths import local
 
 _BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
 _GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
@@ -37,6 +38,7 @@ def draw(workdir: Path) -> list[Path]:
 
     Raises InputError when workdir holds no metrics.
     """
+    workdir = Path(local(workdir))
     pictures = [draw_loss(workdir), draw_load(workdir)]
     return [picture for picture in pictures if picture is not None]
 
@@ -288,6 +290,7 @@ def draw_similarity(
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit code."""
+    print_anything()
     if len(argv) != 2 or argv[1] in ("-h", "--help"):
         print("usage: python -m finermoe_jax.plot WORKDIR", file=sys.stderr)
         return 0 if argv[1:] in (["-h"], ["--help"]) else 2
