@@ -208,6 +208,8 @@ def train() -> None:
               "began with: train.steps,optimizer.learning_rate")  # fmt: skip
         _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
               "of several processes: how long one may be silent until all end")  # fmt: skip
+        _flag(flags.DEFINE_float, "start_timeout", 300.0,
+              "of several processes: seconds to wait for all to start")  # fmt: skip
         _flag(flags.DEFINE_bool, "tensorboard", False,
               "also write TensorBoard event files, into the workdir's tensorboard/")  # fmt: skip
         _flag(flags.DEFINE_string, "wandb", "",
@@ -227,6 +229,9 @@ def train() -> None:
         heartbeat = FLAGS.heartbeat_seconds
         if not 1 <= heartbeat <= 3600:
             raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
+        start_timeout = FLAGS.start_timeout
+        if not 1 <= start_timeout <= 86400:
+            raise InputError(f"--start_timeout={start_timeout} must lie in 1 … 86400")
         from finermoe_jax import distributed, host_memory, metrics, training
         from finermoe_jax.workdir import way_on
 
@@ -237,7 +242,7 @@ def train() -> None:
             None if FLAGS.peak_tflops is None else FLAGS.peak_tflops * 1e12,
         )
         host_memory.keep_freed()
-        distributed.initialize(heartbeat)
+        distributed.initialize(heartbeat, start_timeout)
         workdir = FLAGS.workdir
         if not workdir:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
