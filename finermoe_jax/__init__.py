@@ -7,7 +7,8 @@ from finermoe_jax.generation import generate
 from finermoe_jax.hf_weights import load_hf, save_hf
 from finermoe_jax.model import Decoder, with_layer
 from finermoe_jax.moe import FineRMoE
-from finermoe_jax.run_settings import RunConfig, default_config, preset, run_config
+from finermoe_jax.presets import preset
+from finermoe_jax.run_settings import RunConfig, default_config, run_config
 from finermoe_jax.upcycle import upcycle, upcycle_model
 
 __version__ = "0.1.0"

@@ -249,14 +249,14 @@ def main() -> None:
              "goes over them")  # fmt: skip
         flag(flags.DEFINE_bool, "suggest", False, "where it does not fit, compile the changes that "
              "may help until one fits; without it, count their state and gradients")  # fmt: skip
-        flag(flags.DEFINE_string, "output", "", "also write all figures as JSON to this file")
-        flag(flags.DEFINE_string, "hlo", "", "also write the compiled program to this file")
+        commands.define_path("output", "also write all figures as JSON to this file")
+        commands.define_path("hlo", "also write the compiled program to this file")
 
     status = 0
 
     def run() -> None:
         nonlocal status
-        if not flags.FLAGS["config"].present:
+        if flags.FLAGS.config is None:
             raise InputError("--config is needed; see --help")
         config = commands.read_config()
         if flags.FLAGS.print_config:

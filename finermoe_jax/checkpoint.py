@@ -49,6 +49,7 @@ from finermoe_jax.integrity import (
 )
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
+from finermoe_jax.paths import local
 from finermoe_jax.run_settings import from_dict
 from finermoe_jax.tokenizers import check_kept
 
@@ -168,7 +169,7 @@ def save_checkpoint(
     Raises InputError when path is occupied, or the tokenizer cannot be kept.
     """
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
-    source = Path(tokenizer) if tokenizer is not None else None
+    source = Path(local(tokenizer)) if tokenizer is not None else None
     with new_directory(path) as directory:
         write_checkpoint(model.config, model.dtype, weights, directory, source)
 
@@ -307,7 +308,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 
     Raises InputError when there is none, or when it is damaged.
     """
-    directory = _step_directory(Path(path).absolute(), (*_NOT_READ, _TOKENIZER))
+    directory = _step_directory(Path(local(path)).absolute(), (*_NOT_READ, _TOKENIZER))
     config, dtype, param_dtype = read_description(directory)
     shardings = None
     if mesh is not None:
@@ -350,15 +351,16 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Sourc
 
     dtype is the weights'; None keeps it. Raises InputError when there is none, or it is damaged.
     """
-    local = Path(path).absolute()
-    of_hf = (local / "config.json").is_file() or any(local.glob("*.safetensors"))
-    if not local.exists() or (of_hf and not (local / "checkpoints").is_dir()):
+    path = local(path)
+    place = Path(path).absolute()
+    of_hf = (place / "config.json").is_file() or any(place.glob("*.safetensors"))
+    if not place.exists() or (of_hf and not (place / "checkpoints").is_dir()):
         directory = resolve_source(path)
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
         return Source(config, weights, dtype, stored_dtypes(directory), directory, states)
-    step = _step_directory(local, _NOT_READ)
+    step = _step_directory(place, _NOT_READ)
     states = {file: state(file) for file in (step / _PARAMS).rglob("*") if file.is_file()}
     config, activations, stored = read_description(step)
     with _readable(step):

@@ -16,8 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from finermoe_jax.config import PUBLISHED_START, MoEConfig
-from finermoe_jax.errors import InputError, RunEnded, near_misses
+from finermoe_jax.errors import InputError, RunEnded, print_anything
 from finermoe_jax.files import find
+from finermoe_jax.paths import local, local_list
+from finermoe_jax.presets import find_config, preset
 from finermoe_jax.run_settings import RunConfig, run_config
 
 FLAGS = flags.FLAGS
@@ -28,11 +30,10 @@ FLAGS = flags.FLAGS
 
 def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
     """A command: parses the flags, runs main, exits with 0 only when the work is done."""
+    print_anything()
     with _clear_errors():
         _ignore_late_callbacks()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
-        # ml_collections reads overrides from sys.argv, for a default config at its definition.
-        sys.argv = [_find_config(argument) for argument in _join_config(sys.argv)]
         try:
             define()
             if any(a in ("-h", "--help", "-help", "--helpfull", "--helpshort") for a in sys.argv):
@@ -40,7 +41,9 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
                 print(_help())
                 return
             rest = FLAGS(sys.argv)[1:]
-        except Exception as error:  # whatever a config file may raise
+        except InputError:
+            raise
+        except Exception as error:  # of absl and ml_collections, many unrelated types
             raise InputError(_flag_message(error)) from None
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
@@ -93,15 +96,9 @@ def _flag_message(error: Exception) -> str:
     message = str(error)
     if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
         return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
-    if "get_config() takes 0 positional arguments" in message:
-        return "that config has no variants: leave away the colon of --config and what follows it"
-    if isinstance(error, SyntaxError) or "config_config" in message:
-        return f"the config file failed: {type(error).__name__}: {message}"
     if isinstance(error, (KeyError, AttributeError)):
         name = message.strip("\"'\\")
         return f"--config has no field {name!r}; --print_config shows those it has"
-    if "Traceback" in message:
-        return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
     return " ".join(message.replace("\\n", " ").split())
 
 
@@ -123,47 +120,62 @@ def define_flag(define: Callable[..., Any], name: str, default: Any, text: str) 
     _flag(define, name, default, text)
 
 
-def _join_config(argv: list[str]) -> list[str]:
-    """`--config FILE` as `--config=FILE`."""
-    for i, argument in enumerate(argv[:-1]):
-        if argument in ("--config", "-config"):
-            return [*argv[:i], f"{argument}={argv[i + 1]}", *argv[i + 2 :]]
-    return argv
+class _PathParser(flags.ArgumentParser):
+    """Parses the value of a flag by paths.local or paths.local_list."""
+
+    def __init__(self, read: Callable[[str], str]):
+        self.read = read
+
+    def parse(self, argument: str) -> str:
+        """Returns the path; raises InputError, a ValueError, for an address."""
+        return self.read(argument)
 
 
-def _find_config(argument: str) -> str:
-    """--config=configs/x.py:variant, found in the working directory or in the package."""
-    prefix, equals, value = argument.partition("=")
-    if prefix not in ("--config", "-config") or not equals:
-        return argument
-    path, colon, variant = value.partition(":")
-    if path and not find(path).is_file():
-        folder = find(os.path.dirname(path) or ".")
-        known = [os.path.join(os.path.dirname(path), p.name) for p in folder.glob("*.py")]
-        hint = near_misses(path, known) if known else ""
-        raise InputError(f"config file {path} does not exist. {hint}")
-    return f"{prefix}={find(path)}{colon}{variant}"
+def define_path(name: str, text: str, several: bool = False) -> None:
+    """Defines a flag that names a path, or several with commas between; a hub id may stand in."""
+    flags.DEFINE(_PathParser(local_list if several else local), name, "", text)
+    _OWN_FLAGS.append(name)
 
 
-def define_config(default: str | None) -> None:
-    """Defines --config and --print_config."""
-    config_flags.DEFINE_config_file(
-        "config",
-        str(find(default)) if default else None,
-        "configs/NAME.py or configs/NAME.py:VARIANT; --config.FIELD=VALUE overrides a field",
-        lock_config=True,
+def define_config(default: str | None) -> str:
+    """Defines --config and --print_config, reads the config file, and returns a name for it.
+
+    FLAGS.config is None where there is neither --config nor a default. --config leaves sys.argv,
+    in which ml_collections looks for overrides, --config.FIELD=VALUE.
+    """
+    name = _take_config() or default
+    text = (
+        "a preset (demo), or FILE.py; :VARIANT may follow; --config.FIELD=VALUE overrides a field"
     )
+    if name is None:
+        flags.DEFINE_string("config", None, text)
+    else:
+        config_flags.DEFINE_config_dict("config", preset(name), text)
     _OWN_FLAGS.append("config")
     _flag(flags.DEFINE_bool, "print_config", False, "print the resolved config and exit")
+    if name is None:
+        return ""
+    file, variant = find_config(name)
+    return re.sub(r"[:/]", "-", f"{file.stem}-{variant}" if variant else file.stem)
+
+
+def _take_config() -> str | None:
+    """Takes `--config=NAME` and `--config NAME` out of sys.argv; the last one's value."""
+    given, rest = None, []
+    arguments = iter(FLAGS.read_flags_from_files(sys.argv))
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(argument)
+        elif not (given := value if equals else next(arguments, "")):
+            raise InputError("--config needs a value: a preset, such as demo, or a config file")
+    sys.argv = rest
+    return given
 
 
 def read_config() -> RunConfig:
     """The config file with its overrides, checked."""
-    try:
-        values = FLAGS.config
-    except Exception as error:  # whatever a config file may raise
-        raise InputError(f"the config file failed: {type(error).__name__}: {error}") from None
-    return run_config(values.to_dict())
+    return run_config(FLAGS.config.to_dict())
 
 
 def print_config(config: RunConfig) -> None:
@@ -184,15 +196,20 @@ def _require(name: str) -> Any:
 def train() -> None:
     """train.py"""
 
+    name = ""
+
     def define() -> None:
-        define_config("configs/demo.py")
-        _flag(flags.DEFINE_string, "workdir", "", "where the run lives; it is resumed from there "
+        nonlocal name
+        name = define_config("demo")
+        define_path("workdir", "where the run lives; it is resumed from there "
               "(default: a new directory under runs/)")  # fmt: skip
         _flag(flags.DEFINE_list, "allow_changes", [],
               "fields or groups of the config that may differ from those that the workdir's run "
               "began with: train.steps,optimizer.learning_rate")  # fmt: skip
         _flag(flags.DEFINE_float, "heartbeat_seconds", 60.0,
               "of several processes: how long one may be silent until all end")  # fmt: skip
+        _flag(flags.DEFINE_float, "start_timeout", 300.0,
+              "of several processes: seconds to wait for all to start")  # fmt: skip
         _flag(flags.DEFINE_bool, "tensorboard", False,
               "also write TensorBoard event files, into the workdir's tensorboard/")  # fmt: skip
         _flag(flags.DEFINE_string, "wandb", "",
@@ -212,6 +229,9 @@ def train() -> None:
         heartbeat = FLAGS.heartbeat_seconds
         if not 1 <= heartbeat <= 3600:
             raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
+        start_timeout = FLAGS.start_timeout
+        if not 1 <= start_timeout <= 86400:
+            raise InputError(f"--start_timeout={start_timeout} must lie in 1 … 86400")
         from finermoe_jax import distributed, host_memory, metrics, training
         from finermoe_jax.workdir import way_on
 
@@ -222,11 +242,11 @@ def train() -> None:
             None if FLAGS.peak_tflops is None else FLAGS.peak_tflops * 1e12,
         )
         host_memory.keep_freed()
-        distributed.initialize(heartbeat)
+        distributed.initialize(heartbeat, start_timeout)
         workdir = FLAGS.workdir
         if not workdir:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            workdir = distributed.exchange(f"runs/{_config_name()}-{stamp}")[0]
+            workdir = distributed.exchange(f"runs/{name}-{stamp}")[0]
         with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
             training.train(config, Path(workdir), watch=watch, allow_changes=FLAGS.allow_changes)
 
@@ -234,19 +254,13 @@ def train() -> None:
          main)  # fmt: skip
 
 
-def _config_name() -> str:
-    value = next((a for a in sys.argv if a.lstrip("-").startswith("config=")), "=demo.py")
-    name, _, variant = Path(value.partition("=")[2]).name.partition(".py")
-    return name + variant.replace(":", "-")
-
-
 def convert_hf() -> None:
     """convert_hf.py"""
 
     def define() -> None:
         define_config(None)
-        _flag(flags.DEFINE_string, "source", "", "HF directory, hub id, or a checkpoint of ours")
-        _flag(flags.DEFINE_string, "target", "", "new or empty directory to write")
+        define_path("source", "HF directory, hub id, or a checkpoint of ours")
+        define_path("target", "new or empty directory to write")
         _flag(flags.DEFINE_string, "to", "orbax",
               "orbax: a checkpoint of ours, a dense source upcycled as the config says (default "
               "32,2,1,2); hf: a Hugging Face directory")  # fmt: skip
@@ -257,7 +271,7 @@ def convert_hf() -> None:
               "there already is only compared, in either form unless --to is given")  # fmt: skip
 
     def main() -> None:
-        config = read_config() if FLAGS["config"].present else None
+        config = read_config() if FLAGS.config is not None else None
         if FLAGS.print_config:
             moe = config.moe if config else MoEConfig()
             print(json.dumps(dataclasses.asdict(moe) if moe else None, indent=2))
@@ -283,7 +297,13 @@ def convert_hf() -> None:
         }
         there = FLAGS.verify and target.is_dir() and any(target.iterdir())
         if not there:
-            convert(source, target, FLAGS.to, **asked)
+            written = convert(source, target, FLAGS.to, **asked)
+            if FLAGS.to == "hf" and written.moe is None:
+                print(
+                    f"{source} is a dense model, and so is {target}: --to=hf upcycles nothing. To "
+                    "upcycle, convert with --to=orbax first, then that checkpoint with --to=hf",
+                    file=sys.stderr,
+                )
         if FLAGS.verify:
             form = FLAGS.to if FLAGS["to"].present or not there else None
             print(verify(source, target, form, **asked))
@@ -297,8 +317,8 @@ def evaluate() -> None:
     """eval.py"""
 
     def define() -> None:
-        _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
-        _flag(flags.DEFINE_string, "text", "", "perplexity of a .txt or .jsonl file")
+        define_path("checkpoint", "checkpoint, workdir, HF directory or hub id")
+        define_path("text", "perplexity of a .txt or .jsonl file")
         _flag(flags.DEFINE_integer, "sequence_length", 0,
               "--text: tokens per window (default: the model's limit, at most 2048)")  # fmt: skip
         _flag(flags.DEFINE_integer, "stride", 0,
@@ -309,7 +329,7 @@ def evaluate() -> None:
         _flag(flags.DEFINE_integer, "limit", None, "--tasks: rows of each task (default: all)")
         _flag(flags.DEFINE_integer, "num_fewshot", None,
               "--tasks: examples per prompt (default: as each task says)")  # fmt: skip
-        _flag(flags.DEFINE_string, "data_dir", "",
+        define_path("data_dir",
               "--tasks: local rows, docs/evaluation.md; nothing is fetched then")  # fmt: skip
         _flag(flags.DEFINE_bool, "skip_missing", False,
               "--tasks: leave out tasks of a group of which data_dir has no rows")  # fmt: skip
@@ -322,7 +342,7 @@ def evaluate() -> None:
               "weights as int8 with a scale for each output channel")  # fmt: skip
         _flag(flags.DEFINE_integer, "batch_tokens", 2048,
               "tokens that a device computes together, padding included")  # fmt: skip
-        _flag(flags.DEFINE_string, "output", "", "also write the results as JSON to this file")
+        define_path("output", "also write the results as JSON to this file")
 
     def main() -> None:
         path = _require("checkpoint")
@@ -379,7 +399,7 @@ def generate() -> None:
     """generate.py"""
 
     def define() -> None:
-        _flag(flags.DEFINE_string, "checkpoint", "", "checkpoint, workdir, HF directory or hub id")
+        define_path("checkpoint", "checkpoint, workdir, HF directory or hub id")
         _flag(flags.DEFINE_string, "prompt", "", "text to continue")
         _flag(flags.DEFINE_integer, "max_new_tokens", 64, "tokens to add, at most")
         _flag(flags.DEFINE_float, "temperature", 0.0, "0: most likely token; else sample")
@@ -424,7 +444,6 @@ def generate() -> None:
         model = read_model(source, path)
         if FLAGS.int8:
             model = int8_weights(model)
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
         def answer(prompt: Any, shown: str) -> str:
             pieces = complete(

@@ -10,12 +10,13 @@ import jax
 from tqdm import tqdm
 
 from finermoe_jax.checkpoint import open_model, write_checkpoint
-from finermoe_jax.config import PUBLISHED_START, MoEConfig, UpcycleConfig
+from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.directories import new_directory, refuse_occupied
 from finermoe_jax.disk import out_of_space
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.hf_config import model_config_to_hf
 from finermoe_jax.hf_weights import write_hf
+from finermoe_jax.paths import local
 from finermoe_jax.preemption import stop_requests
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
 
@@ -33,7 +34,7 @@ def convert(
     seed: int,
     dtype: str | None = None,
     stated: bool = False,
-) -> None:
+) -> ModelConfig:
     """Writes `target`, a new or empty directory that appears only when complete.
 
     To "orbax", a dense source is upcycled as `moe` and `start` say (moe None: imported as it is)
@@ -43,9 +44,12 @@ def convert(
 
     No more of the model than a few blocks is in memory at a time.
 
+    Returns the architecture that was written.
+
     Raises InputError for whatever the source, the target or the sizes have wrong and for a disk
     without room, RunEnded on SIGTERM and Ctrl-C. Nothing of the target is then left.
     """
+    target = Path(local(target))
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
@@ -80,6 +84,7 @@ def convert(
             activations = dtype or model.dtype
             write_checkpoint(config, activations, weights, directory, model.files, written)
         model.refuse_changed()
+    return config
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.paths import local
 
 
 def refuse_occupied(target: Path) -> None:
@@ -27,7 +28,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
 
     Raises InputError when target is occupied, or while another process is writing it.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(local(target)))
     refuse_occupied(target)
     if os.path.ismount(target):
         raise InputError(f"{target} is a mount point, and is not replaced: give a directory in it")

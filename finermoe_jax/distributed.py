@@ -22,9 +22,11 @@ from typing import Any, NoReturn
 import jax
 import orbax.checkpoint as ocp
 
+from finermoe_jax import rendezvous
 from finermoe_jax.errors import InputError, RunEnded
 
 HEARTBEAT_SECONDS = 60.0
+START_SECONDS = 300.0
 
 _STARTED_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Launchers that jax.distributed does not recognise: what they call the number of processes.
@@ -48,8 +50,13 @@ class _Refused(InputError):
 # --- joining --------------------------------------------------------------------------------
 
 
-def initialize(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+def initialize(
+    heartbeat_seconds: float = HEARTBEAT_SECONDS, start_seconds: float = START_SECONDS
+) -> None:
     """Joins the processes of this run, if it has several; to be called before JAX has devices.
+
+    Processes that a launcher has started are joined by JAX alone, which aborts where one does not
+    come: after start_seconds this process prints one message and ends with exit code 2.
 
     Raises InputError when the environment speaks of several processes and they cannot be joined.
     """
@@ -57,18 +64,40 @@ def initialize(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
     if arguments is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "num_processes" in arguments and "cluster_detection_method" in arguments:
+        address = os.environ["JAX_COORDINATOR_ADDRESS"]
+        bind = rendezvous.bind_address(address, os.environ)
+        index, processes = arguments["process_id"], arguments["num_processes"]
+        rendezvous.meet(address, bind, index, processes, start_seconds)
+        arguments["coordinator_bind_address"] = bind
+    alarm = threading.Timer(start_seconds, _not_joined, [start_seconds])
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             **arguments,
             # JAX's own watch ends a process without a word on checkpoints: ours comes first.
             heartbeat_timeout_seconds=max(1, round(2 * heartbeat_seconds)),
+            initialization_timeout=round(start_seconds) + 60,  # ours comes first here, too
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the processes of this run cannot be joined: {error}\n"
             "see docs/launch.md; JAX_NUM_PROCESSES=1 runs one process on its own"
         ) from None
+    finally:
+        alarm.cancel()
     _hosts[:] = exchange(socket.gethostname())  # now: later a coordinator may not answer
+
+
+def _not_joined(seconds: float) -> None:
+    """Ends this process, whose main thread waits inside JAX for the others."""
+    message = (
+        f"error: not all processes of this run have started within {seconds:g} s: see what the "
+        "launcher says of the others, or wait longer with --start_timeout"
+    )
+    os.write(2, f"\n{message}\n".encode())
+    os._exit(2)
 
 
 def launch_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:

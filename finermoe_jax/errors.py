@@ -1,6 +1,8 @@
 """The exceptions whose messages users read, and the parts that such messages have in common."""
 
 import difflib
+import io
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,13 @@ class RunEnded(Exception):
     def __init__(self, message: str, code: int = 1, alone: bool = False):
         super().__init__(message)
         self.code, self.alone = code, alone
+
+
+def print_anything() -> None:
+    """Lets print write what stdout's encoding does not know: `\\u2192` in place of an arrow."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from finermoe_jax.int8 import int8_weights
 from finermoe_jax.losses import cross_entropy_sum
 from finermoe_jax.model import Decoder
 from finermoe_jax.packing import Batch, counted, masks
+from finermoe_jax.paths import local
 from finermoe_jax.rows import Mixture
 from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.scoring import BATCH_TOKENS, score, windows
@@ -198,7 +199,7 @@ def _select(tasks: Tasks) -> Any:
 
     return select(
         tasks.names,
-        tasks.data_dir,
+        None if tasks.data_dir is None else Path(local(tasks.data_dir)),
         num_fewshot=tasks.num_fewshot,
         skip_missing=tasks.skip_missing,
         allow_code_execution=tasks.allow_code_execution,

@@ -3,20 +3,24 @@
 import os
 from pathlib import Path
 
+from finermoe_jax.paths import local
+
 _PACKAGE = Path(__file__).parent
 # Inode, bytes, and time of the last write in nanoseconds.
 State = tuple[int, int, int]
 
 
-def find(path: str) -> Path:
+def find(path: str | os.PathLike) -> Path:
     """A relative path as it stands in the working directory or, failing that, in the package.
 
     So `demo/model` and `configs/demo.py` work from anywhere: configs/ lies beside the package in a
     clone and inside it in an installed wheel.
+
+    Raises InputError for an address (paths.py).
     """
-    local = Path(path)
-    places = (local, _PACKAGE / local, _PACKAGE.parent / local)
-    return next((place for place in places if place.exists()), local)
+    here = Path(local(path))
+    places = (here, _PACKAGE / here, _PACKAGE.parent / here)
+    return next((place for place in places if place.exists()), here)
 
 
 def state(path: Path) -> State:

@@ -24,6 +24,7 @@ from finermoe_jax.hf_config import AUTO_MAP, model_config_from_hf, model_config_
 from finermoe_jax.hf_names import Parts, parts
 from finermoe_jax.lazy import LazyArray, Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params
+from finermoe_jax.paths import local
 from finermoe_jax.tensor_files import (
     DTYPES,
     INDEX_FILE,
@@ -59,22 +60,23 @@ def resolve_source(source: str | os.PathLike) -> Path:
 
     HF_HUB_OFFLINE and HF_HOME work as everywhere. Raises InputError when neither exists.
     """
+    source = local(source)
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{source} is a file; give the directory that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES, TEMPLATE_FILES]
-        directory = Path(snapshot_download(str(source), allow_patterns=wanted))
+        directory = Path(snapshot_download(source, allow_patterns=wanted))
         # Repositories may hold their weights in other forms beside these.
         wanted = indexed_files(directory) or [SINGLE_FILE]
         # A snapshot's directory is named after its revision.
-        return Path(snapshot_download(str(source), revision=directory.name, allow_patterns=wanted))
+        return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
     except InputError:
         raise
     except Exception as error:  # the hub client raises many unrelated types
@@ -335,7 +337,7 @@ def save_hf(
       InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
     """
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
-    files = Path(tokenizer) if tokenizer is not None else None
+    files = Path(local(tokenizer)) if tokenizer is not None else None
     with new_directory(path) as directory:
         for _ in write_hf(model.config, weights, directory, files):
             pass

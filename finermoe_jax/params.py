@@ -156,7 +156,7 @@ def main() -> None:
     """The command."""
 
     def run() -> None:
-        if not flags.FLAGS["config"].present:
+        if flags.FLAGS.config is None:
             if flags.FLAGS.shardings:
                 raise InputError("--shardings needs --config, whose mesh it is about")
             if flags.FLAGS.paper:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, print_anything
+from finermoe_jax.paths import local
 
 _BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
 _GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
@@ -40,6 +41,8 @@ def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
 
     Raises InputError when workdir, or rival (`draw_loss`), holds no metrics.
     """
+    workdir = Path(local(workdir))
+    rival = None if rival is None else Path(local(rival))
     pictures = [draw_loss(workdir, rival), draw_load(workdir)]
     return [picture for picture in pictures if picture is not None]
 
@@ -319,6 +322,7 @@ def draw_similarity(
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit code."""
+    print_anything()
     if len(argv) not in (2, 3) or argv[1] in ("-h", "--help"):
         print("usage: python -m finermoe_jax.plot WORKDIR [RIVAL]", file=sys.stderr)
         return 0 if argv[1:] in (["-h"], ["--help"]) else 2

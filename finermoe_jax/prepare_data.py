@@ -36,6 +36,7 @@ from tqdm import tqdm
 from finermoe_jax import commands, text
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.files import find
+from finermoe_jax.paths import local
 from finermoe_jax.shard_writer import ShardWriter, being_written, write_manifest
 from finermoe_jax.token_files import (
     DTYPES,
@@ -83,6 +84,8 @@ def prepare(
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
+    target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
+    sources = [local(source) for source in sources]
     tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
     vocab_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
     found = expand(sources, split, text_field)
@@ -345,17 +348,18 @@ def main() -> None:
 
     def define() -> None:
         flag = commands.define_flag
-        flag(flags.DEFINE_string, "source", "", f"comma-separated: files ({text.KNOWN}), globs, "
-             "directories, Hugging Face datasets (owner/name or owner/name:config)")  # fmt: skip
-        flag(flags.DEFINE_string, "target", "", "the directory to write; begun with the same "
+        commands.define_path("source", f"comma-separated: files ({text.KNOWN}), globs, "
+             "directories, Hugging Face datasets (owner/name or owner/name:config)",
+             several=True)  # fmt: skip
+        commands.define_path("target", "the directory to write; begun with the same "
              "arguments, it is completed")  # fmt: skip
-        flag(flags.DEFINE_string, "tokenizer", "", "a directory with a tokenizer")
+        commands.define_path("tokenizer", "a directory with a tokenizer")
         flag(flags.DEFINE_integer, "processes", os.cpu_count() or 1, "that tokenise (default: one "
              "per core)")  # fmt: skip
         flag(flags.DEFINE_string, "text_field", "text", "the field or column that holds the text")
         flag(flags.DEFINE_string, "split", "train", "of Hugging Face datasets")
         flag(flags.DEFINE_integer, "shard_tokens", 1 << 27, "tokens of a shard, about")
-        flag(flags.DEFINE_string, "verify", "", "compare a prepared directory with its checksums, "
+        commands.define_path("verify", "compare a prepared directory with its checksums, "
              "and do nothing else")  # fmt: skip
 
     def run() -> None:

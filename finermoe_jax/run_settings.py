@@ -1,8 +1,7 @@
-"""What a run is: model, start, data, optimizer, mesh, training; how a config file is read."""
+"""What a run is: model, start, data, optimizer, mesh, training."""
 
 import dataclasses
 import math
-import runpy
 import types
 import typing
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, near_misses
-from finermoe_jax.files import find
+from finermoe_jax.paths import local, local_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,11 @@ class DataConfig:
     eval_path: str = ""
     eval_windows: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", local_list(self.path, "data.path"))
+        for name in ("tokenizer", "eval_path"):
+            object.__setattr__(self, name, local(getattr(self, name), f"data.{name}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
         if self.model is None and not self.init_from:
             raise InputError("a run needs init_from (weights to start from) or model (a shape)")
         if self.model is not None and self.model.moe is not None:
@@ -213,18 +218,6 @@ def default_config() -> Any:
     )
     config.moe = ConfigDict(dataclasses.asdict(MoEConfig()), type_safe=False)
     return config
-
-
-def preset(name: str) -> Any:
-    """The ConfigDict of `configs/NAME.py` or `configs/NAME.py:VARIANT`, as --config reads it.
-
-    `run_config` makes a RunConfig of it. Raises InputError where there is no such file.
-    """
-    path, _, variant = name.partition(":")
-    if not find(path).is_file():
-        raise InputError(f"config file {path} does not exist")
-    get_config = runpy.run_path(str(find(path)))["get_config"]
-    return get_config(variant) if variant else get_config()
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:

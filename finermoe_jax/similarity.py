@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from finermoe_jax import lazy
 from finermoe_jax.checkpoint import Source, open_model
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, print_anything
 from finermoe_jax.hf_names import run_layers
 from finermoe_jax.lazy import LazyArray
+from finermoe_jax.paths import local
 from finermoe_jax.plot import draw_similarity
 
 # Values that are made float64 at a time.
@@ -130,8 +131,9 @@ def _labelled(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         label, equals, source = argument.partition("=")
-        if not equals or Path(argument).exists():
+        if not equals or Path(local(argument)).exists():
             label, source = Path(argument).name or argument, argument
+        source = local(source)
         if not source:
             raise InputError(f"{argument}: no checkpoint follows the label; give LABEL=CHECKPOINT")
         if label in sources:
@@ -148,9 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", nargs="+", help="[LABEL=]CHECKPOINT")
     parser.add_argument("--output", action="append", default=[], help="a .png or .json to write")
+    print_anything()
     given = parser.parse_args(argv)
     try:
-        outputs = [Path(output) for output in given.output]
+        outputs = [Path(local(output, "--output")) for output in given.output]
         for output in outputs:
             if output.suffix not in (".png", ".json"):
                 raise InputError(f"--output={output} must end in .png or .json")

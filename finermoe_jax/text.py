@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.paths import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class TextFile:
 
     def __init__(self, path: Path, field: str = "text"):
         """Raises InputError: no such file, or of an unknown kind."""
+        path = Path(local(path))
         if not path.is_file():
             raise InputError(f"text file {path} does not exist")
         if not text_kind(path):

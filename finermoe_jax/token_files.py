@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.paths import local
 from finermoe_jax.run_settings import from_dict
 
 FORMAT = "finermoe-jax tokens 1"
@@ -321,6 +322,7 @@ def _load(path: Path) -> np.ndarray:
 
 def verify(directory: Path) -> Manifest:
     """Compares every shard with its checksums. Raises InputError naming those that differ."""
+    directory = Path(local(directory))
     manifest = read_manifest(directory / MANIFEST)
     bad = []
     with tqdm(manifest.shards, desc="verifying", unit="shard") as bar:

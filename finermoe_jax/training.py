@@ -22,6 +22,7 @@ from finermoe_jax.integrity import set_aside_damaged
 from finermoe_jax.loop import Loop
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
+from finermoe_jax.paths import local
 from finermoe_jax.preemption import stop_requests
 from finermoe_jax.run_settings import RunConfig
 from finermoe_jax.sharding import Placement
@@ -74,7 +75,7 @@ def train(
     process alike; RunEnded when the run must end early: asked to by a signal, the disk full, the
     loss not finite.
     """
-    workdir = workdir.absolute()
+    workdir = Path(local(workdir)).absolute()
     first = jax.process_index() == 0
     if not first:
         say = _silent

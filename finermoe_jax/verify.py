@@ -23,6 +23,7 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.hf_names import Parts, parts, run_layers
 from finermoe_jax.hf_weights import json_files, model_code
 from finermoe_jax.lazy import Index, ParamPath, Weights
+from finermoe_jax.paths import local
 from finermoe_jax.tensor_files import listing
 from finermoe_jax.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.upcycle import refuse_other_experts, upcycle_weights
@@ -89,6 +90,7 @@ def verify(
     Raises InputError: another form or architecture than was asked for, damage, or the tensors that
     differ.
     """
+    target = Path(local(target))
     if to is not None:
         _check_form(target, to)
     made = open_model(str(target))

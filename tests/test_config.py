@@ -8,8 +8,9 @@ import pytest
 
 from finermoe_jax.config import ModelConfig, MoEConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.presets import preset
 from finermoe_jax.published import QWEN2P5
-from finermoe_jax.run_settings import default_config, preset, run_config
+from finermoe_jax.run_settings import default_config, run_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

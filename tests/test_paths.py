@@ -1,0 +1,209 @@
+"""Paths as users name them: `~` is expanded, addresses are refused before any work."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import finermoe_jax as fm
+from finermoe_jax import aot, commands, params, plot, prepare_data, similarity, token_files
+from finermoe_jax.checkpoint import load_model, open_model
+from finermoe_jax.convert import convert
+from finermoe_jax.evaluation import Tasks, evaluate
+from finermoe_jax.hf_weights import resolve_source
+from finermoe_jax.paths import local, local_list
+from finermoe_jax.run_settings import DataConfig, RunConfig
+from finermoe_jax.text import TextFile
+from finermoe_jax.training import train
+from finermoe_jax.verify import verify
+
+ROOT = Path(__file__).parent.parent
+TIED = Path(__file__).parent / "data" / "golden" / "upcycle" / "dense_tied"
+BUCKET = "gs://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty working directory, which stays empty: nothing called `gs:` is made."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", "/home/user")
+    yield tmp_path / "here"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("gs://b/x", ["gs://b/x", "gcloud storage cp -r", "mount"]),
+        ("GS://b/x", ["gcloud storage cp -r"]),
+        ("s3://b/x", ["aws s3 cp --recursive"]),
+        ("az://b/x", ["az://b/x", "copy the files", "local directory"]),
+        ("hdfs:///x", ["hdfs:///x is an address"]),
+        ("abfs+x.y-z://b", ["is an address"]),
+        (Path("gs://b/x"), ["gs://b/x", "gcloud"]),
+        (Path("hf://o/n"), ["give o/n"]),
+        ("file:///data/x.txt", ["give the path alone, /data/x.txt"]),
+        ("file://localhost/data/x", ["give the path alone, /data/x"]),
+        ("hf://owner/name", ["give owner/name", "hf download owner/name"]),
+        ("hf://datasets/owner/name", ["give owner/name"]),
+        ("https://huggingface.co/owner/na.me-1", ["give owner/na.me-1"]),
+        ("https://huggingface.co/owner/name/tree/main", ["give owner/name;"]),
+        ("http://hf.co/datasets/owner/name", ["give owner/name"]),
+        ("https://huggingface.co/", ["is an address", "copy the files"]),
+        ("https://example.org/owner/name", ["is an address", "copy the files"]),
+    ],
+)
+def test_an_address_is_refused_with_the_way_out(address, words):
+    with pytest.raises(fm.InputError) as error:
+        local(address, "data.path")
+    assert str(error.value).startswith("data.path: ")
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "demo/model", "Qwen/Qwen2.5-0.5B", "/a/b", "a:b/c", "./gs:/b", "C:/x", "x/y://z",
+     "a~b", "./~"],
+)  # fmt: skip
+def test_a_path_stays(path):
+    assert local(path) == path
+
+
+def test_the_home_directory():
+    assert local("~/a") == local(Path("~/a")) == "/home/user/a"
+    assert local_list("~/a:1, ~/b:2,c") == "/home/user/a:1, /home/user/b:2,c"
+    with pytest.raises(fm.InputError, match="gs://b/c:2"):
+        local_list("~/a:1, gs://b/c:2")
+
+
+# --- every way in ---------------------------------------------------------------------------
+
+# Of the flags that take text, those that name no path.
+NO_PATHS = {"wandb", "profile_steps", "to", "dtype", "prompt", "system", "topology", "text_field",
+            "split", "config"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [commands.train, commands.convert_hf, commands.evaluate, commands.generate, prepare_data.main,
+     aot.main, params.main],
+)  # fmt: skip
+def test_every_path_flag(command, monkeypatch):
+    """A new flag that takes text is either a path's or stands in NO_PATHS."""
+    known = set(flags.FLAGS)
+
+    def inspect(usage, define, main):
+        monkeypatch.setattr(sys, "argv", ["command"])
+        define()
+
+    monkeypatch.setattr(commands, "run", inspect)
+    try:
+        try:
+            command()
+        except SystemExit:
+            assert command is aot.main
+        found = set(flags.FLAGS) - known
+        assert found
+        for name in found - NO_PATHS:
+            flag = flags.FLAGS[name]
+            if type(flag) is not flags.Flag or flag.flag_type() != "string":
+                continue
+            with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*gcloud"):
+                flag.parse(BUCKET)
+            flag.parse("~/x")
+            assert flag.value == "/home/user/x"
+    finally:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+
+
+PATH_FIELDS = {"init_from", "data.path", "data.tokenizer", "data.eval_path"}
+
+
+def test_every_field_of_a_config():
+    """A new field of type str is either a path's or fails here."""
+    run = dataclasses.asdict(RunConfig(init_from="x"))
+    run = {k: v for k, v in run.items() if k != "upcycle"}
+    text = {name for name, value in run.items() if isinstance(value, str)}
+    text |= {f"data.{name}" for name, v in run["data"].items() if isinstance(v, str)}
+    assert text - {"data.packing"} == PATH_FIELDS
+    for name in PATH_FIELDS:
+        field = name.removeprefix("data.")
+
+        def made(value, field=field, name=name):
+            if name == "init_from":
+                return RunConfig(init_from=value).init_from
+            return getattr(DataConfig(**{field: value}), field)
+
+        assert made("~/x") == "/home/user/x"
+        with pytest.raises(fm.InputError, match=f"^{name}: {BUCKET} .*gcloud"):
+            made(BUCKET)
+    assert DataConfig(path="~/a:1,~/b:2").path == "/home/user/a:1,/home/user/b:2"
+    with pytest.raises(fm.InputError, match=r"data\.path: s3://b/c:2 "):
+        DataConfig(path="~/a:1,s3://b/c:2")
+
+
+def _tied():
+    return fm.load_hf(TIED)
+
+
+@pytest.mark.parametrize("address", [BUCKET, Path(BUCKET)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        fm.load_hf,
+        fm.load_checkpoint,
+        load_model,
+        open_model,
+        resolve_source,
+        plot.draw,
+        TextFile,
+        token_files.verify,
+        lambda path: fm.preset(str(path).replace(":/b", "://b")),
+        lambda path: fm.save_hf(_tied(), path),
+        lambda path: fm.save_hf(_tied(), "out", tokenizer=path),
+        lambda path: fm.save_checkpoint(_tied(), path),
+        lambda path: fm.save_checkpoint(_tied(), "out", tokenizer=path),
+        lambda path: train(RunConfig(init_from=str(TIED), data=DataConfig(path="x.txt")), path),
+        lambda path: convert(str(TIED), path, "orbax", None, seed=0),
+        lambda path: convert(path, Path("out"), "orbax", None, seed=0),
+        lambda path: verify(str(TIED), path, None, None),
+        lambda path: evaluate(str(TIED), text=path),
+        lambda path: evaluate(path, tasks=Tasks(["arc_easy"])),
+        lambda path: evaluate(str(TIED), tasks=Tasks(["arc_easy"], data_dir=path)),
+        lambda path: prepare_data.prepare([str(TIED)], path, TIED),
+        lambda path: prepare_data.prepare([path], Path("out"), TIED),
+        lambda path: prepare_data.prepare(["x"], Path("out"), path),
+    ],
+)
+def test_every_call(call, address):
+    with pytest.raises(fm.InputError, match=r"gs://bucket/run.*gcloud"):
+        call(address)
+
+
+@pytest.mark.parametrize("argument", [BUCKET, f"label={BUCKET}", f"{BUCKET}=x"])
+def test_similarity_and_plot(argument, capsys):
+    assert similarity.main([argument]) == 2
+    assert "gcloud" in capsys.readouterr().err
+    assert similarity.main([str(TIED), f"--output={BUCKET}.png"]) == 2
+    assert "gcloud" in capsys.readouterr().err
+    assert plot.main(["plot", argument]) == 2 or "=" in argument
+    assert similarity._labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
+
+
+@pytest.mark.slow  # a process of its own: it is the command line that is tested
+def test_nothing_is_left_of_a_run(place):
+    flags = [f"--workdir={BUCKET}", "--config.train.steps=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        capture_output=True, text=True, cwd=place, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("error: ") == 1 and "gcloud" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,141 @@
+"""Processes that meet before JAX joins them; threads stand for processes, the sockets are real."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.rendezvous import bind_address, meet, split_address
+
+SECONDS = 1.5
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def meeting(*members, port=None, seconds=20.0):
+    """What each (index, number of processes, delay) is told; "" where all have met."""
+    address, told = f"127.0.0.1:{port or free_port()}", {}
+
+    def take_part(number, index, processes, delay):
+        time.sleep(delay)
+        try:
+            meet(address, bind_address(address, {}), index, processes, seconds)
+            told[number] = ""
+        except InputError as error:
+            told[number] = str(error)
+
+    threads = [
+        threading.Thread(target=take_part, args=(number, *member))
+        for number, member in enumerate(members)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [told[number] for number in range(len(members))]
+
+
+def test_all_meet_in_any_order_and_leave_the_port():
+    port = free_port()
+    assert meeting((1, 3, 0), (0, 3, 0.5), (2, 3, 1), port=port) == ["", "", ""]
+    assert meeting((0, 2, 0), (1, 2, 0), port=port) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        (0, ["process 1 and 2 of 3 did not come to 127.0.0.1:", "within 1.5 s", "--start_timeout"]),
+        (1, ["process 1 of 3 has not found process 0 at 127.0.0.1:", "within 1.5 s",
+             "Connection refused", "--start_timeout"]),
+    ],
+)  # fmt: skip
+def test_one_that_never_starts(there, words):
+    since = time.monotonic()
+    (message,) = meeting((there, 3, 0), seconds=SECONDS)
+    assert [word for word in words if word not in message] == [], message
+    assert time.monotonic() - since < SECONDS + 8  # the rest is for a busy machine
+
+
+def test_all_that_are_there_hear_who_is_missing():
+    messages = meeting((0, 3, 0), (2, 3, 0), seconds=SECONDS)
+    assert messages[0] == messages[1] and messages[0].startswith("process 1 of 3 did not come")
+
+
+def test_an_index_given_twice():
+    messages = meeting((0, 3, 0), (1, 3, 0), (1, 3, 0))
+    host = socket.gethostname()
+    for message in messages:
+        assert f"JAX_PROCESS_ID=1 was given to two processes, on {host} and on {host}" in message
+
+
+def test_another_number_of_processes():
+    for message in meeting((0, 2, 0), (1, 3, 0.3)):
+        assert "JAX_NUM_PROCESSES=3, process 0 with 2" in message
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_another_program_has_the_port(index):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400\r\n"))
+        thread.start()
+        (message,) = meeting((index, 2, 0), port=port, seconds=SECONDS)
+        socket.create_connection(("127.0.0.1", port)).close()  # lets the thread end
+        thread.join()
+    if index == 0:
+        assert f"process 0 cannot listen on 127.0.0.1:{port} (Address already in use)" in message
+    else:
+        assert f"has not found process 0 at 127.0.0.1:{port}" in message
+
+
+def test_strangers_at_the_port_are_passed_over():
+    port, strangers = free_port(), []
+
+    def call():
+        time.sleep(0.5)
+        strangers.extend(socket.create_connection(("127.0.0.1", port)) for _ in range(3))
+        strangers[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        strangers[2].sendall(b"x" * 200_000)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert meeting((0, 2, 0), (1, 2, 1.5), port=port) == ["", ""]
+    thread.join()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_one_that_ends_may_be_started_again():
+    port = free_port()
+
+    def leave():
+        time.sleep(0.5)
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(b'{"from": "finermoe-jax", "index": 1, "processes": 3, "host": "a"}\n')
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    assert meeting((0, 3, 0), (1, 3, 1.5), (2, 3, 1.5), port=port) == ["", "", ""]
+    thread.join()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "a:", "a:x", "a:0", "a:65536", ":", ""])
+def test_an_address_needs_a_port(address):
+    with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT"):
+        split_address(address, "JAX_COORDINATOR_ADDRESS")
+
+
+def test_where_the_coordinator_listens():
+    assert bind_address("127.0.0.1:5", {}) == "127.0.0.1:5"
+    assert bind_address("localhost:5", {}) == "[::]:5"  # a name: all interfaces
+    assert bind_address("192.0.2.1:5", {}) == "[::]:5"  # no address of this machine
+    given = {"JAX_COORDINATOR_BIND_ADDRESS": "10.0.0.1:7"}
+    assert bind_address("127.0.0.1:5", given) == "10.0.0.1:7"
+    assert split_address("[::1]:80", "x") == ("::1", 80)
