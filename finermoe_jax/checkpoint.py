@@ -38,7 +38,6 @@ from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, state
-from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import TOKENIZER_FILES, open_hf, resolve_source, stored_dtypes
 from finermoe_jax.integrity import (
     Known,
@@ -48,6 +47,7 @@ from finermoe_jax.integrity import (
     saved_steps,
     write_checksums,
 )
+from finermoe_jax.json_files import read_json
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
 from finermoe_jax.run_settings import from_dict
@@ -340,14 +340,25 @@ class Source:
                 raise InputError(f"{path} was changed while it was read: leave the source alone")
 
 
+def _is_hf(directory: Path) -> bool:
+    """Whether this is a Hugging Face directory. A workdir has a config.json, too, and a Hugging
+    Face directory may hold a trainer's checkpoints/."""
+    if any(directory.glob("*.safetensors")):
+        return True
+    if not (directory / "checkpoints").is_dir():
+        return (directory / "config.json").is_file()
+    with contextlib.suppress(InputError):
+        return "model_type" in read_json(directory / "config.json")
+    return False
+
+
 def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Source:
     """The model of a checkpoint, a workdir, a HF directory or a hub id.
 
     dtype is the weights'; None keeps it. Raises InputError when there is none, or it is damaged.
     """
     local = Path(path).absolute()
-    of_hf = (local / "config.json").is_file() or any(local.glob("*.safetensors"))
-    if not local.exists() or (of_hf and not (local / "checkpoints").is_dir()):
+    if not local.exists() or _is_hf(local):
         directory = resolve_source(path)
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
@@ -449,7 +460,7 @@ class TrainingCheckpoints:
         self.wait()
         self.disk.refuse_full(step, params, optimizer)
         self.saving = step
-        metrics = {} if loss is None else {"loss": loss}
+        metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
         with self.disk.watched():
             self.manager.save(
                 step,

@@ -1,6 +1,7 @@
 """The exceptions whose messages users read, and the parts that such messages have in common."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,16 @@ class RunEnded(Exception):
     def __init__(self, message: str, code: int = 1, alone: bool = False):
         super().__init__(message)
         self.code, self.alone = code, alone
+
+
+def import_of_data(package: str, who: str) -> Any:
+    """Imports a package of the extra `data`. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(
+            f"{who} needs the package {package}: pip install 'finermoe-jax[data]'"
+        ) from None
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.hf_config import read_json
+from finermoe_jax.files import refuse_pointer
+from finermoe_jax.json_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
             "model's tokenizer files there, or in training name a directory that has them in "
             "data.tokenizer"
         )
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".txt", ".jinja") and path.is_file():
+            refuse_pointer(path)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
