@@ -81,7 +81,9 @@ def _run(folder: Path, program: str, seconds: float) -> bool:
         start_new_session=True,
     )
     try:
-        return process.wait(seconds) == 0 and done.read_bytes() == token.encode()
+        # A pipe of that name would be waited for.
+        ended = process.wait(seconds) == 0 and done.is_file()
+        return ended and done.read_bytes() == token.encode()
     except (subprocess.TimeoutExpired, OSError):
         return False
     finally:

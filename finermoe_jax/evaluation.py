@@ -244,13 +244,20 @@ def _run(
     if ALL_TEN in tasks.names:
         values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
         metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
+    warn_of_what_is_no_number(metrics)
+    found = {"tasks": metrics, "cut": harness.cut}
+    return found | ({"skipped": selection.skipped} if selection.skipped else {})
+
+
+def warn_of_what_is_no_number(metrics: dict[str, dict[str, float]]) -> None:
+    """Names on stderr each metric, by task, that is NaN or infinite; JSON will hold null."""
     for task, values in metrics.items():
         for name, value in values.items():
             if not math.isfinite(value):
-                print(f"WARNING: {task}: {name} is no number ({value}), null in JSON",
-                      file=sys.stderr)  # fmt: skip
-    found = {"tasks": metrics, "cut": harness.cut}
-    return found | ({"skipped": selection.skipped} if selection.skipped else {})
+                print(
+                    f"WARNING: {task}: {name} is no number ({value}); as JSON it is null",
+                    file=sys.stderr,
+                )
 
 
 def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:
