@@ -32,14 +32,14 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
             new = functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _XZ_MEMORY)
             form = _Format(new, lzma.LZMAError, 4)
         case ".zst":
-            zstd = _zstd(path)
+            zstd = zstd_module(path)
             form = _Format(zstd.ZstdDecompressor, zstd.ZstdError, 0)
         case _:
             return raw
     return io.BufferedReader(_Streams(raw, path, form), _BUFFER_BYTES)
 
 
-def _zstd(path: Path) -> Any:
+def zstd_module(path: Path) -> Any:
     """The standard library's module, or its backport before Python 3.14."""
     name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     return import_of_data(name, str(path))

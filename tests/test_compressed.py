@@ -3,21 +3,17 @@
 import gzip
 import io
 import lzma
-import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from finermoe_jax import json_files
-from finermoe_jax.compressed import decompressed
+from finermoe_jax.compressed import decompressed, zstd_module
 from finermoe_jax.errors import InputError
 from finermoe_jax.text import TextFile
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
+zstd = zstd_module(Path("the tests"))
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
 MAGIC = {".gz": 2, ".xz": 12, ".zst": 4}  # bytes of a header in which no bit is free
 FIRST, SECOND = b'{"text": "one"}\n' * 50, b'{"text": "two"}\n' * 50

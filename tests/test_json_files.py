@@ -10,7 +10,7 @@ import pytest
 
 import finermoe_jax
 from finermoe_jax import plot
-from finermoe_jax.checkpoint import read_description
+from finermoe_jax.checkpoint import open_model, read_description
 from finermoe_jax.errors import InputError
 from finermoe_jax.evaluation import warn_of_what_is_no_number
 from finermoe_jax.files import find
@@ -135,6 +135,20 @@ def test_a_git_lfs_pointer_is_named(tmp_path, name, read):
     (directory / name).write_bytes(POINTER)
     with pytest.raises(InputError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
         read(directory / name)
+
+
+def test_a_hugging_face_directory_may_hold_checkpoints(tmp_path):
+    """A trainer's. What is a workdir is told by its config.json, which names no model_type."""
+    directory = shutil.copytree(MODEL, tmp_path / "m")
+    (directory / "checkpoints" / "checkpoint-500").mkdir(parents=True)
+    assert open_model(directory).config == open_model(MODEL).config
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds neither model\.safetensors"):
+        open_model(directory)
+    for config in ('{"model": {}}', "{"):
+        (directory / "config.json").write_text(config)
+        with pytest.raises(InputError, match="is neither a checkpoint"):
+            open_model(directory)
 
 
 def test_a_shard_that_is_a_git_lfs_pointer(tmp_path):
