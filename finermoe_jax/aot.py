@@ -10,7 +10,6 @@ Exit code 0: it compiled and fits. 1: it does not fit. 2: a mistake in the input
 """
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -28,6 +27,7 @@ from finermoe_jax import candidates, commands, report, sharding
 from finermoe_jax.checkpoint import abstract_params
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.json_files import to_json
 from finermoe_jax.model import with_shapes
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
@@ -274,7 +274,7 @@ def main() -> None:
                 config, target, prepare, compile_step if flags.FLAGS.suggest else None
             )
         if output:
-            output.write_text(json.dumps(figures, indent=2) + "\n")
+            output.write_text(to_json(figures, indent=2) + "\n")
 
     commands.run(
         "Compile the train step for hardware that is not there: python -m finermoe_jax.aot "

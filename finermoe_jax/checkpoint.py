@@ -37,8 +37,12 @@ from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, state
-from finermoe_jax.hf_config import read_json
-from finermoe_jax.hf_weights import copy_tokenizer, open_hf, resolve_source, stored_dtypes
+from finermoe_jax.hf_weights import (
+    copy_tokenizer,
+    open_hf,
+    resolve_source,
+    stored_dtypes,
+)
 from finermoe_jax.integrity import (
     Known,
     damage,
@@ -47,6 +51,7 @@ from finermoe_jax.integrity import (
     saved_steps,
     write_checksums,
 )
+from finermoe_jax.json_files import read_json
 from finermoe_jax.lazy import Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params, with_shapes
 from finermoe_jax.paths import local
@@ -346,6 +351,18 @@ class Source:
                 raise InputError(f"{path} was changed while it was read: leave the source alone")
 
 
+def _is_hf(directory: Path) -> bool:
+    """Whether this is a Hugging Face directory. A workdir has a config.json, too, and a Hugging
+    Face directory may hold a trainer's checkpoints/."""
+    if any(directory.glob("*.safetensors")):
+        return True
+    if not (directory / "checkpoints").is_dir():
+        return (directory / "config.json").is_file()
+    with contextlib.suppress(InputError):
+        return "model_type" in read_json(directory / "config.json")
+    return False
+
+
 def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Source:
     """The model of a checkpoint, a workdir, a HF directory or a hub id.
 
@@ -353,8 +370,7 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Sourc
     """
     path = local(path)
     place = Path(path).absolute()
-    of_hf = (place / "config.json").is_file() or any(place.glob("*.safetensors"))
-    if not place.exists() or (of_hf and not (place / "checkpoints").is_dir()):
+    if not place.exists() or _is_hf(place):
         directory = resolve_source(path)
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
@@ -456,7 +472,7 @@ class TrainingCheckpoints:
         self.wait()
         self.disk.refuse_full(step, params, optimizer)
         self.saving = step
-        metrics = {} if loss is None else {"loss": loss}
+        metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
         with self.disk.watched():
             self.manager.save(
                 step,

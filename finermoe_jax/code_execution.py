@@ -2,8 +2,13 @@
 
 A program runs in a process of its own, in a directory that holds it alone and is removed, without
 this process's environment. Limits on memory, processor time and the size of a file hold for each
-process that it starts, not for all of them together; what it has started ends with it, unless that
-has left its session. That stops accidents, not attacks: it has the user's rights and the network.
+process that it starts, not for all of them together.
+
+Where the kernel allows it (Linux, mostly outside of containers), it runs in user and process
+namespaces of its own. Then it can neither read another process's environment and memory nor send
+it a signal, and all that it has started ends with it. Elsewhere it can do the one, and what has
+left its session survives. All this stops accidents, not attacks: a program has the user's files
+and the network.
 """
 
 import contextlib
@@ -11,6 +16,7 @@ import math
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,9 +28,15 @@ from finermoe_jax.errors import InputError
 
 SECONDS = 3.0  # that a program may run; what the benchmarks' own metric allows
 _LIMITED = """
-import resource, runpy, sys
+import contextlib, os, resource, runpy, sys
 path, done, token = sys.argv[1:]
 del sys.argv[1:]
+with contextlib.suppress(AttributeError, OSError):
+    os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWPID)
+# The first child is process 1 of the namespace, with which all others end; the second goes on.
+for _ in range(2):
+    if child := os.fork():
+        os._exit(os.waitpid(child, 0)[1] != 0)
 for limit, most in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 16 << 20),
                     (resource.RLIMIT_CPU, 10), (resource.RLIMIT_CORE, 0)):
     hard = resource.getrlimit(limit)[1]
@@ -42,30 +54,76 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
 
     Its name is not "__main__", so that what a script would do besides its tests is left out.
     """
-    with tempfile.TemporaryDirectory(prefix="finermoe-code-") as folder:
-        path, done = Path(folder) / "program.py", Path(folder) / "done"
-        path.write_text(program, encoding="utf-8", errors="replace")
-        # The exit code alone is no proof: a program may leave before its tests.
-        token = secrets.token_hex()
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _LIMITED, str(path), str(done), token],
-            cwd=folder,
-            env={"PATH": os.defpath},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            ended = process.wait(seconds) == 0
-            return ended and done.is_file() and done.read_bytes() == token.encode()
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            # What the program has started goes with it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    folder = Path(tempfile.mkdtemp(prefix="finermoe-code-"))
+    # Opened now: the program may take its own rights away, or its folder.
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return _run(folder, program, seconds)
+    finally:
+        _empty(opened)
+        os.close(opened)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _run(folder: Path, program: str, seconds: float) -> bool:
+    path, done = folder / "program.py", folder / "done"
+    path.write_text(program, encoding="utf-8", errors="replace")
+    # The exit code alone is no proof: a program may leave before its tests.
+    token = secrets.token_hex()
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", _LIMITED, str(path), str(done), token],
+        cwd=folder,
+        env={"PATH": os.defpath},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        # A pipe of that name would be waited for.
+        ended = process.wait(seconds) == 0 and done.is_file()
+        return ended and done.read_bytes() == token.encode()
+    except (subprocess.TimeoutExpired, OSError):
+        return False
+    finally:
+        # What the program has started goes with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _empty(folder: int) -> None:
+    """Removes what an open directory holds; what cannot be removed stays.
+
+    Directories inside move up, one by one. A recursion would end at Python's limit, a long path at
+    the system's.
+    """
+    moved: list[str] = []
+
+    def clear(directory: int) -> None:
+        os.fchmod(directory, stat.S_IRWXU)
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):
+                if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode):
+                    os.unlink(name, dir_fd=directory)
+                    continue
+                os.chmod(name, stat.S_IRWXU, dir_fd=directory)
+                up = secrets.token_hex()
+                os.rename(name, up, src_dir_fd=directory, dst_dir_fd=folder)
+                moved.append(up)
+
+    with contextlib.suppress(OSError):
+        clear(folder)
+    while moved:
+        with contextlib.suppress(OSError):
+            name = moved.pop()
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            try:
+                clear(inner)
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=folder)
 
 
 class CodeEval:
@@ -104,6 +162,13 @@ def own_code_eval() -> Iterator[None]:
             "the tasks that run code"
         )
 
+    if passes(f"open('/proc/{os.getpid()}/environ').read()"):
+        print(
+            "WARNING: this system gives programs no namespaces of their own: those that the model "
+            "writes can read the environment of this process and signal it. Leave secrets out of "
+            "the environment",
+            file=sys.stderr,
+        )
     real = evaluate.load
 
     def load(name: str, *arguments: Any, **settings: Any) -> Any:

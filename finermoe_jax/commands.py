@@ -4,7 +4,6 @@ message on stderr and exit code 2."""
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from ml_collections import config_flags
 from finermoe_jax.config import PUBLISHED_START, MoEConfig
 from finermoe_jax.errors import InputError, RunEnded, print_anything
 from finermoe_jax.files import find
+from finermoe_jax.json_files import to_json
 from finermoe_jax.paths import local, local_list
 from finermoe_jax.presets import find_config, preset
 from finermoe_jax.run_settings import RunConfig, run_config
@@ -180,7 +180,7 @@ def read_config() -> RunConfig:
 
 def print_config(config: RunConfig) -> None:
     """Writes the resolved config to stdout, as JSON."""
-    print(json.dumps(dataclasses.asdict(config), indent=2))
+    print(to_json(dataclasses.asdict(config), indent=2))
 
 
 def _require(name: str) -> Any:
@@ -274,7 +274,7 @@ def convert_hf() -> None:
         config = read_config() if FLAGS.config is not None else None
         if FLAGS.print_config:
             moe = config.moe if config else MoEConfig()
-            print(json.dumps(dataclasses.asdict(moe) if moe else None, indent=2))
+            print(to_json(dataclasses.asdict(moe) if moe else None, indent=2))
             return
         source, target = str(find(_require("source"))), Path(_require("target"))
         if FLAGS.to not in ("orbax", "hf"):
@@ -374,7 +374,7 @@ def evaluate() -> None:
             skip_missing=FLAGS.skip_missing,
             allow_code_execution=FLAGS.allow_code_execution,
         )
-        result = json.dumps(
+        result = to_json(
             evaluate(
                 path,
                 text=find(FLAGS.text) if FLAGS.text else None,

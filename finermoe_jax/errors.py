@@ -1,6 +1,7 @@
 """The exceptions whose messages users read, and the parts that such messages have in common."""
 
 import difflib
+import importlib
 import io
 import sys
 from collections.abc import Iterable
@@ -32,6 +33,16 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def import_of_data(package: str, who: str) -> Any:
+    """Imports a package of the extra `data`. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(
+            f"{who} needs the package {package}: pip install 'finermoe-jax[data]'"
+        ) from None
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,11 +83,13 @@ def evaluate(
     """
     if batch_tokens < 1:
         raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
-    pieces = list(TextFile(text).pieces()) if text else []
-    selection: Any = _select(tasks) if tasks else None
+    file = TextFile(text) if text else None
+    # Before the harness, which takes many seconds to load.
     source = open_model(checkpoint)
     limit = source.config.max_position_embeddings
     tokenizer = load_tokenizer(source.files, source.config.vocab_size)
+    pieces = list(file.pieces()) if file else []
+    selection: Any = _select(tasks) if tasks else None
     if text:
         sequence_length = sequence_length or min(limit, 2048)
         stride = stride or max(1, sequence_length // 2)
@@ -242,8 +245,20 @@ def _run(
     if ALL_TEN in tasks.names:
         values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
         metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
+    warn_of_what_is_no_number(metrics)
     found = {"tasks": metrics, "cut": harness.cut}
     return found | ({"skipped": selection.skipped} if selection.skipped else {})
+
+
+def warn_of_what_is_no_number(metrics: dict[str, dict[str, float]]) -> None:
+    """Names on stderr each metric, by task, that is NaN or infinite; JSON will hold null."""
+    for task, values in metrics.items():
+        for name, value in values.items():
+            if not math.isfinite(value):
+                print(
+                    f"WARNING: {task}: {name} is no number ({value}); as JSON it is null",
+                    file=sys.stderr,
+                )
 
 
 def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:

@@ -1,13 +1,16 @@
 """Where named files are found, whether one has changed, and how the system forgets its content."""
 
+import contextlib
 import os
 from pathlib import Path
 
+from finermoe_jax.errors import InputError
 from finermoe_jax.paths import local
 
 _PACKAGE = Path(__file__).parent
 # Inode, bytes, and time of the last write in nanoseconds.
 State = tuple[int, int, int]
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -27,6 +30,16 @@ def state(path: Path) -> State:
     """What changes with a file's content. Raises OSError where there is none."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError where git-lfs has left its pointer in place of a file."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull` "
+                "in its repository"
+            )
 
 
 def forget(path: Path) -> None:

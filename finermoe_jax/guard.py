@@ -1,6 +1,5 @@
 """What is done about steps whose loss or gradient is not finite."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from finermoe_jax import data
 from finermoe_jax.errors import RunEnded
+from finermoe_jax.json_files import to_json
 from finermoe_jax.rows import Mixture
 from finermoe_jax.run_settings import RunConfig
 
@@ -77,7 +77,7 @@ class Guard:
             },
             "rows": data.batch_identity(self.windows, self.config.data, step),
         }
-        (folder / f"step-{step}.json").write_text(json.dumps(text) + "\n")
+        (folder / f"step-{step}.json").write_text(to_json(text) + "\n")
         if with_tokens:
             rows = range(self.config.data.global_batch_size)
             batch = next(data.train_batches(self.windows, self.config.data, step - 1, rows))

@@ -1,10 +1,8 @@
 """config.json of Hugging Face directories to ModelConfig and back."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from finermoe_jax.config import ModelConfig, MoEConfig, RopeScaling
@@ -37,28 +35,6 @@ _DENSE = {
 SUPPORTED_TYPES = (*_DENSE, FINERMOE_TYPE)
 # What transformers takes where config.json is silent, and the weights' shapes do not tell.
 _MISTRAL_WINDOW, _QWEN3_HEAD_DIM = 4096, 128
-# Far above the index of any model.
-_JSON_BYTES = 256 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or InputError naming the file."""
-    try:
-        # A pipe would be waited for, and a device read until memory is full.
-        if not path.is_file() and path.exists():
-            raise InputError(f"{path} is not a file")
-        if (size := path.stat().st_size) > _JSON_BYTES:
-            raise InputError(f"{path} has {size} bytes; at most {_JSON_BYTES} are read as JSON")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 class _Fields:
@@ -71,6 +47,9 @@ class _Fields:
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"{self.where}: {key}={value!r} must be an integer")
+        if abs(value) >= 1 << 63:
+            digits = len(str(abs(value)))
+            raise InputError(f"{self.where}: {key} has {digits} digits; it must fit 64 bits")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

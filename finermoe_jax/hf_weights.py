@@ -3,7 +3,6 @@
 Only safetensors are read: nothing is unpickled or executed.
 """
 
-import json
 import math
 import os
 import re
@@ -20,8 +19,9 @@ from finermoe_jax import lazy
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.errors import InputError
-from finermoe_jax.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf, read_json
+from finermoe_jax.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
 from finermoe_jax.hf_names import Parts, parts
+from finermoe_jax.json_files import read_json, to_json
 from finermoe_jax.lazy import LazyArray, Weights
 from finermoe_jax.model import Decoder, parameter_shapes, with_params
 from finermoe_jax.paths import local
@@ -282,7 +282,7 @@ def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[
         if key in generation or config.moe is None:
             values[key] = generation.get(key)
     files = {"config.json": values} | ({GENERATION_FILE: generation} if generation else {})
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    return {name: to_json(content, indent=2) + "\n" for name, content in files.items()}
 
 
 def _pieces(

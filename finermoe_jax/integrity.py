@@ -1,7 +1,6 @@
 """Checksums of checkpoints: written as part of each, compared before one is used."""
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -17,7 +16,7 @@ import xxhash
 from finermoe_jax import distributed
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, forget, state
-from finermoe_jax.hf_config import read_json
+from finermoe_jax.json_files import parse_json, read_json, to_json
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_128"
@@ -47,7 +46,7 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         files = dict(zip(names, pool.map(entry, names), strict=True))
-    text = json.dumps({"algorithm": _ALGORITHM, "files": files}, indent=1)
+    text = to_json({"algorithm": _ALGORITHM, "files": files}, indent=1)
     (directory / CHECKSUMS).write_text(text + "\n")
 
 
@@ -115,7 +114,7 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
         stated = {
             name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()
         }
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return [f"{error}"]
     names = sorted(name for name in stated if name.partition("/")[0] not in skip)[part::parts]
 
@@ -167,15 +166,15 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
     Raises InputError, on all processes, when none is whole though there have been some.
     """
     while True:
-        known = json.loads(distributed.exchange(json.dumps(saved_steps(steps)))[0])
+        known = parse_json(distributed.exchange(to_json(saved_steps(steps)))[0], "steps")
         if not known:
             break
         newest = steps / str(known[-1])
         mine = damage(newest, part=jax.process_index(), parts=jax.process_count())
         found = [
             message
-            for each in distributed.exchange(json.dumps(mine))
-            for message in json.loads(each)
+            for each in distributed.exchange(to_json(mine))
+            for message in parse_json(each, "damage")
         ]
         if not found:
             return

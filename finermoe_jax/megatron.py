@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import refuse_pointer
 from finermoe_jax.token_files import Source, TokenStream, id_range, map_file, scan_bar
 
 _HEADER = b"MMIDIDX\x00\x00"
@@ -34,6 +35,7 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
     content = map_file(index, np.dtype("u1"))
     head = len(_HEADER) + 25
     if len(content) < head or content[:9].tobytes() != _HEADER:
+        refuse_pointer(index)
         raise InputError(f"{index} does not begin as an index of Megatron-Core (MMIDIDX)")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:head].tobytes())
     if version != 1 or code not in _DTYPES:
@@ -62,6 +64,7 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
         raise InputError(f"{data} is empty")
     size = data.stat().st_size if data.is_file() else 0
     if size != total * dtype.itemsize:
+        refuse_pointer(data)
         raise InputError(
             f"{data} has {size} bytes, and {index} speaks of {total} tokens of "
             f"{dtype.itemsize} bytes: one of them is cut, or of another pair"

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from finermoe_jax.errors import InputError, print_anything
+from finermoe_jax.json_files import read_log
 from finermoe_jax.paths import local
 
 _BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
@@ -23,27 +23,27 @@ _OCTAVES = 3
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; an absent file has none.
-
-    A last line without an end is not one yet: it is being written, or was cut off.
-    """
-    if not path.is_file():
-        return []
-    return [
-        json.loads(line)
-        for line in path.read_text().splitlines(keepends=True)
-        if line.strip() and line.endswith("\n")
-    ]
+    """The records of a run's log (`json_files.read_log`); an absent file has none."""
+    return [values for _, values in read_log(path)]
 
 
 def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
     """Draws all there is to see of a run; returns the PNGs' paths. A dense run has no load.png.
 
-    Raises InputError when workdir, or rival (`draw_loss`), holds no metrics.
+    Raises InputError when workdir, or rival (`draw_loss`), holds no metrics, or records that are
+    not a run's.
     """
     workdir = Path(local(workdir))
     rival = None if rival is None else Path(local(rival))
-    pictures = [draw_loss(workdir, rival), draw_load(workdir)]
+    try:
+        pictures = [draw_loss(workdir, rival), draw_load(workdir)]
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{workdir}: metrics.jsonl, evals.jsonl or expert_load.jsonl holds a record that is "
+            f"not a training run's ({error!r}): remove that line"
+        ) from None
     return [picture for picture in pictures if picture is not None]
 
 
@@ -68,8 +68,12 @@ def colours() -> Any:
 
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that hold one: null stands for what was not finite."""
-    kept = [line for line in lines if line.get(name) is not None]
+    kept = [line for line in lines if _is_number(line.get(name))]
     return [line["step"] for line in kept], [line[name] for line in kept]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
@@ -94,8 +98,8 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
             steps, _running_mean(losses, span), color=_BLUE, linewidth=1.6,
             label=f"training, mean of {span} logged steps",
         )  # fmt: skip
-    dense = [e for e in evals if e["name"] == "dense base"]
-    scored = [e for e in evals if e["name"] != "dense base"]
+    dense = [e for e in evals if e.get("name") == "dense base"]
+    scored = [e for e in evals if e.get("name") != "dense base"]
     if rival is not None:
         _draw_rival(top, rival, span)
     elif dense:
@@ -139,7 +143,8 @@ def _losses(workdir: Path) -> tuple[list[dict], list[dict]]:
     metrics = read_lines(workdir / "metrics.jsonl")
     if not metrics:
         raise InputError(f"{workdir} holds no metrics.jsonl to draw")
-    return metrics, [e for e in read_lines(workdir / "evals.jsonl") if e["loss"] is not None]
+    scores = read_lines(workdir / "evals.jsonl")
+    return metrics, [e for e in scores if _is_number(e.get("loss"))]
 
 
 def _draw_held_out(axes: Any, scored: list[dict], name: str, line: str, colour: str) -> None:
@@ -159,7 +164,7 @@ def _draw_rival(axes: Any, rival: Path, span: int) -> None:
         steps, _running_mean(losses, span), color=_GREY, linewidth=1, alpha=0.7,
         label=f"{name}: training",
     )  # fmt: skip
-    scored = [e for e in evals if e["name"] != "dense base"]
+    scored = [e for e in evals if e.get("name") != "dense base"]
     _draw_held_out(axes, scored, f"{name}: held-out", "s--", _GREY)
 
 
@@ -328,7 +333,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv[1:] in (["-h"], ["--help"]) else 2
     try:
         print(*draw(*map(Path, argv[1:])), sep="\n")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -272,4 +272,6 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"{where}={value!r} must be of type {hint.__name__}")
+    if hint is int and abs(value) >= 1 << 63:
+        raise InputError(f"{where} has {len(str(abs(value)))} digits; it must fit 64 bits")
     return value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.json_files import to_json
 from finermoe_jax.token_files import (
     DTYPES,
     MANIFEST,
@@ -31,7 +31,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes a manifest; the file is there whole or not at all."""
     partial = being_written(path)
     with partial.open("w") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=1)
+        file.write(to_json(dataclasses.asdict(manifest), indent=1))
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

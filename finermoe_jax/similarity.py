@@ -12,7 +12,6 @@ formed: the mean is (|Σ û|² − N) / (N (N − 1)). Experts are read a few at
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from finermoe_jax import lazy
 from finermoe_jax.checkpoint import Source, open_model
 from finermoe_jax.errors import InputError, print_anything
 from finermoe_jax.hf_names import run_layers
+from finermoe_jax.json_files import to_json
 from finermoe_jax.lazy import LazyArray
 from finermoe_jax.paths import local
 from finermoe_jax.plot import draw_similarity
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw_similarity({n: (o.layers, o.values) for n, o in found.items()}, output)
             else:
                 values = {n: dataclasses.asdict(o) | {"mean": o.mean} for n, o in found.items()}
-                output.write_text(json.dumps(values, indent=1) + "\n")
+                output.write_text(to_json(values, indent=1) + "\n")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

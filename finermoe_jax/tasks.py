@@ -6,11 +6,8 @@ The layout of such a directory is in docs/evaluation.md. Needs the extra `eval`.
 import contextlib
 import dataclasses
 import functools
-import gzip
-import json
 import logging
 import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,11 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
 from finermoe_jax.code_execution import own_code_eval
+from finermoe_jax.compressed import decompressed
 from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.files import refuse_pointer
+from finermoe_jax.json_files import json_rows, to_json
+from finermoe_jax.text import HALF_PAIR, is_text
 
 # The paper's ten by the harness's names, and the metric of each that goes into the mean: the one of
 # the Open LLM Leaderboards where they had the task, else the harness's first.
@@ -338,23 +339,17 @@ def _read(path: Path) -> list[dict] | None:
     file = plain if plain.is_file() else packed
     if not file.is_file():
         return None
+    refuse_pointer(file)
     rows: list[dict] = []
     try:
-        with open(file, "rb") if file is plain else gzip.open(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line.decode("utf-8"))
-                if b"\\ud" in line.lower():
-                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair?
+        with file.open("rb") as raw, decompressed(raw, file) as stream:
+            for number, row in json_rows(stream, file):
                 if not isinstance(row, dict):
                     raise InputError(f"{file}, line {number}: not a JSON object")
+                if not is_text(to_json(row, ensure_ascii=False)):
+                    raise InputError(f"{file}, line {number}: {HALF_PAIR}")
                 rows.append(row)
-    except UnicodeError as error:
-        raise InputError(f"{file}, line {number}, is not UTF-8 text: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{file}, line {number}: not a JSON object: {error}") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not rows:
         raise InputError(f"{file} holds no rows")

@@ -4,7 +4,6 @@ Nothing is unpickled or executed.
 """
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import forget
-from finermoe_jax.hf_config import read_json
+from finermoe_jax.files import forget, refuse_pointer
+from finermoe_jax.json_files import read_json, to_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # safetensors' names of the dtypes that are read and written.
@@ -102,6 +101,7 @@ class TensorFiles(contextlib.ExitStack):
                     f"{path} is a pickle, not safetensors; it is not read, since unpickling can "
                     "execute code"
                 ) from None
+            refuse_pointer(path)
             raise InputError(f"{path} is truncated or not a safetensors file: {error}") from None
         return self.files[file]
 
@@ -213,7 +213,7 @@ def write_tensors(
             "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
             "weight_map": {e.name: file for file, s in zip(files, shards, strict=True) for e in s},
         }
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX_FILE).write_text(to_json(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -258,6 +258,6 @@ def _header(shard: Sequence[Entry]) -> bytes:
             "data_offsets": [offset, offset + entry.nbytes],
         }
         offset += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -4,22 +4,19 @@ A piece is at most a few hundred thousand characters, cut after a line end: memo
 whatever a file's size, and the tokens of a text do not depend on how it is read.
 """
 
-import gzip
-import importlib
 import io
-import json
-import lzma
 import re
-import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.compressed import SUFFIXES, decompressed
+from finermoe_jax.errors import InputError, import_of_data
+from finermoe_jax.files import refuse_pointer
+from finermoe_jax.json_files import json_rows
 from finermoe_jax.paths import local
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ LINE_CHARS = 1 << 18  # longer lines are cut
 BATCH_CHARS = 1 << 19  # what is given to the tokenizer at once
 BATCH_PIECES = 1024
 
-_COMPRESSED = (".gz", ".xz", ".zst")
+HALF_PAIR = "half of a surrogate pair, which is no text"
 _KINDS = (".txt", ".jsonl", ".parquet")
 KNOWN = ".txt or .jsonl, plain or with .gz, .xz or .zst, or .parquet"
 
@@ -50,7 +47,7 @@ def text_kind(path: Path) -> str:
     """ ".txt", ".jsonl" or ".parquet", looking through a compression's suffix; "" for others."""
     suffixes = [s.lower() for s in path.suffixes]
     kind = suffixes.pop() if suffixes else ""
-    if kind in _COMPRESSED:
+    if kind in SUFFIXES:
         kind = suffixes.pop() if suffixes else ""
         return kind if kind in _KINDS[:2] else ""
     return kind if kind in _KINDS else ""
@@ -65,12 +62,13 @@ class TextFile:
     """
 
     def __init__(self, path: Path, field: str = "text"):
-        """Raises InputError: no such file, or of an unknown kind."""
+        """Raises InputError: no such file, of an unknown kind, or a git-lfs pointer."""
         path = Path(local(path))
         if not path.is_file():
             raise InputError(f"text file {path} does not exist")
         if not text_kind(path):
             raise InputError(f"{path} must end in {KNOWN}")
+        refuse_pointer(path)
         self.path, self.field = path, field
         self.size, self.position = path.stat().st_size, 0
 
@@ -82,9 +80,9 @@ class TextFile:
     def pieces(self) -> Iterator[Piece]:
         """The text, from the beginning.
 
-        Raises InputError: text that is not UTF-8, a line or row without a text, a damaged or cut
-        file, a reader that is not installed. BlankError: nothing but white space; no piece of it
-        has then been given.
+        Raises InputError: text that is not UTF-8, a line or row without a text, a line of JSON that
+        is too long, a damaged or cut file, a reader that is not installed. BlankError: nothing but
+        white space; no piece of it has then been given.
         """
         blank: list[Piece] | None = []  # until there is text
         try:
@@ -98,7 +96,7 @@ class TextFile:
                     blank = None
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} is not UTF-8 text: {error}") from None
-        except _damages() as error:
+        except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from None
         if blank is not None:
             raise BlankError(f"{self.path} holds no text")
@@ -108,36 +106,38 @@ class TextFile:
         if kind == ".parquet":
             yield from self._rows()
             return
-        with self.path.open("rb") as raw, _decompressed(raw, self.path) as plain:
-            # JSON strings may hold other line ends than \n; text keeps its own.
-            newline = "" if kind == ".txt" else "\n"
-            with io.TextIOWrapper(plain, encoding="utf-8", newline=newline) as stream:
-                for piece in _cut(stream) if kind == ".txt" else self._json_lines(stream):
-                    self.position = raw.tell()
-                    yield piece
+        with self.path.open("rb") as raw, decompressed(raw, self.path) as plain:
+            pieces = self._document(plain) if kind == ".txt" else self._json_lines(plain)
+            for piece in pieces:
+                self.position = raw.tell()
+                yield piece
 
-    def _json_lines(self, stream: Iterable[str]) -> Iterator[Piece]:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[self.field]
-            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-                text = None
+    def _document(self, stream: BinaryIO) -> Iterator[Piece]:
+        # A byte order mark is no text; line ends stay as they are.
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            yield from _cut(text)
+
+    def _json_lines(self, stream: BinaryIO) -> Iterator[Piece]:
+        for number, row in json_rows(stream, self.path):
+            text = row.get(self.field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise InputError(
                     f'{self.path}, line {number}: not a JSON object with a "{self.field}" string'
                 )
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise InputError(
-                    f"{self.path}, line {number}: half of a surrogate pair, which is no text"
-                )
+            if not is_text(text):
+                raise InputError(f"{self.path}, line {number}: {HALF_PAIR}")
             yield from cut_document(text)
 
     def _rows(self) -> Iterator[Piece]:
-        _need("pyarrow", self.name)
+        pyarrow = import_of_data("pyarrow", self.name)
         from pyarrow import parquet
 
+        try:
+            yield from self._columns(parquet)
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+
+    def _columns(self, parquet: Any) -> Iterator[Piece]:
         with parquet.ParquetFile(self.path) as file:
             if self.field not in file.schema_arrow.names:
                 raise InputError(
@@ -161,7 +161,7 @@ class HubText:
 
     def __init__(self, name: str, split: str, field: str):
         """Raises InputError when the library `datasets` is not installed."""
-        _need("datasets", f"{name} is no file here; as a Hugging Face dataset it")
+        import_of_data("datasets", f"{name} is no file here; as a Hugging Face dataset it")
         self.name, self.split, self.field = name, split, field
 
     def pieces(self) -> Iterator[Piece]:
@@ -196,48 +196,13 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)) and not text_kind(Path(name))
 
 
-def _need(package: str, who: str) -> None:
+def is_text(text: str) -> bool:
+    """Whether a string has a form in UTF-8: halves of surrogate pairs, which JSON can spell, have
+    none."""
     try:
-        importlib.import_module(package)
-    except ImportError:
-        raise InputError(
-            f"{who} needs the package {package}: pip install 'finermoe-jax[data]'"
-        ) from None
-
-
-def _decompressed(raw: Any, path: Path) -> Any:
-    """The plain bytes of an open file."""
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(raw)
-        case ".xz":
-            return lzma.open(raw)
-        case ".zst":
-            return _zstd(str(path)).open(raw)
-    return raw
-
-
-def _zstd(who: str) -> Any:
-    """The standard library's module, or what it was before Python 3.14."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        _need("backports.zstd", who)
-        from backports import zstd
-    return zstd
-
-
-def _damages() -> tuple[type[Exception], ...]:
-    """What the readers in use raise at a damaged file."""
-    found: list[type[Exception]] = [OSError, EOFError, lzma.LZMAError, zlib.error]
-    for module, name in (
-        ("backports.zstd", "ZstdError"),
-        ("compression.zstd", "ZstdError"),
-        ("pyarrow", "ArrowException"),
-    ):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
+        return text.isascii() or text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def cut_document(text: str) -> Iterator[Piece]:

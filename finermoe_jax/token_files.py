@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import mmap
 import os
 import resource
@@ -26,6 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import refuse_pointer
+from finermoe_jax.json_files import read_json, to_json
 from finermoe_jax.paths import local
 from finermoe_jax.run_settings import from_dict
 
@@ -170,14 +171,18 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """Raises InputError for a file that is no manifest, or of another format."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+    values = read_json(path)
+    if (found := values.get("format")) != FORMAT:
         raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
-    return from_dict(Manifest, values, str(path))
+    manifest: Manifest = from_dict(Manifest, values, str(path))
+    for shard in manifest.shards:
+        if len(shard.end) != 2 or min(*shard.end, shard.tokens, shard.documents) < 0:
+            raise InputError(
+                f"{path}: shard {shard.name!r} has {shard.tokens} tokens, {shard.documents} "
+                f"documents and end={shard.end}, which must be two numbers, none below 0: prepare "
+                "the text anew"
+            )
+    return manifest
 
 
 def shard_name(number: int) -> str:
@@ -201,6 +206,7 @@ def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
         except OSError as error:
             return f"{path} cannot be read: {error}"
         if size != least if exact else size < least:
+            refuse_pointer(path)
             return f"{path} has {size} bytes, and the manifest says {least}"
     return ""
 
@@ -349,14 +355,10 @@ def tokenizer_hash(directory: Path) -> str:
     found = hashlib.sha256()
     whole = directory / "tokenizer.json"
     if whole.is_file():
-        try:
-            content = json.loads(whole.read_bytes())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{whole} cannot be read: {error}") from None
-        if isinstance(content, dict):
-            for setting in ("truncation", "padding"):  # of how it was called last
-                content.pop(setting, None)
-        found.update(json.dumps(content, sort_keys=True).encode())
+        content = read_json(whole)
+        for setting in ("truncation", "padding"):  # of how it was called last
+            content.pop(setting, None)
+        found.update(to_json(content, sort_keys=True).encode())
     else:
         for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
             if (directory / name).is_file():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.hf_config import read_json
+from finermoe_jax.files import refuse_pointer
+from finermoe_jax.json_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
             "model's tokenizer files there, or in training name a directory that has them in "
             "data.tokenizer"
         )
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".txt", ".jinja") and path.is_file():
+            refuse_pointer(path)
     tokenizer = _from_transformers(directory)
     largest = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
     if largest > vocab_size:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
 from finermoe_jax.guard import Guard
 from finermoe_jax.integrity import set_aside_damaged
+from finermoe_jax.json_files import to_json
 from finermoe_jax.loop import Loop
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
@@ -79,7 +79,7 @@ def train(
     first = jax.process_index() == 0
     if not first:
         say = _silent
-    stated = json.dumps([dataclasses.asdict(config), str(workdir), list(allow_changes)])
+    stated = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
     with contextlib.ExitStack() as opened:
         lock = opened.enter_context(contextlib.closing(Lock(workdir)))
@@ -126,7 +126,7 @@ def _claimed(
     set_aside_damaged(workdir / "checkpoints", say)
     with distributed.together():
         mesh, start, tokenizer, text = _checked(config, workdir, allow_changes)
-    distributed.same(json.dumps(text.identity), "reads other data than process 0")
+    distributed.same(to_json(text.identity), "reads other data than process 0")
     distributed.same(
         str(newest_checkpoint(workdir / "checkpoints")),
         f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "

@@ -3,8 +3,6 @@
 import dataclasses
 import datetime
 import fcntl
-import json
-import math
 import os
 import socket
 import sys
@@ -19,8 +17,8 @@ import jax
 from finermoe_jax import plot
 from finermoe_jax.checkpoint import newest_checkpoint
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
-from finermoe_jax.hf_config import read_json
 from finermoe_jax.hf_weights import copy_tokenizer
+from finermoe_jax.json_files import read_json, read_log, to_json
 from finermoe_jax.run_settings import RunConfig, run_config
 
 _LOCK, _PARTIAL = ".lock", ".config.json.partial"
@@ -167,7 +165,7 @@ def prepare(
     # In this order: killed in between, the same command goes on (_unfinished).
     (workdir / "checkpoints").mkdir(exist_ok=True)
     partial = workdir / _PARTIAL
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    partial.write_text(to_json(dataclasses.asdict(config), indent=2) + "\n")
     partial.rename(workdir / "config.json")
     (workdir / "tokenizer").mkdir(exist_ok=True)
     if tokenizer_files != workdir / "tokenizer":
@@ -208,7 +206,7 @@ def record_data(workdir: Path, identity: dict[str, Any]) -> None:
         )
         print(f"from step {newest.name} on, the data is other data: {', '.join(changed)}")
     partial = workdir / ".data.json.partial"
-    partial.write_text(json.dumps(identity, indent=2) + "\n")
+    partial.write_text(to_json(identity, indent=2) + "\n")
     partial.rename(workdir / "data.json")
 
 
@@ -216,7 +214,14 @@ def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
     """What differs of the data, but its place; nothing where no data is recorded."""
     if not (workdir / "data.json").is_file():
         return {}
-    return differences(_content(read_json(workdir / "data.json")), _content(identity))
+    try:
+        recorded = _content(read_json(workdir / "data.json"))
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(
+            f"{workdir / 'data.json'} is damaged ({error!r}): put back a copy of it, or remove it "
+            "to resume without comparing the data with what the run began with"
+        ) from None
+    return differences(recorded, _content(identity))
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +273,7 @@ class Log:
     def _append(self, file: str, values: dict) -> None:
         if jax.process_index() == 0:
             with (self.workdir / file).open("a") as stream:
-                stream.write(json.dumps(_finite(values)) + "\n")
+                stream.write(to_json(values) + "\n")
 
     def metrics(self, values: dict) -> None:
         """A logged step, into metrics.jsonl."""
@@ -285,7 +290,7 @@ class Log:
     def has_evaluation(self, step: int) -> bool:
         """Whether the model after this step has been scored."""
         return any(
-            e["name"] == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
+            e.get("name") == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
         )
 
     def config_changes(self, step: int, changes: dict[str, list]) -> None:
@@ -304,22 +309,7 @@ class Log:
             path = self.workdir / file
             if not path.is_file():
                 continue
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # a line cut short by a kill
+            kept = [line + b"\n" for line, values in read_log(path) if values["step"] <= step]
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_bytes(b"".join(kept))
             partial.rename(path)
-
-
-def _finite(values: Any) -> Any:
-    """Values that JSON knows: NaN and infinity become null."""
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values

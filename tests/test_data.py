@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finermoe_jax import text
+from finermoe_jax.compressed import zstd_module
 from finermoe_jax.data import Order, batch_identity, open_data, parse_mixture, train_batches
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
@@ -221,7 +221,7 @@ def test_tokens_decode_to_the_documents(tokenizer):
 
 
 def _zstd(path, mode):
-    return text._zstd("the test").open(path, mode)
+    return zstd_module(path).open(path, mode)
 
 
 @pytest.mark.parametrize("opener", [open, gzip.open, lzma.open, _zstd])

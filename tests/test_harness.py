@@ -309,8 +309,11 @@ def test_refused_before_weights_are_read(rows, names, settings, words, monkeypat
     ("content", "words"),
     [
         (b'{"question": "\xff"}\n', ["test.jsonl, line 1", "not UTF-8"]),
-        (b'{"question": "\\ud83d"}\n', ["test.jsonl, line 1", "not UTF-8"]),
-        (b'\n{"question": \n', ["test.jsonl, line 2", "not a JSON object"]),
+        (b'{"question": "\\ud83d"}\n', ["test.jsonl, line 1", "half of a surrogate pair"]),
+        (b'\n{"question": \n', ["test.jsonl, line 2", "not readable as JSON"]),
+        (b'{"id": ' + b"1" * 5000 + b"}", ["test.jsonl, line 1", "more than 4300 digits"]),
+        (b"[" * 100_000, ["test.jsonl, line 1", "nested more than 64 levels"]),
+        (b"version https://git-lfs.github.com/spec/v1\n", ["test.jsonl", "git lfs pull"]),
         (b"[1]\n", ["test.jsonl, line 1", "not a JSON object"]),
         (b"\n", ["test.jsonl", "no rows"]),
     ],
@@ -342,6 +345,12 @@ def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
     assert words in str(error.value)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         evaluate(str(DEMO), tasks=Tasks(["arc_easy"], tmp_path, limit=1))
+
+
+def test_a_checkpoint_that_is_not_there_is_said_first(tmp_path):
+    """Before the harness is loaded, which would refuse this task."""
+    with pytest.raises(InputError, match="is neither a directory nor a hub id"):
+        evaluate(str(tmp_path / "nowhere"), tasks=Tasks(["arc_easi"], tmp_path))
 
 
 def test_ten_without_rows_have_no_mean(tmp_path):
