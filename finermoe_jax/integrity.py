@@ -104,12 +104,16 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
 
     Raises InputError where it cannot be told: permissions, a failing disk, too many open files.
     """
-    for path in directory.rglob("*"):
-        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-            return [f"{path.relative_to(directory)} is neither a file nor a directory"]
-    for name in ("config/metadata", CHECKSUMS):
-        with _unreadable(directory), contextlib.suppress(FileNotFoundError):
-            (directory / name).open("rb").close()
+    try:
+        with _unreadable(directory):
+            for path in directory.rglob("*"):
+                if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                    return [f"{path.relative_to(directory)} is neither a file nor a directory"]
+            for name in ("config/metadata", CHECKSUMS):
+                if (directory / name).exists():
+                    (directory / name).open("rb").close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return [f"{error.filename} is missing or no file"]
     try:
         described = read_json(directory / "config" / "metadata")
         if "checksums" not in described and not (directory / CHECKSUMS).exists():

@@ -149,12 +149,23 @@ def _distinct(disk, below, ours):
                 yield number, late, tree
 
 
+def _noted(method, calls):
+    def noted(*arguments, **options):
+        method(*arguments, **options)
+        calls.append(method.__name__)
+
+    return noted
+
+
 def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, monkeypatch):
-    reported = [(0, -1)]
+    reported, calls = [(0, -1)], []
     wait, workdir = TrainingCheckpoints.wait, disk.root / "runs" / "run"
+    for place, name in ((TrainingCheckpoints, "save"), (Log, "metrics")):
+        monkeypatch.setattr(place, name, _noted(getattr(place, name), calls))
 
     def told(self):
         wait(self)
+        calls.append("wait")
         if saved := saved_steps(self.directory):
             reported.append((len(disk.moments), saved[-1]))
 
@@ -163,6 +174,8 @@ def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, 
     train(config, workdir, say=_silent)
     monkeypatch.undo()
     assert saved_steps(workdir / "checkpoints") == [4] == [reported[-1][1]]
+    # A log with steps and no checkpoint is one that has lost them.
+    assert calls[:4] == ["wait", "save", "wait", "metrics"]
     cuts, resumed, tokenizer = 0, set(), _actual(workdir / "tokenizer")
 
     def counts(name):
