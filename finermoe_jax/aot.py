@@ -23,7 +23,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from finermoe_jax import candidates, commands, report, sharding
+from finermoe_jax import candidates, commands, files, report, sharding
 from finermoe_jax.checkpoint import abstract_params
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
@@ -165,7 +165,7 @@ def compile_step(
     slices = [target.slice_of(device) for device in step.mesh.devices.flat]
     text = compiled.as_text()
     if hlo:
-        hlo.write_text(text)
+        files.write(hlo, text)
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(step, target)
     figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
@@ -274,7 +274,7 @@ def main() -> None:
                 config, target, prepare, compile_step if flags.FLAGS.suggest else None
             )
         if output:
-            output.write_text(to_json(figures, indent=2) + "\n")
+            files.write(output, to_json(figures, indent=2) + "\n")
 
     commands.run(
         "Compile the train step for hardware that is not there: python -m finermoe_jax.aot "

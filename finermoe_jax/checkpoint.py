@@ -7,19 +7,20 @@
     metrics/        the held-out loss, in training checkpoints that are ranked by it
     checksums.json  size and hash of every file (integrity.py)
 
-Orbax writes into a temporary directory and renames it, so that a checkpoint is there whole or
-not at all; its checksums are part of what is renamed.
+Orbax writes into a temporary directory and renames it when all of it is on the disk, its checksums
+included: a checkpoint is there whole or not at all, after a power cut, too.
 """
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import State, state
+from finermoe_jax.files import State, commit, state
 from finermoe_jax.hf_weights import (
     copy_tokenizer,
     open_hf,
@@ -44,11 +45,15 @@ from finermoe_jax.hf_weights import (
     stored_dtypes,
 )
 from finermoe_jax.integrity import (
+    TRIES,
     Known,
     damage,
     hashed_along,
+    in_training,
     newest_whole,
+    refuse_renamed,
     saved_steps,
+    unreadable,
     write_checksums,
 )
 from finermoe_jax.json_files import read_json
@@ -60,6 +65,12 @@ from finermoe_jax.tokenizers import check_kept
 
 _CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "optimizer"
 _NOT_READ = (_OPTIMIZER, "metrics")  # by those who want the model alone
+_PARTIAL = ocp.path.atomicity.TMP_DIR_SUFFIX
+# Errors of the system, as tensorstore words them, that say nothing about what is stored.
+_UNREADABLE = [
+    os.strerror(number)
+    for number in (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+]
 
 
 class TokenizerHandler(ocp.CheckpointHandler):
@@ -100,9 +111,13 @@ def _describe(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
 
 
 def save_args(
-    model: Decoder, params: dict, tokenizer: Path | None, optimizer: Any
+    model: Decoder,
+    params: dict,
+    tokenizer: Path | None,
+    optimizer: Any,
+    described: Mapping[str, Any],
 ) -> ocp.args.Composite:
-    """The items of a training checkpoint."""
+    """The items of a training checkpoint; `described` is put into config/ beside the model's."""
 
     def chunks(leaf: jax.Array) -> ocp.SaveArgs:
         # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
@@ -113,7 +128,7 @@ def save_args(
     return ocp.args.Composite(
         **{
             _CONFIG: ocp.args.JsonSave(
-                _describe(model.config, model.dtype, model.embed.weight.dtype)
+                _describe(model.config, model.dtype, model.embed.weight.dtype) | described
             ),
             _PARAMS: ocp.args.StandardSave(params, save_args=jax.tree.map(chunks, params)),
             _TOKENIZER: TokenizerSave(tokenizer),
@@ -157,7 +172,7 @@ def write_checkpoint(
                     _TOKENIZER: TokenizerHandler(),
                 }
             ),
-            async_options=_with_checksums(lambda: target, known),
+            temporary_path_class=_durable(known),
         ) as checkpointer,
     ):
         checkpointer.save(target, args=items)
@@ -181,20 +196,32 @@ def save_checkpoint(
 
 def _partial(target: Path) -> Path:
     """Where Orbax writes what is about to become `target`."""
-    return target.with_name(f"{target.name}.orbax-checkpoint-tmp")
+    return target.with_name(f"{target.name}{_PARTIAL}")
 
 
-def _with_checksums(target: Callable[[], Path], known: Known | None = None) -> ocp.AsyncOptions:
-    """Orbax's options that put checksums into what is about to become `target()`.
+def _durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+    """Orbax's class of temporary directories, with checksums and an fsync before the rename.
 
-    known holds those taken already. Orbax calls back when all processes have written, in a thread
-    of the first process, just before it renames the directory.
+    `known` holds the checksums taken already. Orbax finalizes when all processes have written, in
+    a thread of the first one, and removes older checkpoints after that.
     """
 
-    def call() -> None:
-        write_checksums(_partial(target()), known)
+    class Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            final = Path(self._final_path)
+            if _PARTIAL in final.parent.name:  # an item in a checkpoint, which is synced with it
+                return await super().finalize()
+            # Orbax's own finalize writes two more files; what it renames is not there yet.
+            whole = final.with_name(f"{final.name}{_PARTIAL}.whole")
+            self._final_path = epath.Path(whole)
+            try:
+                await super().finalize()
+            finally:
+                self._final_path = epath.Path(final)
+            write_checksums(whole, known)
+            commit(whole, final)
 
-    return ocp.AsyncOptions(post_finalization_callback=call)
+    return Durable
 
 
 def newest_checkpoint(steps: Path) -> Path | None:
@@ -209,13 +236,18 @@ def _step_directory(path: Path, skip: tuple[str, ...]) -> Path:
     Items in `skip` are not looked at.
     """
     if (path / _PARAMS).is_dir() and (path / _CONFIG).is_dir():
-        if found := damage(path, skip):
+        found = damage(path, skip)
+        if not path.is_dir():
+            raise _removed(path)
+        if found:
             raise InputError(
                 f"checkpoint {path} is damaged: {'; '.join(found[:3])}. Take another one, or make "
                 "it anew"
             )
+        if path.parent.name == "checkpoints" and path.name.isdecimal():
+            refuse_renamed(path)
         return path
-    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = steps_of(path)
     newest = newest_whole(steps, skip)
     if newest is None and newest_checkpoint(steps) is not None:
         raise InputError(f"{steps} holds no checkpoint without damage")
@@ -225,6 +257,24 @@ def _step_directory(path: Path, skip: tuple[str, ...]) -> Path:
             "with checkpoints/, nor a Hugging Face directory with config.json"
         )
     return newest
+
+
+def steps_of(path: Path) -> Path:
+    """The directory of the numbered checkpoints of a workdir; `path` itself if it is no workdir."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def _removed(checkpoint: Path) -> InputError:
+    return InputError(
+        f"{checkpoint} was removed while it was read. A run in training keeps its newest "
+        f"checkpoints alone: give {checkpoint.parent} to read the newest one"
+    )
+
+
+def logged_bytes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
+    logged = read_json(checkpoint / _CONFIG / "metadata").get("logged")
+    return logged if isinstance(logged, dict) else {}
 
 
 def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
@@ -302,6 +352,10 @@ def _readable(checkpoint: Path) -> Iterator[None]:
                 " spread them over more devices by a mesh, or take a smaller model"
             ) from None
         first = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
+        if not checkpoint.exists():
+            raise _removed(checkpoint) from None
+        if any(reason in str(error) for reason in _UNREADABLE):
+            raise unreadable(checkpoint, first) from None
         raise InputError(f"checkpoint {checkpoint} is damaged or incomplete: {first}") from None
 
 
@@ -313,7 +367,12 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 
     Raises InputError when there is none, or when it is damaged.
     """
-    directory = _step_directory(Path(local(path)).absolute(), (*_NOT_READ, _TOKENIZER))
+    path = Path(local(path)).absolute()
+    return in_training(steps_of(path), lambda: _load_checkpoint(path, mesh))
+
+
+def _load_checkpoint(path: Path, mesh: Mesh | None) -> Decoder:
+    directory = _step_directory(path, (*_NOT_READ, _TOKENIZER))
     config, dtype, param_dtype = read_description(directory)
     shardings = None
     if mesh is not None:
@@ -331,7 +390,8 @@ class Source:
     """A model wherever it lies, not read yet.
 
     dtype is the activations', stored are the dtypes of the weights as they lie there; files is
-    where its tokenizer is; states are those of the files that hold the weights.
+    where its tokenizer is; states are those of the files that hold the weights and, of a
+    checkpoint, the tokenizer.
     """
 
     config: ModelConfig
@@ -347,7 +407,12 @@ class Source:
         For whoever has read for a long time: only blocks read before are known to be right.
         """
         for path, before in self.states.items():
-            if not path.is_file() or state(path) != before:
+            if not path.is_file():
+                raise InputError(
+                    f"{path} was removed while it was read: leave the source alone. Of a run in "
+                    "training take a copy of one checkpoint"
+                )
+            if state(path) != before:
                 raise InputError(f"{path} was changed while it was read: leave the source alone")
 
 
@@ -376,10 +441,15 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Sourc
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
         return Source(config, weights, dtype, stored_dtypes(directory), directory, states)
-    step = _step_directory(place, _NOT_READ)
-    states = {file: state(file) for file in (step / _PARAMS).rglob("*") if file.is_file()}
+    return in_training(steps_of(place), lambda: _open_checkpoint(place, dtype))
+
+
+def _open_checkpoint(path: Path, dtype: DTypeLike | None) -> Source:
+    step = _step_directory(path, _NOT_READ)
     config, activations, stored = read_description(step)
     with _readable(step):
+        files = [file for item in (_PARAMS, _TOKENIZER) for file in (step / item).rglob("*")]
+        states = {file: state(file) for file in files if file.is_file()}
         weights = lazy_checkpoint.read(step / _PARAMS, parameter_shapes(config))
     weights = lazy.cast(weights, dtype)
     return Source(config, weights, jnp.dtype(activations), [stored], step / _TOKENIZER, states)
@@ -391,12 +461,33 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
     A HF model's float16 or bfloat16 weights stay as stored; on a CPU, activations are float32,
     since products of few bfloat16 rows run far below the memory's bandwidth there.
     """
-    source = open_model(path)
-    return read_model(source, path), source.files
+
+    def load() -> tuple[Decoder, Path]:
+        source = open_model(path)
+        return _read_model(source, path), source.files
+
+    return in_training(steps_of(Path(path)), load)
 
 
 def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`."""
+    """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`.
+
+    Where a run in training has removed that meanwhile, its newest checkpoint is read.
+    """
+    for _ in range(TRIES):
+        try:
+            return _read_model(source, path, mesh)
+        except InputError:
+            if all(file.exists() for file in source.states):
+                raise
+        if not saved_steps(steps_of(Path(path))):
+            break
+        source = open_model(path, source.weights["embed", "weight"].dtype)
+    source.refuse_changed()
+    raise AssertionError("a file of the source was missing and is there again")
+
+
+def _read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
     with _readable(Path(path)):
         if mesh is None:
             params = lazy.in_memory(source.weights)
@@ -418,7 +509,6 @@ class TrainingCheckpoints:
     def __init__(self, directory: Path, keep: int, keep_best: int = 0):
         self.directory, self.keep_best = directory.absolute(), keep_best
         self.disk = Disk(self.directory)
-        self.saving: int | None = None
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=_held_out_loss,
@@ -434,7 +524,7 @@ class TrainingCheckpoints:
                 best_fn=_held_out_loss if keep_best else None,
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                async_options=_with_checksums(lambda: self.directory / str(self.saving)),
+                temporary_path_class=_durable(),
             ),
             item_handlers={
                 _CONFIG: ocp.JsonCheckpointHandler(),
@@ -460,10 +550,15 @@ class TrainingCheckpoints:
         optimizer: Any,
         tokenizer: Path | None,
         loss: float | None = None,
+        logged: Mapping[str, int] | None = None,
     ) -> None:
         """Starts a save of this step; training may go on while it is written.
 
-        `loss` is the held-out loss by which keep_best ranks, None where there is none.
+        It counts as saved when `wait` returns: then a power cut cannot take it away, and older
+        ones may be removed.
+
+        `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
+        the bytes of each log up to this step (`logged_bytes`).
 
         Raises RunEnded when the disk has no room for it, or had none for the one before.
         """
@@ -471,12 +566,12 @@ class TrainingCheckpoints:
             return
         self.wait()
         self.disk.refuse_full(step, params, optimizer)
-        self.saving = step
+        described = {"step": step, "logged": dict(logged or {})}
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
         with self.disk.watched():
             self.manager.save(
                 step,
-                args=save_args(model, params, tokenizer, optimizer),
+                args=save_args(model, params, tokenizer, optimizer, described),
                 metrics=metrics if self.keep_best else None,
             )
 

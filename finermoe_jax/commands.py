@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from finermoe_jax.config import PUBLISHED_START, MoEConfig
 from finermoe_jax.errors import InputError, RunEnded, print_anything
-from finermoe_jax.files import find
+from finermoe_jax.files import find, write
 from finermoe_jax.json_files import to_json
 from finermoe_jax.paths import local, local_list
 from finermoe_jax.presets import find_config, preset
@@ -389,7 +389,7 @@ def evaluate() -> None:
         # Hours of work are not lost where the file cannot be written.
         print(result, flush=True)
         if FLAGS.output:
-            Path(FLAGS.output).write_text(result + "\n")
+            write(Path(FLAGS.output), result + "\n")
 
     run("Evaluate: python eval.py --checkpoint=DIR [--text=FILE.txt] [--tasks=arc_easy,hellaswag] "
          "[--data_dir=DIR] [--output=FILE.json]", define, main)  # fmt: skip
@@ -423,18 +423,20 @@ def generate() -> None:
         prompt = FLAGS.prompt if FLAGS.chat else _require("prompt")
         if FLAGS.system and not FLAGS.chat:
             raise InputError("--system is of a conversation; it needs --chat")
-        from finermoe_jax.checkpoint import open_model, read_model
-        from finermoe_jax.completion import check_prompt, complete, conversation, end_tokens
+        from finermoe_jax.checkpoint import read_model
+        from finermoe_jax.completion import (
+            check_prompt,
+            complete,
+            conversation,
+            open_with_tokenizer,
+        )
         from finermoe_jax.int8 import int8_weights
         from finermoe_jax.sampling import Sampling
-        from finermoe_jax.tokenizers import load_tokenizer
 
         sampling = Sampling(*map(FLAGS.__getattr__, Sampling._fields))
         sampling.check()
-        source = open_model(path)
+        source, tokenizer, ends = open_with_tokenizer(path)
         config = source.config
-        tokenizer = load_tokenizer(source.files, config.vocab_size)
-        ends = end_tokens(source.files, tokenizer, config.vocab_size)
         messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
         # What can be refused is refused before the weights are read.
         first: Any = prompt

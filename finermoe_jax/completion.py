@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finermoe_jax.checkpoint import Source, open_model, steps_of
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.generation import check, stream
+from finermoe_jax.integrity import in_training
 from finermoe_jax.model import Decoder
+from finermoe_jax.paths import local
 from finermoe_jax.sampling import Sampling
-from finermoe_jax.tokenizers import generation_settings
+from finermoe_jax.tokenizers import generation_settings, load_tokenizer
 
 GREEDY = Sampling()
 
@@ -24,6 +27,24 @@ def end_tokens(files: Path, tokenizer: Any, vocab_size: int) -> frozenset[int]:
     stated = generation_settings(files, vocab_size).get("eos_token_id")
     ids = stated if isinstance(stated, list) else [stated]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def open_with_tokenizer(path: str | os.PathLike) -> tuple[Source, Any, frozenset[int]]:
+    """A model that is not read yet, its tokenizer, and the tokens that end a text.
+
+    path is a checkpoint, a workdir, a HF directory or a hub id. Raises InputError as `open_model`
+    and `load_tokenizer` do.
+    """
+
+    def load() -> tuple[Source, Any, frozenset[int]]:
+        source = open_model(path)
+        vocab_size = source.config.vocab_size
+        tokenizer = load_tokenizer(source.files, vocab_size)
+        ends = end_tokens(source.files, tokenizer, vocab_size)
+        source.refuse_changed()  # a file that was removed says nothing, and may not be missed
+        return source, tokenizer, ends
+
+    return in_training(steps_of(Path(local(path))), load)
 
 
 def complete(

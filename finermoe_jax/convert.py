@@ -67,8 +67,8 @@ def convert(
     size = sum(array.nbytes for array in weights.values())
     with (
         stop_requests() as stopped,
-        new_directory(target) as directory,
         _room(target, size),
+        new_directory(target) as directory,
         tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
     ):
 
@@ -77,13 +77,15 @@ def convert(
             if stopped(0):
                 raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
 
-        if to == "hf":
-            for size in write_hf(config, weights, directory, model.files):
-                written(size)
-        else:
-            activations = dtype or model.dtype
-            write_checkpoint(config, activations, weights, directory, model.files, written)
-        model.refuse_changed()
+        try:
+            if to == "hf":
+                for size in write_hf(config, weights, directory, model.files):
+                    written(size)
+            else:
+                activations = dtype or model.dtype
+                write_checkpoint(config, activations, weights, directory, model.files, written)
+        finally:
+            model.refuse_changed()  # which is then the cause of whatever else was wrong
     return config
 
 
@@ -94,7 +96,8 @@ def _room(target: Path, size: int) -> Iterator[None]:
     def text(number: int) -> str:
         return tqdm.format_sizeof(number, "B")
 
-    free = shutil.disk_usage(target.absolute().parent).free
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
     if size > free:
         raise InputError(
             f"{target} would take {text(size)}, and its disk has {text(free)} free: make room, or "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.files import commit, make_directory
 from finermoe_jax.paths import local
 
 
@@ -23,6 +24,8 @@ def refuse_occupied(target: Path) -> None:
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     """A path at which to make a directory, which becomes `target` once the block has ended well.
 
+    After that, a power cut cannot take it away, or a part of it (`files.commit`).
+
     It lies in a hidden directory beside target. What a killed process has left in that one is
     removed by the next that writes the same target.
 
@@ -34,7 +37,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"{target} is a mount point, and is not replaced: give a directory in it")
     partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         lock = _claim(partial, target)
     except OSError as error:
         raise InputError(
@@ -47,7 +50,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         yield partial / target.name
         if target.exists():
             target.rmdir()
-        (partial / target.name).rename(target)
+        commit(partial / target.name, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

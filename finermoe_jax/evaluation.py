@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from finermoe_jax import sharding
-from finermoe_jax.checkpoint import open_model, read_model
-from finermoe_jax.completion import end_tokens
+from finermoe_jax.checkpoint import read_model
+from finermoe_jax.completion import open_with_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.int8 import int8_weights
 from finermoe_jax.losses import cross_entropy_sum
@@ -30,7 +30,7 @@ from finermoe_jax.rows import Mixture
 from finermoe_jax.run_settings import MeshConfig
 from finermoe_jax.scoring import BATCH_TOKENS, score, windows
 from finermoe_jax.text import Piece, TextFile, tokenize
-from finermoe_jax.tokenizers import load_tokenizer, prefix_token
+from finermoe_jax.tokenizers import prefix_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,8 @@ def evaluate(
         raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
     file = TextFile(text) if text else None
     # Before the harness, which takes many seconds to load.
-    source = open_model(checkpoint)
+    source, tokenizer, ends = open_with_tokenizer(checkpoint)
     limit = source.config.max_position_embeddings
-    tokenizer = load_tokenizer(source.files, source.config.vocab_size)
     pieces = list(file.pieces()) if file else []
     selection: Any = _select(tasks) if tasks else None
     if text:
@@ -114,7 +113,6 @@ def evaluate(
     if text:
         results |= _perplexity(model, documents, sequence_length, stride, **options)
     if tasks:
-        ends = end_tokens(source.files, tokenizer, source.config.vocab_size)
         harness = dict(ends=ends, **options)
         results |= _run(model, tokenizer, tasks, selection, harness)
     return results

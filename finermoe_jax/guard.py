@@ -1,5 +1,6 @@
 """What is done about steps whose loss or gradient is not finite."""
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from finermoe_jax import data
+from finermoe_jax import data, files
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.json_files import to_json
 from finermoe_jax.rows import Mixture
@@ -67,7 +68,7 @@ class Guard:
     def _write(
         self, folder: Path, step: int, metrics: Mapping[str, Any], with_tokens: bool
     ) -> None:
-        folder.mkdir(exist_ok=True)
+        files.make_directory(folder)
         values = {name: float(metrics[name]) for name in ("loss", "aux_loss", "grad_norm")}
         text = {
             "step": step,
@@ -77,9 +78,11 @@ class Guard:
             },
             "rows": data.batch_identity(self.windows, self.config.data, step),
         }
-        (folder / f"step-{step}.json").write_text(to_json(text) + "\n")
+        files.write(folder / f"step-{step}.json", to_json(text) + "\n")
         if with_tokens:
             rows = range(self.config.data.global_batch_size)
             batch = next(data.train_batches(self.windows, self.config.data, step - 1, rows))
             arrays = {name: array for name, array in batch._asdict().items() if array is not None}
-            np.savez(folder / f"step-{step}.npz", **arrays)
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            files.write(folder / f"step-{step}.npz", content.getvalue())

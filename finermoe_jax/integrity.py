@@ -15,14 +15,14 @@ import xxhash
 
 from finermoe_jax import distributed
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import State, forget, state
+from finermoe_jax.files import State, forget, rename, state
 from finermoe_jax.json_files import parse_json, read_json, to_json
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_128"
-# Orbax writes these two after the checksums, just before it renames the directory.
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _THREADS = 4
+# Checkpoints that are begun to be read while a run in training removes them, one after the other.
+TRIES = 10
 # Seconds between looks at a directory that is being written, and for which a file must have rested.
 _PAUSE, _RESTED = 0.1, 0.5
 # Hashes of files.
@@ -38,7 +38,7 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
     names = sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
     )
-    names = [name for name in names if name not in (*_LATER, CHECKSUMS)]
+    names = [name for name in names if name != CHECKSUMS]
 
     def entry(name: str) -> tuple[int, str]:
         found = state(directory / name)
@@ -100,10 +100,19 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
       part, parts: of the files, only part, part + parts, … are read.
 
     A checkpoint of before there were checksums has nothing to differ from.
+
+    Raises InputError where it cannot be told: permissions, a failing disk, too many open files.
     """
-    for path in directory.rglob("*"):
-        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-            return [f"{path.relative_to(directory)} is neither a file nor a directory"]
+    try:
+        with _unreadable(directory):
+            for path in directory.rglob("*"):
+                if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                    return [f"{path.relative_to(directory)} is neither a file nor a directory"]
+            for name in ("config/metadata", CHECKSUMS):
+                if (directory / name).exists():
+                    (directory / name).open("rb").close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return [f"{error.filename} is missing or no file"]
     try:
         described = read_json(directory / "config" / "metadata")
         if "checksums" not in described and not (directory / CHECKSUMS).exists():
@@ -121,18 +130,53 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
     def compare(name: str) -> str | None:
         size, digest = stated[name]
         path = directory / name
-        if not path.is_file():
-            return f"{name} is missing ({size} bytes when saved)"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} when saved"
-        try:
-            _, found = _hash(path)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        with _unreadable(directory):
+            try:
+                length = path.stat().st_size
+                found = _hash(path)[1] if length == size else ""
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return f"{name} is missing ({size} bytes when saved)"
+        if length != size:
+            return f"{name} has {length} bytes, {size} when saved"
         return f"{name} has checksum {found}, {digest} when saved" if found != digest else None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return [message for message in pool.map(compare, names) if message]
+
+
+@contextlib.contextmanager
+def _unreadable(checkpoint: Path) -> Iterator[None]:
+    """Tells what cannot be read now from what is damaged."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise unreadable(checkpoint, f"{error.filename}: {error.strerror}") from None
+
+
+def unreadable(checkpoint: Path, reason: str) -> InputError:
+    """The error of a checkpoint that may be whole, but cannot be read as things are."""
+    return InputError(
+        f"checkpoint {checkpoint} cannot be read ({reason}). Nothing was changed. Make it readable "
+        "and start the same command again; or move this checkpoint elsewhere to use an older one"
+    )
+
+
+def stated_step(checkpoint: Path) -> int | None:
+    """The training step that a checkpoint says it holds; None for older and converted ones."""
+    step = read_json(checkpoint / "config" / "metadata").get("step")
+    return step if isinstance(step, int) else None
+
+
+def refuse_renamed(checkpoint: Path) -> None:
+    """Raises InputError for a numbered checkpoint that holds another step than its name says."""
+    step = stated_step(checkpoint)
+    if step is not None and str(step) != checkpoint.name:
+        raise InputError(
+            f"{checkpoint} holds step {step}: it was renamed, or another one was put in its place. "
+            f"Rename it to {checkpoint.with_name(str(step))}"
+        )
 
 
 def _hash(path: Path) -> tuple[int, str]:
@@ -151,7 +195,11 @@ def _describe(step: Path, found: list[str]) -> str:
 
 def saved_steps(steps: Path) -> list[int]:
     """The committed steps of a directory of numbered checkpoints, ascending."""
-    return sorted(ocp.utils.checkpoint_steps(steps)) if steps.is_dir() else []
+    while steps.is_dir():
+        # Orbax looks at each directory, of which a run in training may remove one meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(ocp.utils.checkpoint_steps(steps))
+    return []
 
 
 def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
@@ -163,20 +211,24 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
       steps: the directory of the numbered checkpoints.
       say: what is told about each, with the step used instead.
 
-    Raises InputError, on all processes, when none is whole though there have been some.
+    Raises InputError, on all processes: none is whole though there have been some; the newest
+    cannot be read; it holds another step than its name says. Nothing is renamed then.
     """
     while True:
         known = parse_json(distributed.exchange(to_json(saved_steps(steps)))[0], "steps")
         if not known:
             break
         newest = steps / str(known[-1])
-        mine = damage(newest, part=jax.process_index(), parts=jax.process_count())
+        with distributed.together():
+            mine = damage(newest, part=jax.process_index(), parts=jax.process_count())
         found = [
             message
             for each in distributed.exchange(to_json(mine))
             for message in parse_json(each, "damage")
         ]
         if not found:
+            with distributed.together():
+                refuse_renamed(newest)
             return
         with distributed.together():
             if jax.process_index() == 0:
@@ -185,7 +237,7 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
                     if not aside.exists():
                         break
                     aside = steps / f"damaged-{newest.name}-{again}"
-                newest.rename(aside)
+                rename(newest, aside)
                 instead = f"step {known[-2]} is used" if len(known) > 1 else "there is no other"
                 say(f"{_describe(newest, found)} It is now {aside}; {instead} instead.")
     if steps.is_dir() and (lost := sorted(steps.glob("damaged-*"))):
@@ -199,10 +251,58 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
 def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
     """The newest checkpoint without damage, for a reader who changes nothing; or None.
 
-    Each damaged one that is passed over is told on stderr.
+    Each damaged one that is passed over is told on stderr. One that a run in training removes
+    meanwhile is not damaged: the newer one is taken.
+
+    Raises InputError when the newest one cannot be read, or holds another step than its name says.
     """
-    for number in reversed(saved_steps(steps)):
-        if not (found := damage(steps / str(number), skip)):
-            return steps / str(number)
-        print(_describe(steps / str(number), found) + " An older one is used.", file=sys.stderr)
-    return None
+
+    def choose() -> Path | None:
+        known, told, chosen = saved_steps(steps), [], None
+        while known and chosen is None:
+            checkpoint = steps / str(known.pop())
+            if found := damage(checkpoint, skip):
+                told.append(_describe(checkpoint, found) + " An older one is used.")
+            else:
+                refuse_renamed(checkpoint)
+                chosen = checkpoint
+        if told:
+            raise _PassedOver(told, chosen)
+        return chosen
+
+    try:
+        return in_training(steps, choose)
+    except _PassedOver as passed:
+        print(*passed.told, sep="\n", file=sys.stderr)
+        return passed.chosen
+
+
+class _PassedOver(InputError):
+    """Damaged checkpoints, and the one to use instead."""
+
+    def __init__(self, told: list[str], chosen: Path | None):
+        super().__init__("; ".join(told))
+        self.told, self.chosen = told, chosen
+
+
+def in_training[T](steps: Path, read: Callable[[], T]) -> T:
+    """Returns read(), which reads the newest checkpoint; repeats it if there is a newer one now.
+
+    A run in training removes old checkpoints when it has saved newer ones, also while they are
+    read. Other errors of `read` are raised.
+
+    Args:
+      steps: the directory of the numbered checkpoints.
+      read: raises InputError where it meets an incomplete checkpoint.
+    """
+    for _ in range(TRIES):
+        newest = saved_steps(steps)[-1:]
+        try:
+            return read()
+        except InputError:
+            if saved_steps(steps)[-1:] == newest:
+                raise
+    raise InputError(
+        f"{steps}: {TRIES} times a run in training has removed the checkpoint that was being read. "
+        "Read a copy of one, or let the run keep more: --config.train.keep_checkpoints"
+    )

@@ -68,6 +68,8 @@ class Loop:
         began = time.perf_counter()
         run_step = step_fn.lower(params, opt_state, batch).compile()
         self.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+        # A log with steps and no checkpoint then means that checkpoints were lost (workdir.claim).
+        self.checkpoints.wait()
         under_way: list[tuple[int, dict]] = []
         saved = first - self.guard.skipped  # updates in the newest checkpoint
 
@@ -113,8 +115,9 @@ class Loop:
             if saves and (updates > saved or stop or step == steps):
                 saved = updates
                 with monitor.pause():
+                    tokenizer, logged = self.workdir / "tokenizer", monitor.log.sync()
                     self.checkpoints.save(
-                        step, self.model, params, opt_state, self.workdir / "tokenizer", loss
+                        step, self.model, params, opt_state, tokenizer, loss, logged
                     )
             if stop:
                 self.checkpoints.wait()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from finermoe_jax import commands, text
 from finermoe_jax.errors import InputError, refuse_differences
-from finermoe_jax.files import find
+from finermoe_jax.files import find, make_directory
 from finermoe_jax.paths import local
 from finermoe_jax.shard_writer import ShardWriter, being_written, write_manifest
 from finermoe_jax.token_files import (
@@ -56,7 +56,7 @@ from finermoe_jax.tokenizers import ANY_VOCABULARY, load_tokenizer
 _LOCK = ".lock"
 _AHEAD = 4  # batches of text under way for each process
 
-_OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)")
+_OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
 
 
 def prepare(
@@ -185,7 +185,7 @@ def _alone(target: Path) -> Iterator[None]:
     """Makes the target, and keeps other processes from writing it until done."""
     if target.exists() and not target.is_dir():
         raise InputError(f"--target={target} is a file; give a directory")
-    target.mkdir(parents=True, exist_ok=True)
+    make_directory(target)
     with (target / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from finermoe_jax import files
 from finermoe_jax.errors import InputError
 from finermoe_jax.json_files import to_json
 from finermoe_jax.token_files import (
@@ -29,12 +30,7 @@ def being_written(manifest: Path) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes a manifest; the file is there whole or not at all."""
-    partial = being_written(path)
-    with partial.open("w") as file:
-        file.write(to_json(dataclasses.asdict(manifest), indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    files.write(path, to_json(dataclasses.asdict(manifest), indent=1))
 
 
 class ShardWriter:
@@ -72,19 +68,17 @@ class ShardWriter:
     def _complete(self) -> None:
         name = shard_name(len(self.shards))
         path, documents = shard_files(self.target, name)
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
-        path.with_suffix(".partial").rename(path)
         self.file = None
-        with documents.open("wb") as file:
-            np.save(file, np.asarray(self.starts, "<i8"), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        files.sync(path.with_suffix(".partial"))
+        files.rename(path.with_suffix(".partial"), path)
+        content = io.BytesIO()
+        np.save(content, np.asarray(self.starts, "<i8"), allow_pickle=False)
+        files.write(documents, content.getvalue())
         shard = Shard(
             name, self.tokens, len(self.starts), self.max_id,
             self.settings.sources[self.first_source : self.end[0] + 1], self.digest.hexdigest(),
-            hashlib.sha256(documents.read_bytes()).hexdigest(), self.end, not self.begins,
+            hashlib.sha256(content.getvalue()).hexdigest(), self.end, not self.begins,
         )  # fmt: skip
         self.shards.append(shard)
         write_manifest(self.target / PARTIAL, self._manifest())

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax import lazy
+from finermoe_jax import files, lazy
 from finermoe_jax.checkpoint import Source, open_model
 from finermoe_jax.errors import InputError, print_anything
 from finermoe_jax.hf_names import run_layers
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw_similarity({n: (o.layers, o.values) for n, o in found.items()}, output)
             else:
                 values = {n: dataclasses.asdict(o) | {"mean": o.mean} for n, o in found.items()}
-                output.write_text(to_json(values, indent=1) + "\n")
+                files.write(output, to_json(values, indent=1) + "\n")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

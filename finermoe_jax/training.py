@@ -11,8 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from finermoe_jax import data, distributed, metrics, plot, sharding
-from finermoe_jax.checkpoint import TrainingCheckpoints, abstract_params, newest_checkpoint
+from finermoe_jax import data, distributed, files, metrics, plot, sharding
+from finermoe_jax.checkpoint import (
+    TrainingCheckpoints,
+    abstract_params,
+    logged_bytes,
+    newest_checkpoint,
+)
 from finermoe_jax.completion import complete
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation import held_out_loss
@@ -135,7 +140,7 @@ def _claimed(
     newest = newest_checkpoint(workdir / "checkpoints")
     with distributed.together():
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
+            files.make_directory(workdir)
         lock.take()
         if newest_checkpoint(workdir / "checkpoints") != newest:
             raise InputError(f"another run has been in {workdir} meanwhile: start this one again")
@@ -232,6 +237,8 @@ def _run(
 
     first = checkpoints.latest_step()
     log.cut(-1 if first is None else first)
+    if first is not None and (lost := log.lost(logged_bytes(workdir / "checkpoints" / f"{first}"))):
+        say(lost)
     with distributed.together():
         monitor = metrics.Monitor(workdir, config, start.model.config, watch, first or 0, mesh.size)
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
@@ -243,7 +250,8 @@ def _run(
             params = start.place(shardings)
         opt_state = init_optimizer(tx, params, shardings, mesh)
         loss = report("step 0", rebuild(graphdef, params), 0)
-        checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files, loss)
+        logged = log.sync()
+        checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files, loss, logged)
         first = 0
     else:
         target = abstract_params(start.model.config, config.train.param_dtype, shardings)
@@ -263,6 +271,7 @@ def _run(
         # first process finds: it may already be writing when another one looks.
         if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
             report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
+        log.sync()
         checkpoints.wait()  # here, so that a request to stop does not cut the last save off
 
 

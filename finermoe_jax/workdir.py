@@ -1,9 +1,11 @@
 """A training run's directory: whose it is, what it holds, its JSON-lines logs."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,14 +16,15 @@ from typing import IO, Any
 
 import jax
 
-from finermoe_jax import plot
+from finermoe_jax import files, plot
 from finermoe_jax.checkpoint import newest_checkpoint
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.hf_weights import copy_tokenizer
+from finermoe_jax.integrity import saved_steps
 from finermoe_jax.json_files import read_json, read_log, to_json
 from finermoe_jax.run_settings import RunConfig, run_config
 
-_LOCK, _PARTIAL = ".lock", ".config.json.partial"
+_LOCK, _PARTIAL = ".lock", ".config.json.partial"  # of files.write
 
 # What a checkpoint's arrays are: no flag changes it in the middle of a run.
 _FIXED = {
@@ -38,6 +41,9 @@ _PLACES = ("data.path", "data.eval_path")
 
 def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
     """Refuses a directory that holds something else, or a run with another config.
+
+    A run that ended before its first checkpoint holds nothing: any config may take its place. A run
+    that has lost its checkpoints is refused.
 
     The mesh may differ: a run may go on on more devices, or fewer. So may the places of the data,
     whose content is compared (claim_data), and the fields named in `allow` (dotted, or a whole
@@ -64,6 +70,8 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
     if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
         if not _unfinished(workdir):
             raise InputError(f"{workdir} is not empty and holds no run; give a new --workdir")
+        return {}
+    if _ended_before_saving(workdir):
         return {}
     # Through RunConfig, so that a field that is newer than the run has its default.
     began = dataclasses.asdict(run_config(read_json(workdir / "config.json")))
@@ -104,6 +112,23 @@ def _unfinished(workdir: Path) -> bool:
     return names <= {_LOCK, _PARTIAL, "checkpoints"} and not (
         checkpoints.exists() and any(checkpoints.iterdir())
     )
+
+
+def _ended_before_saving(workdir: Path) -> bool:
+    """Whether a run has no checkpoint yet; raises InputError where it has lost those it had.
+
+    No step is logged before the first checkpoint is saved.
+    """
+    steps = workdir / "checkpoints"
+    if saved_steps(steps) or any(steps.glob("damaged-*")):
+        return False
+    if last := Log(workdir).last_step():
+        raise InputError(
+            f"{workdir} has logged {last} steps, and {steps} holds no checkpoint. Put the "
+            "checkpoints back, or give a new --workdir; to start again at step 0 here, remove "
+            f"{', '.join(file for file in Log.CUT if (workdir / file).exists())}"
+        )
+    return True
 
 
 class Lock:
@@ -163,13 +188,16 @@ def prepare(
     if jax.process_index() != 0:
         return
     # In this order: killed in between, the same command goes on (_unfinished).
-    (workdir / "checkpoints").mkdir(exist_ok=True)
-    partial = workdir / _PARTIAL
-    partial.write_text(to_json(dataclasses.asdict(config), indent=2) + "\n")
-    partial.rename(workdir / "config.json")
-    (workdir / "tokenizer").mkdir(exist_ok=True)
+    files.make_directory(workdir / "checkpoints")
+    files.write(workdir / "config.json", to_json(dataclasses.asdict(config), indent=2) + "\n")
     if tokenizer_files != workdir / "tokenizer":
-        copy_tokenizer(tokenizer_files, workdir / "tokenizer", ends_files)
+        # Whole, and without files of another tokenizer that a run before this one had.
+        partial = workdir / ".tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        copy_tokenizer(tokenizer_files, partial, ends_files)
+        shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+        files.commit(partial, workdir / "tokenizer")
 
 
 def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
@@ -205,9 +233,7 @@ def record_data(workdir: Path, identity: dict[str, Any]) -> None:
             int(newest.name), {f"data.{name}": values for name, values in changed.items()}
         )
         print(f"from step {newest.name} on, the data is other data: {', '.join(changed)}")
-    partial = workdir / ".data.json.partial"
-    partial.write_text(to_json(identity, indent=2) + "\n")
-    partial.rename(workdir / "data.json")
+    files.write(workdir / "data.json", to_json(identity, indent=2) + "\n")
 
 
 def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
@@ -258,7 +284,10 @@ def find_shared(workdir: Path) -> None:
 
 def way_on(workdir: Path) -> str:
     """Where a run that must end now can go on, in a sentence."""
-    newest = newest_checkpoint(workdir.absolute() / "checkpoints")
+    steps = workdir.absolute() / "checkpoints"
+    with contextlib.suppress(OSError):
+        files.sync(steps)  # the newest one may have got its name just now
+    newest = newest_checkpoint(steps)
     if newest is None:
         return f"{workdir} holds no complete checkpoint: the run must begin anew."
     return f"The run can go on from step {newest.name}: --workdir={workdir}."
@@ -266,6 +295,9 @@ def way_on(workdir: Path) -> str:
 
 class Log:
     """The workdir's JSON-lines files; only the first process writes them."""
+
+    # Those that are cut to the checkpoint from which a run resumes.
+    CUT = ("metrics.jsonl", "expert_load.jsonl", "evals.jsonl", "samples.jsonl")
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
@@ -295,7 +327,10 @@ class Log:
 
     def config_changes(self, step: int, changes: dict[str, list]) -> None:
         """Fields that differ from here on, each as [before, after], into config_changes.jsonl."""
-        self._append("config_changes.jsonl", {"step": step, "changes": changes})
+        if jax.process_index() == 0:
+            path = self.workdir / "config_changes.jsonl"
+            lines = [*plot.read_lines(path), {"step": step, "changes": changes}]
+            files.write(path, "".join(to_json(line) + "\n" for line in lines))
 
     def sample(self, name: str, step: int, prompt: str, text: str) -> None:
         """A prompt's continuation, into samples.jsonl."""
@@ -305,11 +340,35 @@ class Log:
         """Drops what an interrupted run logged after the step that is resumed from."""
         if jax.process_index() != 0:
             return
-        for file in ("metrics.jsonl", "expert_load.jsonl", "evals.jsonl", "samples.jsonl"):
+        for file in self.CUT:
             path = self.workdir / file
-            if not path.is_file():
-                continue
-            kept = [line + b"\n" for line, values in read_log(path) if values["step"] <= step]
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(b"".join(kept))
-            partial.rename(path)
+            if path.is_file():
+                lines = [line + b"\n" for line, values in read_log(path) if values["step"] <= step]
+                files.write(path, b"".join(lines))
+
+    def last_step(self) -> int:
+        """The last step that any of the files tells of; 0 where there is none."""
+        logs = [read_log(self.workdir / file) for file in self.CUT]
+        return max((values["step"] for log in logs for _, values in log), default=0)
+
+    def sync(self) -> dict[str, int]:
+        """Returns the bytes of each file, when they are on the disk."""
+        if jax.process_index() != 0:
+            return {}
+        paths = [self.workdir / file for file in self.CUT if (self.workdir / file).is_file()]
+        for path in (*paths, self.workdir):
+            files.sync(path)
+        return {path.name: path.stat().st_size for path in paths}
+
+    def lost(self, logged: dict[str, int]) -> str:
+        """A warning where files have fewer bytes than a checkpoint was saved with; else empty.
+
+        To be asked after `cut`.
+        """
+        short = []
+        for file, size in logged.items() if jax.process_index() == 0 else ():
+            path = self.workdir / file
+            found = path.stat().st_size if path.is_file() else 0
+            if found < size:
+                short.append(f"{file} has {found} of {size} bytes")
+        return f"WARNING: logs were shortened after the save: {', '.join(short)}" if short else ""

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from finermoe_jax import files
 from finermoe_jax.errors import InputError
 from finermoe_jax.run_settings import RunConfig
 
@@ -38,7 +39,7 @@ class WeightsAndBiases:
 
         path = workdir / "wandb_run_id"
         if not path.is_file():
-            path.write_text(secrets.token_hex(4) + "\n")
+            files.write(path, secrets.token_hex(4) + "\n")
         try:
             self.run = wandb.init(
                 project=project,

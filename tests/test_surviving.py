@@ -292,6 +292,7 @@ def _claim(tmp_path, config, *allow):
     if not workdir.exists():
         workdir.mkdir()
         prepare(workdir, _tiny(), find("demo/model"))
+        (workdir / "checkpoints" / "0").mkdir()
     return claim(workdir, config, allow)
 
 
