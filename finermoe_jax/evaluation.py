@@ -84,7 +84,7 @@ def evaluate(
     pieces = list(TextFile(text).pieces()) if text else []
     selection: Any = _select(tasks) if tasks else None
     source = open_model(checkpoint)
-    limit = source.config.max_position_embeddings
+    limit = source.config.context_length
     tokenizer = load_tokenizer(source.files, source.config.vocab_size)
     if text:
         sequence_length = sequence_length or min(limit, 2048)
