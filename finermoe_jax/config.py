@@ -136,29 +136,82 @@ LayerKind = Literal["dense", "moe"]
 _MOST_LAYERS = 1024
 
 
+# Beyond this float32 could not tell one position from the next million.
+_MOST_POSITIONS = 1e15
+RopeType = Literal["linear", "llama3", "yarn"]
+# Of each type: the fields that it needs, and those that it may have.
+ROPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of rotary embeddings (rope_type "llama3"). Field names follow HF's.
+    """Rotary embeddings for longer contexts. Field names and values follow HF's, None: not stated.
 
-    Frequencies that turn fewer than low_freq_factor times within the original context are divided
-    by factor, those that turn more than high_freq_factor times stay; linear in between.
+    linear divides every frequency by factor. llama3 (Llama 3.1) divides by factor the frequencies
+    that turn fewer than low_freq_factor times within the original context and keeps those that turn
+    more than high_freq_factor times; linear in between. yarn (arXiv 2309.00071) does the same
+    between beta_slow and beta_fast turns, but linear in the pair's number, and also scales the
+    rotated queries and keys. finermoe_jax/layers.py computes all three.
     """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    # None: the model's max_position_embeddings.
+    original_max_position_embeddings: int | None = None
+    rope_type: RopeType = "llama3"
+    # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
+    truncate: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"rope_scaling: {name}={value} must be positive and finite")
-        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+        needed, optional = ROPE_FIELDS[self.rope_type]
+        for name, value in self.stated.items():
+            if name not in (*needed, *optional):
+                raise InputError(
+                    f"rope_scaling: {name}={value} does not go with rope_type={self.rope_type}"
+                )
+            if not (value is False or 0 < value < _MOST_POSITIONS):  # also refuses NaN
+                raise InputError(
+                    f"rope_scaling: {name}={value} must be positive and below {_MOST_POSITIONS:g}"
+                )
+        for name in needed:
+            if getattr(self, name) is None:
+                raise InputError(f"rope_scaling: rope_type={self.rope_type} lacks {name}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
             raise InputError(
-                f"rope_scaling: high_freq_factor={self.high_freq_factor} must be finite and above "
-                f"low_freq_factor={self.low_freq_factor}"
+                f"rope_scaling: high_freq_factor={high} must be above low_freq_factor={low}"
             )
+
+    @property
+    def stated(self) -> dict[str, float]:
+        """Every number that is stated, by its field."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k != "rope_type" and v is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +262,16 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
                 raise InputError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.rope_scaling is not None:
+            if self.max_position_embeddings >= _MOST_POSITIONS:
+                raise InputError(
+                    f"max_position_embeddings={self.max_position_embeddings} must be below "
+                    f"{_MOST_POSITIONS:g} with rope_scaling"
+                )
+            if self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+                raise InputError(
+                    f"rope_theta={self.rope_theta} must be above 1 with rope_type=yarn"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -239,6 +302,19 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """The most positions: max_position_embeddings, or what rope_scaling stretches it to.
+
+        Files state the stretched context in max_position_embeddings for llama3, but for linear and
+        yarn scaling they usually leave the original one there.
+        """
+        scaling, longest = self.rope_scaling, self.max_position_embeddings
+        if scaling is None or scaling.rope_type == "llama3":
+            return longest
+        original = scaling.original_max_position_embeddings or longest
+        return max(longest, int(scaling.factor * original))
 
     @property
     def expert_intermediate_size(self) -> int:

@@ -86,7 +86,7 @@ def evaluate(
     file = TextFile(text) if text else None
     # Before the harness, which takes many seconds to load.
     source, tokenizer, ends = open_with_tokenizer(checkpoint)
-    limit = source.config.max_position_embeddings
+    limit = source.config.context_length
     pieces = list(file.pieces()) if file else []
     selection: Any = _select(tasks) if tasks else None
     if text:

@@ -214,9 +214,9 @@ def check(config: ModelConfig, ids: np.ndarray, mask: np.ndarray, new: int) -> N
         )
     if new < 1:
         raise InputError(f"max_new_tokens={new} must be at least 1")
-    limit, longest = config.max_position_embeddings, mask.sum(axis=1).max()
+    limit, longest = config.context_length, mask.sum(axis=1).max()
     if longest + new > limit:
         raise InputError(
             f"{longest} prompt tokens and max_new_tokens={new} exceed the model's "
-            f"max_position_embeddings={limit}: shorten the prompt or ask for fewer tokens"
+            f"context of {limit} tokens: shorten the prompt or ask for fewer tokens"
         )

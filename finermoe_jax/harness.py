@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
     @property
     def max_length(self) -> int:
         """The most tokens that the model takes."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.context_length
 
     @property
     def eot_token_id(self) -> int:
@@ -199,7 +199,7 @@ def _room(limit: int, new: int) -> int:
     if new >= limit:
         raise InputError(
             f"max_gen_toks={new} leaves no room for a prompt in the model's "
-            f"max_position_embeddings={limit}"
+            f"context of {limit} tokens"
         )
     return limit - new
 

@@ -1,11 +1,12 @@
 """config.json of Hugging Face directories to ModelConfig and back."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from finermoe_jax.config import ModelConfig, MoEConfig, RopeScaling
+from finermoe_jax.config import ROPE_FIELDS, ModelConfig, MoEConfig, RopeScaling
 from finermoe_jax.errors import InputError
 
 FINERMOE_TYPE, FINERMOE_ARCHITECTURE = "finer_moe", "FineRMoeForCausalLM"
@@ -13,28 +14,38 @@ FINERMOE_TYPE, FINERMOE_ARCHITECTURE = "finer_moe", "FineRMoeForCausalLM"
 # this, and runs that code only when its caller sets trust_remote_code.
 AUTO_MAP = {
     "AutoConfig": "configuration_finer_moe.FineRMoeConfig",
+    "AutoModel": "modeling_finer_moe.FineRMoeModel",
     "AutoModelForCausalLM": "modeling_finer_moe.FineRMoeForCausalLM",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dense:
-    """What tells a dense model_type from the others; of equal ones the first is exported."""
+class _Family:
+    """A model_type beside the others; of equal dense ones the first is exported."""
 
     architecture: str
     attention_bias: bool
     qk_norm: bool
+    # What transformers takes where config.json is silent; key/value heads None: all heads.
+    kv_heads: int | None
+    positions: int
+    head_dim: int | None = None
 
 
 _DENSE = {
-    "qwen2": _Dense("Qwen2ForCausalLM", attention_bias=True, qk_norm=False),
-    "llama": _Dense("LlamaForCausalLM", attention_bias=False, qk_norm=False),
-    "mistral": _Dense("MistralForCausalLM", attention_bias=False, qk_norm=False),
-    "qwen3": _Dense("Qwen3ForCausalLM", attention_bias=False, qk_norm=True),
+    "qwen2": _Family("Qwen2ForCausalLM", True, False, kv_heads=32, positions=32768),
+    "llama": _Family("LlamaForCausalLM", False, False, kv_heads=None, positions=2048),
+    "mistral": _Family("MistralForCausalLM", False, False, kv_heads=8, positions=131072),
+    "qwen3": _Family("Qwen3ForCausalLM", False, True, kv_heads=32, positions=32768, head_dim=128),
 }
-SUPPORTED_TYPES = (*_DENSE, FINERMOE_TYPE)
-# What transformers takes where config.json is silent, and the weights' shapes do not tell.
-_MISTRAL_WINDOW, _QWEN3_HEAD_DIM = 4096, 128
+# The published model is a Qwen2 with experts.
+_FAMILIES = _DENSE | {
+    FINERMOE_TYPE: _Family(FINERMOE_ARCHITECTURE, True, False, kv_heads=None, positions=32768)
+}
+SUPPORTED_TYPES = tuple(_FAMILIES)
+# Of Mistral, and of Qwen's layers from the second number on; again where config.json is silent.
+_WINDOW, _FIRST_WINDOWED_LAYER, _SWITCH = 4096, 28, "use_sliding_window"
+_ORIGINAL = "original_max_position_embeddings"
 
 
 class _Fields:
@@ -74,9 +85,10 @@ class _Fields:
 def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The architecture of a config.json (qwen2, qwen3, llama, mistral or finer_moe).
 
-    Raises InputError for other architectures, for features this decoder does not compute
-    (rotary embeddings scaled otherwise than "llama3", sliding windows, biases of o_proj or the FFN,
-    other activations), and for numbers that contradict each other, naming both.
+    A silent key gets the value that transformers takes for the family. Raises InputError for other
+    architectures, for features this decoder does not compute (rotary embeddings of other types than
+    RopeType, sliding windows, biases of o_proj or the FFN, other activations), and for numbers that
+    contradict each other, naming both.
     """
     fields = _Fields(values, where)
     kind = values.get("model_type")
@@ -85,19 +97,15 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: model_type={kind!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_TYPES)}"
         )
-    dense = _DENSE.get(kind)
-    window = values.get("sliding_window", _MISTRAL_WINDOW) if kind == "mistral" else None
-    kinds = values.get("layer_types") or []
-    whole = isinstance(kinds, list) and all(layer == "full_attention" for layer in kinds)
+    family = _FAMILIES[kind]
+    activation = values.get("hidden_act", "silu")
     for key, value, unsupported in (
-        ("hidden_act", values.get("hidden_act"), values.get("hidden_act", "silu") != "silu"),
-        ("use_sliding_window", True, fields.flag("use_sliding_window", False)),
-        ("sliding_window", window, window is not None),
-        ("layer_types", kinds, not whole),
+        ("hidden_act", activation, activation not in ("silu", "swish")),  # two names of one
         ("mlp_bias", True, fields.flag("mlp_bias", False)),
     ):
         if unsupported:
             raise InputError(f"{where}: {key}={value!r} is not supported")
+    _refuse_windows(fields, kind)
     # Of Qwen2 the key is not read: it has biases always, and never on o_proj.
     if kind != "qwen2" and fields.flag("attention_bias", False):
         raise InputError(
@@ -105,6 +113,9 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         )
     theta, scaling = _rope(fields)
     heads = fields.integer("num_attention_heads")
+    kv_heads = heads
+    if values.get("num_key_value_heads", 0) is not None:  # null: as many
+        kv_heads = fields.integer("num_key_value_heads", family.kv_heads or heads)
     moe = _moe_config(fields) if kind == FINERMOE_TYPE else None
     config = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
@@ -112,14 +123,14 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         intermediate_size=fields.integer("intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", heads),
+        num_key_value_heads=kv_heads,
         rope_theta=theta,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=fields.integer("max_position_embeddings", 32768),
+        max_position_embeddings=fields.integer("max_position_embeddings", family.positions),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        attention_bias=dense.attention_bias if dense else fields.flag("qkv_bias", True),
-        qk_norm=dense.qk_norm if dense else fields.flag("qk_norm", False),
-        head_dim=_head_dim(fields),
+        attention_bias=family.attention_bias if moe is None else fields.flag("qkv_bias", True),
+        qk_norm=family.qk_norm if moe is None else fields.flag("qk_norm", False),
+        head_dim=family.head_dim if values.get("head_dim") is None else fields.integer("head_dim"),
         rope_scaling=scaling,
         moe=moe,
     )
@@ -134,17 +145,66 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     return config
 
 
-def _head_dim(fields: _Fields) -> int | None:
-    if fields.values.get("head_dim") is not None:
-        return fields.integer("head_dim")
-    return _QWEN3_HEAD_DIM if fields.values["model_type"] == "qwen3" else None
+def _refuse_windows(fields: _Fields, kind: str) -> None:
+    """Raises InputError where a layer's attention reaches back a window only."""
+    kinds = fields.values.get("layer_types")
+    kinds = [] if kinds is None else kinds
+    if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
+        raise InputError(f"{fields.where}: layer_types={kinds!r} is not supported")
+    window, why = fields.values.get("sliding_window", _WINDOW), ""
+    if kind == "llama" or window is None:  # Llama has none, whatever its keys say
+        return
+    if kind != "mistral":
+        layers, switched = fields.integer("num_hidden_layers"), fields.flag(_SWITCH, False)
+        first = fields.integer("max_window_layers", _FIRST_WINDOWED_LAYER)
+        if not switched or kinds or first >= layers:
+            return
+        why = f" in the layers from max_window_layers={first} on ({_SWITCH}=True)"
+    raise InputError(f"{fields.where}: sliding_window={window!r}{why} is not supported")
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, from rope_theta and rope_scaling or from rope_parameters.
+    """The base and the scaling of rotary embeddings.
 
-    Published files carry the former, transformers 5 writes the latter. Raises InputError for what
-    is not known of them, since it may change the computation, and where they contradict each other.
+    Raises InputError for what is not known of them, since it may change the computation.
+    """
+    stated, rope = _stated_rope(fields)
+    kind = rope.pop("rope_type", "default")
+    fit = [*itertools.chain(*ROPE_FIELDS[kind])] if kind in list(ROPE_FIELDS) else []
+    beside = fields.values.get(_ORIGINAL)
+    if beside is not None and _ORIGINAL in fit and rope.setdefault(_ORIGINAL, beside) != beside:
+        raise InputError(
+            f"{fields.where}: {_ORIGINAL}={beside!r} and {stated} contradict each other: leave out "
+            "the one that the model was not trained with"
+        )
+    whole = rope.pop("partial_rotary_factor", 1) == 1
+    strange = {name: rope[name] for name in rope if name not in ("rope_theta", *fit)}
+    if kind not in ["default", *ROPE_FIELDS] or strange or not whole:
+        what = f" with {strange!r}" if strange else ""
+        raise InputError(
+            f"{fields.where}: {stated}: rotary embeddings of rope_type={kind!r}{what} are not "
+            f"supported; supported are the types default, {', '.join(ROPE_FIELDS)}, over the whole "
+            "head"
+        )
+    theta = _Fields({"rope_theta": 10000.0, **rope}, fields.where).number("rope_theta")
+    read = _Fields(rope, f"{fields.where}: {stated}")
+    if kind == "default":
+        return theta, None
+    # What is not stated stays so: versions of transformers differ in what that means.
+    numbers: dict[str, Any] = {
+        name: read.integer(name) if name == _ORIGINAL else read.number(name)
+        for name in fit
+        if name != "truncate" and (name in rope or name in ROPE_FIELDS[kind][0])
+    }
+    truncate = read.flag("truncate", True) if "truncate" in rope else None
+    return theta, RopeScaling(rope_type=kind, truncate=truncate, **numbers)
+
+
+def _stated_rope(fields: _Fields) -> tuple[str, dict[str, Any]]:
+    """Every value that is stated of rotary embeddings, as it stands there and by its name.
+
+    Published files carry rope_theta and rope_scaling, transformers 5 writes rope_parameters. Raises
+    InputError where they contradict each other.
     """
     keys = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
     given = {key: fields.values[key] for key in keys if fields.values.get(key) is not None}
@@ -158,26 +218,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
                     f"{fields.where}: {stated} state both {name}={rope[name]!r} and {one!r}: leave "
                     "out the one that the model was not trained with"
                 )
-    kind = rope.pop("rope_type", "default")
-    numbers = {"default": set(), "llama3": {f.name for f in dataclasses.fields(RopeScaling)}}
-    known = {"rope_theta", "partial_rotary_factor"} | numbers.get(str(kind), set())
-    strange = {name: value for name, value in rope.items() if name not in known}
-    if kind not in list(numbers) or strange or rope.get("partial_rotary_factor", 1) != 1:
-        what = f" with {strange!r}" if strange else ""
-        raise InputError(
-            f"{fields.where}: {stated}: rotary embeddings of rope_type={kind!r}{what} are not "
-            "supported; supported are the types default and llama3, over the whole head"
-        )
-    theta = fields.values.get("rope_theta", 10000.0)
-    fields = _Fields({"rope_theta": theta, **rope}, fields.where)
-    if kind == "default":
-        return fields.number("rope_theta"), None
-    return fields.number("rope_theta"), RopeScaling(
-        factor=fields.number("factor"),
-        low_freq_factor=fields.number("low_freq_factor"),
-        high_freq_factor=fields.number("high_freq_factor"),
-        original_max_position_embeddings=fields.integer("original_max_position_embeddings"),
-    )
+    return stated, rope
 
 
 def _moe_config(fields: _Fields) -> MoEConfig:
@@ -240,10 +281,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.head_dim is not None:
         values["head_dim"] = config.head_dim
     if config.rope_scaling is not None:
-        values["rope_scaling"] = {
-            "rope_type": "llama3",
-            **dataclasses.asdict(config.rope_scaling),
-        }
+        scaling = config.rope_scaling
+        values["rope_scaling"] = {"rope_type": scaling.rope_type, **scaling.stated}
     moe = config.moe
     if moe is None:
         return _dense_to_hf(config, values)
@@ -258,8 +297,6 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         )
         if getattr(moe, name) not in hf
     ]
-    if config.tie_word_embeddings:
-        inexpressible.append("tie_word_embeddings=True (it has a head of its own)")
     if inexpressible:
         raise InputError(
             "the published HF model cannot express " + ", ".join(inexpressible) + "; keep the "

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import sharding
-from finermoe_jax.config import RopeScaling
+from finermoe_jax.config import ModelConfig, RopeScaling
 from finermoe_jax.few_rows import FEW_ROWS, few_rows
 from finermoe_jax.sharding import ONE_DEVICE, Placement
 from finermoe_jax.weights import Quantized, Weight
@@ -131,22 +132,72 @@ class RMSNorm(nnx.Module):
         return normed * self.scale[...].astype(x.dtype)[(None,) * (x.ndim - 1)]
 
 
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """The angle per position of each pair [head_dim / 2], and the factor on the rotated pairs.
+
+    Constants, rounded to float32 where transformers rounds: at position 100,000 a difference in
+    the last bit of a frequency turns a pair by up to 0.008.
+    """
+    dim, scaling = config.attention_head_dim, config.rope_scaling
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    with np.errstate(all="ignore"):  # a base that no model has
+        powers = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
+        frequencies = 1 / powers
+    if scaling is None:
+        return frequencies, 1.0
+    factor = np.float32(scaling.factor)
+    if scaling.rope_type == "linear":
+        return frequencies / factor, 1.0
+    original = scaling.original_max_position_embeddings or config.max_position_embeddings
+    if scaling.rope_type == "llama3":
+        assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
+        slow, fast = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+        turns = np.float32(original / (2 * math.pi)) * frequencies
+        kept = np.clip((turns - slow) / (fast - slow), 0, 1)
+        return frequencies * (kept + (1 - kept) / factor), 1.0
+    first, last = _yarn_range(scaling, dim, config.rope_theta, original)
+    pairs = np.arange(dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((pairs - np.float32(first)) / np.float32(last - first), 0, 1)
+    return 1 / (factor * powers) * (1 - kept) + frequencies * kept, _yarn_factor(scaling)
+
+
+def _yarn_range(scaling: RopeScaling, dim: int, theta: float, original: int) -> tuple[float, float]:
+    """The pairs that turn beta_fast and beta_slow times within the original context.
+
+    Below the first of them frequencies are kept, above the second they are divided by factor.
+    """
+
+    def pair(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(scaling.beta_fast or 32.0), pair(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    # Of dim, not of its half, as in transformers.
+    first, last = max(first, 0.0), min(last, dim - 1.0)
+    return first, last if last != first else last + 0.001
+
+
+def _yarn_factor(scaling: RopeScaling) -> float:
+    """The factor on rotated queries and keys; their products are scaled by its square."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    grown = math.log(max(scaling.factor, 1.0))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (0.1 * scaling.mscale * grown + 1) / (0.1 * scaling.mscale_all_dim * grown + 1)
+    return 0.1 * grown + 1
+
+
 def rotary_angles(
-    positions: Int[Array, "B T"],
-    head_dim: int,
-    theta: float,
-    scaling: RopeScaling | None = None,
+    positions: Int[Array, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines, float32, of each position's rotation of the head_dim / 2 pairs."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies = theta**-exponents
-    if scaling is not None:
-        turns = scaling.original_max_position_embeddings / (2 * math.pi) * frequencies
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        frequencies *= kept + (1 - kept) / scaling.factor
+    """Cosines and sines, float32, of each position's rotation of the head_dim / 2 pairs.
+
+    With yarn scaling both carry its factor.
+    """
+    frequencies, factor = rotary_frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(

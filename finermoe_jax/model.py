@@ -169,10 +169,7 @@ class Decoder(nnx.Module):
         visible = real
         if cache is not None:
             visible = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
-        config = self.config
-        angles = rotary_angles(
-            position_ids, config.attention_head_dim, config.rope_theta, config.rope_scaling
-        )
+        angles = rotary_angles(position_ids, self.config)
 
         x = self.embed(input_ids, self.dtype, self.placement)
         routing: list[Routing] = []

@@ -61,7 +61,7 @@ def score(
     Raises InputError: a request without context or targets, or more targets than the limit;
     log-likelihoods that are not finite.
     """
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     # Input tokens → the requests that they answer, each scored at the last positions.
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, targets) in enumerate(requests):
@@ -72,7 +72,7 @@ def score(
         if len(targets) > limit:
             raise InputError(
                 f"a continuation of {len(targets)} tokens exceeds the model's "
-                f"max_position_embeddings={limit}"
+                f"context of {limit} tokens"
             )
         inputs = tuple([*context, *targets][-limit - 1 : -1])
         rows.setdefault(inputs, []).append(index)

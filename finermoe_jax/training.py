@@ -169,10 +169,10 @@ def _checked(
     start.model.placement = Placement(mesh, kernel)
     model_config = start.model.config
     length = config.data.sequence_length
-    if length > model_config.max_position_embeddings:
+    if length > model_config.context_length:
         raise InputError(
-            f"data.sequence_length={length} exceeds the model's max_position_embeddings="
-            f"{model_config.max_position_embeddings}"
+            f"data.sequence_length={length} exceeds the model's context of "
+            f"{model_config.context_length} tokens"
         )
     tokenizer = load_tokenizer(start.tokenizer_files, model_config.vocab_size)
     if newest is None:

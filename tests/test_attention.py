@@ -264,7 +264,7 @@ def test_cache_agrees_with_the_whole_sequence(side):
     real[1, slice(0, 3) if side == "left" else slice(4, 6)] = 0
     mask = jnp.asarray(real)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cos, sin = rotary_angles(positions, CONFIG.attention_head_dim, CONFIG.rope_theta)
+    cos, sin = rotary_angles(positions, CONFIG)
     whole, no_cache = run(x, (cos, sin), flash.segments(mask, None))
     assert no_cache is None
     empty = jnp.zeros((1, 2, 2, tokens, CONFIG.attention_head_dim))

@@ -15,7 +15,6 @@ import finermoe_jax as fm
 from finermoe_jax.config import RopeScaling
 from finermoe_jax.convert import convert
 from finermoe_jax.hf_config import model_config_from_hf, model_config_to_hf
-from finermoe_jax.layers import rotary_angles
 from finermoe_jax.params import sharding_table, true_counts
 from finermoe_jax.published import QWEN3
 from finermoe_jax.run_settings import MeshConfig
@@ -23,7 +22,7 @@ from tests import naive, naive_decoder
 from tests.test_config import SMALL, _preset
 
 DENSE = Path(__file__).parent / "data" / "dense"
-CASES = ["llama", "llama3_tied", "mistral", "qwen3", "qwen3_tied"]
+CASES = ["llama", "llama3_tied", "mistral", "qwen3", "qwen3_tied", "qwen2_yarn", "llama_linear"]
 GRANULARITIES = dict(
     intermediate_granularity=4,
     output_granularity=2,
@@ -79,7 +78,8 @@ def test_there_and_back_is_bit_identical(tmp_path, name):
     assert (now["model_type"], now["architectures"]) == (was["model_type"], was["architectures"])
     same = ("head_dim", "num_attention_heads", "rms_norm_eps", "tie_word_embeddings")
     assert [now[key] for key in same] == [was[key] for key in same]
-    assert naive_decoder.frequencies(10, now) == naive_decoder.frequencies(10, was)
+    for of_rotary in (lambda c: naive_decoder.frequencies(10, c), naive_decoder.length_scale):
+        assert of_rotary(now) == of_rotary(was)
     stated = model_config_from_hf(was, "source")
     assert model_config_from_hf(now, "export") == stated == fm.load_hf(tmp_path / "hf").config
 
@@ -173,12 +173,6 @@ def test_published_files():
     assert model_config_from_hf(silent, "Qwen3-0.6B") == QWEN3["0.6B"]
 
 
-def test_stretched_frequencies_of_llama_3_2():
-    _, sin = rotary_angles(jnp.ones((1, 1), jnp.int32), 64, 5e5, RopeScaling(32.0, 1.0, 4.0, 8192))
-    wanted = np.sin(naive_decoder.frequencies(64, LLAMA32))
-    np.testing.assert_allclose(sin[0, 0], wanted, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("values", "changes", "words"),
     [
@@ -187,13 +181,18 @@ def test_stretched_frequencies_of_llama_3_2():
         (SMOLLM2, dict(mlp_bias=True), ["mlp_bias=True"]),
         (MISTRAL, dict(sliding_window=4096), ["sliding_window=4096"]),
         (MISTRAL, dict(sliding_window=...), ["sliding_window=4096"]),
-        (QWEN3_FILE, dict(use_sliding_window=True), ["use_sliding_window=True"]),
+        (QWEN3_FILE, dict(use_sliding_window=True, sliding_window=99, max_window_layers=27),
+         ["sliding_window=99", "use_sliding_window=True", "max_window_layers=27"]),
+        (MISTRAL, dict(num_key_value_heads=..., num_attention_heads=12),
+         ["num_attention_heads=12", "num_key_value_heads=8"]),
         (QWEN3_FILE, dict(layer_types=["full_attention", "sliding_attention"]),
          ["layer_types", "sliding_attention"]),
         (QWEN3_FILE, dict(layer_types=28), ["layer_types=28"]),
         (QWEN3_FILE, dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
         (LLAMA32, dict(rope_scaling=LLAMA32["rope_scaling"] | dict(rope_type="yarn")),
-         ["rope_scaling", "yarn", "llama3"]),
+         ["rope_scaling", "yarn", "low_freq_factor"]),
+        (LLAMA32, dict(rope_scaling=dict(type="dynamic", factor=4.0)), ["rope_type='dynamic'"]),
+        (LLAMA32, dict(rope_scaling=dict(type="longrope", factor=4.0)), ["rope_type='longrope'"]),
         (LLAMA32, dict(rope_scaling=dict(rope_type="llama3", factor=8.0)),
          ["low_freq_factor=None"]),
         (LLAMA32, dict(rope_scaling=LLAMA32["rope_scaling"] | dict(high_freq_factor=1.0)),

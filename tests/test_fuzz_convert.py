@@ -46,7 +46,7 @@ def expected_layer(values, tensors, layer, moe):
     """One layer's parameters by our names; moe is (G_I, G_O, R_I, R_O) of a mixture's layer."""
     at = f"model.layers.{layer}."
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads", heads)
+    kv_heads = values.get("num_key_value_heads") or heads
     head_dim = values.get("head_dim") or hidden // heads
     result = {
         "input_norm/scale": tensors[at + "input_layernorm.weight"],

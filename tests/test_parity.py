@@ -274,7 +274,7 @@ def test_export_holds_the_original_tensors(name, tmp_path):
             assert value == original[key], key
 
 
-@pytest.mark.parametrize("name", [*CASES, "upcycle/dense_tied", "upcycle/dense_untied"])
+@pytest.mark.parametrize("name", [*CASES, "g_tied", "upcycle/dense_tied", "upcycle/dense_untied"])
 def test_checkpoint_is_bit_identical(name, tmp_path):
     model = fm.load_hf(GOLDEN / name)
     fm.save_checkpoint(model, tmp_path / "checkpoint")
@@ -284,7 +284,7 @@ def test_checkpoint_is_bit_identical(name, tmp_path):
     assert_same_weights(again, model)
 
 
-@pytest.mark.parametrize("name", [*CASES, "upcycle/dense_tied", "upcycle/dense_untied"])
+@pytest.mark.parametrize("name", [*CASES, "g_tied", "upcycle/dense_tied", "upcycle/dense_untied"])
 def test_converted_there_and_back_every_tensor_is_bit_identical(name, tmp_path):
     source = GOLDEN / name
     convert(str(source), tmp_path / "orbax", "orbax", None, seed=0)
@@ -296,7 +296,19 @@ def test_converted_there_and_back_every_tensor_is_bit_identical(name, tmp_path):
         assert got[key].tobytes() == tensor.tobytes(), key
     read = read_config(source)
     assert read_config(tmp_path / "hf") == read
-    assert read.moe is not None or read.tie_word_embeddings == name.endswith("/dense_tied")
+    assert read.tie_word_embeddings == name.endswith("_tied")
+
+
+def test_tied_embeddings_as_the_authors_class_ties_them():
+    data = load_file(GOLDEN / "g_tied" / "golden.safetensors")
+    model = fm.load_hf(GOLDEN / "g_tied")
+    assert model.lm_head is None and model.config.moe is not None
+    out = run(model, data["input_ids"])
+    np.testing.assert_allclose(out.logits, data["logits"], rtol=0, atol=1e-4)
+    for layer, routing in enumerate(out.routing):
+        assert relative(routing.logits, data[f"router_logits.{layer}"]) < 1e-4
+    made = fm.generate(model, data["gen.prompt_ids"], max_new_tokens=16)
+    np.testing.assert_array_equal(made, data["gen.sequences"])
 
 
 # --- upcycling ------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Exported directories in current transformers, beside our logits and tokens and the authors'.
 
-torch and transformers' models run in a Python of their own: TRANSFORMERS_TEST_PYTHON names it, and
-.ci/run makes it. All cases go through one process of tests/transformers_check.py.
+torch and transformers' models run in a Python of their own, or in several with other versions:
+TRANSFORMERS_TEST_PYTHON names them, with colons between, and .ci/run makes them. All cases go
+through one process of tests/transformers_check.py for each.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "finermoe_jax" / "demo" / "model"
 NEW_TOKENS = 6
 # Exported as they are: transformers' logits and tokens of the source are those of the export.
-AS_THEY_ARE = ["mistral", "qwen3"]
+AS_THEY_ARE = ["mistral", "qwen3", "qwen2_yarn", "llama_linear"]
+PYTHONS = os.environ.get("TRANSFORMERS_TEST_PYTHON", "").split(os.pathsep)
 # Llama-style, with heads that do not make up the width.
 LLAMA = fm.ModelConfig(
     vocab_size=80, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
@@ -57,6 +61,19 @@ def models():
         "llama3_experts": fm.upcycle_model(
             fm.load_hf(DENSE / "llama3_tied"), fm.MoEConfig(4, 2, 1, 2, 1), key
         ),
+        "yarn_experts": fm.upcycle_model(
+            fm.load_hf(DENSE / "qwen2_yarn"), fm.MoEConfig(4, 2, 1, 2, 1), key
+        ),
+        "linear_experts": fm.upcycle_model(
+            fm.load_hf(DENSE / "llama_linear"), fm.MoEConfig(4, 2, 1, 2, 1), key
+        ),
+        # As a run from scratch with the shape of a tied model.
+        "tied_experts": fm.Decoder(
+            dataclasses.replace(LLAMA, moe=projected, tie_word_embeddings=True),
+            dtype="float32",
+            param_dtype="float32",
+            rngs=nnx.Rngs(0),
+        ),
     }
 
 
@@ -81,12 +98,16 @@ def theirs(data):
     wanted = {
         "plain.input_ids": data["input_ids"],
         "plain.logits": data["logits"],
+        "gen.input_ids": data["gen.prompt_ids"],
+        "gen.sequences": data["gen.sequences"],
+    }
+    if "lm_loss" not in data:
+        return wanted
+    wanted |= {
         "losses.input_ids": data["input_ids"],
         "losses.loss": data["lm_loss"],
         "losses.aux_loss": data["aux_loss"].sum(keepdims=True),
         **{f"losses.{k}": v for k, v in data.items() if k.startswith("grad.")},
-        "gen.input_ids": data["gen.prompt_ids"],
-        "gen.sequences": data["gen.sequences"],
         "gen_left.input_ids": data["gen_left_pad.prompt_ids"],
         "gen_left.attention_mask": data["gen_left_pad.attention_mask"],
         "gen_left.sequences": data["gen_left_pad.sequences"],
@@ -130,13 +151,8 @@ def transformers_own(data):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The directories of all cases, and what transformers made of each."""
-    if not (python := os.environ.get("TRANSFORMERS_TEST_PYTHON")):
-        pytest.skip(
-            "needs torch and transformers in an environment of their own: name its python in "
-            "TRANSFORMERS_TEST_PYTHON, as .ci/run does (docs/huggingface.md)"
-        )
+def exports(tmp_path_factory):
+    """The directories of all cases."""
     place = tmp_path_factory.mktemp("transformers")
     for name, model in models().items():
         wanted, files = ours(model), DEMO if name == "demo" else None
@@ -148,28 +164,47 @@ def found(tmp_path_factory):
         fm.save_hf(fm.load_hf(DENSE / name), place / name / "model")
         wanted = transformers_own(load_file(DENSE / name / "golden.safetensors"))
         save_file(wanted, place / name / "wanted.safetensors")
-    for name in CASES:
+    for name in (*CASES, "g_tied"):
         fm.save_hf(fm.load_hf(GOLDEN / name), place / name / "model")
         data = load_file(GOLDEN / name / "golden.safetensors")
         wide = fm.load_hf(place / name / "model", dtype=jnp.float32)
         logits = np.asarray(run(wide, data["input_ids"]).logits)
         wanted = {"ours.input_ids": data["input_ids"], "ours.logits": logits}
         save_file(theirs(data) | wanted, place / name / "wanted.safetensors")
+    return place
+
+
+@pytest.fixture(scope="module", params=PYTHONS, ids=range(len(PYTHONS)))
+def found(request, tmp_path_factory):
+    """The directories of all cases, and what one version of transformers made of each."""
+    if not request.param:
+        pytest.skip(
+            "needs torch and transformers in an environment of their own: name its python in "
+            "TRANSFORMERS_TEST_PYTHON, as .ci/run does (docs/huggingface.md)"
+        )
+    place = request.getfixturevalue("exports")
+    modules = tmp_path_factory.mktemp("modules")
     names = sorted(path.parent.name for path in place.glob("*/wanted.safetensors"))
+    for name in names:
+        shutil.rmtree(place / name / "again", ignore_errors=True)
     done = subprocess.run(
-        [python, "-W", "error", str(ROOT / "tests" / "transformers_check.py"),
+        [request.param, "-W", "error", str(ROOT / "tests" / "transformers_check.py"),
          *(str(place / name) for name in names)],
-        env=os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "PYTHONPATH": ""},
+        env=os.environ | {"HF_MODULES_CACHE": str(modules), "PYTHONPATH": ""},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return place, json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    if result["version"].startswith("4."):
+        # This version divides by max_position_embeddings / original_max_position_embeddings.
+        del result["found"]["qwen2_yarn"]
+    return place, result["found"]
 
 
 @pytest.mark.slow
 def test_logits_tokens_losses_and_gradients(found):
     _, reports = found
-    assert reports.keys() == {*models(), *AS_THEY_ARE, *CASES}
+    assert {*reports, "qwen2_yarn"} == {*models(), *AS_THEY_ARE, *CASES, "g_tied"}
     for name, report in reports.items():
         assert report["logits"] < 1e-4 and report["cached"] < 1e-4, (name, report)
         assert report["other tokens"] == 0, (name, report)
@@ -189,8 +224,10 @@ def test_models_with_experts_run_the_exported_code(found):
         again = {path.name for path in (place / name / "again").iterdir()}
         assert again.issuperset(code), "save_pretrained takes the code along"
     classes = {name: r["class"] for name, r in reports.items() if not r["remote"]}
+    assert classes.pop("qwen2_yarn", "Qwen2ForCausalLM") == "Qwen2ForCausalLM"
     assert classes == {
         "qwen": "Qwen2ForCausalLM",
+        "llama_linear": "LlamaForCausalLM",
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
@@ -204,18 +241,58 @@ def test_without_experts_it_is_qwen2_and_with_head_norms_qwen3(found):
             assert report["Qwen2"] < 1e-4 and report["Qwen3"] < 1e-4
 
 
+def with_experts(reports):
+    return {name: report for name, report in reports.items() if report["remote"]}
+
+
+def test_packed_texts_are_kept_apart(found):
+    """Those that position_ids show; an explicit mask of ones says that they see each other."""
+    for name, report in with_experts(found[1]).items():
+        assert report["packed"] < 1e-4 < report["across"], (name, report)
+        assert not report["packed is cached"] and report["cached packing refused"], name
+
+
+def test_what_other_programs_ask_for(found):
+    for name, report in with_experts(found[1]).items():
+        for kind in ("4-D mask", "logits_to_keep", "return_dict", "AutoModel"):
+            assert report[kind] < 1e-4, (name, kind, report)
+        assert report["static cache"] == 0, name
+        # Once without checkpointing, then forward and backward.
+        assert report["checkpointing"] < 1e-5 and report["runs"] == 3, (name, report)
+
+
+def test_heads_are_tied_where_the_config_says_so(found):
+    place, reports = found
+    for name, report in with_experts(reports).items():
+        assert report["tied"] == config_of(place / name / "model")["tie_word_embeddings"]
+    assert {name for name, r in reports.items() if r.get("tied")} == {"g_tied", "tied_experts"}
+
+
 def test_random_weights(found):
     _, reports = found
     deviations = [report["drawn"] for report in reports.values() if report["remote"]]
     np.testing.assert_allclose(deviations, 0.02, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen_experts", "llama3_experts", "c_go4_concatproj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "qwen_experts",
+        "llama3_experts",
+        "yarn_experts",
+        "linear_experts",
+        "tied_experts",
+        "g_tied",
+        "c_go4_concatproj",
+    ],
+)
 def test_what_transformers_saves_loads_here(found, name):
     place, _ = found
     got, wanted = (read_config(place / name / folder) for folder in ("again", "model"))
     assert (got.rope_theta, got.rope_scaling) == (wanted.rope_theta, wanted.rope_scaling)
-    assert (wanted.rope_scaling is not None) == (name == "llama3_experts")
+    scaled = ("llama3_experts", "yarn_experts", "linear_experts")
+    assert (wanted.rope_scaling is not None) == (name in scaled)
     wanted = weights(fm.load_hf(place / name / "model", jnp.float32))
     got = weights(fm.load_hf(place / name / "again", jnp.float32))
     assert wanted.keys() == got.keys()

@@ -15,8 +15,9 @@ int32:
     NAME.input_ids, NAME.loss [1], NAME.aux_loss [1], NAME.grad.PARAMETER
                                     mean cross-entropy, load-balancing loss, gradients of the former
 
-Prints one JSON object: by DIR's name, what was loaded and the largest difference of every kind.
-Writes `DIR/again`, the model as transformers saves it.
+Prints one JSON object: transformers' version and, by DIR's name, what was loaded and the largest
+difference of every kind. Writes `DIR/again`, the model as transformers saves it. Runs on
+transformers 4.51 and 5.
 """
 
 import json
@@ -26,13 +27,16 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+OLD = transformers.__version__.startswith("4.")
 
 
-def load(directory, dtype):
+def load(directory, dtype, auto=AutoModelForCausalLM):
     """A model; any tensor that is missing, extra or of another shape is an error."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, trust_remote_code=True, output_loading_info=True
+    keywords = {"torch_dtype" if OLD else "dtype": dtype}
+    model, info = auto.from_pretrained(
+        directory, trust_remote_code=True, output_loading_info=True, **keywords
     )
     assert not any(info.values()), info
     return model.eval()
@@ -54,6 +58,106 @@ def cached(model, ids, mask):
         cache, start = out.past_key_values, end
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
+
+
+def greedy(model, ids, mask, new, **keywords):
+    """The ids and `new` tokens more, whatever ends text."""
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        eos_token_id=model.config.vocab_size,  # never comes up
+        pad_token_id=0,
+        max_new_tokens=new,
+        do_sample=False,
+        **keywords,
+    )
+
+
+def far(got, wanted):
+    """The largest difference."""
+    assert got.shape == wanted.shape
+    return (got - wanted).abs().max().item()
+
+
+def clients(model, directory, ids):
+    """Differences of what other programs ask of a model with experts, for ids [B, T] unpadded."""
+    base = model(ids).logits
+    tokens = ids.shape[1]
+    half = tokens // 2
+    # Packed texts, of which the second is longer, and the same in rows of their own.
+    starts = torch.cat([torch.arange(half), torch.arange(tokens - half)])[None]
+    apart = torch.cat([model(ids[:, :half]).logits, model(ids[:, half:]).logits], dim=1)
+    packed = model(ids, position_ids=starts)
+    ones = torch.ones_like(ids)
+    across = model(ids, attention_mask=ones, position_ids=starts).logits
+    refused = 0
+    try:
+        kept = model(ids[:, :2], use_cache=True).past_key_values
+        model(ids, position_ids=starts, past_key_values=kept)
+    except ValueError as error:
+        refused = int("cache cannot keep apart" in str(error))
+    # The same two texts by a mask of four axes, as booleans and as floats.
+    text = (torch.arange(tokens) >= half).long()
+    seen = (text[:, None] == text) & torch.ones(tokens, tokens).tril().bool()
+    floats = torch.zeros(1, 1, tokens, tokens).masked_fill(~seen, torch.finfo(base.dtype).min)
+    few = torch.tensor([tokens - 1, 1])
+    whole = model(ids, labels=ids, output_hidden_states=True)
+    pieces = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
+    assert type(pieces) is tuple and len(pieces) == len(whole.to_tuple())
+    mask = ones.clone()
+    mask[0, :3] = 0
+    grown, static = (
+        greedy(model, ids, mask, 4, cache_implementation=kind) for kind in (None, "static")
+    )
+    headless = load(directory / "model", base.dtype, AutoModel)
+    assert type(headless).__name__ == "FineRMoeModel"
+    hidden = headless(ids).last_hidden_state
+    return {
+        "packed": max(
+            far(packed.logits, apart), far(model(ids, position_ids=starts).logits, apart)
+        ),
+        "packed is cached": int(packed.past_key_values is not None),
+        "cached packing refused": refused,
+        "across": far(across, apart),
+        "4-D mask": max(
+            far(model(ids, attention_mask=m, position_ids=starts).logits, apart)
+            for m in (seen[None, None], floats)
+        ),
+        "logits_to_keep": max(
+            far(model(ids, logits_to_keep=few).logits, base[:, few]),
+            far(model(ids, logits_to_keep=2).logits, base[:, -2:]),
+        ),
+        "return_dict": max(far(pieces[0], whole.loss), far(pieces[1], whole.logits)),
+        "static cache": int((static != grown).sum()),
+        "AutoModel": far(model.lm_head(hidden), base),
+        "tied": model.lm_head.weight is model.get_input_embeddings().weight,
+    }
+
+
+def checkpointing(model, ids):
+    """Difference of gradients with and without activation checkpointing, and layers run twice."""
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    runs = []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    model.train()
+    wanted = gradients()
+    enable = model.gradient_checkpointing_enable if OLD else model.activation_checkpointing_enable
+    enable({"use_reentrant": False})
+    got = gradients()
+    hook.remove()
+    model.eval()
+    again = model(ids).logits
+    disable = (
+        model.gradient_checkpointing_disable if OLD else model.activation_checkpointing_disable
+    )
+    disable()
+    assert got.keys() == wanted.keys() and torch.equal(again, model(ids).logits)
+    return {"checkpointing": max(far(got[k], v) for k, v in wanted.items()), "runs": len(runs)}
 
 
 def random_weights(directory):
@@ -106,13 +210,7 @@ def check(directory):
                 record("cached", difference(through_cache, wanted["logits"], mask))
             if "sequences" in wanted:
                 new = wanted["sequences"].shape[1] - ids.shape[1]
-                got = model.generate(
-                    ids,
-                    attention_mask=mask,
-                    eos_token_id=model.config.vocab_size,  # never comes up
-                    max_new_tokens=new,
-                    do_sample=False,
-                )
+                got = greedy(model, ids, mask, new)
                 record("other tokens", int((got != wanted["sequences"]).sum()))
             if "stopped" in wanted:
                 got = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
@@ -149,6 +247,9 @@ def check(directory):
         }
         report["drawn"] = drawn.model.embed_tokens.weight.std().item()
         report |= without_experts(type(model))
+        with torch.no_grad():
+            report |= clients(model, directory, ids)
+        report |= checkpointing(model, ids)
     if (directory / "model" / "tokenizer.json").exists():
         # AutoTokenizer asks as well: it looks at config.json.
         tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=True)
@@ -188,4 +289,4 @@ def without_experts(model_class):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {Path(name).name: check(Path(name)) for name in sys.argv[1:]}
-    print(json.dumps(found, indent=1))
+    print(json.dumps({"version": transformers.__version__, "found": found}, indent=1))

@@ -39,7 +39,13 @@ _DEFAULTS = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What each rope_type needs; original_max_position_embeddings: max_position_embeddings if missing.
+_ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 class FineRMoeConfig(PretrainedConfig):
@@ -63,7 +69,9 @@ class FineRMoeConfig(PretrainedConfig):
     The attention: qkv_bias (Qwen2 has it, Llama has not) and qk_norm (Qwen3's norm of every query
     and key head). The base of the rotary positions may stand in rope_theta, and their scaling in
     rope_scaling, as in the published files, or both in rope_parameters, as transformers 5 writes
-    them. rope_type is "default" or, as in Llama 3, "llama3".
+    them. rope_type is "default", "linear", "llama3" or "yarn".
+
+    With tie_word_embeddings lm_head is the embedding.
 
     Raises ValueError for numbers that contradict each other, and for what is not computed.
     """
@@ -74,18 +82,16 @@ class FineRMoeConfig(PretrainedConfig):
     def __init__(self, rope_theta=10000.0, rope_scaling=None, rope_parameters=None, **values):
         rope = rope_scaling or rope_parameters or {}
         rope = {"rope_type": rope.get("type", "default"), "rope_theta": rope_theta} | rope
-        if rope["rope_type"] not in ("default", "llama3"):
-            raise ValueError(f"rope_type={rope['rope_type']!r} is neither 'default' nor 'llama3'")
-        lacking = [key for key in _LLAMA3 if not rope.get(key)]
-        if rope["rope_type"] == "llama3" and lacking:
-            raise ValueError(f"rope_type='llama3' lacks {', '.join(lacking)}")
-        for key, value, computed in (
-            ("hidden_act", values.get("hidden_act", "silu"), "silu"),
-            ("use_sliding_window", values.get("use_sliding_window", False), False),
-            ("tie_word_embeddings", values.get("tie_word_embeddings", False), False),
+        if rope["rope_type"] not in _ROPE:
+            raise ValueError(f"rope_type={rope['rope_type']!r} is not one of {', '.join(_ROPE)}")
+        if lacking := [key for key in _ROPE[rope["rope_type"]] if not rope.get(key)]:
+            raise ValueError(f"rope_type={rope['rope_type']!r} lacks {', '.join(lacking)}")
+        for key, default, computed in (
+            ("hidden_act", "silu", ("silu", "swish")),  # two names of one function
+            ("use_sliding_window", False, (False,)),
         ):
-            if value != computed:
-                raise ValueError(f"FineRMoE computes {key}={computed!r} only, not {value!r}")
+            if (value := values.get(key, default)) not in computed:
+                raise ValueError(f"FineRMoE computes {key}={computed[0]!r} only, not {value!r}")
         self.rope_parameters, self.rope_theta = rope, rope["rope_theta"]
         values = _DEFAULTS | values
         self.use_cache = values.pop("use_cache")

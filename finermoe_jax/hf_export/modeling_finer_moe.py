@@ -9,12 +9,13 @@ Letters of shapes: B sequences, T tokens, S keys (the cached ones and T), D hidd
 A num_experts_per_tok.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .configuration_finer_moe import FineRMoeConfig
@@ -68,7 +69,10 @@ class FineRMoeAttention(nn.Module):
             self.k_norm = FineRMoeRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, angles, mask, cache):
-        """x [B, T, D]; angles: cos and sin [B or 1, T, head_dim / 2]; mask: `visible_keys`."""
+        """x [B, T, D]; angles: cos and sin [B or 1, T, head_dim / 2]; mask: `added_to_scores`.
+
+        cache: None, or one of transformers' and the number of tokens in it.
+        """
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -77,7 +81,12 @@ class FineRMoeAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *angles), rotate(k, *angles), v))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            cache, past = cache
+            # A static cache has to be told, before transformers 5, which places the tokens take,
+            # and gives back all it has.
+            end = past + x.shape[1]
+            places = {"cache_position": torch.arange(past, end, device=x.device)}
+            k, v = (t[:, :, :end] for t in cache.update(k, v, self.layer, places))
         k, v = (t.repeat_interleave(self.shared_by, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1
@@ -86,19 +95,55 @@ class FineRMoeAttention(nn.Module):
 
 
 def rotary_angles(positions, config):
-    """Cosines and sines [..., head_dim / 2], float32, of positions [...]."""
-    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = config.rope_theta ** -(pairs / config.head_dim)
-    rope = config.rope_parameters
-    if rope["rope_type"] == "llama3":
+    """Cosines and sines [..., head_dim / 2], float32, of positions [...]; yarn scales both."""
+    dim, rope = config.head_dim, config.rope_parameters
+    pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    powers, scale = config.rope_theta ** (pairs / dim), 1.0
+    frequencies = 1 / powers
+    kind, factor = rope["rope_type"], rope.get("factor")
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "linear":
+        frequencies = frequencies / factor
+    elif kind == "llama3":
         # Slow pairs, by their turns within the original context, are slowed by a factor, fast ones
         # kept; between the two it changes over linearly.
-        turns = rope["original_max_position_embeddings"] / (2 * math.pi) * frequencies
+        turns = original / (2 * math.pi) * frequencies
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / rope["factor"])
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    elif kind == "yarn":
+        first, last = yarn_range(rope, dim, config.rope_theta, original)
+        kept = 1 - ((pairs / 2 - first) / (last - first)).clamp(0, 1)
+        frequencies = 1 / (factor * powers) * (1 - kept) + frequencies * kept
+        scale = yarn_scale(rope)
     angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def yarn_range(rope, dim, theta, original):
+    """The pairs up to which yarn keeps frequencies and from which it divides them by factor.
+
+    They turn beta_fast and beta_slow times within the original context.
+    """
+    first, last = (
+        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    )
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)  # of dim, not of its half: all files mean this
+    return first, last if last != first else last + 0.001
+
+
+def yarn_scale(rope):
+    """What yarn multiplies rotated queries and keys with."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    grown = math.log(max(rope["factor"], 1))
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    if over and under:
+        return (0.1 * over * grown + 1) / (0.1 * under * grown + 1)
+    return 0.1 * grown + 1
 
 
 def rotate(x, cos, sin):
@@ -108,22 +153,72 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def visible_keys(attention_mask, x, past):
+def packed_texts(position_ids):
+    """Numbers [B or 1, T] of the texts in each row; None where every row is one text.
+
+    A text begins where position_ids [B or 1, T] do not go on by one, as everywhere in transformers.
+    """
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return F.pad(begins.cumsum(1), (1, 0)) if begins.any() else None
+
+
+def added_to_scores(attention_mask, texts, x, past):
     """What is added to the scores of queries x [B, T, D], which follow `past` cached tokens.
 
-    attention_mask: [B, S], 0 at padding, or None. Returns [B or 1, 1, T, S] in x's dtype, or None
-    where attention needs none beyond being causal.
+    attention_mask: None, or [B, S], 0 at padding, or [B or 1, heads or 1, T, S or more], which is
+    all that counts: True where a query sees a key, or floats to be added. texts: `packed_texts`.
+    Returns [B or 1, heads or 1, T, S] in x's dtype, or None where being causal is enough.
     """
     tokens = x.shape[1]
-    if attention_mask is None and (tokens == 1 or not past):
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
+        attention_mask = None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        visible = attention_mask[..., : past + tokens]
+        if visible.is_floating_point():
+            return visible.to(x.dtype)
+    elif attention_mask is None and texts is None and (tokens == 1 or not past):
         return None
-    keys = torch.arange(past + tokens, device=x.device)
-    visible = (keys <= keys[past:, None])[None, None]
-    if attention_mask is not None:
-        visible = visible & attention_mask.bool()[:, None, None, :]
+    else:
+        keys = torch.arange(past + tokens, device=x.device)
+        visible = (keys <= keys[past:, None])[None, None]
+        if attention_mask is not None:
+            visible = visible & attention_mask.bool()[:, None, None, :]
+        if texts is not None:
+            visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
     # Finite, so that a query that sees nothing (it stands on padding) gives no NaN.
     hidden = torch.zeros(visible.shape, device=x.device, dtype=x.dtype)
     return hidden.masked_fill(~visible, torch.finfo(x.dtype).min)
+
+
+def counted_positions(attention_mask, x, past):
+    """Positions [B or 1, T] of tokens x [B, T, D]: a row's real tokens count from 0."""
+    real = attention_mask
+    if attention_mask is None or attention_mask.ndim == 4:
+        real = x.new_ones(1, past + x.shape[1])
+    return (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def check_mask(attention_mask, batch, tokens, past):
+    """Raises ValueError, naming both shapes, for a mask that does not fit the tokens."""
+    if attention_mask is None:
+        return
+    shape, keys = tuple(attention_mask.shape), past + tokens
+    if len(shape) == 4:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask of 4 axes is {attention_mask.dtype}; it must be bool, True where "
+                "a query sees a key, or of floats that are added to the scores"
+            )
+        if shape[0] not in (1, batch) or shape[2] != tokens or shape[3] < keys:
+            raise ValueError(
+                f"attention_mask {shape} must be ({batch} or 1, heads or 1, {tokens}, {keys} or "
+                f"more): {past} cached tokens and {tokens} new ones"
+            )
+    elif shape != (batch, keys):
+        raise ValueError(
+            f"attention_mask {shape} must be {(batch, keys)}: {past} cached tokens and {tokens} "
+            "new ones"
+        )
 
 
 def route(logits, config):
@@ -253,6 +348,8 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["FineRMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_cache_class = _supports_static_cache = True  # asked by transformers 4
+    supports_gradient_checkpointing = True
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -266,6 +363,9 @@ class FineRMoePreTrainedModel(PreTrainedModel):
 class FineRMoeModel(FineRMoePreTrainedModel):
     """The decoder without lm_head."""
 
+    _auto_class = "AutoModel"
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
+
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -273,7 +373,16 @@ class FineRMoeModel(FineRMoePreTrainedModel):
             FineRMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = FineRMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self):
+        """The embedding, asked for by LoRA and gradient checkpointing."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Exchanges it, for a resized vocabulary."""
+        self.embed_tokens = value
 
     def forward(
         self,
@@ -285,57 +394,77 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         use_cache=None,
         output_hidden_states=None,
         output_router_logits=None,
+        return_dict=None,
         **kwargs,
     ):
         """Arguments as everywhere in transformers: input_ids [B, T] or inputs_embeds [B, T, D].
 
         attention_mask [B, S] is 0 at padding, on either side, and covers what is cached as well;
-        position_ids [B, T] follow from it. past_key_values: one of the growing caches. Attention
+        position_ids [B, T] follow from it. One of four axes (`added_to_scores`) is taken as it is.
+        Without one, position_ids that start again are texts packed into a row: they are kept apart,
+        and nothing is cached of them. past_key_values: a growing or a static cache. Attention
         weights are never returned; hidden_states are the embeddings, then every layer's output,
-        the last one normed.
+        the last one normed. return_dict=False: a tuple of what is not None.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache, tokens = past_key_values, x.shape[1]
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
-        if isinstance(cache, StaticCache):
-            raise ValueError("past_key_values: a DynamicCache is needed, not a StaticCache")
-        past = cache.get_seq_length() if cache is not None else 0
-        if attention_mask is not None and attention_mask.shape != (len(x), past + tokens):
+        cache = past_key_values
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        check_mask(attention_mask, len(x), x.shape[1], past)
+        texts = None
+        if attention_mask is None and position_ids is not None:
+            texts = packed_texts(position_ids)
+        if texts is not None and cache is not None:
             raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} must be {(len(x), past + tokens)}: "
-                f"{past} cached tokens and {tokens} new ones"
+                "position_ids start again, so that the row holds several texts, which a cache "
+                "cannot keep apart: leave out past_key_values, or give an attention_mask"
             )
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
+        recompute = self.gradient_checkpointing and self.training
+        if recompute or texts is not None:
+            cache = None
+        elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
         if position_ids is None:
-            real = x.new_ones(1, past + tokens) if attention_mask is None else attention_mask
-            position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+            position_ids = counted_positions(attention_mask, x, past)
         angles = rotary_angles(position_ids, self.config)
-        mask = visible_keys(attention_mask, x, past)
+        mask = added_to_scores(attention_mask, texts, x, past)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         hidden_states = router_logits = ()
+        stored = None if cache is None else (cache, past)
         for layer in self.layers:
             hidden_states += (x,) if output_hidden_states else ()
-            x, logits = layer(x, angles, mask, cache)
+            call = layer.__call__
+            if recompute:
+                call = functools.partial(self._gradient_checkpointing_func, call)
+            x, logits = call(x, angles, mask, stored)
             router_logits += (logits,) if output_router_logits and logits is not None else ()
         x = self.norm(x)
-        return MoeModelOutputWithPast(
+        out = MoeModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             router_logits=router_logits if output_router_logits else None,
         )
+        return as_asked(out, return_dict, self.config)
+
+
+def as_asked(out, return_dict, config):
+    """An output as it is, or as a tuple where return_dict, or else the config, is False."""
+    whole = config.return_dict if return_dict is None else return_dict
+    return out if whole else out.to_tuple()
 
 
 class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
-    """The decoder with lm_head, which is never tied to the embedding."""
+    """The decoder with lm_head, which is the embedding where config.tie_word_embeddings says so."""
+
+    # save_pretrained takes this file along, in transformers 4 as well.
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -343,16 +472,44 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
+    def get_output_embeddings(self):
+        """The head, which transformers ties or resizes."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        """Exchanges it."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
         """Logits [B, T, vocab_size]; `FineRMoeModel.forward` takes the other arguments.
 
         labels: [B, T] token ids, -100 where there is none; loss is the mean cross-entropy of the
-        next token. logits_to_keep: score the last so many positions only; 0: all. With
-        output_router_logits aux_loss is the sum over layers of `load_balancing_loss`, and loss
-        includes router_aux_loss_coef times it.
+        next token. logits_to_keep: score the last so many positions only; 0: all; a tensor of
+        indices: those positions. With output_router_logits aux_loss is the sum over layers of
+        `load_balancing_loss`, and loss includes router_aux_loss_coef times it.
         """
-        out = self.model(input_ids, attention_mask, **kwargs)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = aux_loss = None
         if labels is not None:
             vocabulary = self.config.vocab_size
@@ -360,12 +517,12 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
         if out.router_logits:
             shape = out.last_hidden_state.shape[:2]
             real = torch.ones(shape, device=logits.device)
-            if attention_mask is not None:
+            if attention_mask is not None and attention_mask.ndim == 2:
                 real = attention_mask[:, -shape[1] :]
             aux_loss = sum(load_balancing_loss(r, self.config, real) for r in out.router_logits)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        return MoeCausalLMOutputWithPast(
+        out = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -373,3 +530,4 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
         )
+        return as_asked(out, return_dict, self.config)

@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -37,6 +39,13 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e2, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 48,
 }  # fmt: skip
+# The texts are longer than the original context. Of the five frequencies the fastest stays, the
+# next is stretched in part, the others in full.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e2, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.5}
+SHORT = SIZES | {"max_position_embeddings": 16}
 CASES = {
     "llama": (
         LlamaForCausalLM,
@@ -58,6 +67,8 @@ CASES = {
         Qwen3ForCausalLM,
         Qwen3Config(**SIZES, rms_norm_eps=1e-6, rope_parameters=PLAIN, tie_word_embeddings=True),
     ),
+    "qwen2_yarn": (Qwen2ForCausalLM, Qwen2Config(**SHORT, rope_parameters=YARN)),
+    "llama_linear": (LlamaForCausalLM, LlamaConfig(**SHORT, rope_parameters=LINEAR)),
 }
 
 
