@@ -4,7 +4,6 @@ Axis letters: finermoe_jax/config.py.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from finermoe_jax import sharding
-from finermoe_jax.attention import Attention, CacheUse, KVCache, LayerCache
-from finermoe_jax.config import LayerKind, ModelConfig
+from finermoe_jax.attention import KVCache
+from finermoe_jax.config import ModelConfig
 from finermoe_jax.flash import segments
-from finermoe_jax.layers import MLP, Embedding, RMSNorm, project, rotary_angles
+from finermoe_jax.layers import Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
-from finermoe_jax.routing import Routing, expert_tokens
-from finermoe_jax.sharding import ONE_DEVICE, Placement
-from finermoe_jax.weights import Apart, OfLayer
+from finermoe_jax.routing import Routing
+from finermoe_jax.sharding import ONE_DEVICE
+from finermoe_jax.stack import Pass, Traces, run_layers, stacked_blocks
 
 
 class Features(NamedTuple):
@@ -47,50 +45,6 @@ class Output(NamedTuple):
     routing: tuple[Routing, ...]
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and FFN, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: DTypeLike, rngs: nnx.Rngs):
-        d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
-        self.input_norm = RMSNorm(d, eps, dtype, rngs)
-        self.attention = Attention(config, dtype, rngs)
-        self.post_norm = RMSNorm(d, eps, dtype, rngs)
-        if kind == "moe":
-            self.moe = FineRMoE(config, dtype, rngs)
-        else:
-            self.mlp = MLP(d, config.intermediate_size, std, dtype, rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        angles: tuple[Array, Array],
-        segment_ids: Array | None,
-        real: Array,
-        cache: CacheUse | None,
-        placement: Placement,
-    ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
-        """Returns x, the written cache, and a MoE layer's routing with Eq. 11's loss and the tokens
-        [B, E] of each expert."""
-        attended, written = self.attention(
-            self.input_norm(x), angles, segment_ids, placement, cache
-        )
-        x = x + attended
-        normed = self.post_norm(x)
-        if not hasattr(self, "moe"):
-            return x + self.mlp(normed, placement), written, None
-        y, routing, aux_loss = self.moe(normed, real, placement)
-        # The loss counts the same: the compiler does it once.
-        tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
-        return x + y, written, (routing, (aux_loss, tokens))
-
-
-# What the backward pass finds stored; the rest of a layer it computes again.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
 # Scores want the vocabulary split, lookups the width (finermoe_jax/sharding.py).
 _HEAD_AXES = ("scored_vocab", "width")
 
@@ -112,7 +66,7 @@ class Decoder(nnx.Module):
         std, d = config.initializer_range, config.hidden_size
         self.embed = Embedding(config.vocab_size, d, std, param_dtype, rngs)
         self.runs = nnx.List(
-            nnx.List(_stacked_blocks(config, kind, repeats, param_dtype, rngs) for kind in pattern)
+            nnx.List(stacked_blocks(config, kind, repeats, param_dtype, rngs) for kind in pattern)
             for pattern, repeats in config.layer_runs
         )
         self.final_norm = RMSNorm(d, config.rms_norm_eps, param_dtype, rngs)
@@ -166,35 +120,28 @@ class Decoder(nnx.Module):
             counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
             position_ids = first[:, None] + jnp.maximum(counted, 0)
         segment_ids = segments(attention_mask, segment_ids)
-        visible = real
+        slot, visible = jnp.int32(0), real
         if cache is not None:
+            slot = cache.length
             visible = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
         angles = rotary_angles(position_ids, self.config)
 
+        shared = Pass(
+            angles, segment_ids, real, self.placement, slot, visible, remat=remat, unroll=unroll
+        )
         x = self.embed(input_ids, self.dtype, self.placement)
-        routing: list[Routing] = []
-        balance: list[tuple[Array, Array]] = []
+        traces: list[Traces] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
-            run_cache = None
-            if cache is not None:
-                run_cache = _RunCache(cache.layers[index], cache.length, visible)
-            x, written, run_routing, run_balance = _scan_run(
-                run, x, angles, segment_ids, real, run_cache, remat, unroll, self.placement
-            )
+            of_run = None if cache is None else cache.layers[index]
+            x, written, of_moe = run_layers(run, x, of_run, shared)
             caches.append(written)
-            routing += run_routing
-            balance += run_balance
+            traces += [] if of_moe is None else [of_moe]
         new_cache = None
         if cache is not None:
             advanced = first + real.sum(axis=1, dtype=jnp.int32)
             new_cache = KVCache(tuple(caches), visible, cache.length + tokens, advanced)
-        aux_loss, per_expert = jnp.zeros(0), jnp.zeros((0, 0), jnp.int32)
-        if balance:
-            aux_loss = jnp.concatenate([losses for losses, _ in balance])
-            of_rows = jnp.concatenate([counts for _, counts in balance])
-            per_expert = of_rows.astype(jnp.int32).sum(axis=1)
-        return Features(self.final_norm(x), aux_loss, per_expert, tuple(routing), new_cache)
+        return Features(self.final_norm(x), *_records(traces), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the vocabulary, as float32."""
@@ -252,106 +199,11 @@ def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
     return Output(model.logits(features.hidden), features.aux_loss, features.routing)
 
 
-def _stacked_blocks(
-    config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
-) -> Block:
-    """One Block whose parameters carry a leading axis "layer" of size repeats."""
-
-    @nnx.split_rngs(splits=repeats)
-    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
-    def build(rngs: nnx.Rngs) -> Block:
-        return Block(config, kind, dtype, rngs)
-
-    return build(rngs)
-
-
-class _RunCache(NamedTuple):
-    places: tuple[LayerCache, ...]  # of the pattern, each a stack of the repeats
-    slot: Array
-    visible: Array
-
-
-def _is_apart(leaf: Any) -> bool:
-    return isinstance(leaf, Apart)
-
-
-def _scan_run(
-    run: nnx.List,
-    x: Array,
-    angles: tuple[Array, Array],
-    segment_ids: Array | None,
-    real: Array,
-    cache: _RunCache | None,
-    remat: str,
-    unroll: int,
-    placement: Placement,
-) -> tuple[Array, tuple[LayerCache, ...] | None, list[Routing], list[tuple[Array, Array]]]:
-    """Scans the repeats. Returns x, the written caches, and of the MoE layers, in order, the
-    routing and, stacked, Eq. 11's losses [L] and the experts' tokens [L, B, E] (one pair or none).
-    """
-    graphdef: Any
-    graphdef, stacked = nnx.split(run)
-    first = jax.tree.leaves(stacked, is_leaf=_is_apart)[0]
-    repeats = len(first.layers) if _is_apart(first) else first.shape[0]
-
-    def layers(x: Array, state: Any, caches: Sequence[CacheUse | None]) -> tuple:
-        written: list[Any] = []
-        traces: list[Any] = []
-        x = sharding.constrain(x, ("batch", "sequence", "width"), placement, "residual stream")
-        state = sharding.gather_dense(state, x.dtype, placement)
-        for block, use in zip(nnx.merge(graphdef, state), caches, strict=True):
-            x, cache, trace = block(x, angles, segment_ids, real, use, placement)
-            written.append(cache)
-            traces.append(trace)
-        return x, tuple(written), tuple(traces)
-
-    def body(x: Array, state: Any) -> tuple:
-        x, _, traces = layers(x, state, (None,) * len(run))
-        return x, traces
-
-    def cached_body(carry: tuple, layer: Array | int) -> tuple:
-        x, places = carry
-        assert cache is not None
-        alone = placement.mesh is None or placement.mesh.size == 1
-
-        def of_layer(leaf: Any) -> Any:
-            if _is_apart(leaf):
-                return leaf.layers[layer]
-            # Handed out by the scan it would be a copy, of the idle experts too.
-            return OfLayer(leaf, jnp.asarray(layer)) if alone else leaf[layer]
-
-        state = jax.tree.map(of_layer, stacked, is_leaf=_is_apart)
-        uses = [CacheUse(place, jnp.int32(layer), cache.slot, cache.visible) for place in places]
-        x, places, traces = layers(x, state, uses)
-        return (x, places), traces
-
-    if remat != "none":
-        # In a loop nothing can be shared between the two passes; written out it would be.
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll >= repeats)
-    places: Any = None
-    stacked_traces: Any
-    if cache is None:
-        x, stacked_traces = jax.lax.scan(body, x, stacked, unroll=min(unroll, repeats))
-    elif _is_apart(first):
-        places, each = cache.places, []
-        for layer in range(repeats):
-            (x, places), traces = cached_body((x, places), layer)
-            each.append(traces)
-        stacked_traces = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    else:
-        (x, places), stacked_traces = jax.lax.scan(
-            cached_body, (x, cache.places), jnp.arange(repeats)
-        )
-    traces = [trace for trace in stacked_traces if trace is not None]
-    routing = [
-        jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stacked_routing)
-        for repeat in range(repeats)
-        for stacked_routing, _ in traces
-    ]
-
-    def in_order(*places: Array) -> Array:
-        """[repeats, …] of each place of the pattern as [L, …]."""
-        return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
-
-    balance = [jax.tree.map(in_order, *(pair for _, pair in traces))] if traces else []
-    return x, places, routing, balance
+def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...]]:
+    """All runs' records together: Eq. 11's losses [L], tokens of each expert [L, E], routing."""
+    if not traces:
+        return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), ()
+    aux_loss = jnp.concatenate([each.aux_loss for each in traces])
+    of_rows = jnp.concatenate([each.expert_tokens for each in traces])
+    routing = tuple(layer for each in traces for layer in each.routing)
+    return aux_loss, of_rows.astype(jnp.int32).sum(axis=1), routing
