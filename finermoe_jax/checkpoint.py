@@ -32,13 +32,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from finermoe_jax import lazy, lazy_checkpoint, sharding
+from finermoe_jax.arguments import check_path
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, state
 from finermoe_jax.hf_config import read_json
-from finermoe_jax.hf_weights import copy_tokenizer, open_hf, resolve_source, stored_dtypes
+from finermoe_jax.hf_weights import (
+    check_saving,
+    copy_tokenizer,
+    open_hf,
+    resolve_source,
+    stored_dtypes,
+)
 from finermoe_jax.integrity import (
     Known,
     damage,
@@ -167,6 +174,7 @@ def save_checkpoint(
 
     Raises InputError when path is occupied, or the tokenizer cannot be kept.
     """
+    check_saving(model, path, tokenizer)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
     source = Path(tokenizer) if tokenizer is not None else None
     with new_directory(path) as directory:
@@ -307,6 +315,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 
     Raises InputError when there is none, or when it is damaged.
     """
+    check_path("path", path)
     directory = _step_directory(Path(path).absolute(), (*_NOT_READ, _TOKENIZER))
     config, dtype, param_dtype = read_description(directory)
     shardings = None
