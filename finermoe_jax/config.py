@@ -36,7 +36,7 @@ def check_fields(config: Any) -> None:
     An int serves as a float, a bool as neither. Files are read by run_settings.from_dict, which
     converts; this is for whoever makes a config in Python.
     """
-    for name, kinds in _kinds(type(config)).items():
+    for name, kinds in _kinds(config.__class__).items():
         value = getattr(config, name)
         if not any(_is_of(value, kind) for kind in kinds):
             wanted = " or ".join(
