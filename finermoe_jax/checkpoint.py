@@ -33,12 +33,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from finermoe_jax import lazy, lazy_checkpoint, sharding
+from finermoe_jax.arguments import check_path
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.disk import Disk
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, commit, state
 from finermoe_jax.hf_weights import (
+    check_saving,
     copy_tokenizer,
     open_hf,
     resolve_source,
@@ -188,6 +190,7 @@ def save_checkpoint(
 
     Raises InputError when path is occupied, or the tokenizer cannot be kept.
     """
+    check_saving(model, path, tokenizer)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
     source = Path(local(tokenizer)) if tokenizer is not None else None
     with new_directory(path) as directory:
@@ -367,6 +370,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 
     Raises InputError when there is none, or when it is damaged.
     """
+    check_path("path", path)
     path = Path(local(path)).absolute()
     return in_training(steps_of(path), lambda: _load_checkpoint(path, mesh))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finermoe_jax.arguments import check_integer, is_integer
 from finermoe_jax.checkpoint import Source, open_model, steps_of
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
@@ -53,14 +54,15 @@ def complete(
     prompt: str | Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ends: Collection[int] | None = None,
 ) -> Iterator[str]:
     """The continuation of one prompt, piece by piece.
 
-    It ends before the first of the `stop` strings, at one of the `ends` tokens (default: the
-    tokenizer's end of text) or after max_new_tokens. Raises InputError, at the call, when the
-    prompt has no token or does not fit (`generate`).
+    It ends before the first of the `stop` strings (one string is one of them), at one of the `ends`
+    tokens (default: the tokenizer's end of text) or after max_new_tokens. Raises InputError, at the
+    call, for arguments of another type, and when the prompt has no token or does not fit
+    (`generate`).
     """
     ids = _encode(tokenizer, prompt)
     text = _Text(tokenizer, ids, stop, ends)
@@ -85,7 +87,7 @@ def continue_all(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ends: Collection[int] | None = None,
     batch_size: int = 8,
     show_progress: bool = False,
@@ -95,8 +97,9 @@ def continue_all(
     Prompts run in batches of like lengths, so that few programs are compiled. Raises InputError,
     before any is run, when one has no token or does not fit.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
+    check_integer("batch_size", batch_size, 1)
+    if isinstance(prompts, str):
+        raise InputError(f"prompts={prompts!r} is one text: give a list of them")
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     for prompt_ids in encoded:
         _check_ids(model.config, prompt_ids, max_new_tokens)
@@ -128,7 +131,7 @@ def check_prompt(
     tokenizer: Any,
     prompt: str | Sequence[int],
     max_new_tokens: int,
-    stop: Sequence[str],
+    stop: str | Sequence[str],
 ) -> None:
     """Raises InputError where `complete` would; needs no weights."""
     ids = _encode(tokenizer, prompt)
@@ -164,7 +167,7 @@ def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int
 
 def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     if not isinstance(prompt, str):
-        ids = [int(i) for i in prompt]
+        ids = _integers("a prompt", prompt)
     else:
         _check_text(prompt, "a prompt")
         # What the tokenizer begins texts with, as in pretraining and as in evaluation.
@@ -173,6 +176,17 @@ def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     if not ids:
         raise InputError("a prompt is empty; give at least one character")
     return ids
+
+
+def _integers(what: str, values: Any) -> list[int]:
+    try:
+        values = [values] if isinstance(values, bytes) else list(values)
+        wrong = [each for each in values if not is_integer(each)]
+    except TypeError:
+        wrong = [values]
+    if wrong:
+        raise InputError(f"{what} holds {wrong[0]!r}, and ids of tokens are integers")
+    return [int(each) for each in values]
 
 
 def _check_text(text: str, what: str) -> None:
@@ -191,13 +205,16 @@ class _Text:
         self,
         tokenizer: Any,
         prompt: Sequence[int],
-        stop: Sequence[str],
+        stop: str | Sequence[str],
         ends: Collection[int] | None,
     ):
-        if "" in stop:
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if wrong := [each for each in self.stop if not isinstance(each, str)]:
+            raise InputError(f"stop holds {wrong[0]!r}; it must be a string or a list of strings")
+        if "" in self.stop:
             raise InputError("a stop string is empty; it would end every text at once")
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.ends = {tokenizer.eos_token_id} if ends is None else frozenset(ends)
+        self.tokenizer = tokenizer
+        self.ends = frozenset([tokenizer.eos_token_id] if ends is None else _integers("ends", ends))
         # Decoded along with the prompt's last tokens: by itself the first word of a text loses its
         # space with some tokenizers. They begin with a whole character.
         begin = max(0, len(prompt) - 8)

@@ -21,10 +21,55 @@ Letters of array axes, in einsums and shape annotations:
 """
 
 import dataclasses
+import functools
 import math
-from typing import Literal
+import types
+import typing
+from typing import Any, Literal
 
 from finermoe_jax.errors import InputError
+
+
+def check_fields(config: Any) -> None:
+    """Raises InputError for a field of a dataclass whose value is of another type.
+
+    An int serves as a float, a bool as neither. Files are read by run_settings.from_dict, which
+    converts; this is for whoever makes a config in Python.
+    """
+    for name, kinds in _kinds(config.__class__).items():
+        value = getattr(config, name)
+        if not any(_is_of(value, kind) for kind in kinds):
+            wanted = " or ".join(
+                ", ".join(map(repr, typing.get_args(kind)))
+                if typing.get_origin(kind) is Literal
+                else "None"
+                if kind is type(None)
+                else getattr(kind, "__name__", str(kind))
+                for kind in kinds
+            )
+            raise InputError(f"{name}={value!r} must be {wanted}")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, tuple]:
+    """The types of every field, those of a union one by one."""
+    return {
+        name: typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        of = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_of(item, of) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +106,7 @@ class MoEConfig:
     mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in _GRANULARITIES:
             value = getattr(self, name)
             if value < 1:
@@ -244,6 +290,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -398,6 +445,7 @@ class UpcycleConfig:
     concat_proj_std: float = 0.02
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, number, high in (
             ("drop_ratio", self.drop_ratio, 1),
             ("concat_proj_std", self.concat_proj_std, 1e6),

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Bool, Int
 
+from finermoe_jax.arguments import check_ids, check_integer, check_mask, check_type, rectangular
 from finermoe_jax.attention import KVCache, init_cache
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import Decoder
+from finermoe_jax.model import LOAD_A_MODEL, Decoder
 from finermoe_jax.sampling import NO_TOKEN, Sampling, choose
 from finermoe_jax.weights import apart
 
@@ -50,11 +51,12 @@ def generate(
       int32 [B, T + max_new_tokens]: the input as given, then the new tokens.
 
     Raises:
-      InputError: empty prompts, ids outside the vocabulary, more positions than the model has;
-        logits that are not finite.
+      InputError: arguments of another type, empty prompts, rows of different lengths, ids outside
+        the vocabulary, more positions than the model has; logits that are not finite.
     """
-    prompt = np.asarray(input_ids)
-    sampling = sampling or Sampling(temperature=temperature, seed=seed)
+    prompt = rectangular("input_ids", input_ids)
+    if sampling is None:
+        sampling = Sampling(temperature=temperature, seed=seed)
     new = np.stack(list(stream(model, prompt, attention_mask, max_new_tokens, sampling)), axis=1)
     return jnp.asarray(np.concatenate([prompt, new], axis=1), jnp.int32)
 
@@ -67,11 +69,15 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """`generate`, one new token of every row at a time. Input is checked at the call."""
-    ids = np.asarray(input_ids)
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    ids = rectangular("input_ids", input_ids)
+    mask = np.ones(ids.shape, bool)
+    if attention_mask is not None:
+        mask = rectangular("attention_mask", attention_mask)
     check(model.config, ids, mask, max_new_tokens)
+    check_type("sampling", sampling, Sampling, "Sampling(temperature=0.8) is one")
     sampling.check()
-    return _tokens(model, ids, mask, max_new_tokens, sampling)
+    return _tokens(model, ids, mask != 0, int(max_new_tokens), sampling)
 
 
 def bucket(tokens: int) -> int:
@@ -199,22 +205,12 @@ def _next(
 
 def check(config: ModelConfig, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
     """Raises InputError where prompts [B, T] cannot be continued by so many tokens (`generate`)."""
-    if ids.ndim != 2 or not ids.size:
-        raise InputError(f"input_ids has shape {ids.shape}; it must be [batch, tokens], not empty")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"input_ids are {ids.dtype}; they must be integers, the ids of tokens")
-    if mask.shape != ids.shape:
-        raise InputError(f"attention_mask {mask.shape} must have input_ids' shape {ids.shape}")
-    if not mask.any(axis=1).all():
+    check_ids(config, ids)
+    check_mask("attention_mask", mask, ids.shape)
+    if not (mask != 0).any(axis=1).all():
         raise InputError("a prompt holds no token: its attention_mask is 0 everywhere")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise InputError(
-            f"input_ids reach from {ids.min()} to {ids.max()}, outside the vocabulary of "
-            f"{config.vocab_size}"
-        )
-    if new < 1:
-        raise InputError(f"max_new_tokens={new} must be at least 1")
-    limit, longest = config.context_length, mask.sum(axis=1).max()
+    check_integer("max_new_tokens", new, 1)
+    limit, longest = config.context_length, (mask != 0).sum(axis=1).max()
     if longest + new > limit:
         raise InputError(
             f"{longest} prompt tokens and max_new_tokens={new} exceed the model's "

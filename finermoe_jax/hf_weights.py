@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from finermoe_jax import lazy
+from finermoe_jax.arguments import FLOATS, check_path, check_type
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
 from finermoe_jax.errors import InputError
@@ -23,7 +25,7 @@ from finermoe_jax.hf_config import AUTO_MAP, model_config_from_hf, model_config_
 from finermoe_jax.hf_names import Parts, parts
 from finermoe_jax.json_files import read_json, to_json
 from finermoe_jax.lazy import LazyArray, Weights
-from finermoe_jax.model import Decoder, parameter_shapes, with_params
+from finermoe_jax.model import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
 from finermoe_jax.paths import local
 from finermoe_jax.tensor_files import (
     DTYPES,
@@ -173,10 +175,22 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
       source: a directory with config.json and safetensors, or a hub id.
       dtype: float dtype of weights and activations; None keeps the embedding's.
 
-    Raises InputError as `open_hf` does.
+    Raises InputError as `open_hf` does, and for another dtype.
     """
+    check_path("source", source)
+    _check_float(dtype)
     config, weights = open_hf(resolve_source(source), dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
+
+
+def _check_float(dtype: DTypeLike | None) -> None:
+    """Raises InputError for a dtype that weights cannot have; None can be."""
+    try:
+        right = dtype is None or jnp.dtype(dtype).name in FLOATS
+    except TypeError:
+        right = False
+    if not right:
+        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
 
 
 def _check_tensors(
@@ -320,6 +334,16 @@ def copy_model_code(target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
+def check_saving(model: Any, path: Any, tokenizer: Any) -> None:
+    """Raises InputError for arguments of another type, or a tokenizer that is no directory."""
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    check_path("path", path)
+    if tokenizer is not None:
+        check_path("tokenizer", tokenizer)
+        if not Path(tokenizer).is_dir():
+            raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+
+
 def save_hf(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
@@ -336,6 +360,7 @@ def save_hf(
     Raises:
       InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
     """
+    check_saving(model, path, tokenizer)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
     files = Path(local(tokenizer)) if tokenizer is not None else None
     with new_directory(path) as directory:

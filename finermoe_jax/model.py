@@ -13,8 +13,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from finermoe_jax.arguments import check_ids, check_mask, check_type, rectangular
 from finermoe_jax.attention import KVCache
 from finermoe_jax.config import ModelConfig
+from finermoe_jax.errors import InputError
 from finermoe_jax.flash import segments
 from finermoe_jax.layers import Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.moe import FineRMoE
@@ -43,6 +45,14 @@ class Output(NamedTuple):
     logits: Float[Array, "B T V"]
     aux_loss: Float[Array, " L"]
     routing: tuple[Routing, ...]
+
+
+LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) gives one"
+
+
+def _is_here(array: Any) -> bool:
+    """True for values that this process can look at: not traced, nor on other processes."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 # Scores want the vocabulary split, lookups the width (finermoe_jax/sharding.py).
@@ -85,10 +95,18 @@ class Decoder(nnx.Module):
     ) -> Output:
         """Float32 logits of every position, and what the routers did. See `features`.
 
-        Compiled once per shape of its arguments.
+        Compiled once per shape of its arguments. Raises InputError, unless traced, for ids that are
+        no integers or outside the vocabulary, and for shapes that differ.
         """
-        masks = (attention_mask, position_ids, segment_ids)
-        given = (None if x is None else jnp.asarray(x) for x in masks)
+        masks = dict(
+            attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
+        )
+        if _is_here(input_ids):
+            check_ids(self.config, rectangular("input_ids", input_ids))
+        for name, mask in masks.items():
+            if mask is not None and _is_here(mask):
+                check_mask(name, rectangular(name, mask), np.shape(input_ids))
+        given = (None if x is None else jnp.asarray(x) for x in masks.values())
         return _output(*nnx.split(self), jnp.asarray(input_ids), *given)
 
     def features(
@@ -183,12 +201,20 @@ def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
 
     The subclass changes methods (`route`, `__call__`), not parameters. Checkpoints hold weights
     alone: give the layer again after loading.
+
+    Raises InputError for a model without MoE layers, and for what is no subclass of FineRMoE.
     """
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    if not (isinstance(layer, type) and issubclass(layer, FineRMoE)):
+        raise InputError(f"layer={layer!r} must be a subclass of FineRMoE: class Mine(FineRMoE)")
     changed = nnx.merge(*nnx.split(model))
-    for run in changed.runs:
-        for block in run:
-            if hasattr(block, "moe"):
-                block.moe.__class__ = layer
+    layers = [block.moe for run in changed.runs for block in run if hasattr(block, "moe")]
+    if not layers:
+        raise InputError(
+            f"the model has no MoE layer that could become a {layer.__name__}: upcycle it first"
+        )
+    for moe in layers:
+        moe.__class__ = layer
     return changed
 
 

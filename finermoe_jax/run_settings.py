@@ -7,7 +7,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config import (
+    PUBLISHED_START,
+    ModelConfig,
+    MoEConfig,
+    UpcycleConfig,
+    check_fields,
+)
 from finermoe_jax.errors import InputError, near_misses
 from finermoe_jax.paths import local, local_list
 
@@ -133,6 +139,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
+        for group in (self, self.data, self.optimizer, self.mesh, self.train):
+            check_fields(group)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
         if self.model is None and not self.init_from:
             raise InputError("a run needs init_from (weights to start from) or model (a shape)")
@@ -220,11 +228,15 @@ def default_config() -> Any:
     return config
 
 
-def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """A RunConfig from a plain nested mapping, such as `preset(NAME).to_dict()`.
+def run_config(values: Any) -> RunConfig:
+    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
 
     Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
     """
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if not isinstance(values, Mapping):
+        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
     return from_dict(RunConfig, values, "config")
 
 

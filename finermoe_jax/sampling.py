@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from finermoe_jax.arguments import is_integer, is_number
 from finermoe_jax.errors import InputError
 
 # Where logits are not finite.
@@ -29,7 +30,12 @@ class Sampling(NamedTuple):
     seed: int = 0
 
     def check(self) -> None:
-        """Raises InputError where a value makes no sense."""
+        """Raises InputError where a value is of another type or makes no sense."""
+        for name, default in self._field_defaults.items():
+            value, whole = getattr(self, name), isinstance(default, int)
+            if not (is_integer if whole else is_number)(value):
+                kind = "an integer" if whole else "a number"
+                raise InputError(f"{name}={value!r} must be {kind}")
         for name, right, what in (
             ("temperature", 0 <= self.temperature <= 1e6, "0 (greedy), or up to 1e6"),
             ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens), or less than 2^31"),

@@ -31,8 +31,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 class Pass(NamedTuple):
     """Everything of one pass through the decoder that is the same in all layers.
 
-    With a cache, slot is its next free one and visible marks those that a single token sees. remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats
-    written out in each turn of the loop.
+    With a cache, slot is its next free one and visible marks those that a single token sees. remat
+    is a key of REMAT_POLICIES or "none"; unroll is the number of repeats written out in each turn
+    of the loop.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]

@@ -181,11 +181,16 @@ def _behaviour(directory: Path) -> tuple:
     """All by which two tokenizers could be told apart."""
     tokenizer = load_tokenizer(directory, ANY_VOCABULARY)
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    encoded: Any
+    try:
+        encoded = tokenizer(_PROBE)["input_ids"]
+    except Exception as error:  # of one without a token for the unknown
+        encoded = str(error)
     return (
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         tokenizer.chat_template,
-        tokenizer(_PROBE)["input_ids"],
+        encoded,
     )
 
 

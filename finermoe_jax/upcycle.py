@@ -13,12 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax import lazy, starts
+from finermoe_jax.arguments import check_key, check_type
 from finermoe_jax.config import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.hf_names import run_layers
 from finermoe_jax.layers import normal
 from finermoe_jax.lazy import Index, LazyArray, ParamPath, Weights
-from finermoe_jax.model import Decoder, parameter_shapes, with_params
+from finermoe_jax.model import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
 
 # Standard deviation of the router, of the shared expert's gate and of concat_proj (paper §3.3).
 NEW_WEIGHT_STD = 0.02
@@ -239,7 +240,13 @@ def upcycle_model(
     """A FineRMoE decoder from a dense one, in the dense weights' dtype (`upcycle_weights`).
 
     The published start is not function-preserving: the shared gate is near 1/2.
+
+    Raises InputError as `upcycle_weights` does, and for arguments of another type.
     """
+    check_type("the dense model", dense, Decoder, LOAD_A_MODEL)
+    check_type("moe", moe, MoEConfig, "MoEConfig() is the published one")
+    check_type("start", start, UpcycleConfig, "UpcycleConfig() is the published one")
+    check_key(key)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
     config, upcycled = upcycle_weights(dense.config, weights, moe, key, start)
     return with_params(config, lazy.in_memory(upcycled), dtype=dense.dtype)
@@ -264,6 +271,7 @@ def upcycle(
     start: UpcycleConfig = PUBLISHED_START,
 ) -> Decoder:
     """`upcycle_model` with the paper's five numbers spelled out; key defaults to seed 0."""
+    check_type("shared_expert", shared_expert, bool, "give True or False")
     moe = MoEConfig(
         intermediate_granularity=intermediate_granularity,
         output_granularity=output_granularity,

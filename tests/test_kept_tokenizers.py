@@ -80,6 +80,10 @@ KINDS = {
     ),
     "pair, chat templates": lambda f: (write_pair(f), templates(f)),
     "whole": lambda f: write_whole(f, eos_token="b", chat_template="{{ messages }}"),
+    "whole, nothing for the unknown": lambda f: (
+        write_whole(f),
+        Tokenizer(models.WordLevel({TEXT: 0})).save(str(f / "tokenizer.json")),
+    ),
     "whole, chat templates": lambda f: (write_whole(f), templates(f)),
     "whole, code of its own": lambda f: write_whole(
         f, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]}
