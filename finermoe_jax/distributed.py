@@ -64,7 +64,7 @@ def initialize(
     if arguments is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if "num_processes" in arguments and "cluster_detection_method" in arguments:
+    if "cluster_detection_method" in arguments:  # started by hand: the address is known
         address = os.environ["JAX_COORDINATOR_ADDRESS"]
         bind = rendezvous.bind_address(address, os.environ)
         index, processes = arguments["process_id"], arguments["num_processes"]

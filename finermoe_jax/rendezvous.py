@@ -134,7 +134,8 @@ class _Register:
     async def _unless_decided(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
         """What is read; nothing if the verdict comes first."""
         task = asyncio.ensure_future(reading)
-        await asyncio.wait([task, self.verdict], return_when=asyncio.FIRST_COMPLETED)
+        first: list[asyncio.Future[Any]] = [task, self.verdict]
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         task.cancel()

@@ -132,11 +132,15 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, workdir, *flags, processes, last=None):
-    """Processes of one run, with 4 devices in all; the last one may have a directory of its own."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(place, workdir, *flags, processes, last=None):
+    """Processes of one run, with 4 devices in all; the last one may have a directory of its own."""
+    port = free_port()
     flags = [f"--config={place / 'tiny.py'}", f"--workdir={place / workdir}", *flags]
     shared = dict(
         os.environ,
@@ -291,3 +295,39 @@ def test_what_one_process_refuses_ends_all(place):
         assert "text file here.txt does not exist" in errors
         assert ("process 1 of 2" in errors) == (process == 0)
     assert not (place / "refused").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come_together(place):
+    """JAX itself would abort each of them; three runs at once, none of which begins."""
+    open_mpi = {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    }  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken, nobody, unused = other.getsockname()[1], free_port(), free_port()
+        cases = [
+            (BY_HAND | {"JAX_PROCESS_ID": "0"}, taken, ["process 0 cannot listen on", "in use"]),
+            (BY_HAND, nobody, ["process 1 of 2 has not found process 0", "within 2 s"]),
+            (open_mpi, unused, ["not all processes of this run", "within 2 s"]),
+        ]
+        flags = ["--start_timeout=2", f"--config={place / 'tiny.py'}", "--workdir=apart"]
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *flags],
+                cwd=place,
+                env=os.environ
+                | {"JAX_PLATFORMS": "cpu"}
+                | environment
+                | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for environment, port, _ in cases
+        ]  # fmt: skip
+        results = ends(started)
+    for (code, out, errors), (_, port, words) in zip(results, cases, strict=True):
+        assert code == 2 and out == "", (code, errors)
+        assert errors.count("error: ") == 1 and "Traceback" not in errors, errors
+        assert [word for word in words if word not in errors] == [], errors
+        assert f":{port}" in errors or "not all processes" in errors
+    assert not (place / "apart").exists()

@@ -83,10 +83,16 @@ def test_another_number_of_processes():
 def test_another_program_has_the_port(index):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400\r\n"))
+
+        def answer():
+            with other.accept()[0] as caller:
+                caller.sendall(b"HTTP/1.1 400\r\n")
+
+        thread = threading.Thread(target=answer)
         thread.start()
         (message,) = meeting((index, 2, 0), port=port, seconds=SECONDS)
-        socket.create_connection(("127.0.0.1", port)).close()  # lets the thread end
+        if index == 0:
+            socket.create_connection(("127.0.0.1", port)).close()  # lets the thread end
         thread.join()
     if index == 0:
         assert f"process 0 cannot listen on 127.0.0.1:{port} (Address already in use)" in message
