@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def json_rows(stream: io.BufferedIOBase, path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
     """Parses JSON lines: (number of the line from 1, value); blank lines are skipped.
 
     Raises InputError naming `path` and the line: no JSON, or more than LINE_BYTES in the line.

@@ -110,12 +110,12 @@ class TextFile:
                 self.position = raw.tell()
                 yield piece
 
-    def _document(self, stream: io.BufferedIOBase) -> Iterator[Piece]:
+    def _document(self, stream: io.BufferedReader) -> Iterator[Piece]:
         # A byte order mark is no text; line ends stay as they are.
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             yield from _cut(text)
 
-    def _json_lines(self, stream: io.BufferedIOBase) -> Iterator[Piece]:
+    def _json_lines(self, stream: io.BufferedReader) -> Iterator[Piece]:
         for number, row in json_rows(stream, self.path):
             text = row.get(self.field) if isinstance(row, dict) else None
             if not isinstance(text, str):
