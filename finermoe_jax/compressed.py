@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from finermoe_jax.errors import InputError, import_of_data
 
@@ -17,7 +17,7 @@ _READ_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 17
 _XZ_MEMORY = 512 << 20
 
 
-def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
     """The plain bytes of the open file `raw`, which `path` names; a file of another kind as it is.
 
     Reading raises InputError where the file is damaged or cut off, and where anything but a further
@@ -78,7 +78,7 @@ class _Streams(io.RawIOBase):
     another that it cannot read.
     """
 
-    def __init__(self, raw: BinaryIO, path: Path, form: _Format):
+    def __init__(self, raw: io.BufferedReader, path: Path, form: _Format):
         self.raw, self.path, self.form = raw, path, form
         self.stream, self.given, self.ended = form.new(), b"", False
 

@@ -4,12 +4,13 @@
 """
 
 import codecs
+import io
 import json
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import refuse_pointer
@@ -87,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def json_rows(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
     """Parses JSON lines: (number of the line from 1, value); blank lines are skipped.
 
     Raises InputError naming `path` and the line: no JSON, or more than LINE_BYTES in the line.

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -112,12 +112,12 @@ class TextFile:
                 self.position = raw.tell()
                 yield piece
 
-    def _document(self, stream: BinaryIO) -> Iterator[Piece]:
+    def _document(self, stream: io.BufferedReader) -> Iterator[Piece]:
         # A byte order mark is no text; line ends stay as they are.
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             yield from _cut(text)
 
-    def _json_lines(self, stream: BinaryIO) -> Iterator[Piece]:
+    def _json_lines(self, stream: io.BufferedReader) -> Iterator[Piece]:
         for number, row in json_rows(stream, self.path):
             text = row.get(self.field) if isinstance(row, dict) else None
             if not isinstance(text, str):

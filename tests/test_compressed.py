@@ -45,7 +45,7 @@ def test_streams_in_a_row_are_one_text(tmp_path, suffix, streams):
 def test_the_bytes_are_those_of_the_standard_library(tmp_path, suffix, size):
     content = bytes(range(256)) * (size // 256 + 1)
     packed = COMPRESS[suffix](content[:size]) + COMPRESS[suffix](content)
-    with decompressed(io.BytesIO(packed), tmp_path / f"a{suffix}") as stream:
+    with decompressed(io.BufferedReader(io.BytesIO(packed)), tmp_path / f"a{suffix}") as stream:
         assert stream.read() == content[:size] + content and stream.read(1) == b""
 
 
