@@ -62,7 +62,8 @@ def sync(path: Path) -> None:
         # may be written to and not be read cannot be opened for it.
         if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES) and path.is_dir():
             return
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = str(path)
+        raise
 
 
 def sync_tree(directory: Path) -> None:
