@@ -170,7 +170,8 @@ def look(folder: Path, number: int, one: dict, steps: int, same: Path) -> dict:
         known = saved_steps(workdir / "checkpoints")
         found = one | {
             "there": known[-1] if known else None,
-            "damage": [text for s in known for text in damage(workdir / "checkpoints" / str(s))],
+            # Older ones may be half removed.
+            "damage": damage(workdir / "checkpoints" / str(known[-1])) if known else [],
             "lost_steps": one["logged"] - (known[-1] if known else 0),
         }
         if workdir.exists() and (workdir / "config.json").exists():

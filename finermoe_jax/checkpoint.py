@@ -117,7 +117,7 @@ def save_args(
     params: dict,
     tokenizer: Path | None,
     optimizer: Any,
-    described: Mapping[str, Any],
+    described: dict[str, Any],
 ) -> ocp.args.Composite:
     """The items of a training checkpoint; `described` is put into config/ beside the model's."""
 
@@ -210,6 +210,8 @@ def _durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRename
     """
 
     class Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        _final_path: epath.Path
+
         async def finalize(self) -> None:
             final = Path(self._final_path)
             if _PARTIAL in final.parent.name:  # an item in a checkpoint, which is synced with it

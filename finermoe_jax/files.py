@@ -67,16 +67,19 @@ def sync(path: Path) -> None:
 
     Raises OSError naming the file.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        # Some network file systems cannot do this for directories, and need not.
-        if error.errno in (errno.EINVAL, errno.ENOTSUP) and path.is_dir():
+        # Some network file systems cannot do this for directories, and need not. A directory that
+        # may be written to and not be read cannot be opened for it.
+        if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES) and path.is_dir():
             return
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(descriptor)
+        error.filename = str(path)
+        raise
 
 
 def sync_tree(directory: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -396,7 +397,8 @@ def test_variants_without_a_published_form_are_refused(tmp_path, variant, words)
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(descriptor):
-        raise OSError("no space left on device")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):

