@@ -150,7 +150,7 @@ def damaged(kind, folder):
         config.write_text(json.dumps(architecture | {"model_type": "gemma"}))
         return ["model_type='gemma'"]
     assert kind == "rope_scaling"
-    config.write_text(json.dumps(architecture | {"rope_scaling": {"type": "linear"}}))
+    config.write_text(json.dumps(architecture | {"rope_scaling": {"type": "dynamic"}}))
     return ["rope_scaling"]
 
 
