@@ -13,13 +13,9 @@ not at all; its checksums are part of what is renamed.
 
 import contextlib
 import dataclasses
-import gc
-import logging
 import math
 import os
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +31,7 @@ from jax.typing import DTypeLike
 from finermoe_jax import lazy, lazy_checkpoint, sharding
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
-from finermoe_jax.disk import Disk
+from finermoe_jax.disk import Disk, failures
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, state
 from finermoe_jax.hf_config import read_json
@@ -111,9 +107,9 @@ def save_args(
             _CONFIG: ocp.args.JsonSave(
                 _describe(model.config, model.dtype, model.embed.weight.dtype)
             ),
-            _PARAMS: ocp.args.StandardSave(params, save_args=jax.tree.map(chunks, params)),
+            _PARAMS: ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
             _TOKENIZER: TokenizerSave(tokenizer),
-            _OPTIMIZER: ocp.args.StandardSave(optimizer),
+            _OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
     )
 
@@ -137,22 +133,23 @@ def write_checkpoint(
             _TOKENIZER: TokenizerSave(tokenizer),
         }
     )
-    with (
-        _quiet_threads(),
-        hashed_along(_partial(target)) as known,
-        ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                **{
-                    _CONFIG: ocp.JsonCheckpointHandler(),
-                    _PARAMS: lazy_checkpoint.handler(written),
-                    _TOKENIZER: TokenizerHandler(),
-                }
-            ),
-            async_options=_with_checksums(lambda: target, known),
-        ) as checkpointer,
-    ):
-        checkpointer.save(target, args=items)
-        checkpointer.wait_until_finished()
+    arrays = lazy_checkpoint.ArrayHandler(written)
+    with failures(), hashed_along(_partial(target)) as known:
+        options = _with_checksums(lambda: target, known)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=options),
+            **{
+                _CONFIG: ocp.JsonCheckpointHandler(),
+                _PARAMS: lazy_checkpoint.handler(arrays),
+                _TOKENIZER: TokenizerHandler(),
+            },
+        )
+        with ocp.AsyncCheckpointer(handler, async_options=options) as checkpointer:
+            try:
+                checkpointer.save(target, args=items)
+                checkpointer.wait_until_finished()
+            finally:
+                arrays.settle()
 
 
 def save_checkpoint(
@@ -183,7 +180,10 @@ def _with_checksums(target: Callable[[], Path], known: Known | None = None) -> o
     def call() -> None:
         write_checksums(_partial(target()), known)
 
-    return ocp.AsyncOptions(post_finalization_callback=call)
+    # Orbax's writers wait minutes for directories that a thread was to make and could not.
+    return ocp.AsyncOptions(
+        post_finalization_callback=call, create_directories_asynchronously=False
+    )
 
 
 def newest_checkpoint(steps: Path) -> Path | None:
@@ -247,41 +247,10 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
 
 
 @contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keeps a failing read or write to one error.
-
-    Orbax reads many arrays at once. The first failure is raised to us; the others, which it cuts
-    off, would print tracebacks from threads and callbacks of their own, as a write would from each
-    thread that hears of it.
-    """
-
-    def no_traceback(record: logging.LogRecord) -> bool:
-        return not record.exc_info
-
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    of_threads, orbax = threading.excepthook, logging.getLogger("absl")
-    enabled = not logger.disabled
-    sys.excepthook = lambda *_: None
-    sys.unraisablehook = lambda _: None
-    threading.excepthook = lambda _: None
-    logger.disabled = True
-    orbax.addFilter(no_traceback)
-    try:
-        yield
-    finally:
-        gc.collect()  # what is reported at collection is reported now
-        sys.excepthook, sys.unraisablehook = hooks
-        threading.excepthook = of_threads
-        logger.disabled = not enabled
-        orbax.removeFilter(no_traceback)
-
-
-@contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
     """Makes an InputError of what Orbax raises, which depends on what is broken."""
     try:
-        with _quiet_threads():
-            yield
+        yield
     except InputError:
         raise
     except Exception as error:
@@ -304,12 +273,20 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
     """
     directory = _step_directory(Path(path).absolute(), (*_NOT_READ, _TOKENIZER))
     config, dtype, param_dtype = read_description(directory)
-    shardings = None
-    if mesh is not None:
+    with _readable(directory):
+        weights = lazy_checkpoint.read(directory / _PARAMS, parameter_shapes(config))
+        return _in_memory(config, lazy.cast(weights, param_dtype), dtype, mesh)
+
+
+def _in_memory(
+    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None
+) -> Decoder:
+    """The model with its weights on one device or, with a mesh, over all of its devices."""
+    if mesh is None:
+        params = lazy.in_memory(weights)
+    else:
         shardings, _ = sharding.param_shardings(with_shapes(config), mesh)
-    target = abstract_params(config, param_dtype, shardings)
-    with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(directory / _PARAMS, target)
+        params = lazy.placed(weights, shardings)
     model = with_params(config, params, dtype=dtype)
     model.placement = sharding.Placement(mesh)
     return model
@@ -374,16 +351,9 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
 
 def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
     """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`."""
-    with _readable(Path(path)):
-        if mesh is None:
-            params = lazy.in_memory(source.weights)
-        else:
-            shardings, _ = sharding.param_shardings(with_shapes(source.config), mesh)
-            params = lazy.placed(source.weights, shardings)
     dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
-    model = with_params(source.config, params, dtype=dtype)
-    model.placement = sharding.Placement(mesh)
-    return model
+    with _readable(Path(path)):
+        return _in_memory(source.config, source.weights, dtype, mesh)
 
 
 class TrainingCheckpoints:
@@ -394,8 +364,8 @@ class TrainingCheckpoints:
 
     def __init__(self, directory: Path, keep: int, keep_best: int = 0):
         self.directory, self.keep_best = directory.absolute(), keep_best
-        self.disk = Disk(self.directory)
         self.saving: int | None = None
+        self.arrays = lazy_checkpoint.ArrayHandler()
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=_held_out_loss,
@@ -415,11 +385,12 @@ class TrainingCheckpoints:
             ),
             item_handlers={
                 _CONFIG: ocp.JsonCheckpointHandler(),
-                _PARAMS: ocp.StandardCheckpointHandler(),
+                _PARAMS: lazy_checkpoint.handler(self.arrays),
                 _TOKENIZER: TokenizerHandler(),
-                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                _OPTIMIZER: lazy_checkpoint.handler(self.arrays),
             },
         )
+        self.disk = Disk(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest complete step; None in a new workdir."""
@@ -442,7 +413,7 @@ class TrainingCheckpoints:
 
         `loss` is the held-out loss by which keep_best ranks, None where there is none.
 
-        Raises RunEnded when the disk has no room for it, or had none for the one before.
+        Raises RunEnded when the disk has no room for it, or when the save before has failed.
         """
         if step in self.manager.all_steps():
             return
@@ -450,7 +421,7 @@ class TrainingCheckpoints:
         self.disk.refuse_full(step, params, optimizer)
         self.saving = step
         metrics = {} if loss is None else {"loss": loss}
-        with self.disk.watched():
+        with self.disk.saving():
             self.manager.save(
                 step,
                 args=save_args(model, params, tokenizer, optimizer),
@@ -458,37 +429,41 @@ class TrainingCheckpoints:
             )
 
     def check(self) -> None:
-        """Raises RunEnded when the save in progress has found the disk full; costs nothing."""
+        """Raises RunEnded when the save in progress has failed; costs nothing."""
         self.disk.check()
 
     def wait(self) -> None:
         """Until the save in progress is complete; raises as `save` does."""
-        with self.disk.watched():
-            self.manager.wait_until_finished()
+        try:
+            with self.disk.saving():
+                self.manager.wait_until_finished()
+        finally:
+            self.arrays.settle()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
         """Weights and optimizer state of a step, onto the shardings that the targets carry.
 
         Raises InputError when it cannot be read.
         """
-        arguments = ocp.args.Composite(
-            **{
-                _PARAMS: ocp.args.StandardRestore(params),
-                _OPTIMIZER: ocp.args.StandardRestore(optimizer),
-            }
-        )
-        with _readable(self.directory / str(step)):
-            restored = self.manager.restore(step, args=arguments)
-        return restored[_PARAMS], restored[_OPTIMIZER]
+        directory = self.directory / str(step)
+        with _readable(directory):
+            return (
+                lazy_checkpoint.restore(directory / _PARAMS, params),
+                lazy_checkpoint.restore(directory / _OPTIMIZER, optimizer),
+            )
 
     def close(self) -> None:
-        """Waits for a save in progress."""
+        """Waits for a save in progress; raises as `save` does, once."""
         try:
-            # Where the disk was full, other processes' parts of the save never come to an end.
-            if not self.disk.full or jax.process_count() == 1:
+            if not self.disk.failures:
                 self.wait()
-                self.manager.close()
         finally:
+            self.arrays.settle()
+            # After a failure the manager waits for the other processes' parts, which never come.
+            if not self.disk.failures or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the failure, once more
+                    self.manager.wait_until_finished()
+                self.manager.close()
             self.disk.close()
 
 
