@@ -14,12 +14,8 @@ included: a checkpoint is there whole or not at all, after a power cut, too.
 import contextlib
 import dataclasses
 import errno
-import gc
-import logging
 import math
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +32,7 @@ from finermoe_jax import lazy, lazy_checkpoint, sharding
 from finermoe_jax.arguments import check_path
 from finermoe_jax.config import ModelConfig
 from finermoe_jax.directories import new_directory
-from finermoe_jax.disk import Disk
+from finermoe_jax.disk import Disk, failures
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import State, commit, state
 from finermoe_jax.hf_weights import (
@@ -132,9 +128,9 @@ def save_args(
             _CONFIG: ocp.args.JsonSave(
                 _describe(model.config, model.dtype, model.embed.weight.dtype) | described
             ),
-            _PARAMS: ocp.args.StandardSave(params, save_args=jax.tree.map(chunks, params)),
+            _PARAMS: ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
             _TOKENIZER: TokenizerSave(tokenizer),
-            _OPTIMIZER: ocp.args.StandardSave(optimizer),
+            _OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
     )
 
@@ -163,22 +159,24 @@ def write_checkpoint(
             _TOKENIZER: TokenizerSave(tokenizer),
         }
     )
-    with (
-        _quiet_threads(),
-        hashed_along(_partial(target)) as known,
-        ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                **{
-                    _CONFIG: ocp.JsonCheckpointHandler(),
-                    _PARAMS: lazy_checkpoint.handler(written),
-                    _TOKENIZER: TokenizerHandler(),
-                }
-            ),
-            temporary_path_class=_durable(known),
-        ) as checkpointer,
-    ):
-        checkpointer.save(target, args=items)
-        checkpointer.wait_until_finished()
+    arrays = lazy_checkpoint.ArrayHandler(written)
+    with failures(), hashed_along(_partial(target)) as known:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=_ASYNC),
+            **{
+                _CONFIG: ocp.JsonCheckpointHandler(),
+                _PARAMS: lazy_checkpoint.handler(arrays),
+                _TOKENIZER: TokenizerHandler(),
+            },
+        )
+        with ocp.AsyncCheckpointer(
+            handler, async_options=_ASYNC, temporary_path_class=_durable(known)
+        ) as checkpointer:
+            try:
+                checkpointer.save(target, args=items)
+                checkpointer.wait_until_finished()
+            finally:
+                arrays.settle()
 
 
 def save_checkpoint(
@@ -200,6 +198,10 @@ def save_checkpoint(
 def _partial(target: Path) -> Path:
     """Where Orbax writes what is about to become `target`."""
     return target.with_name(f"{target.name}{_PARTIAL}")
+
+
+# Orbax's writers wait minutes for directories that a thread was to make and could not.
+_ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 def _durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
@@ -313,41 +315,10 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
 
 
 @contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keeps a failing read or write to one error.
-
-    Orbax reads many arrays at once. The first failure is raised to us; the others, which it cuts
-    off, would print tracebacks from threads and callbacks of their own, as a write would from each
-    thread that hears of it.
-    """
-
-    def no_traceback(record: logging.LogRecord) -> bool:
-        return not record.exc_info
-
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    of_threads, orbax = threading.excepthook, logging.getLogger("absl")
-    enabled = not logger.disabled
-    sys.excepthook = lambda *_: None
-    sys.unraisablehook = lambda _: None
-    threading.excepthook = lambda _: None
-    logger.disabled = True
-    orbax.addFilter(no_traceback)
-    try:
-        yield
-    finally:
-        gc.collect()  # what is reported at collection is reported now
-        sys.excepthook, sys.unraisablehook = hooks
-        threading.excepthook = of_threads
-        logger.disabled = not enabled
-        orbax.removeFilter(no_traceback)
-
-
-@contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
     """Makes an InputError of what Orbax raises, which depends on what is broken."""
     try:
-        with _quiet_threads():
-            yield
+        yield
     except InputError:
         raise
     except Exception as error:
@@ -380,12 +351,20 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 def _load_checkpoint(path: Path, mesh: Mesh | None) -> Decoder:
     directory = _step_directory(path, (*_NOT_READ, _TOKENIZER))
     config, dtype, param_dtype = read_description(directory)
-    shardings = None
-    if mesh is not None:
+    with _readable(directory):
+        weights = lazy_checkpoint.read(directory / _PARAMS, parameter_shapes(config))
+        return _in_memory(config, lazy.cast(weights, param_dtype), dtype, mesh)
+
+
+def _in_memory(
+    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None
+) -> Decoder:
+    """The model with its weights on one device or, with a mesh, over all of its devices."""
+    if mesh is None:
+        params = lazy.in_memory(weights)
+    else:
         shardings, _ = sharding.param_shardings(with_shapes(config), mesh)
-    target = abstract_params(config, param_dtype, shardings)
-    with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(directory / _PARAMS, target)
+        params = lazy.placed(weights, shardings)
     model = with_params(config, params, dtype=dtype)
     model.placement = sharding.Placement(mesh)
     return model
@@ -472,7 +451,7 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
         source = open_model(path)
         return _read_model(source, path), source.files
 
-    return in_training(steps_of(Path(path)), load)
+    return in_training(steps_of(Path(local(path))), load)
 
 
 def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
@@ -486,7 +465,7 @@ def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None
         except InputError:
             if all(file.exists() for file in source.states):
                 raise
-        if not saved_steps(steps_of(Path(path))):
+        if not saved_steps(steps_of(Path(local(path)))):
             break
         source = open_model(path, source.weights["embed", "weight"].dtype)
     source.refuse_changed()
@@ -494,16 +473,9 @@ def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None
 
 
 def _read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    with _readable(Path(path)):
-        if mesh is None:
-            params = lazy.in_memory(source.weights)
-        else:
-            shardings, _ = sharding.param_shardings(with_shapes(source.config), mesh)
-            params = lazy.placed(source.weights, shardings)
     dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
-    model = with_params(source.config, params, dtype=dtype)
-    model.placement = sharding.Placement(mesh)
-    return model
+    with _readable(Path(path)):
+        return _in_memory(source.config, source.weights, dtype, mesh)
 
 
 class TrainingCheckpoints:
@@ -514,7 +486,7 @@ class TrainingCheckpoints:
 
     def __init__(self, directory: Path, keep: int, keep_best: int = 0):
         self.directory, self.keep_best = directory.absolute(), keep_best
-        self.disk = Disk(self.directory)
+        self.arrays = lazy_checkpoint.ArrayHandler()
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=_held_out_loss,
@@ -530,15 +502,17 @@ class TrainingCheckpoints:
                 best_fn=_held_out_loss if keep_best else None,
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                async_options=_ASYNC,
                 temporary_path_class=_durable(),
             ),
             item_handlers={
                 _CONFIG: ocp.JsonCheckpointHandler(),
-                _PARAMS: ocp.StandardCheckpointHandler(),
+                _PARAMS: lazy_checkpoint.handler(self.arrays),
                 _TOKENIZER: TokenizerHandler(),
-                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                _OPTIMIZER: lazy_checkpoint.handler(self.arrays),
             },
         )
+        self.disk = Disk(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest complete step; None in a new workdir."""
@@ -566,7 +540,7 @@ class TrainingCheckpoints:
         `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
         the bytes of each log up to this step (`logged_bytes`).
 
-        Raises RunEnded when the disk has no room for it, or had none for the one before.
+        Raises RunEnded when the disk has no room for it, or when the save before has failed.
         """
         if step in self.manager.all_steps():
             return
@@ -574,7 +548,7 @@ class TrainingCheckpoints:
         self.disk.refuse_full(step, params, optimizer)
         described = {"step": step, "logged": dict(logged or {})}
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
-        with self.disk.watched():
+        with self.disk.saving():
             self.manager.save(
                 step,
                 args=save_args(model, params, tokenizer, optimizer, described),
@@ -582,37 +556,41 @@ class TrainingCheckpoints:
             )
 
     def check(self) -> None:
-        """Raises RunEnded when the save in progress has found the disk full; costs nothing."""
+        """Raises RunEnded when the save in progress has failed; costs nothing."""
         self.disk.check()
 
     def wait(self) -> None:
         """Until the save in progress is complete; raises as `save` does."""
-        with self.disk.watched():
-            self.manager.wait_until_finished()
+        try:
+            with self.disk.saving():
+                self.manager.wait_until_finished()
+        finally:
+            self.arrays.settle()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
         """Weights and optimizer state of a step, onto the shardings that the targets carry.
 
         Raises InputError when it cannot be read.
         """
-        arguments = ocp.args.Composite(
-            **{
-                _PARAMS: ocp.args.StandardRestore(params),
-                _OPTIMIZER: ocp.args.StandardRestore(optimizer),
-            }
-        )
-        with _readable(self.directory / str(step)):
-            restored = self.manager.restore(step, args=arguments)
-        return restored[_PARAMS], restored[_OPTIMIZER]
+        directory = self.directory / str(step)
+        with _readable(directory):
+            return (
+                lazy_checkpoint.restore(directory / _PARAMS, params),
+                lazy_checkpoint.restore(directory / _OPTIMIZER, optimizer),
+            )
 
     def close(self) -> None:
-        """Waits for a save in progress."""
+        """Waits for a save in progress; raises as `save` does, once."""
         try:
-            # Where the disk was full, other processes' parts of the save never come to an end.
-            if not self.disk.full or jax.process_count() == 1:
+            if not self.disk.failures:
                 self.wait()
-                self.manager.close()
         finally:
+            self.arrays.settle()
+            # After a failure the manager waits for the other processes' parts, which never come.
+            if not self.disk.failures or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the failure, once more
+                    self.manager.wait_until_finished()
+                self.manager.close()
             self.disk.close()
 
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -32,7 +32,6 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
     """A command: parses the flags, runs main, exits with 0 only when the work is done."""
     print_anything()
     with _clear_errors():
-        _ignore_late_callbacks()
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
         try:
             define()
@@ -50,17 +49,6 @@ def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> Non
         main()
 
 
-def _ignore_late_callbacks() -> None:
-    """Silences what arrives of reads and writes that Orbax cut off when one of them failed."""
-    hook = sys.unraisablehook
-
-    def listen(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = listen
-
-
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
     try:
@@ -70,25 +58,29 @@ def _clear_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
-        # At once, without the interpreter's shutdown: threads that a refused read has left
-        # behind in a library would add tracebacks of their own.
-        sys.excepthook = lambda *_: None
-        sys.unraisablehook = lambda _: None
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        _exit(2)
     except RunEnded as end:
-        # No second message, nor the wait for threads, where a disk is full.
-        sys.excepthook = lambda *_: None
-        sys.stdout.flush()
         import jax
 
         if jax.process_index() == 0 or end.alone:
-            print(f"\n{'' if end.code == 75 else 'error: '}{end}", file=sys.stderr, flush=True)
-        os._exit(end.code)
+            print(f"\n{'' if end.code == 75 else 'error: '}{end}", file=sys.stderr)
+        _exit(end.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    if "jax" in sys.modules:
+        import jax
+
+        if jax.distributed.is_initialized():
+            # One of several processes: at the interpreter's shutdown JAX, and Orbax's threads
+            # after a failed save, would wait for the others, which may never come.
+            os._exit(code)
+    sys.exit(code)
 
 
 def _flag_message(error: Exception) -> str:
@@ -232,7 +224,7 @@ def train() -> None:
         start_timeout = FLAGS.start_timeout
         if not 1 <= start_timeout <= 86400:
             raise InputError(f"--start_timeout={start_timeout} must lie in 1 … 86400")
-        from finermoe_jax import distributed, host_memory, metrics, training
+        from finermoe_jax import distributed, host_memory, metrics, preemption, training
         from finermoe_jax.workdir import way_on
 
         watch = metrics.Watch(
@@ -247,7 +239,10 @@ def train() -> None:
         if not workdir:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             workdir = distributed.exchange(f"runs/{name}-{stamp}")[0]
-        with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
+        with (
+            preemption.interrupts_end(),
+            distributed.watched(heartbeat, lambda: way_on(Path(workdir))),
+        ):
             training.train(config, Path(workdir), watch=watch, allow_changes=FLAGS.allow_changes)
 
     run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,

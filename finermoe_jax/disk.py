@@ -1,10 +1,9 @@
-"""A disk that is full: found out before a save where possible, and told in one message."""
+"""Saves that fail: a full disk, found before a save where possible, and any other failure."""
 
 import contextlib
 import errno
 import logging
-import shutil
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,110 @@ from finermoe_jax.errors import RunEnded
 from finermoe_jax.integrity import saved_steps
 
 
-class Disk:
-    """The disk under a run's checkpoints.
+@contextlib.contextmanager
+def failures() -> Iterator[list[Exception]]:
+    """Collects the errors that Orbax's threads log, instead of showing their tracebacks.
 
-    Orbax writes in threads, and tells of an error there only through its log until the next save,
-    or with several processes until a barrier's time is up: so the log is listened to.
+    Orbax raises an error of a background save only when it is next called, or with several
+    processes when a barrier's time is up. Its log has the error at once.
     """
+    found: list[Exception] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if record.levelno < logging.ERROR or not isinstance(error, Exception):
+            return True
+        found.append(error)
+        return False
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(listen)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(listen)
+
+
+class Disk:
+    """The disk under a run's checkpoints, and the saves that failed on it."""
 
     def __init__(self, directory: Path):
-        self.directory, self.full = directory, False
-        self.logger = logging.getLogger("absl")
-        self.logger.addFilter(self._listen)
-        self.hook = sys.excepthook
-        sys.excepthook = self._quieted
+        self.directory = directory
+        self._open = contextlib.ExitStack()
+        self.failures = self._open.enter_context(failures())
 
     def close(self) -> None:
-        """Listens no more."""
-        self.logger.removeFilter(self._listen)
-        sys.excepthook = self.hook
-
-    def _quieted(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        # Each write that Orbax cuts off after the first failure says this from a thread.
-        if str(error) != "Event loop is closed":
-            self.hook(kind, error, trace)
-
-    def _listen(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.exc_info, tuple) and out_of_space(record.exc_info[1]):
-            self.full = True
-            return False  # no traceback: what is raised says it
-        return True
+        """Stops listening."""
+        self._open.close()
 
     def refuse_full(self, step: int, *trees: Any) -> None:
         """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
-        known = saved_steps(self.directory)
-        needed = _size(self.directory / str(known[-1])) if known else _bytes(trees)
-        free = shutil.disk_usage(self.directory).free
-        if distributed.exchange("full" if free < needed else "")[0]:
+        size, files = _bytes(trees), 0
+        if known := saved_steps(self.directory):
+            newest = list((self.directory / str(known[-1])).rglob("*"))
+            size, files = sum(path.stat().st_size for path in newest), len(newest)
+        disk = os.statvfs(self.directory)
+        full = size > disk.f_bavail * disk.f_frsize or (disk.f_files and files > disk.f_favail)
+        if distributed.exchange("full" if full else "")[0]:
             raise RunEnded(
-                f"step {step} is not saved: a checkpoint needs about {_text(needed)}, and "
-                f"{self._state()}"
+                f"step {step} is not saved: a checkpoint needs about {_text(size)} and {files} "
+                f"files, and {self._full()}"
             )
 
     def check(self) -> None:
-        """Raises RunEnded once a save has failed for want of room."""
-        if self.full:
-            raise RunEnded(f"a checkpoint could not be written: {self._state()}", alone=True)
+        """Raises RunEnded once a save has failed."""
+        if self.failures:
+            raise self._ended(self.failures[0])
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
+        try:
+            yield
+        except RunEnded:
+            raise
+        except Exception as error:
+            self.failures.append(error)
+            raise self._ended(error) from error
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Raises RunEnded instead of what a full disk makes Orbax raise."""
+        """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
         try:
             yield
+        except RunEnded:
+            raise
         except Exception as error:
-            self.full |= out_of_space(error)
-            self.check()
+            if out_of_space(error):
+                raise self._ended(error) from error
             raise
 
-    def _state(self) -> str:
-        known, free = saved_steps(self.directory), shutil.disk_usage(self.directory).free
-        size = f" (one takes {_text(_size(self.directory / str(known[-1])))})" if known else ""
-        intact = f"complete: {', '.join(map(str, known))}" if known else "none complete"
+    def _ended(self, error: Exception) -> RunEnded:
+        if out_of_space(error):
+            return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
+        reason = (str(error) or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
+        return RunEnded(
+            f"a checkpoint could not be written to {self.directory}: {reason}. "
+            f"{self._complete()}. Mend that, then run the same command again",
+            alone=True,
+        )
+
+    def _full(self) -> str:
+        disk = os.statvfs(self.directory)
+        free = f"{_text(disk.f_bavail * disk.f_frsize)} free"
+        if disk.f_files:  # some file systems have no limit
+            free += f", room for {disk.f_favail} more files"
         return (
-            f"the disk of {self.directory} is full, {_text(free)} free{size}. Steps there are "
-            f"{intact}. Make room, then run the same command again"
+            f"the disk of {self.directory} is full, {free}. {self._complete()}. Make room, then "
+            "run the same command again"
+        )
+
+    def _complete(self) -> str:
+        known = saved_steps(self.directory)
+        return (
+            f"Steps there are complete: {', '.join(map(str, known))}"
+            if known
+            else ("No step there is complete")
         )
 
 
@@ -97,10 +137,6 @@ def out_of_space(error: BaseException | None) -> bool:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _text(size: int) -> str:

@@ -123,18 +123,24 @@ def in_memory(weights: Weights) -> dict:
 
 
 def placed(weights: Weights, shardings: dict) -> dict:
-    """The decoder's parameters, each device's part read for it alone.
-
-    `shardings` is a pure dict like the parameters'. Every process reads what its own devices hold.
-    """
+    """The decoder's parameters over devices. `shardings` is a pure dict like the parameters'."""
     flat = nnx.traversals.flatten_mapping(shardings)
-
-    def place(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index or ()])
-
     return nnx.traversals.unflatten_mapping(
         {path: place(array, flat[path]) for path, array in weights.items()}
     )
+
+
+def place(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array over devices. Each process reads, part by part, what its own devices hold."""
+    holders: dict[Index, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        assert index is not None
+        holders.setdefault(index, []).append(device)
+    parts = []
+    for index, devices in holders.items():
+        values = array[index]
+        parts += [jax.device_put(values, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def block_shape(array: LazyArray) -> tuple[int, ...]:

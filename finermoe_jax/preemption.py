@@ -15,6 +15,29 @@ EXIT_CODE = 75
 
 
 @contextlib.contextmanager
+def interrupts_end() -> Iterator[None]:
+    """Ctrl-C ends the process at once, except while `stop_requests` listens.
+
+    For the start of a run, which has nothing to save yet. As a KeyboardInterrupt it can be lost: a
+    library may swallow the exception in a callback, and the run would train on. Several processes
+    keep the exception, since the others have to hear of it.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Gives a function that says whether a run must end after a step.
 
