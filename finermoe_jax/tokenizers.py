@@ -183,7 +183,7 @@ def _behaviour(directory: Path) -> tuple:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoded: Any
     try:
-        encoded = tokenizer(_PROBE)["input_ids"]
+        encoded = tokenizer(_PROBE, verbose=False)["input_ids"]
     except Exception as error:  # of one without a token for the unknown
         encoded = str(error)
     return (
