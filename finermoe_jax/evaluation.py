@@ -182,6 +182,7 @@ _WINDOWS = 512
 
 def _select(tasks: Tasks) -> Any:
     """The harness's tasks and their rows."""
+    data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
     if not tasks.names:
         raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
     if tasks.limit is not None and tasks.limit < 1:
@@ -200,7 +201,7 @@ def _select(tasks: Tasks) -> Any:
 
     return select(
         tasks.names,
-        None if tasks.data_dir is None else Path(local(tasks.data_dir)),
+        data_dir,
         num_fewshot=tasks.num_fewshot,
         skip_missing=tasks.skip_missing,
         allow_code_execution=tasks.allow_code_execution,

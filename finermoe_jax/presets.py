@@ -27,7 +27,7 @@ def preset(name: str) -> Any:
     path, variant = find_config(name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
+        if not callable(get_config):
             raise InputError("it defines no function get_config()")
         _check_variant(get_config, variant)
         config = get_config() if variant is None else get_config(variant)
