@@ -53,8 +53,9 @@ def test_hostile_programs_fail_their_rows_alone(tmp_path):
     """As a user without root's rights, whom a mode of 0 keeps out."""
     lines = [
         "import os, tempfile",
-        "from finermoe_jax.code_execution import passes",
+        # Before there are threads, with which a process cannot change its namespace.
         "if os.geteuid() == 0: os.unshare(os.CLONE_NEWUSER)",
+        "from finermoe_jax.code_execution import passes",
         f"tempfile.tempdir = {str(tmp_path)!r}",
         f"for program in {HOSTILE!r}:",
         "    print(program, flush=True)",

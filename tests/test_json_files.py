@@ -180,7 +180,6 @@ DATA = {"sources": [SOURCE], "eval": None, "tokenizer_sha256": "x"}
     [
         {},
         DATA | {"sources": None},
-        DATA | {"sources": []},
         DATA | {"sources": ["a.txt"]},
         DATA | {"sources": [{"path": "a.txt"}]},
         *(DATA | {"sources": [SOURCE | {"weight": w}]} for w in ("0", "1/0", "x", None, [1])),
