@@ -449,7 +449,9 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
 
     def load() -> tuple[Decoder, Path]:
         source = open_model(path)
-        return _read_model(source, path), source.files
+        model = _read_model(source, path)
+        source.refuse_changed()  # the caller reads the tokenizer
+        return model, source.files
 
     return in_training(steps_of(Path(local(path))), load)
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,13 @@ def training(tmp_path):
 
 def _first(call, before, times=1):
     """`call`, with `before` called before it the first times."""
-    left = [times]
+    left, lock = [times], threading.Lock()
 
     def wrapped(*arguments, **options):
-        if left[0]:
-            left[0] -= 1
-            before()
+        with lock:
+            if left[0]:
+                left[0] -= 1
+                before()
         return call(*arguments, **options)
 
     return wrapped
@@ -173,7 +175,7 @@ def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, cap
 
 def test_a_reader_that_is_always_too_slow_is_told_so(training, monkeypatch):
     steps, save = training
-    monkeypatch.setattr(integrity, "_hash", _first(integrity._hash, save, 1000))
+    monkeypatch.setattr(integrity, "damage", _first(integrity.damage, save, 1000))
     with pytest.raises(InputError, match="10 times a run in training has removed"):
         load_checkpoint(steps.parent)
 
