@@ -52,8 +52,18 @@ _CONFIG, _PARAMS, _TOKENIZER, _OPTIMIZER = "config", "params", "tokenizer", "opt
 _NOT_READ = (_OPTIMIZER, "metrics")  # by those who want the model alone
 
 
-class TokenizerHandler(ocp.CheckpointHandler):
+class TokenizerHandler(ocp.AsyncCheckpointHandler):
     """An Orbax item that holds the tokenizer's files as they are."""
+
+    async def async_save(
+        self, directory: epath.Path, args: "TokenizerSave"
+    ) -> list[ocp.future.Future]:
+        """Starts `save` in a thread: an error here would leave other items' coroutines unawaited."""
+
+        async def save() -> None:
+            self.save(directory, args)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(save(), name="tokenizer")]
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
         """Copies the files; the first process alone."""
