@@ -58,7 +58,7 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
     async def async_save(
         self, directory: epath.Path, args: "TokenizerSave"
     ) -> list[ocp.future.Future]:
-        """Starts `save` in a thread: an error here would leave other items' coroutines unawaited."""
+        """Starts `save` in a thread. An error here would leave other items' coroutines behind."""
 
         async def save() -> None:
             self.save(directory, args)
