@@ -71,8 +71,18 @@ _UNREADABLE = [
 ]
 
 
-class TokenizerHandler(ocp.CheckpointHandler):
+class TokenizerHandler(ocp.AsyncCheckpointHandler):
     """An Orbax item that holds the tokenizer's files."""
+
+    async def async_save(
+        self, directory: epath.Path, args: "TokenizerSave"
+    ) -> list[ocp.future.Future]:
+        """Starts `save` in a thread. An error here would leave other items' coroutines behind."""
+
+        async def save() -> None:
+            self.save(directory, args)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(save(), name="tokenizer")]
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
         """Writes the files (`copy_tokenizer`); the first process alone."""
