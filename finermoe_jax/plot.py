@@ -18,6 +18,8 @@ from finermoe_jax.paths import local
 _BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
 _GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
 _DEAD = "black"
+# The score of the dense model that an upcycled one was made of, before any step.
+_BASE = "dense base"
 # A colour stands for a load between an eighth of the even one and eight times as much.
 _OCTAVES = 3
 
@@ -30,8 +32,8 @@ def read_lines(path: Path) -> list[dict]:
 def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
     """Draws all there is to see of a run; returns the PNGs' paths. A dense run has no load.png.
 
-    Raises InputError when workdir, or rival (`draw_loss`), holds no metrics, or records that are
-    not a run's.
+    Raises InputError when workdir holds no metrics, rival (`draw_loss`) no losses at all, or either
+    records that are not a run's.
     """
     workdir = Path(local(workdir))
     rival = None if rival is None else Path(local(rival))
@@ -83,12 +85,14 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     losses are drawn, too. Without one, an upcycled run is drawn beside the dense model as loaded,
     which no step has trained.
 
-    Raises InputError when either workdir holds no metrics.
+    Raises InputError when workdir holds no metrics, or rival neither metrics nor held-out losses.
     """
-    metrics, evals = _losses(workdir)
+    metrics, evals = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "evals"))
+    if not metrics:
+        raise InputError(f"{workdir} holds no metrics.jsonl to draw")
     plt = _matplotlib().pyplot
     figure, (top, rate, norm, speed) = plt.subplots(
-        4, 1, figsize=(7.5, 8), height_ratios=(3, 1, 1, 1), sharex=True, layout="constrained"
+        4, 1, figsize=(7.5, 9), height_ratios=(3, 1, 1, 1), sharex=True, layout="constrained"
     )
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
@@ -98,18 +102,17 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
             steps, _running_mean(losses, span), color=_BLUE, linewidth=1.6,
             label=f"training, mean of {span} logged steps",
         )  # fmt: skip
-    dense = [e for e in evals if e.get("name") == "dense base"]
-    scored = [e for e in evals if e.get("name") != "dense base"]
     if rival is not None:
         _draw_rival(top, rival, span)
-    elif dense:
+    elif base := _series([e for e in evals if e.get("name") == _BASE], "loss")[1]:
         top.axhline(
-            dense[-1]["loss"], color=_GREY, linestyle="--", linewidth=1.2,
-            label=f"held-out, dense base as loaded: {dense[-1]['loss']:.3f}",
+            base[-1], color=_GREY, linestyle="--", linewidth=1.2,
+            label=f"held-out, dense base as loaded: {base[-1]:.3f}",
         )  # fmt: skip
-    _draw_held_out(top, scored, "held-out", "o-", _ORANGE)
+    _draw_held_out(top, evals, "held-out", "o-", _ORANGE)
     top.set_ylabel("loss (nats per token)")
-    top.legend(frameon=False)
+    # Above the curves, which may be anywhere.
+    top.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for axes, name, label in (
         (rate, "learning_rate", "learning rate"),
         (norm, "grad_norm", "gradient norm"),
@@ -138,34 +141,26 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     return path
 
 
-def _losses(workdir: Path) -> tuple[list[dict], list[dict]]:
-    """A run's metrics and its finite scores; InputError where it has no metrics."""
-    metrics = read_lines(workdir / "metrics.jsonl")
-    if not metrics:
-        raise InputError(f"{workdir} holds no metrics.jsonl to draw")
-    scores = read_lines(workdir / "evals.jsonl")
-    return metrics, [e for e in scores if _is_number(e.get("loss"))]
-
-
-def _draw_held_out(axes: Any, scored: list[dict], name: str, line: str, colour: str) -> None:
-    if scored:
-        axes.plot(
-            [e["step"] for e in scored], [e["loss"] for e in scored], line, color=colour,
-            markersize=4, label=f"{name}: {scored[0]['loss']:.3f} → {scored[-1]['loss']:.3f}",
-        )  # fmt: skip
+def _draw_held_out(axes: Any, evals: list[dict], name: str, line: str, colour: str) -> None:
+    """Held-out losses over the run's steps."""
+    steps, losses = _series([e for e in evals if e.get("name") != _BASE], "loss")
+    if losses:
+        label = f"{name}: {losses[0]:.3f} → {losses[-1]:.3f}"
+        axes.plot(steps, losses, line, color=colour, markersize=4, label=label)
 
 
 def _draw_rival(axes: Any, rival: Path, span: int) -> None:
     """Another run's losses, behind the run's own."""
-    metrics, evals = _losses(rival)
-    name = rival.absolute().name
-    steps, losses = _series(metrics, "loss")
-    axes.plot(
-        steps, _running_mean(losses, span), color=_GREY, linewidth=1, alpha=0.7,
-        label=f"{name}: training",
-    )  # fmt: skip
-    scored = [e for e in evals if e.get("name") != "dense base"]
-    _draw_held_out(axes, scored, f"{name}: held-out", "s--", _GREY)
+    name, evals = rival.absolute().name, read_lines(rival / "evals.jsonl")
+    steps, losses = _series(read_lines(rival / "metrics.jsonl"), "loss")
+    if losses:
+        axes.plot(
+            steps, _running_mean(losses, span), color=_GREY, linewidth=1, alpha=0.7,
+            label=f"{name}: training",
+        )  # fmt: skip
+    elif not evals:
+        raise InputError(f"{rival} holds neither metrics.jsonl nor evals.jsonl to draw")
+    _draw_held_out(axes, evals, f"{name}: held-out", "s--", _GREY)
 
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:

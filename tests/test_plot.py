@@ -66,7 +66,10 @@ def test_a_rival_is_drawn_in_place_of_the_untrained_base(tmp_path, monkeypatch):
     base, ours = "held-out, dense base as loaded: 3.000", "held-out: 4.000 → 2.500"
     assert alone - beside == {base} and ours in alone & beside
     assert beside - alone == {"theirs: training", "theirs: held-out: 3.000 → 2.750"}
-    with pytest.raises(InputError, match=r"nowhere holds no metrics\.jsonl"):
+    (tmp_path / "theirs" / "metrics.jsonl").unlink()  # held-out losses are enough
+    plot.draw(tmp_path / "ours", tmp_path / "theirs")
+    assert set(said[2]) == beside - {"theirs: training"}
+    with pytest.raises(InputError, match="nowhere holds neither"):
         plot.draw(tmp_path / "ours", tmp_path / "nowhere")
 
 

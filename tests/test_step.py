@@ -1,7 +1,6 @@
 """What one optimizer step adds up, in which dtype, and with which draws."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,9 @@ import optax
 from flax import nnx
 
 from finermoe_jax.losses import cross_entropy_sum
-from finermoe_jax.model import Decoder
+from finermoe_jax.model import parameter_shapes, with_shapes
 from finermoe_jax.packing import Batch
-from finermoe_jax.step import batch_loss, train_step
+from finermoe_jax.step import batch_loss, rebuild, train_step
 from tests.test_config import SMALL
 from tests.test_training import _batch, _distances, _model, _run
 
@@ -28,10 +27,16 @@ def _taking(updates):
     return optax.GradientTransformation(lambda params: (start, params), update)
 
 
-def _dense():
-    """One dense layer in bfloat16: what a test of sums and draws needs; it compiles fast."""
-    graphdef, state = nnx.split(_model(dataclasses.replace(SMALL, num_hidden_layers=1)))
-    return graphdef, jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.to_pure_dict(state))
+def _dense(value=None):
+    """One dense layer in bfloat16, of `value` or random: it compiles fast."""
+    config, rng = dataclasses.replace(SMALL, num_hidden_layers=1), np.random.default_rng(0)
+    params = {
+        path: (np.full(shape, value) if value else 0.3 * rng.standard_normal(shape)).astype(
+            jnp.bfloat16
+        )
+        for path, shape in parameter_shapes(config).items()
+    }
+    return nnx.split(with_shapes(config))[0], nnx.traversals.unflatten_mapping(params)
 
 
 def test_every_layers_balancing_loss_counts():
@@ -48,61 +53,60 @@ def test_every_layers_balancing_loss_counts():
 def test_bfloat16_gradients_of_many_microbatches_are_summed_in_float32():
     """The same row in every microbatch: the mean gradient is that of one, however many."""
     graphdef, params = _dense()
-    tx = _taking(0.0)
+    row, parts, tx = np.asarray(_batch(1)), 64, _taking(0.0)
+    config = _run(parts, grad_accumulation=parts)
 
-    def gradient(parts):
-        config = _run(parts, grad_accumulation=parts)
-        batch = Batch(jnp.repeat(_batch(1), parts, axis=0))
-        step = jax.jit(lambda p, o, b: train_step(graphdef, config, tx, p, o, b))
-        _, (_, grads), _ = step(params, tx.init(params), batch)
-        return jax.tree.map(lambda g: np.asarray(g, np.float32), grads)
+    @jax.jit
+    def gradients(params):
+        batch = Batch(jnp.asarray(np.repeat(row, parts, axis=0)))
+        _, (_, grads), _ = train_step(graphdef, config, tx, params, tx.init(params), batch)
+        alone, _ = jax.grad(batch_loss, argnums=2, has_aux=True)(
+            graphdef, config, params, Batch(jnp.asarray(row))
+        )
+        return grads, alone
 
+    grads, alone = jax.tree.map(lambda g: np.asarray(g, np.float32), gradients(params))
     # A sum of 64 in bfloat16, which has 8 binary digits, is wrong by more than 1e-3.
-    distances = _distances(gradient(64), gradient(2))
+    distances = _distances(grads, alone)
     assert max(distances.values()) < 1e-3, distances
 
 
 def test_every_update_of_bfloat16_weights_is_rounded_by_a_draw_of_its_own():
-    graphdef, params = _dense()
-    params = jax.tree.map(jnp.ones_like, params)
+    graphdef, params = _dense(1.0)
     tx = _taking(2.0**-9)  # a quarter of the distance to the neighbour above
+    config, batch = _run(2), Batch(_batch(2))
 
-    @functools.partial(jax.jit, static_argnames="seed")
-    def step(count, seed):
+    @jax.jit
+    def step(params, count):
         opt_state = optax.ScaleByScheduleState(count), params
-        config = _run(2, seed=seed)
-        return train_step(graphdef, config, tx, params, opt_state, Batch(_batch(2)))[0]
+        return train_step(graphdef, config, tx, params, opt_state, batch)[0]
 
-    def moved(count, seed):
+    def moved(count):
         """Which entries of the embedding an update moves that `count` others went before."""
-        return np.asarray(step(jnp.int32(count), seed=seed)["embed"]["weight"]) > 1
+        return np.asarray(step(params, np.int32(count))["embed"]["weight"], np.float32) > 1
 
-    first = moved(0, 0)
+    first, again, next_one = moved(0), moved(0), moved(1)
     assert 0.2 < first.mean() < 0.3
-    np.testing.assert_array_equal(moved(0, 0), first)
-    for other in (moved(1, 0), moved(0, 1)):
-        assert 0.3 < (other != first).mean() < 0.45  # 2 / 4 * 3 / 4 of independent draws
+    np.testing.assert_array_equal(again, first)
+    assert 0.3 < (next_one != first).mean() < 0.45  # 2 / 4 * 3 / 4 of independent draws
 
 
 def test_the_loss_of_bfloat16_activations_is_summed_in_float32():
     """Logits, loss and the gradient of lm_head against float64, from the same rounded numbers."""
-    config = dataclasses.replace(SMALL, num_hidden_layers=1)
-    model = Decoder(config, dtype="bfloat16", param_dtype="bfloat16", rngs=nnx.Rngs(0))
+    graphdef, params = _dense()
     rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.standard_normal((64, 32)), jnp.bfloat16)
+    weight = rng.standard_normal((64, 32)).astype(jnp.bfloat16)
     # Positive: their sum over all tokens grows far beyond each.
-    hidden = jnp.asarray(rng.uniform(0.5, 1.0, (4, 256, 32)), jnp.bfloat16)
-    targets = jnp.asarray(rng.integers(0, 2, (4, 256)), jnp.int32)
-    graphdef, state = nnx.split(model)
+    hidden = jnp.asarray(rng.uniform(0.5, 1.0, (4, 256, 32)).astype(jnp.bfloat16))
+    targets = jnp.asarray(rng.integers(0, 2, (4, 256)).astype(np.int32))
 
     def loss(weight):
-        params = nnx.to_pure_dict(state)
-        params["lm_head"]["weight"] = weight
-        decoder = nnx.merge(graphdef, nnx.State(params))
-        return cross_entropy_sum(decoder, hidden, targets, jnp.ones(targets.shape, bool), 4)
+        changed = params | {"lm_head": {"weight": weight}}
+        mask = jnp.ones(targets.shape, bool)
+        return cross_entropy_sum(rebuild(graphdef, changed), hidden, targets, mask, 4)
 
     got, gradient = jax.jit(jax.value_and_grad(loss))(weight)
-    h, w = (np.asarray(x, np.float64) for x in (hidden.reshape(-1, 32), weight))
+    h, w = np.asarray(hidden, np.float64).reshape(-1, 32), weight.astype(np.float64)
     logits = h @ w.T
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.eye(64)[np.asarray(targets).ravel()]

@@ -12,17 +12,22 @@ survived once more. A mutation that no program can tell from the original does n
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1200.0  # seconds of one selection of tests
@@ -342,6 +347,23 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+def import_others() -> None:
+    """Imports what the tests need of others, and nothing of this project."""
+    # JAX reads these when it is imported; the last two are as in tests/conftest.py.
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    sys.dont_write_bytecode = True
+    # Nobody has started a thread yet, whatever JAX fears.
+    warnings.filterwarnings("ignore", message=".*fork")
+    for name in ("flax.nnx", "grain", "hypothesis", "optax", "orbax.checkpoint", "transformers"):
+        importlib.import_module(name)
+
+
 @dataclasses.dataclass
 class Tree:
     """A copy of the working tree in which tests run."""
@@ -364,23 +386,42 @@ class Tree:
     def failing(self, tests: str) -> str:
         """The first test that fails, or "" where all pass.
 
-        Raises RuntimeError where no tests ran: the mutation, or the selection, is none.
+        In a fork, so that what takes most of the time, the imports of others' packages, is done
+        once. Raises RuntimeError where no tests ran: the mutation, or the selection, is none.
         """
-        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", *shlex.split(tests)]
-        environment = os.environ | {
-            "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu",
-        }  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True,
-                timeout=TIMEOUT,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
+        with tempfile.TemporaryFile("w+") as said:
+            child = os.fork()
+            if child == 0:
+                os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+                os.chdir(self.folder)
+                os.environ["PYTHONPATH"] = str(self.folder)
+                sys.path.insert(0, str(self.folder))
+                os.setpgid(0, 0)
+                code = pytest.main(["-x", "-n", "0", *shlex.split(tests)])
+                sys.stdout.flush()
+                os._exit(code)
+            code = _ended(child)
+            said.seek(0)
+            output = said.read()
+        if code is None:
             return f"no end within {TIMEOUT:.0f} s"
-        if done.returncode not in (0, 1):
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        return "" if done.returncode == 0 else found[1] if found else "a test"
+        if code not in (0, 1):
+            raise RuntimeError(f"pytest {tests}: {code}\n{output[-3000:]}")
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return "" if code == 0 else found[1] if found else "a test"
+
+
+def _ended(child: int) -> int | None:
+    """A process's exit code; None where it had to be ended."""
+    until = time.monotonic() + TIMEOUT
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def tried(mutation: Mutation, tree: Tree, narrow: bool) -> dict:
@@ -447,6 +488,8 @@ def main() -> int:
     arguments = parser.parse_args()
     records = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     wanted = list(chosen(arguments, records))
+    if wanted:
+        import_others()
     with tempfile.TemporaryDirectory() as folder:
         tree = Tree.copied(Path(folder)) if wanted else None
         for number, mutation in enumerate(wanted, 1):
