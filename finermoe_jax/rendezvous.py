@@ -9,7 +9,6 @@ what is wrong. The port is then free again for JAX.
 import asyncio
 import contextlib
 import ipaddress
-import json
 import os
 import socket
 import time
@@ -17,6 +16,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.json_files import parse_json, to_json
 
 _GREETING = "finermoe-jax"
 _RETRY_SECONDS = 0.3
@@ -126,7 +126,7 @@ class _Register:
             await self._unless_decided(reader.read(1))
             if self.verdict.done():
                 answer = {"from": _GREETING, "message": self.verdict.result()}
-                writer.write(json.dumps(answer).encode() + b"\n")
+                writer.write(to_json(answer).encode() + b"\n")
                 await writer.drain()
             else:  # it ended; one that is started in its place is welcome
                 self.present.pop(hello["index"], None)
@@ -180,7 +180,7 @@ async def _ask(address: str, index: int, processes: int, seconds: float) -> str:
                 try:
                     reader, writer = await asyncio.open_connection(host, port)
                     with contextlib.closing(writer):
-                        writer.write(json.dumps(hello).encode() + b"\n")
+                        writer.write(to_json(hello).encode() + b"\n")
                         answer = _read(await reader.readline())
                     if answer is not None:
                         return str(answer.get("message"))
@@ -199,7 +199,7 @@ async def _ask(address: str, index: int, processes: int, seconds: float) -> str:
 def _read(line: bytes) -> dict | None:
     """What a process of ours says; None of anything else."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        values = parse_json(line, "a greeting")
+    except InputError:
         return None
     return values if isinstance(values, dict) and values.get("from") == _GREETING else None

@@ -1,6 +1,5 @@
 """Tokenizers, loaded through transformers from local files; nothing is executed."""
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.files import refuse_pointer
-from finermoe_jax.json_files import read_json
+from finermoe_jax.json_files import read_json, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,7 +194,7 @@ def _behaviour(directory: Path) -> tuple:
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return (to_json(values, indent=2) + "\n").encode()
 
 
 # --- special tokens ---------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _index(path):
 
 
 def _workdir(path):
-    (path.parent / "checkpoints").mkdir()
+    (path.parent / "checkpoints" / "damaged-1").mkdir(parents=True)
     return claim(path.parent, RunConfig(init_from="x"))
 
 
