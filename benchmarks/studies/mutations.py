@@ -23,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -360,7 +362,7 @@ def import_others() -> None:
     sys.dont_write_bytecode = True
     # Nobody has started a thread yet, whatever JAX fears.
     warnings.filterwarnings("ignore", message=".*fork")
-    for name in ("flax.nnx", "grain", "hypothesis", "optax", "orbax.checkpoint", "transformers"):
+    for name in ("flax.nnx", "grain", "optax", "orbax.checkpoint", "transformers"):
         importlib.import_module(name)
 
 
@@ -392,14 +394,7 @@ class Tree:
         with tempfile.TemporaryFile("w+") as said:
             child = os.fork()
             if child == 0:
-                os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
-                os.chdir(self.folder)
-                os.environ["PYTHONPATH"] = str(self.folder)
-                sys.path.insert(0, str(self.folder))
-                os.setpgid(0, 0)
-                code = pytest.main(["-x", "-n", "0", *shlex.split(tests)])
-                sys.stdout.flush()
-                os._exit(code)
+                self._test(said.fileno(), tests)
             code = _ended(child)
             said.seek(0)
             output = said.read()
@@ -409,6 +404,23 @@ class Tree:
             raise RuntimeError(f"pytest {tests}: {code}\n{output[-3000:]}")
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
         return "" if code == 0 else found[1] if found else "a test"
+
+    def _test(self, output: int, tests: str) -> NoReturn:
+        """Runs pytest and ends the process, whatever happens: the rest is its parent's."""
+        code = 3
+        try:
+            os.setpgid(0, 0)
+            os.dup2(output, 1), os.dup2(output, 2)
+            os.chdir(self.folder)
+            os.environ["PYTHONPATH"] = str(self.folder)
+            sys.path.insert(0, str(self.folder))
+            imported = "ignore::pytest.PytestAssertRewriteWarning"
+            code = int(pytest.main(["-x", "-n", "0", "-W", imported, *shlex.split(tests)]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
 
 
 def _ended(child: int) -> int | None:
