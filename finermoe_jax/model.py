@@ -173,8 +173,18 @@ class Decoder(nnx.Module):
 
 def with_shapes(config: ModelConfig, dtype: DTypeLike = "float32") -> Decoder:
     """The decoder with shapes in place of arrays; nothing is allocated. dtype: activations'."""
-    return nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0))
+    graphdef, state = _shapes(config, jnp.dtype(dtype))
+    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
+    decoder.config = config  # equal to the one it was traced with, but perhaps 1.0 where that had 1
+    return decoder
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes longer than reading a small checkpoint
+def _shapes(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(
+        nnx.eval_shape(
+            lambda: Decoder(config, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0))
+        )
     )
 
 
