@@ -135,13 +135,13 @@ MUTATIONS = (
         "an expert's slot goes by its candidate", UPCYCLE,
         "expert // (moe.output_expansion * moe.group_size)",
         "expert // moe.group_size % moe.output_granularity",
-        f"{LAYER} -k upcycled", OF_UPCYCLING,
+        f"{LAYER} -k upcycl", OF_UPCYCLING,
     ),
     Mutation(
         "without a shared expert the output is scaled by G_O", UPCYCLE,
         "lazy.scaled(part, moe.intermediate_granularity)",
         "lazy.scaled(part, moe.output_granularity)",
-        f"{LAYER} -k upcycled", OF_UPCYCLING,
+        f"{LAYER} -k upcycl", OF_UPCYCLING,
     ),
     Mutation(
         "an untied lm_head becomes the embedding", UPCYCLE,
