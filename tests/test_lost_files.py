@@ -151,7 +151,12 @@ def _first(call, before, times=1):
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [(integrity, "_hash"), (checkpoint, "read_description"), (checkpoint, "abstract_params")],
+    [
+        (integrity, "_hash"),
+        (checkpoint, "read_description"),
+        (checkpoint.lazy_checkpoint, "read"),
+        (checkpoint, "_in_memory"),
+    ],
 )
 def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd):
     steps, save = training
