@@ -447,7 +447,7 @@ def test_workdirs_of_others(dense, tmp_path, kind):
         (workdir / "thesis.tex").write_text("years of work")
         words += ["not empty"]
     if kind in ("other config", "damaged config"):
-        (workdir / "checkpoints").mkdir()
+        (workdir / "checkpoints" / "damaged-1").mkdir(parents=True)  # it had one
         stored = dataclasses.asdict(dataclasses.replace(config, prompt_tokens=7))
         content = json.dumps(stored) if kind == "other config" else '{"train": '
         (workdir / "config.json").write_text(content)

@@ -36,7 +36,7 @@ def test_directories_of_any_depth_are_removed():
     """Deeper than Python recurses, than files may be open, and than a path may be long."""
     name = "x" * 100
     deep = f"import os\nfor _ in range(1200):\n    os.mkdir({name!r}); os.chdir({name!r})\n"
-    assert passes(deep + "open('file', 'w').close(); os.symlink('/', 'root')", seconds=60)
+    assert passes(deep + "open('file', 'w').close(); os.symlink('/', 'root')", seconds=60.0)
 
 
 HOSTILE = (
@@ -59,8 +59,8 @@ def test_hostile_programs_fail_their_rows_alone(tmp_path):
         f"tempfile.tempdir = {str(tmp_path)!r}",
         f"for program in {HOSTILE!r}:",
         "    print(program, flush=True)",
-        "    passes(program, seconds=20)",
-        "assert passes('pass', seconds=20)",
+        "    passes(program, seconds=20.0)",
+        "assert passes('pass', seconds=20.0)",
     ]
     if os.geteuid() == 0 and not _namespaces():
         pytest.skip("root can give its rights away in a namespace alone")
@@ -70,9 +70,9 @@ def test_hostile_programs_fail_their_rows_alone(tmp_path):
 @needs_namespaces
 def test_other_processes_are_out_of_reach():
     mine = os.getpid()
-    assert not passes(f"open('/proc/{mine}/environ', 'rb').read()", seconds=20)
-    assert not passes(f"open('/proc/{mine}/mem', 'rb')", seconds=20)
-    assert not passes(f"import os; os.kill({mine}, 0)", seconds=20)
+    assert not passes(f"open('/proc/{mine}/environ', 'rb').read()", seconds=20.0)
+    assert not passes(f"open('/proc/{mine}/mem', 'rb')", seconds=20.0)
+    assert not passes(f"import os; os.kill({mine}, 0)", seconds=20.0)
     everywhere = """
 import os
 for name in os.listdir("/proc"):
@@ -83,13 +83,13 @@ for name in os.listdir("/proc"):
             continue
         assert b"PYTEST_CURRENT_TEST" not in content and b"HOME=" not in content, name
 """
-    assert passes(everywhere, seconds=20)
+    assert passes(everywhere, seconds=20.0)
 
 
 @needs_namespaces
 def test_what_left_the_session_ends_with_the_program(tmp_path):
     child = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(60)"
-    assert passes(child, seconds=20)
+    assert passes(child, seconds=20.0)
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in commands.stdout
 

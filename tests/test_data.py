@@ -413,6 +413,7 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     prepare(workdir, began, MODEL)
+    (workdir / "checkpoints" / "damaged-1").mkdir()  # it had one
     refused = pytest.raises(InputError, match=r"data\.path: .*there")
     with refused:  # nothing is recorded that its content could be compared with
         claim(workdir, run(mixed, "{0}/long.jsonl", moved))
