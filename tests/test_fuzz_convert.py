@@ -39,7 +39,7 @@ def read_again(folder):
     tensors = {}
     for file in files:
         tensors |= load_file(file)
-    return json.loads((folder / "config.json").read_text()), tensors
+    return json.loads((folder / "config.json").read_text(encoding="utf-8-sig")), tensors
 
 
 def expected_layer(values, tensors, layer, moe):
