@@ -233,7 +233,8 @@ def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
 
 def _stated(directory: Path) -> dict[str, Any]:
     """generation_config.json, and ids of special tokens that only config.json names."""
-    config, settings = _read_if_there(directory / "config.json"), {}
+    config = _read_if_there(directory / "config.json")
+    settings: dict[str, Any] = {}
     # As transformers does it: where several configs are in one, the decoder's comes second.
     parts = (config.get(name) for name in ("decoder", "generator", "text_config"))
     nested = next((part for part in parts if part and isinstance(part, dict)), {})
