@@ -84,6 +84,7 @@ def evaluate(
     if batch_tokens < 1:
         raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
     file = TextFile(text) if text else None
+    tasks = _checked(tasks) if tasks else None
     # Before the harness, which takes many seconds to load.
     source, tokenizer, ends = open_with_tokenizer(checkpoint)
     limit = source.config.context_length
@@ -180,8 +181,8 @@ def _perplexity(
 _WINDOWS = 512
 
 
-def _select(tasks: Tasks) -> Any:
-    """The harness's tasks and their rows."""
+def _checked(tasks: Tasks) -> Tasks:
+    """The tasks with data_dir as a path of this machine; InputError for what is wrong at sight."""
     data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
     if not tasks.names:
         raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
@@ -196,12 +197,17 @@ def _select(tasks: Tasks) -> Any:
             raise InputError(
                 f"--tasks needs the package {package}: pip install 'finermoe-jax[eval]'"
             )
+    return dataclasses.replace(tasks, data_dir=data_dir)
+
+
+def _select(tasks: Tasks) -> Any:
+    """The harness's tasks and their rows."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
     from finermoe_jax.tasks import select
 
     return select(
         tasks.names,
-        data_dir,
+        tasks.data_dir,
         num_fewshot=tasks.num_fewshot,
         skip_missing=tasks.skip_missing,
         allow_code_execution=tasks.allow_code_execution,

@@ -340,7 +340,7 @@ def check_saving(model: Any, path: Any, tokenizer: Any) -> None:
     check_path("path", path)
     if tokenizer is not None:
         check_path("tokenizer", tokenizer)
-        if not Path(tokenizer).is_dir():
+        if not Path(local(tokenizer)).is_dir():
             raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
 
 
