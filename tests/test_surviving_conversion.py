@@ -265,7 +265,7 @@ def measure(source, folder, moe, start, pipe):
 )
 def test_memory_does_not_hold_the_model(tmp_path, moe, start):
     taken = []
-    for layers in (2, 8):
+    for layers in (4, 12):
         folder = tmp_path / str(layers)
         folder.mkdir()
         source = big_source(folder / "source", layers, 1024)
