@@ -160,7 +160,7 @@ def test_generate_until(harness, tokenizer, capsys):
     never = Sampling(repetition_penalty=1e9)
     made = np.asarray(fm.generate(harness.model, ids, None, 12, sampling=never))[0, ids.size :]
     assert other == tokenizer.decode(made) != whole
-    with pytest.raises(InputError, match=r"max_gen_toks=1024 .*=1024"):
+    with pytest.raises(InputError, match=r"max_gen_toks=1024 .* 1024 tokens"):
         harness.generate_until([_request("generate_until", prompt, dict(max_gen_toks=1024))])
 
 
