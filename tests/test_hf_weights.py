@@ -449,7 +449,7 @@ def test_config_that_is_no_object(source, content, words):
         (dict(rope_scaling={"type": "default", "rope_type": "llama3"}), ["default", "llama3"]),
         (dict(rope_theta=1e4, rope_parameters={"rope_theta": 5e5}), ["10000.0", "500000.0"]),
         (dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor", "0.5"]),
-        (dict(use_sliding_window=True, max_window_layers=1), ["sliding_window=4096", "=True"]),
+        (dict(use_sliding_window=True, sliding_window=9, max_window_layers=1), ["=9", "=True"]),
         (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
         (dict(hidden_size=None), ["hidden_size=None", "integer"]),
         (dict(hidden_size="24"), ["hidden_size='24'", "integer"]),

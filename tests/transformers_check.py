@@ -143,7 +143,7 @@ def checkpointing(model, ids):
         return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
     runs = []
-    hook = model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
     model.train()
     wanted = gradients()
     enable = model.gradient_checkpointing_enable if OLD else model.activation_checkpointing_enable
