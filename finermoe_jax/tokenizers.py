@@ -132,6 +132,9 @@ def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
         name = type(load_tokenizer(directory, ANY_VOCABULARY)).__name__
         if str(kept.get("tokenizer_class")).removesuffix("Fast") != name:
             kept["tokenizer_class"] = name
+    if "tokenizer.json" in files and not kept.get("tokenizer_class"):
+        # transformers 4 would look for the model's type, and knows none of a mixture's.
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     if kept != settings:
         files[_CONFIG_FILE] = _json(kept)
     return files
