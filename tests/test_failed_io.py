@@ -96,29 +96,30 @@ def test_many_damaged_arrays_are_one_error(state, saved, monkeypatch):
         assert "is damaged or cannot be read" in str(found.value)
 
 
-def test_an_interrupted_restore_is_interrupted(state, saved, request):
+def test_an_interrupted_restore_is_interrupted(state, saved, monkeypatch):
     def seconds():
         began = time.monotonic()
         saved.restore(1, *state[3])
         return time.monotonic() - began
 
-    # JAX calls back at each collection, and Python drops what is raised in such a callback.
-    callbacks, gc.callbacks[:] = gc.callbacks[:], []
-    request.addfinalizer(lambda: gc.callbacks.extend(callbacks))
+    # Python drops what is raised in a finalizer or at a garbage collection. So commands do not
+    # rely on the exception (preemption.interrupts_end), and a drop is no failure here.
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: None)
     whole, chance, during = min(seconds() for _ in range(3)), random.Random(0), 0
     for number in range(200):
         if number >= 20 and during > 2:  # enough came in the middle of a restore
             break
         timer = threading.Timer(chance.uniform(0, whole), os.kill, (os.getpid(), signal.SIGINT))
         restored = False
-        with pytest.raises(KeyboardInterrupt):
+        try:
             timer.start()
             saved.restore(1, *state[3])
             restored = True
             timer.join()
-            time.sleep(5)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            during += not restored
         timer.join()
-        during += not restored
     assert during > 2
 
 

@@ -326,7 +326,7 @@ MUTATIONS = (
         "a run that goes on begins the data anew", LOOP,
         "batches = _global_batches(config, self.rows, first,",
         "batches = _global_batches(config, self.rows, 0,",
-        "tests/test_surviving.py -k goes_on", OF_RUNS,
+        "tests/test_surviving.py -k killed_and_stopped", OF_RUNS,
     ),
     Mutation(
         "a run that goes on forgets the steps left out", TRAINING,
