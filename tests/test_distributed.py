@@ -148,6 +148,7 @@ def start(place, workdir, *flags, processes, last=None):
         # Compilation is what takes the time here.
         XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // processes} "
         "--xla_backend_optimization_level=0",
+        JAX_COMPILATION_CACHE_DIR=str(place / "cache"),
     )
     if processes > 1:
         shared |= {

@@ -3,16 +3,18 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from finermoe_jax.config import MoEConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import Decoder
+from finermoe_jax.model import Decoder, with_shapes
 from finermoe_jax.paper_tables import ROWS
 from finermoe_jax.paper_tables import text as paper_tables_text
 from finermoe_jax.params import paper_counts, run_model, sharding_table, true_counts
 from finermoe_jax.run_settings import MeshConfig
+from finermoe_jax.sharding import ONE_DEVICE
 from tests.test_config import SMALL, _preset
 
 
@@ -56,3 +58,14 @@ def test_shardings_are_shown_without_devices():
     )
     with pytest.raises(InputError, match="256 places for 8 devices"):
         sharding_table(dataclasses.replace(config, mesh=MeshConfig(1, 16, 8, 2)), model, 8)
+
+
+def test_a_decoder_of_shapes_is_its_callers_own():
+    """Traced once for each config, but what one caller writes into it no other finds."""
+    first, equal = with_shapes(SMALL), dataclasses.replace(SMALL)
+    first.embed.weight.set_value(jnp.zeros(3))
+    first.placement = None
+    again = with_shapes(equal)
+    assert again.embed.weight.shape == (SMALL.vocab_size, SMALL.hidden_size)
+    assert again.placement is ONE_DEVICE
+    assert again.config is equal is not SMALL
