@@ -28,13 +28,13 @@ from finermoe_jax.flops import training_flops
 from finermoe_jax.model import Decoder
 from finermoe_jax.optim import optimizer
 from finermoe_jax.packing import Batch
+from finermoe_jax.presets import preset
 from finermoe_jax.published import QWEN2P5
 from finermoe_jax.run_settings import (
     DataConfig,
     MeshConfig,
     RunConfig,
     TrainConfig,
-    preset,
     run_config,
 )
 from finermoe_jax.sharding import Placement
