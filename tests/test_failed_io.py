@@ -102,8 +102,8 @@ def test_an_interrupted_restore_is_interrupted(state, saved, monkeypatch):
         saved.restore(1, *state[3])
         return time.monotonic() - began
 
-    # Python drops what is raised in a finalizer or at a garbage collection. So commands do not
-    # rely on the exception (preemption.interrupts_end), and a drop is no failure here.
+    # The exception was lost in rare tries, probably in a finalizer, where Python drops it. train.py
+    # does not rely on it (preemption.interrupts_end), and a lost one is no failure here.
     monkeypatch.setattr(sys, "unraisablehook", lambda found: None)
     whole, chance, during = min(seconds() for _ in range(3)), random.Random(0), 0
     for number in range(200):
