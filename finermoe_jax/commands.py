@@ -19,6 +19,7 @@ from finermoe_jax.errors import InputError, RunEnded, print_anything
 from finermoe_jax.files import find, write
 from finermoe_jax.json_files import to_json
 from finermoe_jax.paths import local, local_list
+from finermoe_jax.preemption import interrupts_arrive
 from finermoe_jax.presets import find_config, preset
 from finermoe_jax.run_settings import RunConfig, run_config
 
@@ -31,7 +32,7 @@ FLAGS = flags.FLAGS
 def run(usage: str, define: Callable[[], None], main: Callable[[], None]) -> None:
     """A command: parses the flags, runs main, exits with 0 only when the work is done."""
     print_anything()
-    with _clear_errors():
+    with _clear_errors(), interrupts_arrive():
         flags.DEFINE_bool("help", False, "show this help", short_name="h", allow_override=True)
         try:
             define()
@@ -224,7 +225,7 @@ def train() -> None:
         start_timeout = FLAGS.start_timeout
         if not 1 <= start_timeout <= 86400:
             raise InputError(f"--start_timeout={start_timeout} must lie in 1 … 86400")
-        from finermoe_jax import distributed, host_memory, metrics, preemption, training
+        from finermoe_jax import distributed, host_memory, metrics, training
         from finermoe_jax.workdir import way_on
 
         watch = metrics.Watch(
@@ -239,10 +240,7 @@ def train() -> None:
         if not workdir:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             workdir = distributed.exchange(f"runs/{name}-{stamp}")[0]
-        with (
-            preemption.interrupts_end(),
-            distributed.watched(heartbeat, lambda: way_on(Path(workdir))),
-        ):
+        with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
             training.train(config, Path(workdir), watch=watch, allow_changes=FLAGS.allow_changes)
 
     run("Upcycle and train: python train.py --config=configs/demo.py [--workdir=DIR]", define,

@@ -3,38 +3,42 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import jax
-from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL of sysexits.h: the same command again goes on.
 EXIT_CODE = 75
 
 
+# A moment for the finalizer or callback that lost an interrupt to return in.
+_AGAIN_SECONDS = 0.05
+
+
 @contextlib.contextmanager
-def interrupts_end() -> Iterator[None]:
-    """Ctrl-C ends the process at once, except while `stop_requests` listens.
+def interrupts_arrive() -> Iterator[None]:
+    """Makes sure that Ctrl-C reaches the program: an interrupt that Python drops comes again.
 
-    For the start of a run, which has nothing to save yet. As a KeyboardInterrupt it can be lost: a
-    library may swallow the exception in a callback, and the run would train on. Several processes
-    keep the exception, since the others have to hear of it.
+    Python raises KeyboardInterrupt wherever the program happens to be. In a finalizer or a callback
+    of the garbage collector, such as JAX's, it can go no further: Python hands it to
+    sys.unraisablehook, and the program would run on.
     """
-    if jax.process_count() > 1:
-        yield
-        return
+    before = sys.unraisablehook
 
-    def end(number: int, frame: Any) -> None:
-        os.write(2, b"interrupted\n")
-        os._exit(128 + number)
+    def hook(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            again = threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), signal.SIGINT])
+            again.daemon = True
+            again.start()
+        else:
+            before(lost)
 
-    before = signal.signal(signal.SIGINT, end)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
@@ -50,6 +54,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
+    import jax  # here, as every command reads this module first
+    from jax.experimental import multihost_utils
+
     several = jax.process_count() > 1
     received: list[int] = []
 
