@@ -1,6 +1,6 @@
-"""See --help, README.md, and finermoe_jax/commands.py."""
+"""See --help, README.md, and finermoe_jax/cli/commands.py."""
 
-from finermoe_jax.commands import convert_hf
+from finermoe_jax.cli.commands import convert_hf
 
 if __name__ == "__main__":
     convert_hf()

@@ -22,14 +22,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from finermoe_jax.architectures import ARCHITECTURES, architecture
-from finermoe_jax.config import ModelConfig
-from finermoe_jax.files import find
-from finermoe_jax.hf_weights import read_config
-from finermoe_jax.paper_tables import ROWS
-from finermoe_jax.params import true_counts
-from finermoe_jax.plot import read_lines
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.analysis.paper_tables import ROWS
+from finermoe_jax.analysis.params import true_counts
+from finermoe_jax.config.architectures import ARCHITECTURES, architecture
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.weights.hf_weights import read_config
+from finermoe_jax.weights.upcycle import upcycled_config
 
 FEW_LAYERS = 4
 # Bytes per parameter at the peak: float32 weights, their gradients, the new weights beside the

@@ -69,7 +69,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from finermoe_jax.flash import causal_attention
+    from finermoe_jax.layers.causal import causal_attention
 
     def forward(q: Any, k: Any, v: Any, *ids: Any) -> Any:
         return causal_attention(q, k, v, ids[0] if ids else None)
@@ -99,7 +99,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def gpu(name: str) -> Any:
     """As tpu_compiler.chip, for a description in finermoe_jax/targets."""
-    from finermoe_jax.topology import target_description
+    from finermoe_jax.analysis.topology import target_description
 
     description = target_description(name)
     return tpu_compiler.one_device(

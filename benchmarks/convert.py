@@ -32,13 +32,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax.config import ModelConfig
-from finermoe_jax.files import forget
-from finermoe_jax.hf_config import model_config_to_hf
-from finermoe_jax.hf_names import parts
-from finermoe_jax.model import parameter_shapes
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.tensor_files import Entry, write_tensors
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.model.decoder import parameter_shapes
+from finermoe_jax.runtime.files import forget
+from finermoe_jax.weights.hf_config import model_config_to_hf
+from finermoe_jax.weights.hf_names import parts
+from finermoe_jax.weights.safetensors_files import Entry, write_tensors
 
 ROOT = Path(__file__).parent.parent
 _RAW_BYTES = 8 << 30

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from finermoe_jax import host_memory
-from finermoe_jax.config import MoEConfig
-from finermoe_jax.layers import MLP
-from finermoe_jax.moe import FineRMoE
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.layers.basic import MLP
+from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.runtime import host_memory
+from finermoe_jax.weights.upcycle import upcycled_config
 from pallas_kernels.expert_ffn import expert_ffn
 
 M, D, F, W, E = 2048, 896, 152, 448, 128

@@ -3,7 +3,7 @@
     python benchmarks/demo_against_dense.py OUT [PICTURE.png]   # 12 minutes on 2 CPU cores
 
 The seed draws the router and the order of the data. The third run is the dense one again, with as
-many steps as cost what FineRMoE's cost (finermoe_jax/flops.py), its schedule stretched to them.
+many steps as cost what FineRMoE's cost (config/flops.py), its schedule stretched to them.
 Prints a table; OUT keeps the runs, and runs that are there already are not made again. PICTURE:
 the first seed's losses over the steps, with the dense rival.
 """
@@ -15,14 +15,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from finermoe_jax.checkpoint import open_model
-from finermoe_jax.config import ModelConfig
-from finermoe_jax.files import find
-from finermoe_jax.flops import training_flops
-from finermoe_jax.plot import draw_loss, read_lines
-from finermoe_jax.run_settings import RunConfig, run_config
-from finermoe_jax.training import train
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.plot import draw_loss, read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.upcycle import upcycled_config
 
 SEEDS = (1, 2, 3)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/exchange.py
 
-Tokens are routed by the layer's own rule (finermoe_jax/routing.py) from normal logits, 8192 on each
+Tokens are routed by the layer's own rule (moe/routing.py) from normal logits, 8192 on each
 device; nothing is timed and nothing is sent. "limit" is G_O * T_I * h + T_I * h values a token;
 "stay" the share of rows whose expert is on their own device; "copies" how often a token is sent to
 a device that it goes to already.
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finermoe_jax.config import ModelConfig, MoEConfig
-from finermoe_jax.expert_parallel import Exchange, quota
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.routing import route
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.moe.exchange import Exchange, quota
+from finermoe_jax.moe.routing import route
 
 TOKENS = 8192
 
@@ -55,7 +55,7 @@ class Counts(NamedTuple):
 
 
 def count(model: ModelConfig, exchange: Exchange) -> Counts:
-    """What the exchange moves (finermoe_jax/expert_parallel.py)."""
+    """What the exchange moves (finermoe_jax/moe/exchange.py)."""
     moe = model.moe
     assert moe is not None
     devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)

@@ -18,10 +18,10 @@ import numpy as np
 
 import finermoe_jax as fm
 from benchmarks.demo_against_dense import SEEDS, preset
-from finermoe_jax.files import find
-from finermoe_jax.plot import read_lines
-from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.training import train
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
 
 STARTS = {"": "published start", "function_preserving": "function-preserving start"}
 COLOURS = {"": "#1f5f99", "function_preserving": "#c2410c"}

@@ -13,7 +13,7 @@ tokens per second after it, at batch 1, of the paper's architectures with the sa
 in bfloat16, all in memory at once and measured in turn, round by round; and C4A2, sparse upcycling
 that takes no more memory than FineRMoE.
 
-Medians. Every architecture runs the same two programs (finermoe_jax/generation.py).
+Medians. Every architecture runs the same two programs (finermoe_jax/generation/decode.py).
 """
 
 import argparse
@@ -35,13 +35,20 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from finermoe_jax import host_memory
-from finermoe_jax.architectures import ARCHITECTURES
-from finermoe_jax.config import ModelConfig, MoEConfig
-from finermoe_jax.generation import _decode, _prefill, _Running, bucket, init_cache, layers_apart
-from finermoe_jax.model import Decoder, parameter_shapes, with_params
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.sampling import Sampling
+from finermoe_jax.config.architectures import ARCHITECTURES
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.generation.decode import (
+    _decode,
+    _prefill,
+    _Running,
+    bucket,
+    init_cache,
+    layers_apart,
+)
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params
+from finermoe_jax.runtime import host_memory
 
 PROMPT, NEW = 512, 64
 GREEDY = Sampling().scalars()

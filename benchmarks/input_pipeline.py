@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from finermoe_jax.data import Batches, split_held_out
-from finermoe_jax.megatron import open_megatron
-from finermoe_jax.rows import Mixture
-from finermoe_jax.run_settings import DataConfig
-from finermoe_jax.token_files import (
+from finermoe_jax.config.run import DataConfig
+from finermoe_jax.data.batches import Batches, split_held_out
+from finermoe_jax.data.megatron import open_megatron
+from finermoe_jax.data.rows import Mixture
+from finermoe_jax.data.token_files import (
     MANIFEST,
     Manifest,
     Settings,

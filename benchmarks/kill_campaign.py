@@ -33,9 +33,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from tqdm import tqdm
 
-from finermoe_jax.integrity import damage, saved_steps
-from finermoe_jax.metrics import MEASURED
-from finermoe_jax.plot import read_lines
+from finermoe_jax.training.monitor import MEASURED
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.weights.integrity import damage, saved_steps
 
 ROOT = Path(__file__).parent.parent
 EVERY = 25  # steps between saves

@@ -21,7 +21,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from finermoe_jax import commands, metrics, training
+from finermoe_jax.cli import commands
+from finermoe_jax.training import monitor as metrics
+from finermoe_jax.training import run as training
 
 EVERY = 20
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -1,6 +1,6 @@
 """What a compiled program computes while rows travel between experts' devices.
 
-    python -m finermoe_jax.aot --config=… --topology=… --hlo=step.hlo
+    python -m finermoe_jax.cli.aot --config=… --topology=… --hlo=step.hlo
     python benchmarks/overlap.py step.hlo
 
 Lists the exchanges outside of the rare later rounds, in the compiler's schedule, with the matrix
@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from finermoe_jax.hlo import Computation, Instruction, Module, flops, parse
+from finermoe_jax.analysis.hlo import Computation, Instruction, Module, flops, parse
 
 
 def products(instruction: Instruction, inside: Computation, module: Module) -> dict[str, float]:

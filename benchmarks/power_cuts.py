@@ -43,7 +43,7 @@ from benchmarks.kill_campaign import (
     straight,
     wait_for,
 )
-from finermoe_jax.integrity import damage, saved_steps
+from finermoe_jax.weights.integrity import damage, saved_steps
 
 # Without lazy initialisation, which would write to the image all the time.
 MAKE = {
@@ -198,7 +198,7 @@ def cut_commands(folder: Path, kind: str, checkpoint: Path) -> list[str]:
         "hf": ["convert_hf.py", f"--source={checkpoint}", "--to=hf"],
         "orbax": ["convert_hf.py", f"--source={folder / kind / 'new' / 'hf'}", "--to=orbax"],
         "tokens": [
-            "-m", "finermoe_jax.prepare_data", "--source=demo/LICENSE.pydoc.txt",
+            "-m", "finermoe_jax.cli.prepare_data", "--source=demo/LICENSE.pydoc.txt",
             "--tokenizer=demo/model", "--shard_tokens=1000", "--processes=1",
         ],
     }  # fmt: skip

@@ -434,11 +434,11 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from finermoe_jax import sharding
-    from finermoe_jax.config import MoEConfig
-    from finermoe_jax.moe import FineRMoE
-    from finermoe_jax.published import QWEN2P5
-    from finermoe_jax.upcycle import upcycled_config
+    from finermoe_jax.config.model import MoEConfig
+    from finermoe_jax.config.published import QWEN2P5
+    from finermoe_jax.layers import sharding
+    from finermoe_jax.moe.layer import FineRMoE
+    from finermoe_jax.weights.upcycle import upcycled_config
 
     config = upcycled_config(QWEN2P5[job["size"]], MoEConfig())
     build = lambda: nnx.split(FineRMoE(config, jnp.bfloat16, nnx.Rngs(0)))  # noqa: E731

@@ -7,7 +7,7 @@ Layers of Qwen2.5-0.5B's width as FineRMoE (32, 2, 1, 2), vocabulary 32000, batc
 random weights; with --config, that file's model, batch and remat. Forward and backward, the whole
 step with AdamW, and the whole step of the dense model take turns with the matrix products, so that
 what else runs on the machine meets all of them; medians, the products' fastest, and the ratio to
-the dense model's step, round by round. FLOPs: finermoe_jax/flops.py.
+the dense model's step, round by round. FLOPs: finermoe_jax/config/flops.py.
 """
 
 import argparse
@@ -22,24 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from finermoe_jax import host_memory, sharding
-from finermoe_jax.config import ModelConfig, MoEConfig
-from finermoe_jax.flops import training_flops
-from finermoe_jax.model import Decoder
-from finermoe_jax.optim import optimizer
-from finermoe_jax.packing import Batch
-from finermoe_jax.presets import preset
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.run_settings import (
-    DataConfig,
-    MeshConfig,
-    RunConfig,
-    TrainConfig,
-    run_config,
-)
-from finermoe_jax.sharding import Placement
-from finermoe_jax.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.parse import preset
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime import host_memory
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
+from finermoe_jax.weights.upcycle import upcycled_config
 
 
 def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
@@ -71,7 +66,7 @@ class Stepper:
     """A model of random weights, its optimizer's state, and a batch, to take steps with.
 
     Attributes:
-      flops: of a step's forward and backward pass (finermoe_jax/flops.py).
+      flops: of a step's forward and backward pass (finermoe_jax/config/flops.py).
       parameters: how many.
     """
 

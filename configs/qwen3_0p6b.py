@@ -5,12 +5,12 @@
 
 128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. No model of the paper: its sources are Qwen2.5's.
 Variant `:ct` keeps the model dense; `:lean` is for one device of 16 GB. The parameter counts:
-python -m finermoe_jax.params --config=configs/qwen3_0p6b.py
+python -m finermoe_jax.cli.params --config=configs/qwen3_0p6b.py
 """
 
 from ml_collections import ConfigDict
 
-from finermoe_jax.published import qwen3_config
+from finermoe_jax.config.published import qwen3_config
 
 
 def get_config(variant: str = "") -> ConfigDict:

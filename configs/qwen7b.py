@@ -6,12 +6,12 @@
 128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variants are the paper's other architectures, such as
 `:ct` (the model stays dense) and `:c32a2`, and `:lean` for one device of 16 GB (Adafactor, bfloat16
 weights, 1 x 2048 tokens a step); docs/architectures.md names all. The parameter counts:
-python -m finermoe_jax.params --config=configs/qwen7b.py
+python -m finermoe_jax.cli.params --config=configs/qwen7b.py
 """
 
 from ml_collections import ConfigDict
 
-from finermoe_jax.published import qwen_config
+from finermoe_jax.config.published import qwen_config
 
 
 def get_config(variant: str = "") -> ConfigDict:

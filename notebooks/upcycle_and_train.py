@@ -23,7 +23,7 @@
 # type *v5e-1 TPU* (16 GB), or tiny, with `TINY`, on any CPU in a minute.
 #
 # **Compiled, not run, on a TPU.** This notebook was run on a CPU with `TINY`. For one v5e chip the
-# full train step was compiled, not run (`python -m finermoe_jax.aot --topology=v5e:1x1
+# full train step was compiled, not run (`python -m finermoe_jax.cli.aot --topology=v5e:1x1
 # --config=configs/qwen0p5b.py:lean`). The compiler's *estimates*: it takes 7.2 of 15.75 GiB, and at
 # least 85 ms a step by the bytes that it moves, so 24 thousand tokens a second at most
 # ([docs/scaling.md](../docs/scaling.md)).
@@ -102,7 +102,7 @@ print(run.moe)
 # What that is in parameters: every one counted once, and those that work on a token.
 
 # %%
-from finermoe_jax.params import run_model, true_counts
+from finermoe_jax.analysis.params import run_model, true_counts
 
 model_config = run_model(run)
 counts = true_counts(model_config)
@@ -121,7 +121,7 @@ print(
 # begin. The interrupt button (■) saves and stops; the same cell goes on from there.
 
 # %%
-from finermoe_jax.training import train
+from finermoe_jax.training.run import train
 
 workdir = Path(WORKDIR)
 train(run, workdir)
@@ -144,8 +144,8 @@ display(Image(workdir / "load.png", width=1000))
 # ## Use it
 
 # %%
-from finermoe_jax.checkpoint import load_model
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.weights.checkpoint import load_model
 
 model, files = load_model(workdir)
 tokenizer = load_tokenizer(files, model.config.vocab_size)

@@ -63,13 +63,13 @@ import numpy as np
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.data import open_data, train_batches
-from finermoe_jax.evaluation import held_out_loss
-from finermoe_jax.files import find
-from finermoe_jax.optim import optimizer
-from finermoe_jax.routing import route
-from finermoe_jax.step import rebuild, train_step
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.data.batches import open_data, train_batches
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.evaluation.evaluate import held_out_loss
+from finermoe_jax.moe.routing import route
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.step import rebuild, train_step
 
 # %% [markdown]
 # ## Two variants
@@ -216,5 +216,5 @@ print(tokenizer.decode(fm.generate(mine, ids, max_new_tokens=8 if TINY else 32)[
 
 # %% [markdown]
 # New *parameters* go a step further: a subclass adds them in `__init__` (see
-# [`moe.py`](../finermoe_jax/moe.py), where `separate_routers` and `concat_proj` do), and
-# [`upcycle.py`](../finermoe_jax/upcycle.py) says what they start from.
+# [`moe.py`](../finermoe_jax/moe/layer.py), where `separate_routers` and `concat_proj` do), and
+# [`upcycle.py`](../finermoe_jax/weights/upcycle.py) says what they start from.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finermoe_jax.integrity import write_checksums
+from finermoe_jax.weights.integrity import write_checksums
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 # name: source, number of shards

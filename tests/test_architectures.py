@@ -16,18 +16,19 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax import sharding, starts
-from finermoe_jax.architectures import ARCHITECTURES, architecture
-from finermoe_jax.config import MoEConfig, UpcycleConfig
-from finermoe_jax.convert import convert
+from finermoe_jax.config.architectures import ARCHITECTURES, architecture
+from finermoe_jax.config.model import MoEConfig, UpcycleConfig
+from finermoe_jax.config.run import MeshConfig, default_config, run_config
+from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import Decoder
-from finermoe_jax.optim import optimizer
-from finermoe_jax.packing import Batch
-from finermoe_jax.plot import read_lines
-from finermoe_jax.run_settings import MeshConfig, default_config, run_config
-from finermoe_jax.step import init_optimizer, jit_step
-from finermoe_jax.training import train
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import init_optimizer, jit_step
+from finermoe_jax.weights import upcycle_variants as starts
+from finermoe_jax.weights.convert import convert
 from tests.test_config import SMALL, _preset
 
 # G_I, G_O, R_I, R_O, T_I, whether there is a shared expert, the experts that a token uses.
@@ -203,7 +204,7 @@ def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
 
 def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
     """Blocks are made by threads; those of one expert wait for the one that makes it."""
-    monkeypatch.setattr("finermoe_jax.lazy.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("finermoe_jax.weights.lazy.BLOCK_BYTES", 1024)
     wanted = nnx.to_pure_dict(nnx.state(_upcycled("du", dense)))["runs"][0][0]["moe"]
     calls, running, most, lock, drop = [], 0, 0, threading.Lock(), starts.drop
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import finermoe_jax as fm
-from finermoe_jax.completion import complete
-from finermoe_jax.sampling import Sampling
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.generation.text import complete
 
 ROOT = Path(__file__).parent.parent
 TIED = ROOT / "tests" / "data" / "golden" / "upcycle" / "dense_tied"
@@ -113,10 +113,10 @@ import jax
 from flax import nnx
 import finermoe_jax as fm
 from finermoe_jax import generate, with_layer
-from finermoe_jax.completion import complete, continue_all
-from finermoe_jax.run_settings import TrainConfig
-from finermoe_jax.sampling import Sampling
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.generation.text import complete, continue_all
+from finermoe_jax.config.run import TrainConfig
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.data.tokenizers import load_tokenizer
 
 class Mine(fm.FineRMoE):
     pass

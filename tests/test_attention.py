@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from finermoe_jax import flash
-from finermoe_jax.attention import Attention, CacheUse, LayerCache
-from finermoe_jax.layers import rotary_angles
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.sharding import Placement, make_mesh
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.layers import causal as flash
+from finermoe_jax.layers.attention import Attention, CacheUse, LayerCache
+from finermoe_jax.layers.basic import rotary_angles
+from finermoe_jax.layers.sharding import Placement, make_mesh
 from tests.test_config import SMALL
 
 

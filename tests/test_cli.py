@@ -16,13 +16,13 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import finermoe_jax as fm
-from finermoe_jax.convert import convert
-from finermoe_jax.evaluation import perplexity
-from finermoe_jax.integrity import write_checksums
-from finermoe_jax.run_settings import run_config
-from finermoe_jax.text import TextFile
-from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.training import train
+from finermoe_jax.config.run import run_config
+from finermoe_jax.data.text import TextFile
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.evaluation.evaluate import perplexity
+from finermoe_jax.training.run import train
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.integrity import write_checksums
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"

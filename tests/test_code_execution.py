@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
-from finermoe_jax import code_execution
-from finermoe_jax.code_execution import own_code_eval, passes
+from finermoe_jax.evaluation import code_execution
+from finermoe_jax.evaluation.code_execution import own_code_eval, passes
 
 
 def _namespaces():
@@ -55,7 +55,7 @@ def test_hostile_programs_fail_their_rows_alone(tmp_path):
         "import os, tempfile",
         # Before there are threads, with which a process cannot change its namespace.
         "if os.geteuid() == 0: os.unshare(os.CLONE_NEWUSER)",
-        "from finermoe_jax.code_execution import passes",
+        "from finermoe_jax.evaluation.code_execution import passes",
         f"tempfile.tempdir = {str(tmp_path)!r}",
         f"for program in {HOSTILE!r}:",
         "    print(program, flush=True)",

@@ -9,8 +9,10 @@ import pytest
 from absl import flags
 
 import finermoe_jax as fm
-from finermoe_jax import commands, plot, similarity
-from finermoe_jax.presets import find_config, preset
+from finermoe_jax.analysis import similarity
+from finermoe_jax.cli import commands
+from finermoe_jax.config.parse import find_config, preset
+from finermoe_jax.training import plot
 
 TIED = Path(__file__).parent / "data" / "golden" / "upcycle" / "dense_tied"
 PRESETS = "Presets: demo, demo_dense, qwen0p5b, qwen1p5b, qwen3_0p6b, qwen7b, smollm2_135m."

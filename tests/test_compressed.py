@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from finermoe_jax import json_files
-from finermoe_jax.compressed import decompressed, zstd_module
+from finermoe_jax.data.compressed import decompressed, zstd_module
+from finermoe_jax.data.text import TextFile
 from finermoe_jax.errors import InputError
-from finermoe_jax.text import TextFile
+from finermoe_jax.runtime import json_files
 
 zstd = zstd_module(Path("the tests"))
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}

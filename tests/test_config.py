@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from finermoe_jax.config import ModelConfig, MoEConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.parse import preset
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.run import default_config, run_config
 from finermoe_jax.errors import InputError
-from finermoe_jax.presets import preset
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.run_settings import default_config, run_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

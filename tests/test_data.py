@@ -13,18 +13,18 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finermoe_jax.compressed import zstd_module
-from finermoe_jax.data import Order, batch_identity, open_data, parse_mixture, train_batches
+from finermoe_jax.config.run import DataConfig, RunConfig
+from finermoe_jax.data.batches import Order, batch_identity, open_data, parse_mixture, train_batches
+from finermoe_jax.data.compressed import zstd_module
+from finermoe_jax.data.packing import counted, masks, pack
+from finermoe_jax.data.rows import Mixture, Packed, Windows
+from finermoe_jax.data.text import Piece, TextFile, cut_document, tokenize
+from finermoe_jax.data.token_files import TokenStream
+from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.packing import counted, masks, pack
-from finermoe_jax.plot import read_lines
-from finermoe_jax.rows import Mixture, Packed, Windows
-from finermoe_jax.run_settings import DataConfig, RunConfig
-from finermoe_jax.text import Piece, TextFile, cut_document, tokenize
-from finermoe_jax.token_files import TokenStream
-from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.workdir import claim, claim_data, prepare, record_data
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.workdir import claim, claim_data, prepare, record_data
 
 CONFIG = DataConfig(path="x.txt", sequence_length=8, global_batch_size=6, eval_fraction=0.1)
 MODEL = find("demo/model")
@@ -172,7 +172,7 @@ def _plain_pack(lengths, size):
 
 @pytest.mark.parametrize("longest", [3, 9, 40])
 def test_documents_are_packed_whole_in_stored_order(longest, monkeypatch):
-    monkeypatch.setattr("finermoe_jax.packing._BLOCK", 7)
+    monkeypatch.setattr("finermoe_jax.data.packing._BLOCK", 7)
     for seed in range(20):
         lengths = np.random.default_rng(seed).integers(1, longest + 1, 50)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])

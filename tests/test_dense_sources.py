@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.config import RopeScaling
-from finermoe_jax.convert import convert
-from finermoe_jax.hf_config import model_config_from_hf, model_config_to_hf
-from finermoe_jax.params import sharding_table, true_counts
-from finermoe_jax.published import QWEN3
-from finermoe_jax.run_settings import MeshConfig
+from finermoe_jax.analysis.params import sharding_table, true_counts
+from finermoe_jax.config.model import RopeScaling
+from finermoe_jax.config.published import QWEN3
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
 from tests import naive, naive_decoder
 from tests.test_config import SMALL, _preset
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finermoe_jax.distributed import launch_arguments
+from finermoe_jax.data.prepare import prepare
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.plot import read_lines
-from finermoe_jax.prepare_data import prepare
+from finermoe_jax.runtime.distributed import launch_arguments
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.plot import read_lines
 
 ROOT = Path(__file__).parent.parent
 HEARTBEAT = 6

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.checkpoint import load_model
-from finermoe_jax.plot import read_lines
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.weights.checkpoint import load_model
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "finermoe_jax" / "demo"
@@ -86,7 +86,7 @@ def test_evaluation_equals_a_plain_forward_pass(workdir, place):
     result = json.loads((place / "result.json").read_text())
     assert json.loads(stdout) == result
     model, files = load_model(workdir)
-    from finermoe_jax.tokenizers import load_tokenizer
+    from finermoe_jax.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(files, 2048)
     total, count = 0.0, 0

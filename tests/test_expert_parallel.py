@@ -10,11 +10,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from finermoe_jax import expert_parallel, sharding
+from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.expert_parallel import routed_experts
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.sharding import ONE_DEVICE, Placement
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
+from finermoe_jax.moe import exchange as expert_parallel
+from finermoe_jax.moe.exchange import routed_experts
 from pallas_kernels.expert_ffn import expert_ffn
 
 E, F, D, W, A, B, T = 16, 8, 32, 16, 2, 8, 12

@@ -14,14 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from finermoe_jax import lazy_checkpoint, sharding
-from finermoe_jax.checkpoint import TrainingCheckpoints
+from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError, RunEnded
-from finermoe_jax.model import with_shapes
-from finermoe_jax.plot import read_lines
-from finermoe_jax.preemption import interrupts_arrive
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.training import train
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.runtime.preemption import interrupts_arrive
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.weights import orbax_files as lazy_checkpoint
+from finermoe_jax.weights.checkpoint import TrainingCheckpoints
 from tests.test_config import SMALL
 from tests.test_surviving import _tiny
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from finermoe_jax.checkpoint import abstract_params
-from finermoe_jax.config import MoEConfig
-from finermoe_jax.flops import forward_flops, peak_flops, training_flops
-from finermoe_jax.model import with_shapes
-from finermoe_jax.packing import Batch
-from finermoe_jax.params import true_counts
-from finermoe_jax.program import analyse
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.run_settings import RunConfig, TrainConfig
-from finermoe_jax.sharding import Placement
-from finermoe_jax.step import batch_loss
-from finermoe_jax.topology import CHIPS
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.analysis.hlo_costs import analyse
+from finermoe_jax.analysis.params import true_counts
+from finermoe_jax.config.flops import forward_flops, training_flops
+from finermoe_jax.config.hardware import CHIPS, peak_flops
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.run import RunConfig, TrainConfig
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.training.step import batch_loss
+from finermoe_jax.weights.checkpoint import abstract_params
+from finermoe_jax.weights.upcycle import upcycled_config
 from tests.test_config import SMALL
 
 

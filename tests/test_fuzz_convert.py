@@ -17,10 +17,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.checkpoint import open_model
-from finermoe_jax.convert import convert
-from finermoe_jax.hf_weights import open_hf
-from finermoe_jax.upcycle import upcycle_weights
+from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_weights import open_hf
+from finermoe_jax.weights.upcycle import upcycle_weights
 from tests.mutations import INDEX, SINGLE, SOURCES, changed, damaged
 
 MOE = fm.MoEConfig(4, 2, 1, 2, 1)

@@ -15,19 +15,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import finermoe_jax as fm
-from finermoe_jax import completion, generation, sharding
-from finermoe_jax import few_rows as few
-from finermoe_jax.attention import init_cache
-from finermoe_jax.checkpoint import load_model
-from finermoe_jax.completion import complete, continue_all, conversation
-from finermoe_jax.files import find
-from finermoe_jax.int8 import int8_weights
-from finermoe_jax.model import Decoder, with_params
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.sampling import Sampling, choose
-from finermoe_jax.sharding import make_mesh
-from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.weights import OfLayer, apart, quantize
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.data.tokenizers import end_tokens, load_tokenizer
+from finermoe_jax.generation import decode as generation
+from finermoe_jax.generation import text as completion
+from finermoe_jax.generation.sampling import Sampling, choose
+from finermoe_jax.generation.text import complete, continue_all, conversation
+from finermoe_jax.layers import cpu as few
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.attention import init_cache
+from finermoe_jax.layers.sharding import make_mesh
+from finermoe_jax.layers.stored import OfLayer, apart, quantize
+from finermoe_jax.model.decoder import Decoder, with_params
+from finermoe_jax.model.quantize import int8_weights
+from finermoe_jax.runtime.files import find
+from finermoe_jax.weights.checkpoint import load_model
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from tests.test_training import MOE
 
@@ -439,7 +441,7 @@ def test_a_conversation_on_the_command_line(tmp_path):
     made = np.asarray(fm.generate(model, [ids], max_new_tokens=8))[0, len(ids) :].tolist()
     # Of several tokens that end a text, the one that comes up: before the stop string would.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [made[6], 0]}))
-    ends = completion.end_tokens(folder, tokenizer, model.config.vocab_size)
+    ends = end_tokens(folder, tokenizer, model.config.vocab_size)
     assert ends == {made[6], 0, tokenizer.eos_token_id}
     wanted, stop = [], tokenizer.decode(made[7:8])
     for line in ("Return the", "def"):

@@ -17,14 +17,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
 import finermoe_jax as fm
-from finermoe_jax.code_execution import CodeEval, passes
+from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.evaluation import Tasks, evaluate
-from finermoe_jax.harness import HarnessModel
-from finermoe_jax.sampling import Sampling
-from finermoe_jax.scoring import Continuation, score, windows
-from finermoe_jax.tasks import TEN, select
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.evaluation.code_execution import CodeEval, passes
+from finermoe_jax.evaluation.evaluate import Tasks, evaluate
+from finermoe_jax.evaluation.harness import HarnessModel
+from finermoe_jax.evaluation.scoring import Continuation, score, windows
+from finermoe_jax.evaluation.tasks import TEN, select
+from finermoe_jax.generation.sampling import Sampling
 from tests.test_cli import assert_refused, command
 
 DEMO = Path(__file__).parent.parent / "finermoe_jax" / "demo" / "model"
@@ -257,7 +257,7 @@ def test_code_is_run_apart_and_only_with_leave(rows):
 
 
 def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
-    program = "from finermoe_jax.code_execution import passes; assert passes('pass')"
+    program = "from finermoe_jax.evaluation.code_execution import passes; assert passes('pass')"
     shell = 'ulimit -f 1000 -t 8 && exec "$0" -c "$1"'
     subprocess.run(["bash", "-c", shell, sys.executable, program], check=True, timeout=300)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
@@ -294,7 +294,7 @@ def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
     ],
 )  # fmt: skip
 def test_refused_before_weights_are_read(rows, names, settings, words, monkeypatch):
-    monkeypatch.setattr("finermoe_jax.evaluation.read_model", None)
+    monkeypatch.setattr("finermoe_jax.evaluation.evaluate.read_model", None)
 
     def no_network(*_, **__):
         raise ConnectionError("the hub is out of reach")
@@ -337,7 +337,7 @@ def test_damaged_rows(tmp_path, content, words):
 )
 def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
     """After the first, which the harness looks at by itself."""
-    monkeypatch.setattr("finermoe_jax.evaluation.read_model", None)
+    monkeypatch.setattr("finermoe_jax.evaluation.evaluate.read_model", None)
     changed = {key: x for key, x in (ARC[1] | second).items() if x is not None}
     _write(tmp_path / "arc_easy" / "test.jsonl", [ARC[0], changed])
     with pytest.raises(InputError, match=r"task arc_easy, row 1: ") as error:

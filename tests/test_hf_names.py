@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from finermoe_jax.config import MoEConfig
-from finermoe_jax.hf_config import model_config_from_hf, model_config_to_hf
-from finermoe_jax.hf_names import parts
-from finermoe_jax.model import parameter_shapes
-from finermoe_jax.published import QWEN2P5
-from finermoe_jax.upcycle import upcycled_config
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.model.decoder import parameter_shapes
+from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
+from finermoe_jax.weights.hf_names import parts
+from finermoe_jax.weights.upcycle import upcycled_config
 
 # The dense model; h, H, layers, query heads, kv heads, vocabulary; H / 32; 1e-4 billions in all.
 PUBLISHED = [

@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save, save_file
 from tokenizers import Tokenizer, models
 
 import finermoe_jax as fm
-from finermoe_jax import tensor_files
-from finermoe_jax.hf_weights import read_config
+from finermoe_jax.weights import safetensors_files as tensor_files
+from finermoe_jax.weights.hf_weights import read_config
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TIED, UNTIED = GOLDEN / "upcycle" / "dense_tied", GOLDEN / "upcycle" / "dense_untied"

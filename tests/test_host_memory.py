@@ -30,7 +30,7 @@ print(*faults)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_that_was_freed_costs_nothing_anew():
-    from finermoe_jax import host_memory
+    from finermoe_jax.runtime import host_memory
 
     def faults(mode):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -45,7 +45,7 @@ def test_memory_that_was_freed_costs_nothing_anew():
 
 
 def test_what_the_environment_says_is_left_alone(monkeypatch):
-    from finermoe_jax.host_memory import keep_freed
+    from finermoe_jax.runtime.host_memory import keep_freed
 
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
     assert not keep_freed()

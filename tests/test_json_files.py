@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 import finermoe_jax
-from finermoe_jax import plot
-from finermoe_jax.checkpoint import open_model, read_description
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data.prepare import prepare
+from finermoe_jax.data.text import Piece, TextFile
+from finermoe_jax.data.token_files import read_manifest, shard_damage, tokenizer_hash
+from finermoe_jax.data.tokenizers import generation_settings, load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.evaluation import warn_of_what_is_no_number
-from finermoe_jax.files import find
-from finermoe_jax.hf_weights import TensorFiles, read_config
-from finermoe_jax.json_files import parse_json, read_json, to_json
-from finermoe_jax.prepare_data import prepare
-from finermoe_jax.run_settings import RunConfig
-from finermoe_jax.tensor_files import indexed_files
-from finermoe_jax.text import Piece, TextFile
-from finermoe_jax.token_files import read_manifest, shard_damage, tokenizer_hash
-from finermoe_jax.tokenizers import generation_settings, load_tokenizer
-from finermoe_jax.workdir import Log, claim, claim_data
+from finermoe_jax.evaluation.evaluate import warn_of_what_is_no_number
+from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
+from finermoe_jax.training import plot
+from finermoe_jax.training.workdir import Log, claim, claim_data
+from finermoe_jax.weights.checkpoint import open_model, read_description
+from finermoe_jax.weights.hf_weights import TensorFiles, read_config
+from finermoe_jax.weights.safetensors_files import indexed_files
 
 MODEL = find("demo/model")
 BOM = b"\xef\xbb\xbf"

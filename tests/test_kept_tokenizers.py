@@ -11,15 +11,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import finermoe_jax as fm
-from finermoe_jax.completion import end_tokens
-from finermoe_jax.convert import convert
-from finermoe_jax.hf_weights import copy_tokenizer
-from finermoe_jax.start import fresh_start
-from finermoe_jax.token_files import tokenizer_hash
-from finermoe_jax.tokenizers import check_kept, kept_files, load_tokenizer
-from finermoe_jax.training import train
-from finermoe_jax.verify import verify
-from finermoe_jax.workdir import prepare
+from finermoe_jax.data.token_files import tokenizer_hash
+from finermoe_jax.data.tokenizers import check_kept, end_tokens, kept_files, load_tokenizer
+from finermoe_jax.training.initial import fresh_start
+from finermoe_jax.training.run import train
+from finermoe_jax.training.workdir import prepare
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_weights import copy_tokenizer
+from finermoe_jax.weights.verify import verify
 
 TIED = Path(__file__).parent / "data" / "golden" / "upcycle" / "dense_tied"
 MOE = fm.MoEConfig(4, 2, 1, 2, 1)

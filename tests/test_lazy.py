@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax import integrity, lazy, lazy_checkpoint, sharding, tensor_files
-from finermoe_jax.checkpoint import open_model, read_model, write_checkpoint
-from finermoe_jax.hf_names import parts
-from finermoe_jax.integrity import write_checksums
-from finermoe_jax.model import Decoder, parameter_shapes, with_shapes
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.tensor_files import Entry, write_tensors
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_shapes
+from finermoe_jax.weights import integrity, lazy
+from finermoe_jax.weights import orbax_files as lazy_checkpoint
+from finermoe_jax.weights import safetensors_files as tensor_files
+from finermoe_jax.weights.checkpoint import open_model, read_model, write_checkpoint
+from finermoe_jax.weights.hf_names import parts
+from finermoe_jax.weights.integrity import write_checksums
+from finermoe_jax.weights.safetensors_files import Entry, write_tensors
 from tests.test_config import SMALL
 
 MOE = fm.MoEConfig(4, 2, 1, 2, 1)

@@ -12,24 +12,25 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from finermoe_jax import checkpoint, completion, integrity
-from finermoe_jax.checkpoint import (
+from finermoe_jax.errors import InputError
+from finermoe_jax.generation import text as completion
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.run import train
+from finermoe_jax.training.workdir import Log, claim, prepare
+from finermoe_jax.weights import checkpoint, integrity
+from finermoe_jax.weights.checkpoint import (
     load_checkpoint,
     load_model,
     logged_bytes,
     open_model,
+    open_with_tokenizer,
     read_model,
     save_checkpoint,
 )
-from finermoe_jax.completion import open_with_tokenizer
-from finermoe_jax.convert import convert
-from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.hf_weights import write_hf
-from finermoe_jax.integrity import saved_steps, set_aside_damaged, write_checksums
-from finermoe_jax.model import Decoder
-from finermoe_jax.training import train
-from finermoe_jax.workdir import Log, claim, prepare
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_weights import write_hf
+from finermoe_jax.weights.integrity import saved_steps, set_aside_damaged, write_checksums
 from tests.test_surviving import _copy, _silent, _tiny, finished  # noqa: F401
 
 
@@ -194,7 +195,7 @@ def test_one_checkpoint_that_is_removed_is_not_called_damaged(training, monkeypa
     monkeypatch.setattr(integrity, "_hash", _first(integrity._hash, save))
     with pytest.raises(InputError, match="2 was removed while it was read"):
         load_checkpoint(steps / "2")
-    monkeypatch.setattr("finermoe_jax.convert.write_hf", _first(write_hf, save))
+    monkeypatch.setattr("finermoe_jax.weights.convert.write_hf", _first(write_hf, save))
     with pytest.raises(InputError, match=r"was removed while it was read.* take a copy"):
         convert(str(steps.parent), tmp_path / "target", "hf", None, seed=0)
     assert not (tmp_path / "target").exists()

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from finermoe_jax import metrics
-from finermoe_jax.checkpoint import load_model
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.flops import training_flops
-from finermoe_jax.metrics import Watch, check, load_of, read_steps
-from finermoe_jax.plot import read_lines
-from finermoe_jax.training import train
-from finermoe_jax.workdir import Log
+from finermoe_jax.training import monitor as metrics
+from finermoe_jax.training.monitor import Watch, check, load_of, read_steps
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.workdir import Log
+from finermoe_jax.weights.checkpoint import load_model
 from tests.test_config import _preset
 
 MOE = MoEConfig(2, 2, 1, 2, 1)  # 8 experts: groups of 2, two candidates in each of two slots

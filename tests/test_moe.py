@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from finermoe_jax.config import ModelConfig, MoEConfig
-from finermoe_jax.model import Decoder, with_layer, with_params
-from finermoe_jax.moe import FineRMoE
-from finermoe_jax.routing import route
-from finermoe_jax.sharding import Placement
-from finermoe_jax.upcycle import expert_down, expert_gate_up
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import Decoder, with_layer, with_params
+from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.moe.routing import route
+from finermoe_jax.weights.upcycle import expert_down, expert_gate_up
 from pallas_kernels.expert_ffn import cpu
 from tests import naive
 from tests.test_config import SMALL

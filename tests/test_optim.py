@@ -10,16 +10,16 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from finermoe_jax import sharding
-from finermoe_jax.checkpoint import abstract_params
+from finermoe_jax.analysis.params import run_model
+from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import with_shapes
-from finermoe_jax.optim import apply_updates, in_float32, optimizer, round_at_random
-from finermoe_jax.params import run_model
-from finermoe_jax.plot import read_lines
-from finermoe_jax.run_settings import MeshConfig, OptimizerConfig
-from finermoe_jax.step import abstract_optimizer
-from finermoe_jax.training import train
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, round_at_random
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import abstract_optimizer
+from finermoe_jax.weights.checkpoint import abstract_params
 from tests.test_config import _preset
 from tests.test_training import _run, _same, _steps, _tiny
 
@@ -169,7 +169,7 @@ def test_a_lean_run_resumes(tmp_path):
 
 
 def test_unknown_optimizers_are_refused():
-    from finermoe_jax.run_settings import default_config, run_config
+    from finermoe_jax.config.run import default_config, run_config
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"

@@ -12,12 +12,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.convert import convert
-from finermoe_jax.hf_config import model_config_to_hf
-from finermoe_jax.hf_names import parts
-from finermoe_jax.hf_weights import read_config
-from finermoe_jax.losses import cross_entropy_sum
-from finermoe_jax.model import with_params
+from finermoe_jax.model.decoder import with_params
+from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_config import model_config_to_hf
+from finermoe_jax.weights.hf_names import parts
+from finermoe_jax.weights.hf_weights import read_config
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = [

@@ -10,16 +10,19 @@ import pytest
 from absl import flags
 
 import finermoe_jax as fm
-from finermoe_jax import aot, commands, params, plot, prepare_data, similarity, token_files
-from finermoe_jax.checkpoint import load_model, open_model
-from finermoe_jax.convert import convert
-from finermoe_jax.evaluation import Tasks, evaluate
-from finermoe_jax.hf_weights import resolve_source
-from finermoe_jax.paths import local, local_list
-from finermoe_jax.run_settings import DataConfig, RunConfig
-from finermoe_jax.text import TextFile
-from finermoe_jax.training import train
-from finermoe_jax.verify import verify
+from finermoe_jax.analysis import similarity
+from finermoe_jax.cli import aot, commands, params, prepare_data
+from finermoe_jax.config.run import DataConfig, RunConfig
+from finermoe_jax.data import token_files
+from finermoe_jax.data.text import TextFile
+from finermoe_jax.evaluation.evaluate import Tasks, evaluate
+from finermoe_jax.runtime.paths import local, local_list
+from finermoe_jax.training import plot
+from finermoe_jax.training.run import train
+from finermoe_jax.weights.checkpoint import load_model, open_model
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_weights import resolve_source
+from finermoe_jax.weights.verify import verify
 
 ROOT = Path(__file__).parent.parent
 MIXTURE = Path(__file__).parent / "data" / "golden" / "e_conv_split"

@@ -7,10 +7,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from finermoe_jax import plot
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.metrics import load_of
+from finermoe_jax.training import plot
+from finermoe_jax.training.monitor import load_of
 
 MOE = MoEConfig(4, 2, 1, 2, 1)  # 16 experts
 

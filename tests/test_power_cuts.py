@@ -16,14 +16,15 @@ import pytest
 from flax import nnx
 
 from benchmarks.kill_campaign import assert_same
-from finermoe_jax import files, save_checkpoint, save_hf
-from finermoe_jax.checkpoint import TrainingCheckpoints, load_checkpoint, logged_bytes
-from finermoe_jax.files import find
-from finermoe_jax.integrity import damage, saved_steps
-from finermoe_jax.model import Decoder
-from finermoe_jax.prepare_data import prepare
-from finermoe_jax.training import train
-from finermoe_jax.workdir import Log, claim
+from finermoe_jax import save_checkpoint, save_hf
+from finermoe_jax.data.prepare import prepare
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime import files
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.run import train
+from finermoe_jax.training.workdir import Log, claim
+from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, logged_bytes
+from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_surviving import _silent, _tiny
 
 

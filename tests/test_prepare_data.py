@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finermoe_jax import prepare_data, text
+from finermoe_jax.data import prepare as prepare_data
+from finermoe_jax.data import text
+from finermoe_jax.data.prepare import expand, prepare
+from finermoe_jax.data.token_files import open_prepared, read_manifest, tokenizer_hash, verify
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.prepare_data import expand, prepare
-from finermoe_jax.token_files import open_prepared, read_manifest, tokenizer_hash, verify
+from finermoe_jax.runtime.files import find
 
 ROOT = Path(__file__).parent.parent
 MODEL = find("demo/model")
@@ -53,7 +54,7 @@ def whole(sources, tmp_path_factory):
 
 
 def test_what_is_written_is_the_text(sources, whole):
-    from finermoe_jax.tokenizers import load_tokenizer
+    from finermoe_jax.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL, 2048)
     source = open_prepared(whole, tokenizer_hash(MODEL), tokenizer.eos_token_id)
@@ -105,7 +106,7 @@ def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
 def test_a_killed_run_of_several_processes_goes_on(sources, whole, tmp_path):
     """SIGKILL at a random moment; the number of processes changes nothing; no worker stays."""
     command = [
-        sys.executable, "-m", "finermoe_jax.prepare_data", f"--source={sources}",
+        sys.executable, "-m", "finermoe_jax.cli.prepare_data", f"--source={sources}",
         f"--target={tmp_path / 'tokens'}", f"--tokenizer={MODEL}", "--shard_tokens=20000",
     ]  # fmt: skip
     settings = dict(cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

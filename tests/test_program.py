@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from finermoe_jax import hlo
-from finermoe_jax.program import analyse
+from finermoe_jax.analysis import hlo
+from finermoe_jax.analysis.hlo_costs import analyse
 
 F32 = jnp.float32
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.rendezvous import bind_address, meet, split_address
+from finermoe_jax.runtime.rendezvous import bind_address, meet, split_address
 
 SECONDS = 1.5
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import finermoe_jax as fm
-from finermoe_jax.hf_config import model_config_from_hf, model_config_to_hf
-from finermoe_jax.layers import rotary_angles, rotary_frequencies
+from finermoe_jax.layers.basic import rotary_angles, rotary_frequencies
+from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
 from tests import naive_decoder
 
 # Frequencies and factors of transformers 5.23.0: ROPE_INIT_FUNCTIONS of Qwen2Config, on a CPU.

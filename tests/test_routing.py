@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.routing import load_balancing_loss, route
+from finermoe_jax.moe.routing import load_balancing_loss, route
 
 
 def _cases(golden):

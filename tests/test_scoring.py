@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from finermoe_jax import scoring, sharding
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import Decoder
-from finermoe_jax.run_settings import MeshConfig
-from finermoe_jax.scoring import Continuation, score, windows
-from finermoe_jax.sharding import Placement
+from finermoe_jax.evaluation import scoring
+from finermoe_jax.evaluation.scoring import Continuation, score, windows
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import Decoder
 from tests.test_config import SMALL
 
 DENSE = dataclasses.replace(SMALL, initializer_range=0.3, num_hidden_layers=2)

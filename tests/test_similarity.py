@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax import lazy, similarity
-from finermoe_jax.checkpoint import save_checkpoint
+from finermoe_jax.analysis import similarity
+from finermoe_jax.analysis.similarity import expert_similarity, main
 from finermoe_jax.errors import InputError
-from finermoe_jax.model import Decoder
-from finermoe_jax.similarity import expert_similarity, main
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.checkpoint import save_checkpoint
 from tests.test_config import SMALL
 
 # Two runs of layers, and a dense layer between them.

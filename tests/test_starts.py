@@ -11,18 +11,20 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax import lazy, sharding, starts
-from finermoe_jax.architectures import ARCHITECTURES
-from finermoe_jax.config import MoEConfig, UpcycleConfig
+from finermoe_jax.config.architectures import ARCHITECTURES
+from finermoe_jax.config.model import MoEConfig, UpcycleConfig
+from finermoe_jax.config.run import DataConfig, MeshConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.hf_names import run_layers
-from finermoe_jax.model import Decoder, parameter_shapes
-from finermoe_jax.moe import FineRMoE
-from finermoe_jax.run_settings import DataConfig, MeshConfig
-from finermoe_jax.start import fresh_start
-from finermoe_jax.step import rebuild
-from finermoe_jax.upcycle import upcycle_weights
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder, parameter_shapes
+from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.initial import fresh_start
+from finermoe_jax.training.step import rebuild
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights import upcycle_variants as starts
+from finermoe_jax.weights.hf_names import run_layers
+from finermoe_jax.weights.upcycle import upcycle_weights
 from tests.test_config import SMALL, _preset
 
 DENSE = dataclasses.replace(SMALL, num_hidden_layers=2, initializer_range=0.3)

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from finermoe_jax.losses import cross_entropy_sum
-from finermoe_jax.model import parameter_shapes, with_shapes
-from finermoe_jax.packing import Batch
-from finermoe_jax.step import batch_loss, rebuild, train_step
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.model.decoder import parameter_shapes, with_shapes
+from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.training.step import batch_loss, rebuild, train_step
 from tests.test_config import SMALL
 from tests.test_training import _batch, _distances, _model, _run
 

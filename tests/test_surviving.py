@@ -25,20 +25,21 @@ from benchmarks.kill_campaign import (
     logged,
     straight,
 )
-from finermoe_jax import data, sharding
-from finermoe_jax.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
+from finermoe_jax.config.run import MeshConfig, run_config
+from finermoe_jax.data import batches as data
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
-from finermoe_jax.files import find
-from finermoe_jax.integrity import damage, saved_steps
-from finermoe_jax.optim import optimizer
-from finermoe_jax.packing import Batch
-from finermoe_jax.plot import read_lines
-from finermoe_jax.preemption import stop_requests
-from finermoe_jax.run_settings import MeshConfig, run_config
-from finermoe_jax.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.tokenizers import load_tokenizer
-from finermoe_jax.training import train
-from finermoe_jax.workdir import Lock, claim, prepare
+from finermoe_jax.layers import sharding
+from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
+from finermoe_jax.training.workdir import Lock, claim, prepare
+from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
+from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_config import SMALL
 from tests.test_training import MOE, _batch, _model, _run
 
@@ -116,7 +117,7 @@ def test_signals_are_remembered_and_handlers_put_back():
 
 def test_a_second_ctrl_c_ends_at_once():
     program = (
-        "import signal\nfrom finermoe_jax.preemption import stop_requests\n"
+        "import signal\nfrom finermoe_jax.runtime.preemption import stop_requests\n"
         "with stop_requests() as must_stop:\n"
         "    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):\n"
         "        signal.raise_signal(number); print(must_stop(1), flush=True)"
@@ -407,7 +408,7 @@ def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
         told["layer_aux_loss"] += spoils[1]
         return total + spoils[2] * params["final_norm"]["scale"].sum(), told
 
-    monkeypatch.setattr("finermoe_jax.step.batch_loss", spoilt)
+    monkeypatch.setattr("finermoe_jax.training.step.batch_loss", spoilt)
     after = _after("adamw", "float32")
     batches = [_batch(8).at[0, 0].set(first) for first in (9, 0, 1, 2, 9)]
     found, skipped = after(batches)
@@ -475,7 +476,7 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
 
 def _saved(path, config):
     """A checkpoint of a model as training from scratch draws it."""
-    from finermoe_jax.model import Decoder
+    from finermoe_jax.model.decoder import Decoder
 
     model = Decoder(config.model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, path)

@@ -22,10 +22,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import finermoe_jax as fm
-from finermoe_jax import lazy
-from finermoe_jax.checkpoint import open_model
-from finermoe_jax.convert import convert
-from finermoe_jax.verify import verify
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.verify import verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +79,7 @@ def big_source(folder, layers, width):
 
 # Each run is a process of its own, which need not import everything anew.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["finermoe_jax.convert", "finermoe_jax.verify"])
+CONTEXT.set_forkserver_preload(["finermoe_jax.weights.convert", "finermoe_jax.weights.verify"])
 
 
 def run_command(arguments, output):
@@ -172,10 +172,10 @@ def test_killed_at_any_moment_nothing_loads_and_a_rerun_succeeds(tmp_path, model
 FILL = """
 import os, subprocess, sys
 from pathlib import Path
-from finermoe_jax import lazy
-from finermoe_jax.checkpoint import open_model
-from finermoe_jax.config import MoEConfig
-from finermoe_jax.convert import convert
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.weights.convert import convert
 from finermoe_jax.errors import InputError
 disk, models = Path(sys.argv[1]), Path(sys.argv[2])
 weights = sum(array.nbytes for array in open_model(models / "orbax").weights.values())

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finermoe_jax.data import open_data
+from finermoe_jax.config.run import DataConfig
+from finermoe_jax.data.batches import open_data
+from finermoe_jax.data.megatron import megatron_prefix, open_megatron
+from finermoe_jax.data.prepare import prepare
+from finermoe_jax.data.token_files import TokenStream, id_range, tokenizer_hash, verify
+from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.megatron import megatron_prefix, open_megatron
-from finermoe_jax.prepare_data import prepare
-from finermoe_jax.run_settings import DataConfig
-from finermoe_jax.token_files import TokenStream, id_range, tokenizer_hash, verify
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.runtime.files import find
 
 MODEL = find("demo/model")
 SETTINGS = dict(sequence_length=8, global_batch_size=2, eval_fraction=0.0)
@@ -298,7 +298,7 @@ def test_many_shards_need_few_open_files(tmp_path):
     program = f"""
 import os, resource
 from pathlib import Path
-from finermoe_jax.token_files import open_prepared, tokenizer_hash
+from finermoe_jax.data.token_files import open_prepared, tokenizer_hash
 before = len(os.listdir("/dev/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (before + 50, before + 250))
 source = open_prepared(Path({str(tmp_path / "tokens")!r}), tokenizer_hash(Path({str(MODEL)!r})), 0)

@@ -15,24 +15,24 @@ import optax
 import pytest
 from flax import nnx
 
-from finermoe_jax import sharding
-from finermoe_jax.checkpoint import load_checkpoint
-from finermoe_jax.config import MoEConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.run import MeshConfig, RunConfig, run_config
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.data.rows import Mixture, Packed
+from finermoe_jax.data.token_files import TokenStream
 from finermoe_jax.errors import InputError
-from finermoe_jax.files import find
-from finermoe_jax.losses import cross_entropy_sum
-from finermoe_jax.metrics import MEASURED
-from finermoe_jax.model import Decoder, with_shapes
-from finermoe_jax.optim import decayed, learning_rate, optimizer
-from finermoe_jax.packing import Batch
-from finermoe_jax.plot import read_lines
-from finermoe_jax.routing import load_balancing_loss
-from finermoe_jax.rows import Mixture, Packed
-from finermoe_jax.run_settings import MeshConfig, RunConfig, run_config
-from finermoe_jax.sharding import Placement
-from finermoe_jax.step import batch_loss, init_optimizer, jit_step, rebuild, train_step
-from finermoe_jax.token_files import TokenStream
-from finermoe_jax.training import train
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.moe.routing import load_balancing_loss
+from finermoe_jax.runtime.files import find
+from finermoe_jax.training.monitor import MEASURED
+from finermoe_jax.training.optimizer import decayed, learning_rate, optimizer
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step, rebuild, train_step
+from finermoe_jax.weights.checkpoint import load_checkpoint
 from tests.test_config import SMALL, _preset
 
 # Qwen2's biases and Qwen3's norms together: every parameter that a layer can have.

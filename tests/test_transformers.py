@@ -20,8 +20,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import finermoe_jax as fm
-from finermoe_jax.hf_weights import read_config
-from finermoe_jax.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.weights.hf_weights import read_config
 from tests.test_dense_sources import DENSE
 from tests.test_hf_weights import config_of, weights, write_tokenizer
 from tests.test_parity import CASES, GOLDEN, run

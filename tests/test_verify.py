@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import finermoe_jax as fm
-from finermoe_jax import lazy
-from finermoe_jax.convert import convert
-from finermoe_jax.tensor_files import TensorFiles
-from finermoe_jax.verify import verify
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.safetensors_files import TensorFiles
+from finermoe_jax.weights.verify import verify
 from tests.test_cli import assert_refused, command
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

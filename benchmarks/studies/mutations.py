@@ -47,17 +47,17 @@ class Mutation:
     wider: str = ""
 
 
-ROUTING = "finermoe_jax/routing.py"
-UPCYCLE = "finermoe_jax/upcycle.py"
-STARTS = "finermoe_jax/starts.py"
-DISPATCH = "finermoe_jax/dispatch.py"
-EXCHANGE = "finermoe_jax/expert_parallel.py"
-LOSSES = "finermoe_jax/losses.py"
-STEP = "finermoe_jax/step.py"
-OPTIM = "finermoe_jax/optim.py"
-DATA = "finermoe_jax/data.py"
-TRAINING = "finermoe_jax/training.py"
-LOOP = "finermoe_jax/loop.py"
+ROUTING = "finermoe_jax/moe/routing.py"
+UPCYCLE = "finermoe_jax/weights/upcycle.py"
+STARTS = "finermoe_jax/weights/upcycle_variants.py"
+DISPATCH = "finermoe_jax/moe/dispatch.py"
+EXCHANGE = "finermoe_jax/moe/exchange.py"
+LOSSES = "finermoe_jax/model/losses.py"
+STEP = "finermoe_jax/training/step.py"
+OPTIM = "finermoe_jax/training/optimizer.py"
+DATA = "finermoe_jax/data/batches.py"
+TRAINING = "finermoe_jax/training/run.py"
+LOOP = "finermoe_jax/training/loop.py"
 
 LAYER = "tests/test_moe.py"
 OF_ROUTING = "tests/test_routing.py tests/test_moe.py tests/test_parity.py"
@@ -107,7 +107,7 @@ MUTATIONS = (
         "tests/test_routing.py -k aux", OF_ROUTING,
     ),
     Mutation(
-        "the router computes in the activations' dtype", "finermoe_jax/moe.py",
+        "the router computes in the activations' dtype", "finermoe_jax/moe/layer.py",
         "dtype = jnp.dtype(self.moe.router_dtype)",
         "dtype = x.dtype",
         f"{LAYER} -k bfloat16", OF_ROUTING,
@@ -126,7 +126,7 @@ MUTATIONS = (
         "tests/test_starts.py -k key", OF_UPCYCLING,
     ),
     Mutation(
-        "train.seed draws nothing", "finermoe_jax/start.py",
+        "train.seed draws nothing", "finermoe_jax/training/initial.py",
         "key = jax.random.key(config.train.seed)",
         "key = jax.random.key(0)",
         "tests/test_starts.py -k seed", f"{OF_UPCYCLING} tests/test_training.py",
@@ -316,7 +316,7 @@ MUTATIONS = (
         "tests/test_data.py -k known_by_its_step", "tests/test_data.py tests/test_surviving.py",
     ),
     Mutation(
-        "packed documents share their positions", "finermoe_jax/packing.py",
+        "packed documents share their positions", "finermoe_jax/data/packing.py",
         '"position_ids": slots - first,',
         '"position_ids": slots,',
         "tests/test_data.py -k every_target_once", "tests/test_data.py",
@@ -341,7 +341,7 @@ MUTATIONS = (
         "tests/test_surviving.py -k goes_on", OF_RUNS,
     ),
     Mutation(
-        "steps left out long ago count as in a row", "finermoe_jax/guard.py",
+        "steps left out long ago count as in a row", "finermoe_jax/training/nonfinite.py",
         'if not metrics["skipped"]:\n            self.in_a_row = 0',
         'if not metrics["skipped"]:\n            self.in_a_row += 0',
         "tests/test_surviving.py -k poisoned", OF_RUNS,

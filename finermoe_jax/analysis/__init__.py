@@ -1,0 +1,1 @@
+"""What a model or a run would cost, and how alike experts are."""

@@ -1,0 +1,146 @@
+"""Changes that may make a train step fit, tried in a stated order.
+
+First those that leave the training's arithmetic as it is, then those that change it. Each alone,
+then one added to another.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers import sharding
+
+
+class Change(NamedTuple):
+    """A change and its effect on a config; None where it has none."""
+
+    flag: str
+    apply: Callable[[RunConfig, Target], RunConfig | None]
+
+
+def _train(config: RunConfig, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
+
+
+def _remat(config: RunConfig, target: Target) -> RunConfig | None:
+    return None if config.train.remat == "full" else _train(config, remat="full")
+
+
+def _fsdp(config: RunConfig, target: Target) -> RunConfig | None:
+    mesh = dict(sharding.make_mesh(config.mesh, target.devices).shape)
+    if mesh["data"] == target.slices:
+        return None
+    mesh["fsdp"] *= mesh["data"] // target.slices
+    mesh["data"] = target.slices
+    return dataclasses.replace(config, mesh=type(config.mesh)(**mesh))
+
+
+def _accumulate(config: RunConfig, target: Target) -> RunConfig | None:
+    parts = sharding.batch_parts(sharding.make_mesh(config.mesh, target.devices))
+    count = config.data.global_batch_size // parts
+    if count <= config.train.grad_accumulation or config.data.global_batch_size % count:
+        return None
+    return _train(config, grad_accumulation=count)
+
+
+def _loss(config: RunConfig, target: Target) -> RunConfig | None:
+    rows = config.data.global_batch_size // config.train.grad_accumulation
+    chunk = max(rows, config.train.loss_chunk_tokens // 4)
+    return None if chunk >= config.train.loss_chunk_tokens else _train(
+        config, loss_chunk_tokens=chunk
+    )  # fmt: skip
+
+
+def _moments(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.optimizer.name != "adamw" or config.optimizer.moment_dtype == "bfloat16":
+        return None
+    changed = dataclasses.replace(config.optimizer, moment_dtype="bfloat16")
+    return dataclasses.replace(config, optimizer=changed)
+
+
+def _lean(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16":
+        return None
+    changed = dataclasses.replace(config.optimizer, name="adafactor", moment_dtype="float32")
+    return _train(dataclasses.replace(config, optimizer=changed), param_dtype="bfloat16")
+
+
+def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
+    if config.data.sequence_length <= 2048:
+        return None
+    data = dataclasses.replace(config.data, sequence_length=2048)
+    return dataclasses.replace(config, data=data)
+
+
+LADDER = (
+    Change("train.remat=full", _remat),
+    Change("mesh.data to mesh.fsdp", _fsdp),
+    Change("train.grad_accumulation up to one sequence per device", _accumulate),
+    Change("train.loss_chunk_tokens to a quarter", _loss),
+    Change("optimizer.moment_dtype=bfloat16", _moments),
+    Change("optimizer.name=adafactor with train.param_dtype=bfloat16", _lean),
+    Change("data.sequence_length=2048", _shorter),
+)
+
+
+def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunConfig]]:
+    """Each change alone, in the ladder's order, then all up to each."""
+    for change in LADDER:
+        if (changed := change.apply(config, target)) is not None:
+            yield change.flag, changed
+    names: list[str] = []
+    for change in LADDER:
+        if (changed := change.apply(config, target)) is not None:
+            config = changed
+            names.append(change.flag)
+            if len(names) > 1:
+                yield " + ".join(names), config
+
+
+def search(
+    config: RunConfig,
+    target: Target,
+    prepare: Callable[[RunConfig, Target], Any],
+    compile_step: Callable[..., dict[str, Any]] | None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Prints and returns the changes, with the bytes of state and gradients that each leaves.
+
+    Those are counted from the shapes of aot.prepare; activations and the compiler's own buffers
+    come on top. With aot.compile_step, changes whose state and gradients leave room are compiled,
+    in order, until one fits.
+    """
+    limit = target.chip.memory
+    rows: list[dict[str, Any]] = []
+    say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
+    for name, changed in combinations(config, target):
+        try:
+            step = prepare(changed, target)
+        except InputError:
+            continue  # a batch that this mesh cannot share
+        floor = step.state_bytes + step.gradient_bytes
+        row: dict[str, Any] = {"change": name, "floor_bytes": floor, "possible": floor < limit}
+        rows.append(row)
+        verdict = "leaves room" if row["possible"] else "too much"
+        if compile_step and row["possible"]:
+            try:
+                result = compile_step(step, target, say=lambda _: None)
+                row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
+                verdict = "FITS" if row["fits"] else "does not fit"
+                verdict += f", compiled: {row['compiled_bytes'] / 2**30:.2f} GiB"
+            except InputError as error:
+                row["error"] = str(error)
+                verdict = "does not compile"
+        say(f"  {floor / 2**30:9.2f}  {verdict:<12}  {name}")
+        if row.get("fits"):
+            say(f"the first change that fits: {name}")
+            return rows
+    first = next((row["change"] for row in rows if row["possible"]), None)
+    if compile_step or first is None:
+        say("none of these fits: take a larger slice, or more memory per device")
+    else:
+        say(f"--suggest compiles those that leave room, beginning with: {first}")
+    return rows

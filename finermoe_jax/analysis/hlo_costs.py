@@ -1,0 +1,364 @@
+"""What one device does in a compiled program: FLOPs, HBM bytes, bytes on the wire.
+
+Counted from the compiled HLO text, with loops as often as they run, which XLA's own
+cost_analysis() leaves out. All of it is the compiler's program as it stands, nothing measured.
+
+What is counted: the FLOPs of matrix products and of kernels that state a CostEstimate (elementwise
+work is not); the operands and results of every instruction that reads or writes HBM, slices of an
+operand as the slice, without tile padding; of a collective the bytes that one device sends when a
+group of n goes around a ring:
+
+    all-gather          (n-1) * operand
+    reduce-scatter      (n-1)/n * operand
+    all-reduce          2 (n-1)/n * operand
+    all-to-all          (n-1)/n * operand
+    ragged-all-to-all   (n-1)/n * the smaller of operand and result: the larger is a buffer for
+                        twice the balanced load
+    collective-permute  operand
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from finermoe_jax.analysis.hlo import (
+    Computation,
+    Frame,
+    Instruction,
+    Module,
+    flops,
+    library_flops,
+    parse,
+    replica_groups,
+    source_targets,
+    trips,
+)
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+# Instructions that move nothing: names for memory, or the end of a copy counted at its start.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "iota", "opt-barrier", "optimization-barrier", "add-dependency",
+}  # fmt: skip
+_FREE_TARGETS = {
+    "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "SliceId",
+    "GatherScatterIndicesBitpacked", "AsyncCollectiveStart", "AsyncCollectiveDone",
+    "ZeroCrop",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass
+class Costs:
+    """Per device and run of the program. Collectives by kind; crossing: those between slices."""
+
+    matmul_flops: float = 0.0
+    kernel_flops: float = 0.0
+    attention_flops: float = 0.0  # not of the text: its kernels state none
+    hbm_bytes: float = 0.0
+    sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def flops(self) -> float:
+        """All that is counted."""
+        return self.matmul_flops + self.kernel_flops + self.attention_flops
+
+
+def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) -> Costs:
+    """The costs of `compiled.as_text()`.
+
+    Args:
+      text: a compiled module.
+      slices: the slice of each device, in the mesh's order; empty: all in one.
+      fast_memory: whether layouts in other memory spaces than 0 are on the chip (TPU).
+    """
+    walk = _Walk(parse(text), slices, fast_memory)
+    entry = walk.module.computations[walk.module.entry]
+    walk.run(Frame(entry, None, None), 1.0)
+    walk.costs.notes = list(dict.fromkeys(walk.costs.notes))
+    return walk.costs
+
+
+class _Walk:
+    def __init__(self, module: Module, slices: Sequence[int], fast_memory: bool):
+        self.module, self.slices, self.fast = module, slices, fast_memory
+        self.costs = Costs()
+
+    # --- control flow -----------------------------------------------------------------------
+
+    def run(self, frame: Frame, times: float) -> None:
+        """Adds what a computation costs when it runs `times` times."""
+        chains: set[str] = set()
+        for instruction in frame.computation.instructions.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                self._loop(instruction, frame, times)
+            elif opcode == "conditional":
+                self._branches(instruction, frame, times)
+            elif opcode == "call" or (opcode == "async-start" and instruction.called):
+                for name in instruction.called:
+                    self.run(Frame(self.module.computations[name], None, None), times)
+            else:
+                self._count(instruction, frame.computation, times, chains)
+
+    def _branches(self, instruction: Instruction, frame: Frame, times: float) -> None:
+        self.costs.notes.append("of a conditional the branch with the most HBM bytes is counted")
+        branches = []
+        for name in instruction.called:
+            walk = _Walk(self.module, self.slices, self.fast)
+            walk.run(Frame(self.module.computations[name], None, None), times)
+            branches.append(walk.costs)
+        self._add(max(branches, key=lambda costs: (costs.hbm_bytes, costs.flops)))
+
+    def _add(self, other: Costs) -> None:
+        for field in dataclasses.fields(Costs):
+            mine, theirs = getattr(self.costs, field.name), getattr(other, field.name)
+            if isinstance(mine, dict):
+                for key, value in theirs.items():
+                    mine[key] = mine.get(key, 0.0) + value
+            else:
+                setattr(self.costs, field.name, mine + theirs)
+
+    def _loop(self, loop: Instruction, frame: Frame, times: float) -> None:
+        body = self.module.computations[loop.attribute(r"body=%?([\w.\-]+)") or ""]
+        inner = Frame(body, loop.operands[0], frame)
+        count = trips(self.module, loop, frame)
+        if count is None:
+            where = loop.attribute(r'op_name="([^"]*)"') or loop.name
+            place = "/".join(part for part in where.split("/") if "(" not in part)
+            self.costs.notes.append(
+                f"a loop whose trips are known only at run time is counted as not run: {place}"
+            )
+            return
+        self.run(inner, times * count)
+
+    # --- one instruction --------------------------------------------------------------------
+
+    def _count(
+        self, instruction: Instruction, inside: Computation, times: float, chains: set[str]
+    ) -> None:
+        opcode, costs = instruction.opcode, self.costs
+        kind = opcode.removesuffix("-start")
+        if opcode.endswith("-done") or opcode.endswith("-update") or opcode in _FREE:
+            return
+        target = instruction.attribute(r'custom_call_target="([^"]+)"')
+        if opcode == "custom-call" and target in _FREE_TARGETS:
+            return
+        if opcode in ("send", "recv"):
+            self._between_slices(instruction, inside, times)
+            return
+        if kind in COLLECTIVES:
+            self._collective(kind, instruction, inside, times)
+        elif kind == "fusion":
+            fused = self.module.computations[instruction.called[0]]
+            self._fused(fused, times, chains)
+            costs.hbm_bytes += times * self._fusion_bytes(instruction, inside, fused)
+            return
+        elif opcode == "custom-call":
+            self._kernel(target or "", instruction, inside, times)
+            return
+        costs.matmul_flops += times * flops(instruction, inside)
+        costs.hbm_bytes += times * self._plain_bytes(instruction, inside)
+
+    def _kernel(
+        self, target: str, instruction: Instruction, inside: Computation, times: float
+    ) -> None:
+        estimate = instruction.attribute(r'"cost_estimate":\{([^}]*)\}')
+        if estimate:
+            numbers = {k: float(v) for k, v in re.findall(r'"(\w+)":"?(\d+)', estimate)}
+            self.costs.kernel_flops += times * numbers.get("flops", 0.0)
+            self.costs.hbm_bytes += times * numbers.get("bytes_accessed", 0.0)
+            return
+        if "cublas" in target:
+            self.costs.matmul_flops += times * library_flops(instruction, inside)
+        else:
+            self.costs.notes.append(
+                f"{target}: no CostEstimate; its bytes are its operands and results, its FLOPs "
+                "are not counted"
+            )
+        self.costs.hbm_bytes += times * self._plain_bytes(instruction, inside)
+
+    def _collective(
+        self, kind: str, instruction: Instruction, inside: Computation, times: float
+    ) -> None:
+        sent, crossing = self._sent(kind, instruction, inside)
+        for totals, amount in (
+            (self.costs.sent_bytes, sent),
+            (self.costs.crossing_bytes, crossing),
+        ):
+            if amount:
+                totals[kind] = totals.get(kind, 0.0) + times * amount
+
+    def _between_slices(self, transfer: Instruction, inside: Computation, times: float) -> None:
+        """A TPU's program is that of one slice; hosts carry what goes to others."""
+        kind = transfer.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if transfer.opcode == "recv" or kind is None:
+            self.costs.hbm_bytes += times * transfer.leaves[0].bytes
+            return
+        kind = kind.lower().replace("_", "-")
+        size = inside.instructions[transfer.operands[0]].leaves[0].bytes
+        amount = _ring(kind, len(set(self.slices)), size) if kind in COLLECTIVES else size
+        self.costs.crossing_bytes[kind] = self.costs.crossing_bytes.get(kind, 0.0) + times * amount
+        self.costs.hbm_bytes += times * size
+
+    def _sent(
+        self, kind: str, instruction: Instruction, inside: Computation
+    ) -> tuple[float, float]:
+        """Bytes that a device sends inside its slice, and to others."""
+        operands = [inside.instructions[name] for name in instruction.operands]
+        size = sum((leaf.bytes for operand in operands for leaf in operand.leaves), 0.0)
+        if kind == "collective-permute":
+            pairs = [(a, b) for a, b in source_targets(instruction.attributes) if a != b]
+            crosses = any(self._slice(a) != self._slice(b) for a, b in pairs)
+            size = operands[0].leaves[0].bytes if pairs else 0.0
+            return (0.0, size) if crosses else (size, 0.0)
+        if kind == "ragged-all-to-all":
+            self.costs.notes.append(
+                "ragged-all-to-all: counted at balanced load, not at what its buffers could hold"
+            )
+            size = min(operand.leaves[0].bytes for operand in operands[:2])
+        groups = replica_groups(instruction.attributes, self.module.partitions)
+        if groups is None:
+            self.costs.notes.append(
+                f"{kind}: replica groups not understood; counted for all devices"
+            )
+            groups = [list(range(self.module.partitions))]
+        parts = len(groups[0])
+        spanned = max(len({self._slice(d) for d in group}) for group in groups)
+        if spanned == 1:
+            return _ring(kind, parts, size), 0.0
+        # Between slices one copy suffices: each of the devices that a slice has in the group sends
+        # its own part of the data, the rest stays inside.
+        near = parts // spanned
+        match kind:
+            case "all-reduce":
+                return _ring(kind, near, size), _ring(kind, spanned, size / near)
+            case "reduce-scatter":
+                return _ring(kind, near, size), _ring(kind, spanned, size / near)
+            case "all-gather":
+                return _ring(kind, near, size * spanned), _ring(kind, spanned, size)
+        away = (parts - near) / parts * size
+        return max(0.0, _ring(kind, parts, size) - away), away
+
+    def _slice(self, device: int) -> int:
+        one = self.module.partitions < len(self.slices)  # the program of one slice
+        return 0 if one or not self.slices else self.slices[device]
+
+    # --- fusions ----------------------------------------------------------------------------
+
+    def _fused(self, fused: Computation, times: float, chains: set[str]) -> None:
+        """Products and collectives inside a fusion.
+
+        A TPU splits one asynchronous collective over several fusions, which share a chain.
+        """
+        for instruction in fused.instructions.values():
+            self.costs.matmul_flops += times * flops(instruction, fused)
+            if instruction.opcode == "fusion":
+                self._fused(self.module.computations[instruction.called[0]], times, chains)
+            elif (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
+                chain = instruction.attribute(r'chain_id="([^"]+)"')
+                if chain is not None and chain in chains:
+                    continue
+                chains.add(chain or instruction.name)
+                moved = self._plain_bytes(instruction, fused)
+                if fused.name.startswith("all-reduce-scatter"):
+                    # A TPU's reduce-scatter: an all-reduce whose fusion keeps a slice.
+                    kind, moved = "reduce-scatter", moved - self._bytes(instruction)
+                self._collective(kind, instruction, fused, times)
+                self.costs.hbm_bytes += times * moved
+
+    def _fusion_bytes(self, fusion: Instruction, inside: Computation, fused: Computation) -> float:
+        total = 0.0
+        for number, name in enumerate(fusion.operands):
+            leaves = inside.instructions[name].leaves
+            if number in fused.parameters and any(self._slow(leaf.space) for leaf in leaves):
+                total += self._read(fused.parameters[number], fused)
+        root = fused.instructions[fused.root]
+        results = root.operands if root.opcode == "tuple" else (fused.root,)
+        for name in results:
+            result = fused.instructions[name]
+            while result.opcode == "bitcast":
+                result = fused.instructions[result.operands[0]]
+            if result.opcode == "parameter" or result.opcode in COLLECTIVES:
+                continue  # memory passed on, or a collective counted by itself
+            if result.opcode == "custom-call" and "AsyncCollective" in result.attributes:
+                continue
+            if result.opcode == "dynamic-update-slice":
+                update = fused.instructions[result.operands[1]].leaves[0]
+                total += update.bytes * self._slow(result.leaves[0].space)
+            else:
+                total += self._bytes(result)
+        return total
+
+    def _read(self, parameter: Instruction, fused: Computation) -> float:
+        """Bytes of a parameter that a fusion reads: only the slices, where it takes slices."""
+        whole = sum((leaf.bytes for leaf in parameter.leaves), 0.0)
+        read, waiting, seen = 0.0, [parameter.name], set()
+        while waiting:
+            name = waiting.pop()
+            for user in fused.users[name]:
+                if user.name in seen:
+                    continue
+                seen.add(user.name)
+                if user.opcode == "bitcast":
+                    waiting.append(user.name)
+                elif user.opcode in _SLICES and user.operands[0] == name:
+                    read += sum(leaf.bytes for leaf in user.leaves)
+                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                    continue
+                elif user.opcode == "fusion":
+                    inner = self.module.computations[user.called[0]]
+                    for number, operand in enumerate(user.operands):
+                        if operand == name:
+                            read += self._read(inner.parameters[number], inner)
+                elif user.opcode in COLLECTIVES or user.opcode in ("tuple", "custom-call"):
+                    continue
+                else:
+                    return whole
+        return min(read, whole)
+
+    # --- bytes ------------------------------------------------------------------------------
+
+    def _slow(self, space: int) -> bool:
+        return space == 0 or not self.fast
+
+    def _bytes(self, instruction: Instruction) -> float:
+        return sum((leaf.bytes for leaf in instruction.leaves if self._slow(leaf.space)), 0.0)
+
+    def _plain_bytes(self, instruction: Instruction, inside: Computation) -> float:
+        """Operands and results in HBM of an instruction that is no fusion."""
+        operands = [inside.instructions[name] for name in instruction.operands]
+        opcode = instruction.opcode
+        if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+            moved = instruction.leaves[-2] if opcode != "copy-start" else instruction.leaves[0]
+            reads = self._slow(operands[0].leaves[0].space)
+            return moved.bytes * (reads + self._slow(moved.space))
+        if opcode in _SLICES:
+            size = self._bytes(instruction)
+            reads = self._slow(operands[0].leaves[0].space)
+            taken = sum(leaf.bytes for leaf in instruction.leaves)
+            return size + taken * reads + sum(map(self._bytes, operands[1:]))
+        if opcode == "dynamic-update-slice":
+            return 2 * operands[1].leaves[0].bytes * self._slow(instruction.leaves[0].space)
+        if opcode == "scatter":
+            return 3 * self._bytes(operands[-1]) + self._bytes(operands[len(operands) // 2])
+        read = sum(map(self._bytes, operands), 0.0)
+        if opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
+            # Its result repeats the operands and adds the transfer's own counters.
+            return read + max(0.0, self._bytes(instruction) - read)
+        return read + self._bytes(instruction)
+
+
+def _ring(kind: str, parts: int, size: float) -> float:
+    """Bytes that one of `parts` devices sends; `size` is its operand."""
+    factor = {"all-gather": parts, "all-reduce": 2}.get(kind, 1)
+    return factor * (parts - 1) / parts * size

@@ -1,0 +1,150 @@
+"""Parameter counts, without allocating weights.
+
+    python -m finermoe_jax.cli.params [--config=configs/NAME.py[:VARIANT]]
+    python -m finermoe_jax.cli.params --paper       # every row of the paper's Tables 1, 2, 4 and 8
+    python -m finermoe_jax.cli.params --shardings --devices=256 --config=… --config.mesh.fsdp=…
+
+The third shows how a mesh splits every parameter, without its devices.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.runtime.files import find
+from finermoe_jax.weights.hf_weights import read_config, resolve_source
+from finermoe_jax.weights.upcycle import upcycled_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters: all, and those that one token uses."""
+
+    total: int
+    active: int
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape (stacked over its run's layers)."""
+    state = nnx.to_flat_state(nnx.state(with_shapes(config), nnx.Param))
+    return {"/".join(map(str, path)): tuple(variable.shape) for path, variable in state}
+
+
+def run_model(config: RunConfig) -> ModelConfig:
+    """The model that a run trains: of config.model, or of what init_from holds, upcycled."""
+    if not config.init_from:
+        assert config.model is not None
+        return dataclasses.replace(config.model, moe=config.moe)
+    model = config.model or read_config(resolve_source(find(config.init_from)))
+    if config.moe and model.moe is None:
+        model = upcycled_config(model, config.moe)
+    return model
+
+
+def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> str:
+    """Every parameter with its logical axes, PartitionSpec and bytes per device, and the notes.
+
+    `devices` takes the place of those that are not here; 0: as many as the mesh's sizes, -1 as 1.
+    Raises InputError for sizes that do not multiply to it.
+    """
+    sizes = sharding.mesh_sizes(config.mesh, devices or sharding.least_devices(config.mesh))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    decoder = with_shapes(model)
+    shardings, notes = sharding.param_shardings(decoder, mesh)
+    placed = nnx.traversals.flatten_mapping(shardings)
+    lines, total, width = [], 0, jnp.dtype(config.train.param_dtype).itemsize
+    for path, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
+        size = math.prod(placed[path].shard_shape(variable.shape)) * width
+        total += size
+        lines.append(
+            f"{'/'.join(map(str, path)):<36} {'x'.join(map(str, variable.shape)):<18} "
+            f"{' '.join(variable.get_metadata()['out_sharding']):<36} "
+            f"{_partition(placed[path].spec):<34} {size:>15,}"
+        )
+    head = f"mesh {sizes} · {config.train.param_dtype} · the last column: bytes per device"
+    return "\n".join(
+        [head, *lines, f"{total:,} bytes per device ({total / 2**30:.2f} GiB)", *notes]
+    )
+
+
+def _partition(spec: PartitionSpec) -> str:
+    entries = ("*".join(e) if isinstance(e, tuple) else e or "-" for e in spec)
+    return f"({', '.join(entries)})"
+
+
+def true_counts(config: ModelConfig) -> Counts:
+    """Every parameter once, embeddings included: what an instantiated model holds.
+
+    Active counts A of the N routed experts of each MoE layer.
+    """
+    total = active = 0
+    for name, shape in parameter_shapes(config).items():
+        size = math.prod(shape)
+        total += size
+        if name.endswith(("moe/gate_up", "moe/down")):
+            assert config.moe is not None
+            size = size // config.moe.num_experts * config.moe.num_active
+        active += size
+    return Counts(total, active)
+
+
+def paper_counts(config: ModelConfig) -> Counts:
+    """The paper's formula, which gives its tables to the printed digit.
+
+    It counts router and norms twice and leaves out biases and the shared gate; a tied embedding
+    counts once in dense rows.
+    """
+    h, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    attention = 1 + config.num_key_value_heads / config.num_attention_heads
+
+    def count(experts_part: float, ffn: int, embeddings: int) -> int:
+        inner = attention + 1.5 * ffn / h + experts_part + 2 / h + 1 / (layers * h)
+        return round(2 * layers * h * h * inner) + embeddings * vocab * h
+
+    moe = config.moe
+    if moe is None:
+        size = count(0.0, config.intermediate_size, 1 if config.tie_word_embeddings else 2)
+        return Counts(size, size)
+    width = config.expert_intermediate_size
+
+    def experts(n: int) -> float:
+        return n * width / h + n * width / (2 * h * moe.output_granularity) + moe.num_experts / h
+
+    shared = config.shared_expert_size
+    return Counts(
+        count(experts(moe.num_experts), shared, 2), count(experts(moe.num_active), shared, 2)
+    )
+
+
+def table(rows: dict[str, ModelConfig]) -> str:
+    """A text table of the counts, in billions, or in millions where none reaches 0.1 billion."""
+    counts = {name: (true_counts(c), paper_counts(c)) for name, c in rows.items()}
+    small = max(true.total for true, _ in counts.values()) < 1e8
+    unit, letter = (1e6, "M") if small else (1e9, "B")
+    lines = [
+        f"{'':<24}{'true total':>12}{'active':>10}{'by the paper: total':>22}{'active':>9}  experts"
+    ]
+    for name, (true, paper) in counts.items():
+        moe = rows[name].moe
+        experts = f"{moe.num_experts} ({moe.num_active} active)" if moe else "dense"
+        lines.append(
+            f"{name:<24}{true.total / unit:>11.4f}{letter}{true.active / unit:>9.4f}{letter}"
+            f"{paper.total / unit:>21.2f}{letter}{paper.active / unit:>8.2f}{letter}  {experts}"
+        )
+    return "\n".join(lines)
+
+
+def _published() -> dict[str, ModelConfig]:
+    rows: dict[str, ModelConfig] = {}
+    for size, dense in QWEN2P5.items():
+        rows[f"Qwen2.5-{size}"] = dense
+        rows[f"FineRMoE from {size}"] = upcycled_config(dense, MoEConfig())
+    return rows

@@ -1,0 +1,157 @@
+"""What analysis/aot.py prints: memory by kind, the program's costs, a roofline, a verdict."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from finermoe_jax.analysis.hlo_costs import Costs
+from finermoe_jax.analysis.topology import HOST_BYTES_PER_SECOND, Target
+from finermoe_jax.config.run import RunConfig
+
+_GIB = 2**30
+
+
+def gib(size: float | int) -> str:
+    """Bytes as GiB."""
+    return f"{size / _GIB:9.3f} GiB"
+
+
+def heading(mesh: Mesh, target: Target, config: RunConfig, notes: list[str]) -> str:
+    """What is compiled."""
+    data, train = config.data, config.train
+    where = f"{target.name}, {len(target.devices)} devices"
+    if target.slices > 1:
+        where += f" in {target.slices} slices"
+    lines = [
+        f"{where} · mesh {dict(mesh.shape)}",
+        f"{data.global_batch_size} sequences of {data.sequence_length} tokens a step, in "
+        f"{train.grad_accumulation} microbatches · {config.optimizer.name}, weights "
+        f"{train.param_dtype}, remat {train.remat}",
+        *notes,
+    ]
+    return "\n".join(lines)
+
+
+def roofline(costs: Costs, target: Target, tokens: int, flops_per_token: float) -> dict[str, Any]:
+    """Seconds that a step cannot go below, by resource, and what follows from them.
+
+    `overlapped`: the slowest resource alone; `serial`: compute or HBM, then every transfer.
+    """
+    chip, devices = target.chip, len(target.devices)
+    seconds = {
+        "compute": costs.flops / chip.flops,
+        "hbm": costs.hbm_bytes / chip.bandwidth,
+        "wire": sum(costs.sent_bytes.values()) / chip.wire,
+        "outside": sum(costs.crossing_bytes.values()) / target.outside,
+    }
+    bounds = {
+        "overlapped": max(seconds.values()),
+        "serial": max(seconds["compute"], seconds["hbm"]) + seconds["wire"] + seconds["outside"],
+    }
+    needed = flops_per_token * tokens / devices / chip.flops
+    return {
+        "seconds": seconds,
+        "model_flops_per_token": flops_per_token,
+        "bounds": {
+            name: {
+                "seconds": time,
+                "tokens_per_second_per_device": tokens / devices / time,
+                "mfu": needed / time,
+            }
+            for name, time in bounds.items()
+        },
+    }
+
+
+def text(figures: dict[str, Any], target: Target) -> str:
+    """All figures of one compilation."""
+    lines = ["", "compiler estimates, nothing measured; all of it per device", *_memory(figures)]
+    if "matmul_flops" in figures:
+        lines += _costs(figures) + _times(figures, target)
+    limit, peak = figures["limit_bytes"], figures["peak_bytes"]
+    least = "" if "argument_bytes" in figures else "at least "
+    verdict = (
+        f"FITS: {gib(peak).strip()} of {gib(limit).strip()}, {gib(limit - peak).strip()} to spare"
+        if figures["fits"]
+        else f"DOES NOT FIT: {least}{gib(peak).strip()} for {gib(limit).strip()}, "
+        f"{least}{gib(peak - limit).strip()} too much"
+    )
+    return "\n".join([*lines, "", verdict])
+
+
+def _memory(figures: dict[str, Any]) -> list[str]:
+    state = figures["parameter_bytes"] + figures["optimizer_bytes"]
+    lines = [
+        "",
+        f"parameters                {gib(figures['parameter_bytes'])}",
+        f"optimizer state           {gib(figures['optimizer_bytes'])}",
+        f"both, from the shapes     {gib(state)}",
+    ]
+    if "argument_bytes" in figures:
+        lines += [
+            f"arguments, the compiler's {gib(figures['argument_bytes'])}   with the batch and the "
+            f"padding of tiles: {figures['argument_bytes'] / state - 1:+.2%}",
+            f"temporaries               {gib(figures['temporary_bytes'])}   gradients (at most "
+            f"{gib(figures['gradient_bytes']).strip()}), activations, buffers",
+            f"generated code            {gib(figures['code_bytes'])}",
+        ]
+    least = "" if "argument_bytes" in figures else "at least, "
+    lines += [
+        f"peak                      {gib(figures['peak_bytes'])}   {least}compiled in "
+        f"{figures['compile_seconds']:.0f} s",
+        f"limit                     {gib(figures['limit_bytes'])}   {figures['limit_note']}",
+    ]
+    if figures.get("largest"):
+        lines += ["largest allocations:", *(f"  {line}" for line in figures["largest"])]
+    return lines
+
+
+def _costs(figures: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"FLOPs of products         {figures['matmul_flops'] / 1e12:12.3f} T   a step",
+        f"FLOPs of kernels          {figures['kernel_flops'] / 1e12:12.3f} T   by their own "
+        "CostEstimate",
+        f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   by formula",
+        f"HBM bytes                 {figures['hbm_bytes'] / 1e9:12.3f} GB",
+    ]
+    for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):
+        near, far = (figures[k].get(kind, 0.0) / 1e9 for k in ("sent_bytes", "crossing_bytes"))
+        between = f"   and {far:.3f} GB to other slices" if figures["slices"] > 1 else ""
+        lines.append(f"sent, {kind:<20}{near:12.3f} GB{between}")
+    total = sum(figures["sent_bytes"].values()) / 1e9
+    lines.append(f"{'sent, all':<26}{total:12.3f} GB")
+    return lines + [f"  {note}" for note in figures["counting_notes"]]
+
+
+def _times(figures: dict[str, Any], target: Target) -> list[str]:
+    chip, seconds = target.chip, figures["seconds"]
+    lines = [
+        "",
+        "roofline of a step, a compiler estimate: peaks are published ones, never reached",
+        f"  compute  {seconds['compute'] * 1e3:12.2f} ms at {chip.flops / 1e12:.1f} TFLOP/s, as "
+        "if all products were bfloat16",
+        f"  HBM      {seconds['hbm'] * 1e3:12.2f} ms at {chip.bandwidth / 1e9:.0f} GB/s",
+        f"  wire     {seconds['wire'] * 1e3:12.2f} ms at {chip.wire / 1e9:.0f} GB/s, as if every "
+        "link of the device were busy",
+    ]
+    if figures["slices"] > 1:
+        lines.append(
+            f"  outside  {seconds['outside'] * 1e3:12.2f} ms at {target.outside / 1e9:.2f} GB/s "
+            f"and device: {HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s a host, assumed, not published"
+        )
+    for name, meaning in (
+        ("overlapped", "everything at once"),
+        ("serial", "transfers not hidden at all"),
+    ):
+        bound = figures["bounds"][name]
+        lines.append(
+            f"  {meaning}: at least {bound['seconds'] * 1e3:.2f} ms, at most "
+            f"{bound['tokens_per_second_per_device']:,.0f} tokens/s/device, MFU at most "
+            f"{bound['mfu']:.1%}"
+        )
+    lines.append(
+        f"  MFU by {figures['model_flops_per_token'] / 1e9:.3f} GFLOP a token: 6 per active "
+        "parameter and 12 L N H T of attention, without recomputation"
+    )
+    return lines

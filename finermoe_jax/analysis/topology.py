@@ -1,0 +1,118 @@
+"""Hardware that is not there: its devices, to compile for, and what its makers say it can do.
+
+Names: `v5e:16x16`, `v5p:4x4x8`, `v6e:16x16`, `tpu7x:4x4x4` (chips; a tpu7x has two devices each),
+one or several slices of that shape; `h100:8` (GPUs of one node).
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from finermoe_jax.config.hardware import CHIPS, Chip
+from finermoe_jax.errors import InputError, near_misses
+
+# What libtpu reads before it finds that no TPU is attached.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+GPUS_PER_NODE = 8
+# Between slices, over the data centre's network. An assumption: no vendor states it.
+HOST_BYTES_PER_SECOND = 25e9
+
+
+class Target(NamedTuple):
+    """Devices of one topology."""
+
+    name: str
+    chip: Chip
+    platform: str  # "tpu" or "cuda"
+    devices: tuple[jax.Device, ...]
+    slices: int
+    per_host: int
+
+    @property
+    def outside(self) -> float:
+        """Bytes per second and device from slice to slice."""
+        return HOST_BYTES_PER_SECOND / self.per_host
+
+    def slice_of(self, device: Any) -> int:
+        """The slice that a device is in."""
+        return getattr(device, "slice_index", None) or 0
+
+
+def describe(name: str, num_slices: int = 1) -> Target:
+    """The devices of a topology, without any of them.
+
+    Call it before anything else asks JAX for devices: it keeps JAX to the CPU.
+
+    Raises InputError: an unknown name or shape, or a compiler that is not installed.
+    """
+    generation, _, shape = name.partition(":")
+    if generation not in CHIPS or not shape:
+        known = "v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8"
+        hint = "" if generation in CHIPS else f" {near_misses(generation, CHIPS)}"
+        raise InputError(f"--topology={name!r} must be a chip and a shape, like {known}.{hint}")
+    if num_slices < 1:
+        raise InputError(f"--num_slices={num_slices} must be at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    if generation == "h100":
+        return _gpus(name, shape, num_slices)
+    for key, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--topology={name} needs the TPU compiler: pip install 'finermoe-jax[compile-tpu]' "
+            "(in a clone: pip install -e '.[compile-tpu]')"
+        )
+    options: dict[str, Any] = {"num_slices": num_slices}
+    if shape in ("1x1", "1x1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(name, platform="tpu", **options)
+    except Exception as error:  # what the plugin raises is not documented
+        raise InputError(f"--topology={name}: the TPU compiler says {_first(error)}") from None
+    devices = tuple(found.devices)
+    hosts = len({(getattr(d, "slice_index", 0), getattr(d, "process_index", 0)) for d in devices})
+    return Target(name, CHIPS[generation], "tpu", devices, num_slices, len(devices) // hosts)
+
+
+def _gpus(name: str, count: str, num_slices: int) -> Target:
+    if not count.isdigit() or not 1 <= int(count) <= GPUS_PER_NODE:
+        raise InputError(
+            f"--topology={name}: the shape is a number of GPUs of one node, 1 to {GPUS_PER_NODE}"
+        )
+    if num_slices > 1:
+        raise InputError(f"--num_slices={num_slices} is for TPUs")
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise InputError(
+            f"--topology={name} needs the CUDA compiler: pip install "
+            "'finermoe-jax[compile-cuda]' (in a clone: pip install -e '.[compile-cuda]')"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=target_description("h100"),
+            topology=f"1x1x{count}",  # NVLink domains, processes in each, GPUs of each
+        )
+    except Exception as error:
+        raise InputError(f"--topology={name}: the CUDA compiler says {_first(error)}") from None
+    return Target(name, CHIPS["h100"], "cuda", tuple(found.devices), 1, int(count))
+
+
+def target_description(gpu: str) -> str:
+    """XLA's description of a GPU, h100 or b200, as text."""
+    return (Path(__file__).parent / "targets" / f"{gpu}.txtpb").read_text()
+
+
+def _first(error: Exception) -> str:
+    return (str(error) or repr(error)).strip().splitlines()[0]

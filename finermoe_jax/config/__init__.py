@@ -1,0 +1,1 @@
+"""What can be asked for: models, upcycling, runs, presets. No arrays."""

@@ -1,0 +1,153 @@
+"""Every architecture of the paper, by name: what `--config=configs/NAME.py:ARCHITECTURE` picks.
+
+An architecture is a set of changes to MoEConfig's and UpcycleConfig's defaults, which are the
+published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). A
+start changes the upcycling alone, and a recipe the training alone; they are combined with an
+architecture, or with the preset's own, by "+": `c32a2+lean`. docs/architectures.md describes them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from finermoe_jax.config.model import PUBLISHED_START, MoEConfig, UpcycleConfig
+from finermoe_jax.errors import InputError, near_misses
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Where one of the paper's models differs from the published one; moe None: dense."""
+
+    about: str
+    moe: MoEConfig | None
+    upcycle: UpcycleConfig = PUBLISHED_START
+
+
+def _moe(g_i: int, g_o: int, r_i: int, r_o: int, t_i: int = 1, *, shared: bool = True) -> MoEConfig:
+    """An MoEConfig of the paper's numbers, as the paper trained it.
+
+    Where the output is not cut (G_O = 1), the paper's training code takes the T_I best of all
+    experts and ignores the candidate groups, and where a single expert is active, its weight is
+    the softmax over all of them. So were the paper's rows trained. The published model's weight,
+    a softmax over one logit, is the constant 1, and its router would get no gradient.
+    """
+    shared_size = None if shared else 0
+    return MoEConfig(
+        *(g_i, g_o, r_i, r_o, t_i),
+        shared_expert_intermediate_size=shared_size,
+        # With one candidate group the two selections are the same one.
+        plain_top_k=g_o == 1 and r_o > 1,
+        pre_softmax=g_o == 1 and t_i == 1,
+    )
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "pt": Architecture("Table 1, PT: the dense model as loaded", None),
+    "ct": Architecture("Table 1, CT: the dense model, trained further", None),
+    "c32a2": Architecture(
+        "Table 1, C32A2: sparse upcycling, 32 copies of the FFN, 2 of them active",
+        _moe(1, 1, 32, 1, 2, shared=False),
+    ),
+    "s16a4": Architecture(
+        "Table 1, S16A4: LLaMA-MoE, the FFN in 16 slices, 4 of them active",
+        _moe(16, 1, 1, 1, 4, shared=False),
+    ),
+    "du": Architecture(
+        "Table 1, DU: drop-upcycling, 8 copies of the FFN, half of each redrawn, 2 active",
+        _moe(1, 1, 8, 1, 2, shared=False),
+        UpcycleConfig(drop_ratio=0.5),
+    ),
+    "nvshard": Architecture(
+        "Table 1, NVShard: 8 copies of 8 slices, 8 active, virtual groups at the start",
+        _moe(8, 1, 8, 1, 8, shared=False),
+        UpcycleConfig(virtual_groups=True),
+    ),
+    "no_fg": Architecture("Table 2, No FG: whole FFNs as experts", _moe(1, 1, 1, 2, 1)),
+    "inter_fg": Architecture("Table 2, Inter FG: intermediate slices", _moe(32, 1, 1, 2, 1)),
+    "out_fg": Architecture("Table 2, Out FG: output slices", _moe(1, 2, 1, 2, 1)),
+    "inter_out_fg": Architecture("Table 2, Inter&Out FG: FineRMoE itself", MoEConfig()),
+    "separate_routers": Architecture(
+        "Table 3, separate routers: a second router chooses the candidate groups",
+        MoEConfig(separate_routers=True),
+    ),
+    "add_concat_proj": Architecture(
+        "Table 3, AddConcatProj: a projection after the concatenation",
+        MoEConfig(concat_proj="routed"),
+    ),
+    "no_shared_expert": Architecture(
+        "Table 3, NoShareExpert: routed experts alone",
+        MoEConfig(shared_expert_intermediate_size=0),
+    ),
+}
+
+# A start that goes with every architecture that has a shared expert.
+STARTS: Mapping[str, Mapping[str, Any]] = {
+    "function_preserving": dict(function_preserving=True),
+}
+
+
+def _lean(config: Any) -> None:
+    config.optimizer.name = "adafactor"
+    config.data.global_batch_size = 1
+    config.data.sequence_length = min(config.data.sequence_length, 2048)
+    config.train.update(
+        param_dtype="bfloat16", remat="full", grad_accumulation=1, loss_chunk_tokens=512
+    )
+
+
+# "lean" is for one device of 16 GB: Adafactor, bfloat16 weights, one sequence of at most 2048
+# tokens a step, so that no gradients are summed in float32.
+RECIPES = {"lean": _lean}
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of a name, or of four or five numbers G_I,G_O,R_I,R_O[,T_I].
+
+    Raises InputError for another name, with near misses, or for numbers that are no architecture.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if re.fullmatch(r"\d+(,\d+)*", name):
+        numbers = [int(number) for number in name.split(",")]
+        if len(numbers) not in (4, 5):
+            raise InputError(
+                f"{name} has {len(numbers)} numbers; an architecture has 4 or 5: "
+                "G_I,G_O,R_I,R_O[,T_I]"
+            )
+        return Architecture("", _moe(*numbers))
+    known = (*ARCHITECTURES, *STARTS, *RECIPES)
+    raise InputError(
+        f"unknown variant {name!r}. {near_misses(name, known)} Four or five numbers are "
+        "G_I,G_O,R_I,R_O[,T_I]; + combines an architecture with "
+        f"{' and '.join((*STARTS, *RECIPES))}."
+    )
+
+
+def apply_variant(config: Any, variant: str) -> None:
+    """What `--config=configs/NAME.py:VARIANT` changes in a preset, in place; "" changes nothing.
+
+    An architecture replaces config.moe and config.upcycle as a whole: whatever granularities the
+    preset has, `c32a2` is the paper's. Raises InputError for names that are unknown or empty, and
+    for two architectures in one variant.
+    """
+    chosen: list[str] = []
+    starts: list[Mapping[str, Any]] = []
+    for name in variant.split("+") if variant else ():
+        if name in RECIPES:
+            RECIPES[name](config)
+        elif name in STARTS:
+            starts.append(STARTS[name])
+        else:
+            architecture(name)
+            chosen.append(name)
+    if len(chosen) > 1:
+        raise InputError(
+            f"variant {variant!r} combines the architectures {' and '.join(chosen)}; a run has one"
+        )
+    if chosen:
+        one = architecture(chosen[0])
+        config.moe = one.moe and type(config)(dataclasses.asdict(one.moe), type_safe=False)
+        config.upcycle.update(dataclasses.asdict(one.upcycle))
+    for start in starts:
+        config.upcycle.update(start)

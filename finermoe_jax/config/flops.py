@@ -1,0 +1,59 @@
+"""Model FLOPs of a training step, and what a device could do: model FLOPs utilisation (MFU).
+
+MFU = model FLOPs per second / (devices * peak of one device)
+
+Model FLOPs are those that the model's arithmetic needs, whatever the program does: recomputation,
+padding, masked scores and the optimizer do not count, nor does elementwise work. Forward, per token
+(letters: config/model.py; C is the mean number of keys a causal query sees, (T + 1) / 2):
+
+    attention projections   2 D H (N + 2 K) + 2 N H D      each layer
+    scores and their sum    4 N H C                        each layer
+    dense FFN               6 D F_dense                    each dense layer
+    router                  2 D E                          each MoE layer, as all below
+    second router           2 D R O                        separate_routers only
+    shared expert           6 D F_shared + 2 D             its gate is the last term
+    routed experts          A (4 D F + 2 F W)              the A active ones
+    concat_proj             2 D D                          ablation only
+    lm_head                 2 D V                          once, tied or not
+
+Forward and backward take three times that; what a frozen backbone holds has no weight gradient and
+takes it twice. Tokens are those that are no padding. Packed documents see fewer keys than C: for
+them the scores, and MFU with them, are counted a little too high.
+"""
+
+from finermoe_jax.config.model import ModelConfig
+
+
+def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
+    """FLOPs per token of the forward pass, all layers together, by what they are spent on."""
+    d, head = model.hidden_size, model.attention_head_dim
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    moe_layers = model.layer_kinds.count("moe")
+    dense_layers = model.num_hidden_layers - moe_layers
+    layer = {
+        "attention projections": 2 * d * head * (2 * heads + 2 * kv_heads),
+        "scores": 4 * heads * head * (sequence_length + 1) / 2,
+    }
+    flops = {name: float(model.num_hidden_layers * value) for name, value in layer.items()}
+    flops["dense FFN"] = 6.0 * dense_layers * d * model.intermediate_size
+    if moe := model.moe if moe_layers else None:
+        f, w = model.expert_intermediate_size, model.expert_output_size
+        shared = model.shared_expert_size
+        part = {
+            "router": 2 * d * (moe.num_experts + moe.separate_routers * moe.num_groups),
+            "shared expert": 6 * d * shared + 2 * d * (shared > 0),
+            "routed experts": moe.num_active * (4 * d * f + 2 * f * w),
+            "concat_proj": 2 * d * d * (moe.concat_proj != "none"),
+        }
+        flops |= {name: float(moe_layers * value) for name, value in part.items()}
+    flops["lm_head"] = 2.0 * d * model.vocab_size
+    return flops
+
+
+def training_flops(
+    model: ModelConfig, sequence_length: int, freeze_backbone: bool = False
+) -> float:
+    """FLOPs per token of the forward and the backward pass."""
+    forward = forward_flops(model, sequence_length)
+    still = ("attention projections", "dense FFN", "lm_head") if freeze_backbone else ()
+    return 3.0 * sum(forward.values()) - sum(forward[name] for name in still)

@@ -1,0 +1,510 @@
+"""What a model is: frozen dataclasses, their validation, the glossary of symbols.
+
+Symbols of the paper (arXiv 2603.13364) and their names here:
+
+    h    hidden_size                  model width
+    H    intermediate_size            width of the dense FFN, and of the shared expert
+    G_I  intermediate_granularity     slices along the intermediate width
+    G_O  output_granularity           slots along the output width, concatenated
+    R_I  intermediate_expansion       copies of each slice inside a group
+    R_O  output_expansion             candidate groups per slot
+    T_I  active_per_group             experts active in the chosen group
+    N    num_experts                  G_O * R_O * R_I * G_I
+    H_e  expert_intermediate_size     H / G_I
+    h_e  expert_output_size           h / G_O
+
+Letters of array axes, in einsums and shape annotations:
+
+    B batch   T tokens   D model width   N query heads   K kv heads   H head dim   S keys
+    L layers  V vocabulary  E experts    F expert intermediate   W expert output width
+    O slots   R candidates  G experts in a group   A active experts per token   M routed rows
+"""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from finermoe_jax.errors import InputError
+
+
+def check_fields(config: Any) -> None:
+    """Raises InputError for a field of a dataclass whose value is of another type.
+
+    An int serves as a float, a bool as neither. Files are read by run_settings.from_dict, which
+    converts; this is for whoever makes a config in Python.
+    """
+    for name, kinds in _kinds(config.__class__).items():
+        value = getattr(config, name)
+        if not any(_is_of(value, kind) for kind in kinds):
+            wanted = " or ".join(
+                ", ".join(map(repr, typing.get_args(kind)))
+                if typing.get_origin(kind) is Literal
+                else "None"
+                if kind is type(None)
+                else getattr(kind, "__name__", str(kind))
+                for kind in kinds
+            )
+            raise InputError(f"{name}={value!r} must be {wanted}")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, tuple]:
+    """The types of every field, those of a union one by one."""
+    return {
+        name: typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        of = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_of(item, of) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """One FineRMoE layer. The defaults are the published models' settings.
+
+    The first five fields are the paper's granularities and expansions; the rest names each point
+    where the published HF model, the published training code, the paper and its ablations differ.
+    The default of each is the published HF model's behaviour.
+    """
+
+    intermediate_granularity: int = 32
+    output_granularity: int = 2
+    intermediate_expansion: int = 1
+    output_expansion: int = 2
+    active_per_group: int = 1
+    # Width of the shared expert: None is the dense FFN's full width, 0 means no shared expert.
+    shared_expert_intermediate_size: int | None = None
+    # Training code at G_O = 1: top-k over all logits, candidate groups ignored.
+    plain_top_k: bool = False
+    # Training code at one active expert in total: its weight is the softmax over all experts.
+    pre_softmax: bool = False
+    # Divide the weights once more by their sum (HF key of the same name).
+    norm_topk_prob: bool = False
+    # Ablation AddConcatProj. "routed": proj(routed) + shared, the HF model;
+    # "all": proj(routed + shared), the training code with shared-expert overlap.
+    concat_proj: Literal["none", "routed", "all"] = "none"
+    # Ablation of Table 3: a second router chooses the candidate group of each slot.
+    separate_routers: bool = False
+    # Arithmetic of the router's logits and of the selection.
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Which layers are MoE layers (HF keys of the same names).
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in _GRANULARITIES:
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(
+                    f"{name}={value} must be at least 1. (In the published training code 0 means "
+                    '"the same as the granularity"; write that number out.)'
+                )
+        if self.active_per_group > self.group_size and not self.plain_top_k:
+            raise InputError(
+                f"active_per_group={self.active_per_group} exceeds the {self.group_size} experts "
+                f"of a group (intermediate_granularity={self.intermediate_granularity} * "
+                f"intermediate_expansion={self.intermediate_expansion})"
+            )
+        if self.plain_top_k and self.output_granularity != 1:
+            raise InputError(
+                "plain_top_k selects over all experts of one slot and needs output_granularity=1, "
+                f"not {self.output_granularity}"
+            )
+        if self.plain_top_k and self.active_per_group > self.num_experts:
+            raise InputError(
+                f"active_per_group={self.active_per_group} exceeds the {self.num_experts} experts"
+            )
+        if self.pre_softmax and self.norm_topk_prob:
+            raise InputError(
+                "pre_softmax=True with norm_topk_prob=True contradict each other: dividing by the "
+                "sum undoes the softmax over all experts; set one of them to False"
+            )
+        if self.plain_top_k and self.separate_routers:
+            raise InputError("plain_top_k has no candidate groups for separate_routers to choose")
+        if self.shared_expert_intermediate_size is not None:
+            if self.shared_expert_intermediate_size < 0:
+                raise InputError(
+                    "shared_expert_intermediate_size="
+                    f"{self.shared_expert_intermediate_size} must be 0 (none) or positive"
+                )
+        if self.decoder_sparse_step < 1:
+            raise InputError(
+                f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1; leave the "
+                "MoE settings away for a dense model"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Experts of one candidate group: G_I * R_I."""
+        return self.intermediate_granularity * self.intermediate_expansion
+
+    @property
+    def num_groups(self) -> int:
+        """Candidate groups of all slots: G_O * R_O."""
+        return self.output_granularity * self.output_expansion
+
+    @property
+    def num_experts(self) -> int:
+        """N, the routed experts of a layer."""
+        return self.num_groups * self.group_size
+
+    @property
+    def num_active(self) -> int:
+        """Active experts per token: G_O * T_I."""
+        return self.output_granularity * self.active_per_group
+
+
+_GRANULARITIES = (
+    "intermediate_granularity",
+    "output_granularity",
+    "intermediate_expansion",
+    "output_expansion",
+    "active_per_group",
+)
+
+LayerKind = Literal["dense", "moe"]
+# Finding the runs of the strangest mixture of layer kinds then still takes seconds.
+_MOST_LAYERS = 1024
+
+
+# Beyond this float32 could not tell one position from the next million.
+_MOST_POSITIONS = 1e15
+RopeType = Literal["linear", "llama3", "yarn"]
+# Of each type: the fields that it needs, and those that it may have.
+ROPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary embeddings for longer contexts. Field names and values follow HF's, None: not stated.
+
+    linear divides every frequency by factor. llama3 (Llama 3.1) divides by factor the frequencies
+    that turn fewer than low_freq_factor times within the original context and keeps those that turn
+    more than high_freq_factor times; linear in between. yarn (arXiv 2309.00071) does the same
+    between beta_slow and beta_fast turns, but linear in the pair's number, and also scales the
+    rotated queries and keys. finermoe_jax/layers/basic.py computes all three.
+    """
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    # None: the model's max_position_embeddings.
+    original_max_position_embeddings: int | None = None
+    rope_type: RopeType = "llama3"
+    # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
+    truncate: bool | None = None
+
+    def __post_init__(self) -> None:
+        needed, optional = ROPE_FIELDS[self.rope_type]
+        for name, value in self.stated.items():
+            if name not in (*needed, *optional):
+                raise InputError(
+                    f"rope_scaling: {name}={value} does not go with rope_type={self.rope_type}"
+                )
+            if not (value is False or 0 < value < _MOST_POSITIONS):  # also refuses NaN
+                raise InputError(
+                    f"rope_scaling: {name}={value} must be positive and below {_MOST_POSITIONS:g}"
+                )
+        for name in needed:
+            if getattr(self, name) is None:
+                raise InputError(f"rope_scaling: rope_type={self.rope_type} lacks {name}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise InputError(
+                f"rope_scaling: high_freq_factor={high} must be above low_freq_factor={low}"
+            )
+
+    @property
+    def stated(self) -> dict[str, float]:
+        """Every number that is stated, by its field."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k != "rope_type" and v is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of Qwen2's, Llama's or Qwen3's kind; `moe` is None for a dense model.
+
+    Field names follow HF's.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    # Bias of q, k and v: Qwen2 has it, Llama has not. The output projection never has one.
+    attention_bias: bool = True
+    # RMSNorm over head_dim of q and k, before they are rotated: Qwen3 has it.
+    qk_norm: bool = False
+    # None: hidden_size / num_attention_heads.
+    head_dim: int | None = None
+    # None: plain rotary embeddings.
+    rope_scaling: RopeScaling | None = None
+    # Standard deviation of what is drawn when training from scratch (Table 5).
+    initializer_range: float = 0.008
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise InputError(
+                f"num_hidden_layers={self.num_hidden_layers} must be at most {_MOST_LAYERS}"
+            )
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
+                raise InputError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.rope_scaling is not None:
+            if self.max_position_embeddings >= _MOST_POSITIONS:
+                raise InputError(
+                    f"max_position_embeddings={self.max_position_embeddings} must be below "
+                    f"{_MOST_POSITIONS:g} with rope_scaling"
+                )
+            if self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+                raise InputError(
+                    f"rope_theta={self.rope_theta} must be above 1 with rope_type=yarn"
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim is not None and self.head_dim < 1:
+            raise InputError(f"head_dim={self.head_dim} must be at least 1, or left away")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
+                f"{self.num_attention_heads}, or head_dim must be given"
+            )
+        if self.attention_head_dim % 2:
+            raise InputError(
+                f"head_dim={self.attention_head_dim} must be even for rotary embeddings"
+            )
+        if self.moe is not None:
+            _check_divides(self, "intermediate_size", self.moe, "intermediate_granularity")
+            _check_divides(self, "hidden_size", self.moe, "output_granularity")
+            for layer in self.moe.mlp_only_layers:
+                if not 0 <= layer < self.num_hidden_layers:
+                    raise InputError(
+                        f"mlp_only_layers names layer {layer}, but num_hidden_layers="
+                        f"{self.num_hidden_layers}"
+                    )
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """The most positions: max_position_embeddings, or what rope_scaling stretches it to.
+
+        Files state the stretched context in max_position_embeddings for llama3, but for linear and
+        yarn scaling they usually leave the original one there.
+        """
+        scaling, longest = self.rope_scaling, self.max_position_embeddings
+        if scaling is None or scaling.rope_type == "llama3":
+            return longest
+        original = scaling.original_max_position_embeddings or longest
+        return max(longest, int(scaling.factor * original))
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        """H_e, the intermediate width of one expert."""
+        assert self.moe is not None
+        return self.intermediate_size // self.moe.intermediate_granularity
+
+    @property
+    def expert_output_size(self) -> int:
+        """h_e, the output width of one expert."""
+        assert self.moe is not None
+        return self.hidden_size // self.moe.output_granularity
+
+    @property
+    def shared_expert_size(self) -> int:
+        """Width of the shared expert; 0 when there is none."""
+        assert self.moe is not None
+        width = self.moe.shared_expert_intermediate_size
+        return self.intermediate_size if width is None else width
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Each layer's kind, by HF's rule for decoder_sparse_step and mlp_only_layers."""
+
+        def kind(layer: int) -> LayerKind:
+            if self.moe is None or layer in self.moe.mlp_only_layers:
+                return "dense"
+            return "dense" if (layer + 1) % self.moe.decoder_sparse_step else "moe"
+
+        return tuple(kind(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def layer_runs(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+        """The layers as (pattern, repeats) runs; each run is compiled once and scanned.
+
+        All-MoE is one run of a one-layer pattern; decoder_sparse_step=2 is one run of the
+        pattern (dense, moe). At each layer the repeating pattern that covers most layers wins.
+        """
+        kinds, runs, start = self.layer_kinds, [], 0
+        while start < len(kinds):
+            best = (kinds[start : start + 1], 1)
+            for period in range(1, (len(kinds) - start) // 2 + 1):
+                pattern = kinds[start : start + period]
+                repeats = 1
+                while kinds[start + period * repeats :][:period] == pattern:
+                    repeats += 1
+                if repeats > 1 and period * repeats > len(best[0]) * best[1]:
+                    best = (pattern, repeats)
+                if len(best[0]) * best[1] == len(kinds) - start:
+                    break
+            runs.append(best)
+            start += len(best[0]) * best[1]
+        return tuple(runs)
+
+
+def _check_divides(model: ModelConfig, size: str, moe: MoEConfig, granularity: str) -> None:
+    whole, parts = getattr(model, size), getattr(moe, granularity)
+    if whole % parts:
+        raise InputError(
+            f"{size}={whole} must be a multiple of {granularity}={parts}; it leaves a remainder "
+            f"of {whole % parts}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UpcycleConfig:
+    """How a dense FFN becomes experts, where the architecture alone does not say it.
+
+    The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
+    finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
+    """
+
+    # Drop-upcycling: share of the intermediate channels that each expert redraws.
+    drop_ratio: float = 0.0
+    # NVShard: one router row for all slices of a copy, so that whole copies are chosen.
+    virtual_groups: bool = False
+    # Starts at the dense model's logits: the shared expert alone speaks, with its gate's 1/2
+    # made good, and every routed down-projection is zero.
+    function_preserving: bool = False
+    # Standard deviation of concat_proj; 0 gives zeros.
+    concat_proj_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, number, high in (
+            ("drop_ratio", self.drop_ratio, 1),
+            ("concat_proj_std", self.concat_proj_std, 1e6),
+        ):
+            if not 0 <= number <= high:  # also refuses NaN
+                raise InputError(f"upcycle.{name}={number} must lie between 0 and {high}")
+        if self.drop_ratio and self.function_preserving:
+            raise InputError(
+                f"upcycle.drop_ratio={self.drop_ratio} redraws down-projections that "
+                "upcycle.function_preserving=True starts at zero; set one of them to its default"
+            )
+        if self.function_preserving and not self.concat_proj_std:
+            raise InputError(
+                f"upcycle.concat_proj_std={self.concat_proj_std} with "
+                "upcycle.function_preserving=True: projection and experts' outputs would both be "
+                "zero, and stay so, since each one's gradient is a multiple of the other; set one "
+                "of them to its default"
+            )
+
+    def check(self, moe: MoEConfig | None) -> None:
+        """Raises InputError, naming both values, where `moe` cannot start as this says."""
+        against: dict[str, list[str]] = {field.name: [] for field in dataclasses.fields(self)}
+        if moe is None:
+            for reasons in against.values():
+                reasons.append("moe=None, a dense model")
+        else:
+            shared = moe.shared_expert_intermediate_size
+            if moe.concat_proj == "none":
+                against["concat_proj_std"].append("moe.concat_proj=none")
+            if moe.concat_proj == "all":
+                against["function_preserving"].append(
+                    "moe.concat_proj=all, which projects the shared expert's output, too"
+                )
+            if shared == 0:
+                against["function_preserving"].append(
+                    "moe.shared_expert_intermediate_size=0; it needs a shared expert"
+                )
+            else:
+                against["virtual_groups"].append(
+                    f"moe.shared_expert_intermediate_size={shared}; it needs 0"
+                )
+            if moe.output_granularity != 1:
+                against["virtual_groups"].append(
+                    f"moe.output_granularity={moe.output_granularity}; it needs 1"
+                )
+            if moe.active_per_group % moe.intermediate_granularity:
+                against["virtual_groups"].append(
+                    f"moe.active_per_group={moe.active_per_group}; it needs a multiple of "
+                    f"moe.intermediate_granularity={moe.intermediate_granularity}"
+                )
+            for name in ("pre_softmax", "separate_routers"):
+                if getattr(moe, name):
+                    against["virtual_groups"].append(f"moe.{name}=True; it needs False")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and against[field.name]:
+                raise InputError(
+                    f"upcycle.{field.name}={value} does not go with {against[field.name][0]}"
+                )
+
+
+PUBLISHED_START = UpcycleConfig()

@@ -1,0 +1,94 @@
+"""Config files: the presets of configs/ by name, and files of the user's own by path."""
+
+import inspect
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.paths import local
+
+
+def preset(name: str) -> Any:
+    """The ConfigDict that --config=NAME reads: of a preset (`demo`), or of a file (`my/run.py`).
+
+    Either may end in `:VARIANT`. `run_config` makes a RunConfig of it.
+
+    Raises InputError where there is no such file and, naming it, where it fails or returns
+    something else than a ConfigDict.
+    """
+    from ml_collections import ConfigDict  # the library itself runs without it
+
+    path, variant = find_config(name)
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if not callable(get_config):
+            raise InputError("it defines no function get_config()")
+        _check_variant(get_config, variant)
+        config = get_config() if variant is None else get_config(variant)
+    except InputError as error:
+        raise InputError(f"config file {path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a config file may raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f" in line {frame.lineno}" for frame in frames if frame.filename == str(path)]
+        where = lines[-1] if lines else ""
+        raise InputError(
+            f"config file {path} failed{where}: {type(error).__name__}: {error}"
+        ) from None
+    if not isinstance(config, ConfigDict):
+        found = "nothing" if config is None else f"a {type(config).__name__}"
+        raise InputError(
+            f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
+            "change and return the one that finermoe_jax.default_config() gives"
+        )
+    return config
+
+
+def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:
+    """Raises InputError where a config does not take the variant, or needs one."""
+    try:
+        inspect.signature(get_config).bind(*([] if variant is None else [variant]))
+    except TypeError:
+        if variant is None:
+            raise InputError('this config needs a variant: add ":NAME" to --config') from None
+        raise InputError(
+            f'this config has no variants: remove ":{variant}" from --config'
+        ) from None
+
+
+def find_config(name: str) -> tuple[Path, str | None]:
+    """The file of `PATH[:VARIANT]` or `PRESET[:VARIANT]`, and the variant; None without one.
+
+    Paths may hold colons: the longest part of `name` that is a file is the path.
+
+    Raises InputError, with near misses and the presets, where there is none.
+    """
+    name = local(name, "--config")
+    for end in (len(name), *(i for i in reversed(range(len(name))) if name[i] == ":")):
+        path, variant = name[:end], name[end + 1 :] if end < len(name) else None
+        if find(path).is_file():
+            return find(path), variant
+        if "/" not in path and find(f"configs/{path}.py").is_file():
+            return find(f"configs/{path}.py"), variant
+    path = re.split(r"(?<=\.py):", name)[0] if ".py" in name else name.partition(":")[0]
+    raise InputError(_not_found(path))
+
+
+def _not_found(path: str) -> str:
+    """The message for a --config that is no file and no preset."""
+    presets = sorted(file.stem for file in find("configs").glob("*.py"))
+    folder, listed = os.path.dirname(path), f"Presets: {', '.join(presets)}."
+    if folder or path.endswith(".py"):
+        message = f"config file {path} does not exist."
+    else:
+        message = f"--config={path} is neither a preset nor a file."
+    known = presets
+    if folder:
+        known = [os.path.join(folder, file.name) for file in find(folder).glob("*.py")]
+    hint = near_misses(path if folder else path.removesuffix(".py"), known)
+    return " ".join([message, *([hint] if hint.startswith("Did you mean") else []), listed])

@@ -1,0 +1,289 @@
+"""What a run is: model, start, data, optimizer, mesh, training."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from finermoe_jax.config.model import (
+    PUBLISHED_START,
+    ModelConfig,
+    MoEConfig,
+    UpcycleConfig,
+    check_fields,
+)
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.runtime.paths import local, local_list
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on, in rows of sequence_length tokens (docs/data.md)."""
+
+    # Text, a directory of finermoe_jax.prepare_data, a Megatron .bin/.idx pair, or a mixture
+    # "path:weight,path:weight".
+    path: str = ""
+    # "stream": windows of the token stream, across documents. "documents": whole documents in a
+    # row, each on its own in attention, positions and loss.
+    packing: Literal["stream", "documents"] = "stream"
+    # A directory with tokenizer files; empty: the tokenizer of init_from.
+    tokenizer: str = ""
+    sequence_length: int = 8192
+    # Sequences per optimizer step, over all devices.
+    global_batch_size: int = 2048
+    # Share of each source, taken from its end, that is held out; and the rows scored of it.
+    # With eval_path that source is scored, and nothing held out.
+    eval_fraction: float = 0.05
+    eval_path: str = ""
+    eval_windows: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", local_list(self.path, "data.path"))
+        for name in ("tokenizer", "eval_path"):
+            object.__setattr__(self, name, local(getattr(self, name), f"data.{name}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
+
+    # "adafactor": second moments kept as sums over either of an array's two largest axes (small
+    # ones whole), no first moment; same
+    # schedule, clipping and decay. beta1, beta2 and moment_dtype are AdamW's alone.
+    name: Literal["adamw", "adafactor"] = "adamw"
+    # AdamW's first moment. The second keeps the weights' dtype: Optax has no option for it.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    learning_rate: float = 1e-5
+    final_learning_rate: float = 1e-7
+    warmup_fraction: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    # Only embedding, routers, experts and norms train; attention, the FFNs of dense layers and
+    # lm_head stay as they were upcycled, and have neither gradients nor moments.
+    freeze_backbone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, "the rest of the devices"."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, precision, memory and rhythm of a run."""
+
+    steps: int = 2980
+    # Microbatches per optimizer step; their gradients are averaged.
+    grad_accumulation: int = 1
+    # Weight of the load-balancing loss: total = mean cross-entropy + aux_loss_weight * sum over
+    # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
+    # so its effective weight at 8192 tokens is 0.001 / 8192.
+    aux_loss_weight: float = 0.001
+    # Activations' and master weights' dtypes.
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Implementation of the experts (pallas_kernels) and of attention (flash.py: "cpu" and
+    # "reference" take blocks of queries); "auto" goes by the platform.
+    kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
+    # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,
+    # "dots" keeps the results of matrix products.
+    remat: Literal["none", "full", "dots"] = "full"
+    # Layers written out per turn of the loop over layers. With all of them there is no loop, and
+    # no copy of each layer's weights and gradients out of and into their stacks: a tenth of a
+    # step on a CPU, for a compile time that grows with depth.
+    scan_unroll: int = 1
+    # Tokens whose logits exist at one time in the loss, on each device.
+    loss_chunk_tokens: int = 1024
+    # Steps between lines of metrics.jsonl, and between records of every expert's load in
+    # expert_load.jsonl (docs/monitoring.md says how large they are).
+    log_every: int = 1
+    load_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    # The newest so many are kept and, beside them, those of the lowest held-out loss.
+    keep_checkpoints: int = 3
+    keep_best: int = 0
+    # A step whose loss or gradient is not finite is left out; so many in a row end the run.
+    max_skipped_steps: int = 10
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything train.py needs; configs/*.py make one through `default_config`."""
+
+    # The dense architecture. With init_from it must agree with the source; None: as the source.
+    model: ModelConfig | None = None
+    # How the FFNs become experts; None trains the model as init_from holds it.
+    moe: MoEConfig | None = None
+    # What those experts start from.
+    upcycle: UpcycleConfig = PUBLISHED_START
+    # HF directory, hub id or checkpoint of ours to start from; empty: random weights.
+    init_from: str = ""
+    # Prompts whose continuations are shown before and after training.
+    prompts: tuple[str, ...] = ()
+    prompt_tokens: int = 48
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        for group in (self, self.data, self.optimizer, self.mesh, self.train):
+            check_fields(group)
+        object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
+        if self.model is None and not self.init_from:
+            raise InputError("a run needs init_from (weights to start from) or model (a shape)")
+        if self.model is not None and self.model.moe is not None:
+            raise InputError("config.model states the dense shape; the experts go into config.moe")
+        if self.moe is not None and self.model is not None:
+            dataclasses.replace(self.model, moe=self.moe)  # divisibility, before any work
+        self.upcycle.check(self.moe)
+        data, train, optimizer = self.data, self.train, self.optimizer
+        for name, value in (
+            ("data.sequence_length", data.sequence_length),
+            ("data.global_batch_size", data.global_batch_size),
+            ("data.eval_windows", data.eval_windows),
+            ("prompt_tokens", self.prompt_tokens),
+            ("train.steps", train.steps),
+            ("train.grad_accumulation", train.grad_accumulation),
+            ("train.scan_unroll", train.scan_unroll),
+            ("train.loss_chunk_tokens", train.loss_chunk_tokens),
+            ("train.log_every", train.log_every),
+            ("train.load_every", train.load_every),
+            ("train.eval_every", train.eval_every),
+            ("train.checkpoint_every", train.checkpoint_every),
+            ("train.keep_checkpoints", train.keep_checkpoints),
+            ("train.max_skipped_steps", train.max_skipped_steps),
+        ):
+            if value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
+            raise InputError(
+                f"optimizer.moment_dtype={optimizer.moment_dtype} is AdamW's, and optimizer.name="
+                f"{optimizer.name} keeps no first moment: leave it at float32"
+            )
+        for name, number, low, high in (
+            ("data.eval_fraction", data.eval_fraction, 0, 0.999),
+            ("data.seed", data.seed, 0, 2**32 - 1),
+            ("train.seed", train.seed, 0, 2**32 - 1),
+            ("train.keep_best", train.keep_best, 0, 1e6),
+            ("train.aux_loss_weight", train.aux_loss_weight, 0, 1e6),
+            ("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1),
+            ("optimizer.beta1", optimizer.beta1, 0, 0.999999),
+            ("optimizer.beta2", optimizer.beta2, 0, 0.999999),
+            ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e6),
+            ("optimizer.clip_norm", optimizer.clip_norm, 1e-12, 1e12),
+            ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e6),
+            ("optimizer.final_learning_rate", optimizer.final_learning_rate, 0, 1e6),
+        ):
+            if not low <= number <= high:  # also refuses NaN
+                raise InputError(f"{name}={number} must lie between {low} and {high}")
+        if train.keep_best and not (data.eval_fraction or data.eval_path):
+            raise InputError(
+                f"train.keep_best={train.keep_best} ranks by held-out loss, and data.eval_fraction="
+                f"{data.eval_fraction} holds nothing out; set one of them otherwise"
+            )
+        together = math.lcm(train.eval_every, train.checkpoint_every)
+        if train.keep_best and together > train.steps:
+            raise InputError(
+                f"train.keep_best={train.keep_best}: of train.steps={train.steps} none is both "
+                f"scored (train.eval_every={train.eval_every}) and saved (train.checkpoint_every="
+                f"{train.checkpoint_every}) before the last; make one a multiple of the other"
+            )
+        if data.global_batch_size % train.grad_accumulation:
+            raise InputError(
+                f"data.global_batch_size={data.global_batch_size} must be a multiple of "
+                f"train.grad_accumulation={train.grad_accumulation}"
+            )
+
+
+def default_config() -> Any:
+    """An ml_collections ConfigDict holding every field of RunConfig at its default.
+
+    `moe` holds the published settings; `config.moe = None` gives a dense run. `model` is None.
+    """
+    from ml_collections import ConfigDict  # the library itself runs without it
+
+    config = ConfigDict(
+        {
+            field.name: dataclasses.asdict(field.default)  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(field.default)
+            else field.default
+            for field in dataclasses.fields(RunConfig)
+        },
+        type_safe=False,
+    )
+    config.moe = ConfigDict(dataclasses.asdict(MoEConfig()), type_safe=False)
+    return config
+
+
+def run_config(values: Any) -> RunConfig:
+    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
+
+    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
+    """
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if not isinstance(values, Mapping):
+        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
+    return from_dict(RunConfig, values, "config")
+
+
+def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"{where} has no field {key!r}. {near_misses(key, hints)}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - kwargs.keys()):
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or InputError. Ints serve as floats, lists as tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = (arg for arg in args if arg is not type(None))
+        return _coerce(hint, value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise InputError(f"{where}={value!r} must be one of {', '.join(map(str, args))}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}={value!r} must be a list")
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}={value!r} must be a group of fields")
+        return from_dict(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**1000:
+            raise InputError(f"{where}={value!r} is too large")
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where}={value!r} must be of type {hint.__name__}")
+    if hint is int and abs(value) >= 1 << 63:
+        raise InputError(f"{where} has {len(str(abs(value)))} digits; it must fit 64 bits")
+    return value

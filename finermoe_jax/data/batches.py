@@ -1,0 +1,341 @@
+"""Sources of tokens to rows, rows to global batches: the same for any number of processes.
+
+A source is a text file, a prepared directory or a Megatron pair; several are mixed by weight.
+The position in the data is the step number, whatever is mixed or packed.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import grain
+import numpy as np
+
+from finermoe_jax.config.run import DataConfig
+from finermoe_jax.data.megatron import megatron_prefix, open_megatron
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.data.rows import Mixture, Packed, Rows, Windows
+from finermoe_jax.data.text import KNOWN, TextFile, text_kind, tokenize
+from finermoe_jax.data.token_files import (
+    MANIFEST,
+    PARTIAL,
+    Source,
+    TokenStream,
+    open_prepared,
+    tokenizer_hash,
+)
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.files import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Global batches read ahead of the step; each is copied from memory-mapped files by one thread.
+_AHEAD, _THREADS = 4, 2
+
+
+# --- sources --------------------------------------------------------------------------------
+
+
+def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
+    """`path`, or `path:weight,path:weight`, as paths and exact weights; weight 0 leaves out.
+
+    Raises InputError: a weight that is missing, negative or no number, none above 0, a path twice.
+    """
+    if _lies_there(text):
+        return [(text, Fraction(1))]
+    found: dict[str, Fraction] = {}
+    places: dict[Path, str] = {}
+    items = [item.strip() for item in text.split(",")]
+    for item in items:
+        path, colon, weight = item.rpartition(":")
+        if not colon:
+            path, weight = item, "1" if len(items) == 1 else ""
+        try:
+            share = Fraction(weight)
+        except (ValueError, ZeroDivisionError):
+            raise InputError(
+                f"data.path: the weight {weight!r} of {path or item} is not a number; a mixture "
+                "is written path:weight,path:weight"
+            ) from None
+        if not path or share < 0:
+            raise InputError(
+                f"data.path: {item!r} must be a path and a weight of at least 0, path:weight"
+            )
+        place = _place(path)
+        if place in places:
+            first = places[place]
+            spelt = "" if first == path else f" (as {first})"
+            raise InputError(
+                f"data.path names {path} twice{spelt}, with weights {float(found[first])} and "
+                f"{float(share)}: name it once, with their sum"
+            )
+        places[place], found[path] = path, share
+    if not any(found.values()):
+        raise InputError(f"data.path={text!r}: all weights are 0; at least one must be above")
+    return [(path, share) for path, share in found.items() if share]
+
+
+def _lies_there(name: str) -> bool:
+    """Whether a path names something to read."""
+    try:
+        return find(name).exists() or megatron_prefix(find(name)) is not None
+    except OSError:  # no name of a file: too long, say
+        return False
+
+
+def _place(name: str) -> Path:
+    """The same for all spellings of a source's path."""
+    if not _lies_there(name):
+        return Path(name)
+    path = find(name)
+    return (megatron_prefix(path) or path).resolve()
+
+
+def open_source(
+    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, vocab_size: int,
+    show_progress: bool,
+) -> Source:  # fmt: skip
+    """What a path of data.path or data.eval_path names, by what lies there.
+
+    Raises InputError for what is none of the known kinds, and whatever is wrong with it.
+    """
+    try:
+        path = find(name)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    if (path / MANIFEST).is_file():
+        return open_prepared(
+            path, tokenizer_hash(files), tokenizer.eos_token_id, vocab_size, show_progress
+        )
+    if (path / PARTIAL).is_file():
+        raise InputError(
+            f"{path} is not prepared to the end: start python -m finermoe_jax.cli.prepare_data "
+            "once more with the same arguments, and it goes on"
+        )
+    if prefix := megatron_prefix(path):
+        return open_megatron(prefix, show_progress)
+    tokens_file = path if path.suffix == ".bin" else Path(f"{path}.bin")
+    if tokens_file.is_file() and (path == tokens_file or not path.exists()):
+        raise InputError(
+            f"{tokens_file} has no index: {tokens_file.with_suffix('.idx')} does not exist; a "
+            "Megatron pair is both"
+        )
+    if path.is_dir() or (path.is_file() and not text_kind(path)):
+        raise InputError(
+            f"{path} is nothing to train on: neither a directory with {MANIFEST} "
+            f"(finermoe_jax.cli.prepare_data), nor a pair of .bin and .idx, nor text ({KNOWN})"
+        )
+    pieces = list(TextFile(path).pieces())
+    tokens = tokenize(pieces, tokenizer, show_progress)
+    stream = TokenStream([tokens.ids])
+    identity = {
+        "kind": "text",
+        "tokens_sha256": stream.digest(),
+        "tokens": len(stream),
+        "max_id": int(tokens.ids.max(initial=0)),
+    }
+    return Source(str(path), stream, ((tokens.starts, 0),), identity)
+
+
+# --- rows ----------------------------------------------------------------------------------
+
+
+def split_held_out(sources: Sequence[tuple[Source, Fraction]], config: DataConfig) -> tuple[
+    Mixture, Mixture | None
+]:  # fmt: skip
+    """Training rows and held-out rows; the latter come from the end of each source.
+
+    Raises InputError: a source without a row, fewer rows than a batch, held-out text without a row.
+    """
+    training = [_rows(source, config, config.eval_fraction) for source, _ in sources]
+    names, weights = [s.path for s, _ in sources], [w for _, w in sources]
+    kind = "row" if config.packing == "documents" else "window"
+    train = Mixture([part for part, _ in training], names, weights)
+    if len(train) < config.global_batch_size:
+        raise InputError(
+            f"{config.path} gives {len(train)} training {kind}s of {config.sequence_length} "
+            f"tokens, fewer than one batch of data.global_batch_size={config.global_batch_size}; "
+            "use more text, shorter sequences or a smaller batch"
+        )
+    for name, part in zip(names, train.parts, strict=True):
+        if not len(part):
+            raise InputError(
+                f"{name} gives no training {kind} of {config.sequence_length} tokens; leave it "
+                "out of the mixture, or use shorter sequences"
+            )
+    if not config.eval_fraction:
+        return train, None
+    held_out = [part for _, part in training]
+    for (source, _), part in zip(sources, held_out, strict=True):
+        if not len(part):
+            raise InputError(
+                f"the held-out {config.eval_fraction:.0%} of the {len(source.tokens)} tokens of "
+                f"{source.path} is less than one {kind} of {config.sequence_length}; raise "
+                "data.eval_fraction, or set it to 0"
+            )
+    return train, Mixture(held_out, names, weights)
+
+
+def _rows(source: Source, config: DataConfig, held_out: float) -> tuple[Rows, Rows]:
+    """The rows of a source, those of its last `held_out` of tokens (whole documents) apart."""
+    total, length = len(source.tokens), config.sequence_length
+    cut = total - round(total * held_out)
+    if config.packing == "stream":
+        first = Windows(source.tokens, length, 0, cut)
+        return first, Windows(source.tokens, length, cut, total)
+    starts = source.documents()
+    cut = int(np.append(starts, total)[np.searchsorted(starts, cut)])
+    first_packed = Packed(source.tokens, starts, length, 0, cut)
+    return first_packed, Packed(source.tokens, starts, length, cut, total)
+
+
+class RunData(NamedTuple):
+    """What a run reads: `identity`, JSON, tells it from other data."""
+
+    train: Mixture
+    held_out: Mixture | None
+    identity: dict[str, Any]
+
+
+def open_data(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    files: Path,
+    vocab_size: int,
+    show_progress: bool = False,
+) -> RunData:
+    """Opens and checks all that a run reads; None is held out where nothing is to be.
+
+    Args:
+      config: what to read.
+      tokenizer: of text; prepared tokens must come from the same.
+      files: the directory that the tokenizer was loaded from.
+      vocab_size: the model's; token ids must lie below.
+      show_progress: a bar where text is tokenised or tokens are scanned.
+
+    Raises InputError for whatever is wrong with the data.
+    """
+    if not config.path:
+        raise InputError(
+            f"data.path is empty; name text to train on ({KNOWN}), a prepared directory or a "
+            "Megatron pair"
+        )
+    mixture = parse_mixture(config.path)
+    name, colon, _ = config.eval_path.rpartition(":")
+    if not _lies_there(config.eval_path) and (
+        "," in config.eval_path or (colon and _lies_there(name))
+    ):
+        raise InputError(
+            f"data.eval_path={config.eval_path} must name one source, without a weight: only "
+            "data.path takes a mixture"
+        )
+
+    def opened(name: str) -> Source:
+        source = open_source(name, tokenizer, files, vocab_size, show_progress)
+        return dataclasses.replace(source, path=name)  # as the config says it, on every process
+
+    sources = [(opened(name), weight) for name, weight in mixture]
+    held_out = opened(config.eval_path) if config.eval_path else None
+    for source in [s for s, _ in sources] + ([held_out] if held_out else []):
+        largest = source.identity["max_id"]
+        if largest >= vocab_size:
+            raise InputError(
+                f"{source.path} holds the token {largest}, and the model's vocab_size is "
+                f"{vocab_size}: prepare the text with the model's tokenizer"
+            )
+    identity = {
+        "sources": [s.identity | {"path": s.path, "weight": str(w)} for s, w in sources],
+        "eval": held_out and held_out.identity | {"path": held_out.path},
+        "tokenizer_sha256": tokenizer_hash(files),
+    }
+    if held_out is None:
+        return RunData(*split_held_out(sources, config), identity)
+    train, _ = split_held_out(sources, dataclasses.replace(config, eval_fraction=0.0))
+    rows, _ = _rows(held_out, config, 0.0)
+    if not len(rows):
+        raise InputError(
+            f"data.eval_path={config.eval_path} has {len(held_out.tokens)} tokens, too few for a "
+            f"row of data.sequence_length={config.sequence_length}"
+        )
+    return RunData(train, Mixture([rows], [held_out.path], [Fraction(1)]), identity)
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+class Order:
+    """The endless training order, by random access: each source's epochs shuffled on their own."""
+
+    def __init__(self, rows: Mixture, seed: int):
+        self.rows = rows
+        self.parts = [
+            grain.MapDataset.range(first, last).seed(_seed(seed, part)).shuffle().repeat()
+            for part, (first, last) in enumerate(itertools.pairwise(rows.starts))
+        ]
+
+    def __getitem__(self, place: int) -> int:
+        part, inside = self.rows.turn(place)
+        return int(self.parts[part][inside])
+
+
+def _seed(seed: int, part: int) -> int:
+    """The first source's is the run's; sources of one size must not come in one order."""
+    if part == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+
+
+class Batches(grain.sources.RandomAccessDataSource):
+    """Some rows of every global batch, by step."""
+
+    def __init__(self, rows: Mixture, config: DataConfig, wanted: Sequence[int]):
+        self.rows, self.order = rows, Order(rows, config.seed)
+        self.batch_size, self.wanted = config.global_batch_size, wanted
+
+    def __len__(self) -> int:
+        return 1 << 40  # steps: there is no end
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self.batch_size
+        return self.rows.read([self.order[first + row] for row in self.wanted])
+
+    def __repr__(self) -> str:
+        return f"Batches({len(self.wanted)} of {self.batch_size} rows)"
+
+
+def train_batches(
+    rows: Mixture, config: DataConfig, start_step: int, wanted: Sequence[int]
+) -> Iterator[Batch]:
+    """The wanted rows, [R, T + 1], of every global batch from start_step on, read ahead.
+
+    The order depends on the seed alone, and row r of step s is its entry s * global_batch_size + r:
+    global batches are the same however many processes share them, and the position in the data is
+    the step number.
+    """
+    batches = grain.MapDataset.source(Batches(rows, config, wanted))
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+    return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
+
+
+def batch_identity(rows: Mixture, config: DataConfig, step: int) -> list[dict[str, Any]]:
+    """What the global batch of a step, counted from 1, is made of: a row's source, and in it the
+    row's number, its first token, and the epoch."""
+    order, found = Order(rows, config.seed), []
+    first = (step - 1) * config.global_batch_size
+    for row in range(config.global_batch_size):
+        part, inside = rows.locate(order[first + row])
+        epoch = rows.turn(first + row)[1] // len(rows.parts[part])
+        found.append(
+            {
+                "row": row,
+                "source": rows.names[part],
+                "index": inside,
+                "first_token": rows.parts[part].first_token(inside),
+                "epoch": epoch,
+            }
+        )
+    return found

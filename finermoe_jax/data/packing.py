@@ -1,0 +1,88 @@
+"""Batches of tokens, and whole documents packed into their rows. Letters: config/model.py.
+
+Documents are packed in stored order (next fit): a row takes as many whole documents as fit, so
+that it is one range of the token stream. A document longer than a row is cut into rows that
+overlap by one token: each of its tokens but the first is a target once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BLOCK = 1 << 20  # documents looked at together
+
+
+class Batch(NamedTuple):
+    """Rows of tokens: inputs are [:, :-1], targets [:, 1:].
+
+    tokens is int32 [B, T + 1]. segment_ids, int32 of the same shape, numbers the documents of each
+    row from 1, 0 at padding; None where all tokens of a row are one segment.
+    """
+
+    tokens: Any
+    segment_ids: Any = None
+
+
+def counted(batch: Batch) -> Any:
+    """Which targets belong to the document of their input, bool [B, T]: the loss takes those."""
+    if batch.segment_ids is None:
+        return jnp.ones(batch.tokens[:, 1:].shape, bool)
+    inputs, targets = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
+    return (inputs == targets) & (targets != 0)
+
+
+def masks(batch: Batch) -> dict[str, Any]:
+    """What Decoder.features needs to keep documents apart, by name, int32 [B, T].
+
+    Positions begin anew in each document.
+    """
+    if batch.segment_ids is None:
+        return {}
+    segments = jnp.asarray(batch.segment_ids[:, :-1])
+    slots = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+    return {
+        "attention_mask": (segments != 0).astype(jnp.int32),
+        "segment_ids": segments,
+        "position_ids": slots - first,
+    }
+
+
+def pack(starts: np.ndarray, first: int, last: int, size: int) -> np.ndarray:
+    """Ranges [R, 2], int64, of the tokens first … last - 1, each of at most `size`: the rows.
+
+    Args:
+      starts: where documents begin, rising; the first at `first` or before.
+      first: a document's first token.
+      last: where the last document ends.
+      size: tokens of a row, targets included.
+    """
+    inner = starts[(starts > first) & (starts < last)]
+    bounds = np.concatenate([[first], inner, [last]]).astype(np.int64)
+    documents = len(bounds) - 1
+    begins: list[int] = []
+    ends: list[int] = []
+    place = 0  # of the document that the next row begins with
+    for block in range(0, documents, _BLOCK):
+        here = bounds[block : min(block + _BLOCK, documents)]
+        fits = (np.searchsorted(bounds, here + size, side="right") - 1).tolist()
+        while block <= place < block + len(here):
+            following = fits[place - block]
+            if following > place:
+                begins.append(int(bounds[place]))
+                ends.append(int(bounds[following]))
+                place = following
+                continue
+            begin, end = int(bounds[place]), int(bounds[place + 1])
+            while end - begin > size:
+                begins.append(begin)
+                ends.append(begin + size)
+                begin += size - 1
+            # What is left of it shares its row with the documents behind it.
+            place = int(np.searchsorted(bounds, begin + size, side="right")) - 1
+            begins.append(begin)
+            ends.append(int(bounds[place]))
+    return np.stack([np.asarray(begins, np.int64), np.asarray(ends, np.int64)], axis=1)

@@ -1,0 +1,341 @@
+"""Turns text into memory-mapped token shards, once, for any number of runs (docs/data.md).
+
+    python -m finermoe_jax.cli.prepare_data --source=FILE|GLOB|DIR|owner/dataset[,…] --target=DIR
+        --tokenizer=DIR [--processes=N] [--text_field=text] [--split=train] [--shard_tokens=N]
+    python -m finermoe_jax.cli.prepare_data --verify=DIR
+
+One process reads and writes, the others tokenise. What is written follows from the text, the
+tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
+Started once more with the same arguments, it goes on behind the last complete shard.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import glob
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.data import text
+from finermoe_jax.data.shard_writer import ShardWriter, being_written, write_manifest
+from finermoe_jax.data.token_files import (
+    DTYPES,
+    MANIFEST,
+    PARTIAL,
+    Manifest,
+    Settings,
+    Shard,
+    read_manifest,
+    shard_damage,
+    shard_files,
+    tokenizer_hash,
+)
+from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer
+from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.runtime.files import find, make_directory
+from finermoe_jax.runtime.paths import local
+
+_LOCK = ".lock"
+_AHEAD = 4  # batches of text under way for each process
+
+_OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
+
+
+def prepare(
+    sources: list[str], target: Path, tokenizer_files: Path, processes: int = 1,
+    text_field: str = "text", split: str = "train", shard_tokens: int = 1 << 27,
+    say: Callable[[str], None] = print,
+) -> Manifest:  # fmt: skip
+    """Writes, or completes, a prepared directory.
+
+    Args:
+      sources: files, globs, directories (all text in them), ids of Hugging Face datasets.
+      target: the directory; new, empty, or begun with the same arguments.
+      tokenizer_files: a directory with a tokenizer.
+      processes: that tokenise; 1: this one does.
+      text_field: where a JSON line, a row of parquet or of a dataset has its text.
+      split: of Hugging Face datasets.
+      shard_tokens: a shard ends with the piece of text that reaches so many.
+      say: takes what there is to tell.
+
+    A file without text is left out, and said.
+
+    Raises InputError: nothing to read or unreadable, a target that holds something else or was
+    begun with other settings, is being written by another process, or on a full disk.
+    """
+    for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
+        if value < 1:
+            raise InputError(f"--{name}={value} must be at least 1")
+    target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
+    sources = [local(source) for source in sources]
+    tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
+    vocab_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
+    found = expand(sources, split, text_field)
+    settings = Settings(
+        tokenizer=tokenizer_hash(tokenizer_files),
+        vocab_size=vocab_size,
+        eos_id=tokenizer.eos_token_id,
+        dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+        text_field=text_field,
+        split=split,
+        shard_tokens=shard_tokens,
+        sources=tuple(source.name for source in found),
+        source_bytes=tuple(source.size for source in found),
+    )
+    with _room(target), _alone(target):
+        if (target / MANIFEST).is_file():
+            manifest = read_manifest(target / MANIFEST)
+            _refuse_other(target, manifest.settings, settings)
+            say(f"{target} is complete: {_summary(manifest)}")
+            return manifest
+        shards = _begun(target, settings)
+        if shards:
+            say(f"going on behind {len(shards)} complete shards")
+        writer = ShardWriter(target, settings, shards)
+        with (
+            contextlib.closing(writer),
+            _encoder(tokenizer, tokenizer_files, processes) as encode,
+        ):
+            _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
+            manifest = writer.finish()
+    say(f"{target}: {_summary(manifest)}")
+    return manifest
+
+
+def _summary(manifest: Manifest) -> str:
+    return (
+        f"{manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+        f"{len(manifest.shards)} shards, {manifest.settings.dtype}"
+    )
+
+
+def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | text.HubText]:
+    """Every source in turn, a directory's or a glob's files by name.
+
+    Raises InputError: nothing found, an empty file, an unknown kind of file, one named twice.
+    """
+    found: list[text.TextFile | text.HubText] = []
+    for source in sources:
+        path = find(source)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and text.text_kind(p))
+            if not files:
+                raise InputError(f"{path} holds no text ({text.KNOWN})")
+        elif path.exists():
+            files = [path]
+        elif glob.has_magic(source):
+            files = sorted(Path(p) for p in glob.glob(source, recursive=True))
+            if not files:
+                raise InputError(f"no file matches {source}")
+        elif text.is_hub_name(source):
+            found.append(text.HubText(source, split, field))
+            continue
+        else:
+            files = [path]
+        found += [text.TextFile(file, field) for file in files]
+    files_found = [source for source in found if isinstance(source, text.TextFile)]
+    if empty := [source.name for source in files_found if not source.size]:
+        raise InputError(f"--source names empty files, leave them out: {', '.join(empty)}")
+    names = collections.Counter(
+        str(source.path.resolve()) if isinstance(source, text.TextFile) else source.name
+        for source in found
+    )
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise InputError(f"--source names {', '.join(twice)} more than once")
+    return found
+
+
+# --- the target -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _room(target: Path) -> Iterator[None]:
+    """Says what to do when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{target} cannot be written: {error.strerror}; make room and start the same command "
+            "again, and it goes on behind the last complete shard"
+        ) from None
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Makes the target, and keeps other processes from writing it until done."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--target={target} is a file; give a directory")
+    make_directory(target)
+    with (target / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {target}") from None
+        try:
+            yield
+        finally:
+            if (target / MANIFEST).is_file():
+                (target / _LOCK).unlink(missing_ok=True)
+
+
+def _begun(target: Path, settings: Settings) -> list[Shard]:
+    """The complete shards that a killed run has left; whatever else it left is removed."""
+    begins = being_written(target / PARTIAL)  # killed there, a run has left nothing else
+    shards: list[Shard] = []
+    if (target / PARTIAL).is_file():
+        manifest = read_manifest(target / PARTIAL)
+        _refuse_other(target, manifest.settings, settings)
+        for shard in manifest.shards:
+            if shard_damage(target, shard, DTYPES[settings.dtype]):
+                break
+            shards.append(shard)
+    elif others := [p.name for p in target.iterdir() if p not in (target / _LOCK, begins)]:
+        raise InputError(
+            f"--target={target} holds {others[0]} and no prepared data: give a new directory"
+        )
+    # From here on a killed run is known by this file.
+    write_manifest(target / PARTIAL, Manifest.of(settings, shards))
+    kept = {path for shard in shards for path in shard_files(target, shard.name)}
+    for path in target.iterdir():
+        ours = _OURS.fullmatch(path.name) or path == being_written(target / MANIFEST)
+        if ours and path not in kept and not path.is_dir():
+            path.unlink()
+    return shards
+
+
+def _refuse_other(target: Path, begun: Settings, settings: Settings) -> None:
+    refuse_differences(
+        f"{target} was prepared with other settings",
+        dataclasses.asdict(begun),
+        dataclasses.asdict(settings),
+        "give a new --target, or the settings that it was prepared with",
+        here="now",
+    )
+
+
+# --- the work -------------------------------------------------------------------------------
+
+
+def _write(
+    sources: list[text.TextFile | text.HubText], writer: ShardWriter, encode: Any, ahead: int,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Sends batches of text to `encode`, and their tokens, in order, to the writer."""
+    first, skipped = writer.end
+    sizes = [source.size for source in sources]
+    bar = tqdm(
+        total=sum(sizes) if all(sizes) else None, unit="B", unit_scale=True, desc="preparing",
+        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, file=sys.stderr,
+    )  # fmt: skip
+    under_way: collections.deque[tuple[list[text.Piece], int, int, int, Any]] = collections.deque()
+    began, tokens = time.monotonic(), 0
+
+    def take() -> None:
+        nonlocal tokens
+        batch, number, done, position, future = under_way.popleft()
+        for piece, ids in zip(batch, future.result(), strict=True):
+            done += 1
+            tokens += len(ids)
+            writer.add(ids, piece.ends_document, number, done)
+        speed = tokens / (time.monotonic() - began)
+        bar.set_postfix_str(f"{tokens:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+        bar.update(sum(sizes[:number]) + position - bar.n)
+
+    with bar:
+        for number in range(first, len(sources)):
+            pieces, done = _filled(sources[number], say), 0
+            if number == first:
+                done = sum(1 for _ in itertools.islice(pieces, skipped))
+                bar.update(sum(sizes[:number]) + sources[number].position - bar.n)
+                bar.initial = bar.n  # what was done before says nothing about the speed
+            for batch in text.batches(pieces):
+                future = encode(batch)
+                under_way.append((batch, number, done, sources[number].position, future))
+                done += len(batch)
+                while len(under_way) >= ahead:
+                    take()
+        while under_way:
+            take()
+
+
+def _filled(
+    source: text.TextFile | text.HubText, say: Callable[[str], None]
+) -> Iterator[text.Piece]:
+    """Its pieces; none, and a warning, where it is blank."""
+    try:
+        yield from source.pieces()
+    except text.BlankError as error:
+        say(f"WARNING: {error}; it is left out")
+
+
+class _Done:
+    """A result that is there."""
+
+    def __init__(self, value: list[np.ndarray]):
+        self.value = value
+
+    def result(self) -> list[np.ndarray]:
+        """It."""
+        return self.value
+
+
+@contextlib.contextmanager
+def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
+    """A function from a batch of pieces to the future of their tokens."""
+    if processes == 1:
+        yield lambda batch: _Done(text.encode(batch, tokenizer))
+        return
+    # Spawned: a fork would copy whatever threads hold at that moment.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _begin_worker, (str(files),)
+    )
+    try:
+        yield lambda batch: pool.submit(_work, batch)
+    except BrokenProcessPool:
+        raise InputError(
+            "a process that tokenises was lost (killed, or out of memory): start the command once "
+            "more, with fewer --processes, and it goes on behind the last complete shard"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: Any = None
+
+
+def _begin_worker(files: str) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker_tokenizer = load_tokenizer(Path(files), ANY_VOCABULARY)
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(batch: list[text.Piece]) -> list[np.ndarray]:
+    return text.encode(batch, _worker_tokenizer)

@@ -1,0 +1,279 @@
+"""Text of files and of Hugging Face datasets, a piece at a time; pieces of text to tokens.
+
+A piece is at most a few hundred thousand characters, cut after a line end: memory stays small
+whatever a file's size, and the tokens of a text do not depend on how it is read.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.data.compressed import SUFFIXES, decompressed
+from finermoe_jax.errors import InputError, import_of_data
+from finermoe_jax.runtime.files import refuse_pointer
+from finermoe_jax.runtime.json_files import json_rows
+from finermoe_jax.runtime.paths import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PIECE_CHARS = 1 << 16  # a piece ends with the line that reaches it
+LINE_CHARS = 1 << 18  # longer lines are cut
+BATCH_CHARS = 1 << 19  # what is given to the tokenizer at once
+BATCH_PIECES = 1024
+
+HALF_PAIR = "half of a surrogate pair, which is no text"
+_KINDS = (".txt", ".jsonl", ".parquet")
+KNOWN = ".txt or .jsonl, plain or with .gz, .xz or .zst, or .parquet"
+
+
+class BlankError(InputError):
+    """A file of text that holds none."""
+
+
+class Piece(NamedTuple):
+    """Some text of a document, and whether the document ends with it."""
+
+    text: str
+    ends_document: bool
+
+
+def text_kind(path: Path) -> str:
+    """ ".txt", ".jsonl" or ".parquet", looking through a compression's suffix; "" for others."""
+    suffixes = [s.lower() for s in path.suffixes]
+    kind = suffixes.pop() if suffixes else ""
+    if kind in SUFFIXES:
+        kind = suffixes.pop() if suffixes else ""
+        return kind if kind in _KINDS[:2] else ""
+    return kind if kind in _KINDS else ""
+
+
+class TextFile:
+    """A .txt file (one document), a .jsonl or a .parquet file (a document a line or row).
+
+    Attributes:
+      size: bytes of the file, compressed as it is.
+      position: how many of them `pieces` has read.
+    """
+
+    def __init__(self, path: Path, field: str = "text"):
+        """Raises InputError: no such file, of an unknown kind, or a git-lfs pointer."""
+        path = Path(local(path))
+        if not path.is_file():
+            raise InputError(f"text file {path} does not exist")
+        if not text_kind(path):
+            raise InputError(f"{path} must end in {KNOWN}")
+        refuse_pointer(path)
+        self.path, self.field = path, field
+        self.size, self.position = path.stat().st_size, 0
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The text, from the beginning.
+
+        Raises InputError: text that is not UTF-8, a line or row without a text, a line of JSON that
+        is too long, a damaged or cut file, a reader that is not installed. BlankError: nothing but
+        white space; no piece of it has then been given.
+        """
+        blank: list[Piece] | None = []  # until there is text
+        try:
+            for piece in self._read():
+                if blank is None:
+                    yield piece
+                    continue
+                blank.append(piece)
+                if piece.text.strip():
+                    yield from blank
+                    blank = None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path} is not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+        if blank is not None:
+            raise BlankError(f"{self.path} holds no text")
+
+    def _read(self) -> Iterator[Piece]:
+        kind = text_kind(self.path)
+        if kind == ".parquet":
+            yield from self._rows()
+            return
+        with self.path.open("rb") as raw, decompressed(raw, self.path) as plain:
+            pieces = self._document(plain) if kind == ".txt" else self._json_lines(plain)
+            for piece in pieces:
+                self.position = raw.tell()
+                yield piece
+
+    def _document(self, stream: io.BufferedReader) -> Iterator[Piece]:
+        # A byte order mark is no text; line ends stay as they are.
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            yield from _cut(text)
+
+    def _json_lines(self, stream: io.BufferedReader) -> Iterator[Piece]:
+        for number, row in json_rows(stream, self.path):
+            text = row.get(self.field) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise InputError(
+                    f'{self.path}, line {number}: not a JSON object with a "{self.field}" string'
+                )
+            if not is_text(text):
+                raise InputError(f"{self.path}, line {number}: {HALF_PAIR}")
+            yield from cut_document(text)
+
+    def _rows(self) -> Iterator[Piece]:
+        pyarrow = import_of_data("pyarrow", self.name)
+        from pyarrow import parquet
+
+        try:
+            yield from self._columns(parquet)
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+
+    def _columns(self, parquet: Any) -> Iterator[Piece]:
+        with parquet.ParquetFile(self.path) as file:
+            if self.field not in file.schema_arrow.names:
+                raise InputError(
+                    f"{self.path} has no column {self.field!r} (--text_field); its columns: "
+                    + ", ".join(file.schema_arrow.names)
+                )
+            row, rows = 0, max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=64, columns=[self.field]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise InputError(f"{self.path}, row {row}: {self.field!r} is no text")
+                    row += 1
+                    self.position = self.size * row // rows
+                    yield from cut_document(text)
+
+
+class HubText:
+    """The rows of a Hugging Face dataset, streamed: `owner/name` or `owner/name:configuration`."""
+
+    size = position = 0  # not known
+
+    def __init__(self, name: str, split: str, field: str):
+        """Raises InputError when the library `datasets` is not installed."""
+        import_of_data("datasets", f"{name} is no file here; as a Hugging Face dataset it")
+        self.name, self.split, self.field = name, split, field
+
+    def pieces(self) -> Iterator[Piece]:
+        """The text, from the beginning.
+
+        Raises InputError: the dataset cannot be had, or a row without a text.
+        """
+        import datasets
+
+        path, _, configuration = self.name.partition(":")
+        number = -1
+        try:
+            rows = datasets.load_dataset(
+                path, configuration or None, split=self.split, streaming=True
+            )
+            for number, row in enumerate(rows):
+                if not isinstance(row.get(self.field), str):
+                    raise InputError(
+                        f"row {number} has no text in {self.field!r} (--text_field); its fields: "
+                        + ", ".join(row)
+                    )
+                yield from cut_document(row[self.field])
+        except Exception as error:  # the library raises many unrelated types
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            raise InputError(f"the dataset {self.name} cannot be read: {first}") from None
+        if number < 0:
+            raise InputError(f"{self.name} holds no text")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no path here may be that of a Hugging Face dataset."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)) and not text_kind(Path(name))
+
+
+def is_text(text: str) -> bool:
+    """Whether a string has a form in UTF-8: halves of surrogate pairs, which JSON can spell, have
+    none."""
+    try:
+        return text.isascii() or text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def cut_document(text: str) -> Iterator[Piece]:
+    """The pieces of one document."""
+    if len(text) < PIECE_CHARS:
+        yield Piece(text, True)
+    else:
+        yield from _cut(io.StringIO(text, newline=""))
+
+
+def _cut(stream: Any) -> Iterator[Piece]:
+    """The pieces of a stream that holds one document."""
+    lines: list[str] = []
+    length = 0
+    while line := stream.readline(LINE_CHARS):
+        if length >= PIECE_CHARS:
+            yield Piece("".join(lines), False)
+            lines, length = [], 0
+        lines.append(line)
+        length += len(line)
+    yield Piece("".join(lines), True)
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of a size that keeps a tokenizer busy."""
+    batch: list[Piece] = []
+    length = 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece.text)
+        if length >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def encode(batch: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase") -> list[np.ndarray]:
+    """Each piece's tokens, int32; a document's last piece ends with the end-of-text token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer([p.text for p in batch], add_special_tokens=False, verbose=False)
+    return [
+        np.asarray(ids + (end if piece.ends_document else []), np.int32)
+        for ids, piece in zip(encoded["input_ids"], batch, strict=True)
+    ]
+
+
+class Tokens(NamedTuple):
+    """ids, int32 [N], of all documents in a row; starts, int64 [D], the first of each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+
+def tokenize(
+    pieces: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase", show_progress: bool = False
+) -> Tokens:
+    """The tokens of documents, each followed by the tokenizer's end-of-text token."""
+    arrays: list[np.ndarray] = []
+    starts: list[int] = []
+    count, begins = 0, True
+    total = sum(len(piece.text) for piece in pieces)
+    with tqdm(
+        total=total, desc="tokenizing", unit="char", unit_scale=True, disable=not show_progress
+    ) as bar:
+        for batch in batches(pieces):
+            for ids, piece in zip(encode(batch, tokenizer), batch, strict=True):
+                if begins:
+                    starts.append(count)
+                arrays.append(ids)
+                count, begins = count + len(ids), piece.ends_document
+            bar.update(sum(len(piece.text) for piece in batch))
+    ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return Tokens(ids, np.asarray(starts, np.int64))

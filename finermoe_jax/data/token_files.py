@@ -1,0 +1,387 @@
+"""Tokens in memory-mapped files: streams of them, and our prepared directories.
+
+A prepared directory (python -m finermoe_jax.cli.prepare_data) holds
+
+    manifest.json          what it was made of and with, and each shard: `Manifest`
+    00000.bin              tokens, little-endian uint16 or uint32
+    00000.documents.npy    int64: where in the shard documents begin
+
+The shards in a row are one stream; a document may go on in the next shard.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import mmap
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.config.run import from_dict
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.files import refuse_pointer
+from finermoe_jax.runtime.json_files import read_json, to_json
+from finermoe_jax.runtime.paths import local
+
+FORMAT = "finermoe-jax tokens 1"
+MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+# --- a stream of tokens ---------------------------------------------------------------------
+
+
+class TokenStream:
+    """Integer arrays in a row, read as one; memory-mapped ones stay on disk."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = list(arrays)
+        self.starts = [0, *itertools.accumulate(len(a) for a in arrays)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, first: int, out: np.ndarray) -> None:
+        """Fills `out`, int32 [N], with the tokens from `first` on; they must be there."""
+        number = bisect.bisect_right(self.starts, first) - 1
+        done = 0
+        while done < len(out):
+            begin = first + done - self.starts[number]
+            part = self.arrays[number][begin : begin + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            number += 1
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens as they are stored."""
+        found = hashlib.sha256()
+        for array in self.arrays:
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tokens to train on, and where their documents begin.
+
+    Attributes:
+      path: what the user calls it.
+      tokens: all of them.
+      document_files: int64 arrays of the documents' first tokens, or .npy files of them, and what
+        to add to each.
+      identity: what tells this data from other data, JSON.
+    """
+
+    path: str
+    tokens: TokenStream
+    document_files: tuple[tuple[np.ndarray | Path, int], ...]
+    identity: dict[str, Any]
+
+    def documents(self) -> np.ndarray:
+        """The first token of each document, int64 [D], rising; in memory.
+
+        Raises InputError when they do not rise, or leave the stream.
+        """
+        starts = np.concatenate(
+            [
+                (_load(found) if isinstance(found, Path) else found) + shift
+                for found, shift in self.document_files
+            ]
+        )
+        if len(starts) and (starts[0] < 0 or starts[-1] > len(self.tokens)):
+            raise InputError(
+                f"{self.path}: its documents begin at tokens {starts[0]} … {starts[-1]}, and it "
+                f"has {len(self.tokens)}; the file is damaged: prepare it anew"
+            )
+        if (np.diff(starts) < 0).any():
+            raise InputError(f"{self.path}: its documents overlap; prepare it anew")
+        return starts
+
+
+def map_file(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """A file's content as an array of its own, memory-mapped, read-only.
+
+    Raises InputError: a file that is missing, may not be read or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return np.frombuffer(mapped, dtype, offset=offset)
+
+
+# --- our own --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One pair of files. `end` is the source it ends in, by number, and that source's pieces of
+    text (finermoe_jax/data/text.py) up to there; `open`: its last document goes on in the next."""
+
+    name: str
+    tokens: int
+    documents: int
+    max_id: int
+    sources: tuple[str, ...]
+    sha256: str
+    documents_sha256: str
+    end: tuple[int, ...]
+    open: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the content of a prepared directory follows from; sources with their sizes in bytes."""
+
+    tokenizer: str
+    vocab_size: int
+    eos_id: int | None
+    dtype: str
+    text_field: str
+    split: str
+    shard_tokens: int
+    sources: tuple[str, ...]
+    source_bytes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """manifest.json. While it is being prepared, the directory holds it under another name."""
+
+    format: str
+    tokens: int
+    documents: int
+    settings: Settings
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, shards: Sequence[Shard]) -> "Manifest":
+        """The manifest of these shards."""
+        tokens, documents = (sum(getattr(s, n) for s in shards) for n in ("tokens", "documents"))
+        return cls(FORMAT, tokens, documents, settings, tuple(shards))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises InputError for a file that is no manifest, or of another format."""
+    values = read_json(path)
+    if (found := values.get("format")) != FORMAT:
+        raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+    manifest: Manifest = from_dict(Manifest, values, str(path))
+    for shard in manifest.shards:
+        if len(shard.end) != 2 or min(*shard.end, shard.tokens, shard.documents) < 0:
+            raise InputError(
+                f"{path}: shard {shard.name!r} has {shard.tokens} tokens, {shard.documents} "
+                f"documents and end={shard.end}, which must be two numbers, none below 0: prepare "
+                "the text anew"
+            )
+    return manifest
+
+
+def shard_name(number: int) -> str:
+    """What the files of a shard are called."""
+    return f"{number:05d}"
+
+
+def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
+    """Where a shard's tokens and its documents lie."""
+    return directory / f"{name}.bin", directory / f"{name}.documents.npy"
+
+
+def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
+    """What the size of a shard's files says against it; empty: nothing."""
+    for path, least, exact in (
+        (shard_files(directory, shard.name)[0], shard.tokens * dtype.itemsize, True),
+        (shard_files(directory, shard.name)[1], shard.documents * 8, False),
+    ):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+        if size != least if exact else size < least:
+            refuse_pointer(path)
+            return f"{path} has {size} bytes, and the manifest says {least}"
+    return ""
+
+
+def open_prepared(
+    directory: Path, tokenizer: str, eos_id: int | None, vocab_size: int = 1 << 32,
+    show_progress: bool = False,
+) -> Source:  # fmt: skip
+    """A prepared directory, checked against its manifest by size and by the largest token.
+
+    Args:
+      directory: holds manifest.json.
+      tokenizer: `tokenizer_hash` of the run's tokenizer.
+      eos_id: its end-of-text token.
+      vocab_size: token ids must lie below.
+      show_progress: a bar while the tokens are scanned.
+
+    Raises InputError: another tokenizer, shards that are missing, unreadable, empty or of another
+    size than the manifest says, tokens beyond the vocabulary.
+    """
+    manifest = read_manifest(directory / MANIFEST)
+    settings = manifest.settings
+    for what, theirs, ours in (
+        ("tokenizer", settings.tokenizer, tokenizer),
+        ("end-of-text token", settings.eos_id, eos_id),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"{directory} was prepared with {what} {theirs}, and the run's is {ours}: set "
+                "data.tokenizer to the one it was prepared with, or prepare the text anew"
+            )
+    empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
+    if empty or not manifest.shards:
+        what = f"shard {empty[0]}" if empty else "the list of shards"
+        raise InputError(f"{directory}: {what} is empty; prepare it anew")
+    if manifest != Manifest.of(settings, manifest.shards):
+        raise InputError(
+            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
+            "documents, which is not the sum of its shards; prepare it anew"
+        )
+    if settings.dtype not in DTYPES:
+        raise InputError(
+            f"{directory}: dtype {settings.dtype!r} must be one of {', '.join(DTYPES)}; prepare it "
+            "anew"
+        )
+    dtype = DTYPES[settings.dtype]
+    _allow_files(len(manifest.shards))
+    arrays: list[np.ndarray] = []
+    documents: list[tuple[Path, int]] = []
+    shift = 0
+    for number, shard in enumerate(manifest.shards):
+        if shard.name != shard_name(number):
+            raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
+        if damage := shard_damage(directory, shard, dtype):
+            raise InputError(f"{damage}: copy it again, or prepare the text anew")
+        files = shard_files(directory, shard.name)
+        arrays.append(map_file(files[0], dtype))
+        documents.append((files[1], shift))
+        if (shape := _load(files[1]).shape) != (shard.documents,):
+            raise InputError(
+                f"{files[1]} has shape {shape}, and the manifest says "
+                f"{shard.documents} documents: copy it again, or prepare the text anew"
+            )
+        shift += shard.tokens
+    _check_ids(directory, manifest, arrays, vocab_size, show_progress)
+    identity = {
+        "kind": "prepared",
+        "manifest_sha256": hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest(),
+        "tokens": manifest.tokens,
+        "max_id": max(shard.max_id for shard in manifest.shards),
+    }
+    return Source(str(directory), TokenStream(arrays), tuple(documents), identity)
+
+
+def _allow_files(count: int) -> None:
+    """Lets this process open so many more files, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+    if soft != resource.RLIM_INFINITY and opened + count > soft // 2:
+        with contextlib.suppress(OSError, ValueError):  # then the file that fails is named
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_ids(
+    directory: Path, manifest: Manifest, arrays: list[np.ndarray], vocab_size: int, bar: bool
+) -> None:
+    """Compares the largest token of each shard with the vocabulary, and with the manifest."""
+    way_out = f"compare the files: python -m finermoe_jax.cli.prepare_data --verify={directory}"
+    with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
+        for shard, tokens in zip(manifest.shards, arrays, strict=True):
+            path, largest = shard_files(directory, shard.name)[0], id_range(tokens, progress)[1]
+            if largest >= vocab_size:
+                raise InputError(
+                    f"{path} holds the token {largest}, and the model's vocab_size is "
+                    f"{vocab_size}: prepare the text with the model's tokenizer; if the file may "
+                    f"be damaged, {way_out}"
+                )
+            if largest != shard.max_id:
+                raise InputError(
+                    f"{path}: its largest token is {largest}, and the manifest says "
+                    f"{shard.max_id}; {way_out}"
+                )
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except Exception:  # a header may be damaged in as many ways as Python code
+        raise InputError(
+            f"{path} is damaged: it is no .npy file of int64; copy it again, or prepare the text "
+            "anew"
+        ) from None
+    if found.dtype != np.dtype("<i8") or found.ndim != 1:
+        raise InputError(f"{path} holds {found.dtype} {found.shape}, not a row of int64")
+    return found
+
+
+def verify(directory: Path) -> Manifest:
+    """Compares every shard with its checksums. Raises InputError naming those that differ."""
+    directory = Path(local(directory))
+    manifest = read_manifest(directory / MANIFEST)
+    bad = []
+    with tqdm(manifest.shards, desc="verifying", unit="shard") as bar:
+        for shard in bar:
+            stated = (shard.sha256, shard.documents_sha256)
+            for path, expected in zip(shard_files(directory, shard.name), stated, strict=True):
+                try:
+                    with path.open("rb") as file:
+                        found = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    found = str(error)
+                if found != expected:
+                    bad.append(f"{path}: {found}, and the manifest says {expected}")
+    if bad:
+        raise InputError("damaged files:\n  " + "\n  ".join(bad))
+    return manifest
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """SHA-256 of what a tokenizer's files say about text and ids.
+
+    Of tokenizer.json, however it is laid out; without it, of the files in its stead.
+    """
+    found = hashlib.sha256()
+    whole = directory / "tokenizer.json"
+    if whole.is_file():
+        content = read_json(whole)
+        for setting in ("truncation", "padding"):  # of how it was called last
+            content.pop(setting, None)
+        found.update(to_json(content, sort_keys=True).encode())
+    else:
+        for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
+            if (directory / name).is_file():
+                found.update(name.encode() + b"\0" + (directory / name).read_bytes())
+    return found.hexdigest()
+
+
+def scan_bar(total: int, name: str) -> tqdm:
+    """Of a scan of so many tokens; without a name it is not shown."""
+    return tqdm(
+        total=total, desc=f"scanning {name}", unit="token", unit_scale=True, disable=not name,
+        mininterval=1,
+    )  # fmt: skip
+
+
+def id_range(tokens: np.ndarray, bar: tqdm | None = None, digest: Any = None) -> tuple[int, int]:
+    """The smallest and the largest of at least one token; `digest` is fed all of them."""
+    low, high, block = int(tokens[0]), int(tokens[0]), 1 << 20
+    for first in range(0, len(tokens), block):
+        part = tokens[first : first + block]
+        low, high = min(low, int(part.min())), max(high, int(part.max()))
+        if digest is not None:
+            digest.update(part)
+        if bar is not None:
+            bar.update(len(part))
+    return low, high

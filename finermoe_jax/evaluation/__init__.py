@@ -1,0 +1,1 @@
+"""Scores of texts and of the benchmarks' tasks."""

@@ -1,0 +1,298 @@
+"""Scores: the held-out loss of a run, perplexity of a file, tasks of the evaluation harness."""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.data.packing import Batch, counted, masks
+from finermoe_jax.data.rows import Mixture
+from finermoe_jax.data.text import Piece, TextFile, tokenize
+from finermoe_jax.data.tokenizers import prefix_token
+from finermoe_jax.errors import InputError
+from finermoe_jax.evaluation.scoring import BATCH_TOKENS, score, windows
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.model.quantize import int8_weights
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.weights.checkpoint import open_with_tokenizer, read_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """What to run of the evaluation harness. names, data_dir, num_fewshot, skip_missing and
+    allow_code_execution as in `tasks.select`; limit: rows of each task, None for all; chat: prompts
+    in the tokenizer's chat template."""
+
+    names: Sequence[str]
+    data_dir: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    skip_missing: bool = False
+    allow_code_execution: bool = False
+
+
+def evaluate(
+    checkpoint: str,
+    *,
+    text: Path | None = None,
+    sequence_length: int = 0,
+    stride: int = 0,
+    tasks: Tasks | None = None,
+    int8: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Scores of a text and of the harness's tasks, spread over all devices.
+
+    Args:
+      checkpoint: a checkpoint, a workdir, a HF directory or a hub id, with its tokenizer.
+      text: a .txt or .jsonl file. Each document is scored in windows of sequence_length tokens (0:
+        the model's limit, at most 2048), `stride` apart (0: half a window): every token once, after
+        at least sequence_length - stride tokens, or all of the document, before it.
+      sequence_length: of text's windows.
+      stride: of text's windows.
+      tasks: what of the harness.
+      int8: scores the model with int8 weights (`int8.int8_weights`), on one device.
+      batch_tokens: tokens that a device computes together, padding included.
+      show_progress: bars on stderr.
+
+    Returns:
+      perplexity, loss (nats per token) and tokens, of text; tasks (name → metric → value), cut (how
+      many of their prompts lost their beginning) and, if there were any, skipped (names).
+
+    Raises InputError, before weights are read: unreadable text, windows that the model does not
+    take, no tokenizer, unknown tasks, missing or unusable rows, the extra `eval` not installed.
+    After: log-likelihoods that are not finite.
+    """
+    if batch_tokens < 1:
+        raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
+    file = TextFile(text) if text else None
+    tasks = _checked(tasks) if tasks else None
+    # Before the harness, which takes many seconds to load.
+    source, tokenizer, ends = open_with_tokenizer(checkpoint)
+    limit = source.config.context_length
+    pieces = list(file.pieces()) if file else []
+    selection: Any = _select(tasks) if tasks else None
+    if text:
+        sequence_length = sequence_length or min(limit, 2048)
+        stride = stride or max(1, sequence_length // 2)
+        if not 1 <= sequence_length <= limit:
+            raise InputError(
+                f"--sequence_length={sequence_length} must lie in 1 … {limit}, the model's limit"
+            )
+        if not 1 <= stride <= sequence_length:
+            raise InputError(f"--stride={stride} must lie in 1 … {sequence_length}, a window")
+    if tasks:
+        _check_tasks(tasks, selection, tokenizer, limit)
+    documents = _documents(pieces, tokenizer, show_progress)
+    if text and not sum(map(len, documents)):
+        raise InputError(f"{text} has no token that could be scored")
+    spread = jax.device_count() > 1 and not int8
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1)) if spread else None
+    model = read_model(source, checkpoint, mesh)
+    if int8:
+        model = int8_weights(model)
+    results: dict[str, Any] = {}
+    options: dict[str, Any] = dict(batch_tokens=batch_tokens, show_progress=show_progress)
+    if text:
+        results |= _perplexity(model, documents, sequence_length, stride, **options)
+    if tasks:
+        harness = dict(ends=ends, **options)
+        results |= _run(model, tokenizer, tasks, selection, harness)
+    return results
+
+
+def perplexity(
+    checkpoint: str, text: Path, sequence_length: int = 0, stride: int = 0
+) -> dict[str, float | int]:
+    """`evaluate` of a text alone."""
+    return evaluate(checkpoint, text=text, sequence_length=sequence_length, stride=stride)
+
+
+class Document(NamedTuple):
+    """ids, int32 [N], scored after the token `prefix` and after each other."""
+
+    prefix: int
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def _documents(pieces: list[Piece], tokenizer: Any, show_progress: bool) -> list[Document]:
+    """The documents' tokens, without the end-of-text tokens that training puts between them.
+
+    A tokenizer without special tokens has nothing for a document's first token to follow: it is
+    not scored.
+    """
+    ids, starts = tokenize(pieces, tokenizer, show_progress and bool(pieces))
+    ends = [*starts[1:], len(ids)] if len(starts) else []
+    prefix, closed = prefix_token(tokenizer), tokenizer.eos_token_id is not None
+    documents = []
+    for start, end in zip(starts, ends, strict=True):
+        own = ids[start : end - closed]
+        if prefix is not None:
+            documents.append(Document(prefix, own))
+        elif len(own):
+            documents.append(Document(int(own[0]), own[1:]))
+    return documents
+
+
+def _perplexity(
+    model: Decoder,
+    documents: list[Document],
+    length: int,
+    stride: int,
+    *,
+    batch_tokens: int,
+    show_progress: bool,
+) -> dict[str, float | int]:
+    total, count = 0.0, sum(map(len, documents))
+    parts = (part for one in documents for part in windows(one.ids, one.prefix, length, stride))
+    bar = tqdm(total=count, desc="scoring", unit="token", disable=not show_progress)
+    with bar:
+        # A bounded number at a time: windows of a long text are many times its tokens.
+        for group in itertools.batched(parts, _WINDOWS):
+            scores = score(model, group, batch_tokens=batch_tokens)
+            total += math.fsum(one.log_likelihood for one in scores)
+            bar.update(sum(len(part.targets) for part in group))
+    loss = -total / count
+    # A loss beyond float64's exponents comes from broken weights; JSON has no infinity.
+    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "tokens": count}
+
+
+_WINDOWS = 512
+
+
+def _checked(tasks: Tasks) -> Tasks:
+    """The tasks with data_dir as a path of this machine; InputError for what is wrong at sight."""
+    data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
+    if not tasks.names:
+        raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
+    if tasks.limit is not None and tasks.limit < 1:
+        raise InputError(f"--limit={tasks.limit} must be at least 1")
+    if tasks.num_fewshot is not None and tasks.num_fewshot < 0:
+        raise InputError(f"--num_fewshot={tasks.num_fewshot} must be 0 or more")
+    if tasks.skip_missing and tasks.data_dir is None:
+        raise InputError("--skip_missing is about the rows of --data_dir; give that too")
+    for package in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"--tasks needs the package {package}: pip install 'finermoe-jax[eval]'"
+            )
+    return dataclasses.replace(tasks, data_dir=data_dir)
+
+
+def _select(tasks: Tasks) -> Any:
+    """The harness's tasks and their rows."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
+    from finermoe_jax.evaluation.tasks import select
+
+    return select(
+        tasks.names,
+        tasks.data_dir,
+        num_fewshot=tasks.num_fewshot,
+        skip_missing=tasks.skip_missing,
+        allow_code_execution=tasks.allow_code_execution,
+    )
+
+
+def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
+    """What only the model and its tokenizer can tell; and, as it takes longest, every row."""
+    from finermoe_jax.evaluation.harness import check_limits, check_rows
+
+    if prefix_token(tokenizer) is None:
+        raise InputError(
+            "the tokenizer names no beginning-of-text and no end-of-text token, after which a text "
+            "without a context could be scored; set eos_token in its tokenizer_config.json"
+        )
+    if tasks.chat and not tokenizer.chat_template:
+        raise InputError(
+            "--apply_chat_template: the tokenizer has no chat_template; leave the flag away for a "
+            "base model"
+        )
+    check_limits(selection.tasks, limit)
+    check_rows(selection.tasks, tasks.limit, tasks.num_fewshot)
+
+
+def _run(
+    model: Decoder, tokenizer: Any, tasks: Tasks, selection: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    from finermoe_jax.evaluation.harness import HarnessModel, run
+    from finermoe_jax.evaluation.tasks import ALL_TEN, TEN
+
+    harness = HarnessModel(model, tokenizer, **options)
+    metrics = run(
+        harness,
+        selection.objects,
+        limit=tasks.limit,
+        num_fewshot=tasks.num_fewshot,
+        chat=tasks.chat,
+        allow_code_execution=tasks.allow_code_execution,
+    )
+    if ALL_TEN in tasks.names:
+        values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
+        metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
+    warn_of_what_is_no_number(metrics)
+    found = {"tasks": metrics, "cut": harness.cut}
+    return found | ({"skipped": selection.skipped} if selection.skipped else {})
+
+
+def warn_of_what_is_no_number(metrics: dict[str, dict[str, float]]) -> None:
+    """Names on stderr each metric, by task, that is NaN or infinite; JSON will hold null."""
+    for task, values in metrics.items():
+        for name, value in values.items():
+            if not math.isfinite(value):
+                print(
+                    f"WARNING: {task}: {name} is no number ({value}); as JSON it is null",
+                    file=sys.stderr,
+                )
+
+
+def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:
+    """Mean cross-entropy, nats per counted target, of the first `count` rows, sources in shares.
+
+    The sum is of float64, on the host.
+    """
+    graphdef, state = nnx.split(model)
+    indices = rows.in_order(count)
+    mesh = model.placement.mesh
+    parts = sharding.batch_parts(mesh) if mesh else 1
+    size = -(-min(16, len(indices)) // parts) * parts
+    total, targets = 0.0, 0
+    for start in range(0, len(indices), size):
+        part = rows.read(indices[start : start + size])
+        real = np.arange(size) < len(part.tokens)
+        targets += int(np.asarray(counted(part)).sum())
+        missing = ((0, size - len(part.tokens)), (0, 0))
+        batch = jax.tree.map(functools.partial(np.pad, pad_width=missing), part)
+        total += float(_score(graphdef, state, batch, real, chunk_tokens))
+    return total / max(1, targets)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
+def _score(
+    graphdef: Any, state: Any, batch: Batch, real: Array, chunk_tokens: int
+) -> Float[Array, ""]:
+    """Summed cross-entropy of the counted targets of a batch's real rows."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.features(batch.tokens[:, :-1], **masks(batch)).hidden
+    targets = batch.tokens[:, 1:]
+    mask = counted(batch) & real[:, None]
+    return cross_entropy_sum(model, hidden, targets, mask, chunk_tokens)

@@ -1,0 +1,320 @@
+"""Our models for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
+
+import itertools
+import random
+import sys
+from collections.abc import Collection, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from finermoe_jax.data.tokenizers import prefix_token
+from finermoe_jax.errors import InputError
+from finermoe_jax.evaluation.scoring import BATCH_TOKENS, Continuation, score, windows
+from finermoe_jax.generation.decode import bucket
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.generation.text import continue_all
+from finermoe_jax.model.decoder import Decoder
+
+NEW_TOKENS = 256  # where a task does not say; the harness's own
+
+
+class HarnessModel(TemplateLM):
+    """A decoder and its tokenizer as the harness's `LM`.
+
+    Texts become tokens as in the harness's own Hugging Face model: whatever the tokenizer adds by
+    itself, and its beginning-of-text token (else its end-of-text token) where there is no context.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any,
+        *,
+        ends: Collection[int] | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        show_progress: bool = False,
+    ):
+        """ends as in `completion.complete`, the others as in `scoring.score`.
+
+        `cut` counts the prompts that have lost their beginning.
+
+        Raises InputError when the tokenizer has neither of the two tokens.
+        """
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.ends, self.batch_tokens, self.show_progress = ends, batch_tokens, show_progress
+        prefix = prefix_token(tokenizer)
+        if prefix is None:
+            raise InputError(
+                "the tokenizer names no beginning-of-text and no end-of-text token, after which a "
+                "text without a context could be scored; set eos_token in tokenizer_config.json"
+            )
+        self.prefix: int = prefix
+        self.cut = 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model takes."""
+        return self.model.config.context_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token; the prefix where there is none."""
+        end: int | None = self.tokenizer.eos_token_id
+        return self.prefix if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context follows."""
+        return self.prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Marks the harness's caches of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """The tokens of a text; one that begins with the beginning-of-text token gets no second."""
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (begin and string.startswith(begin))
+        ids: list[int] = self.tokenizer.encode(
+            string, add_special_tokens=add_special_tokens, verbose=False
+        )
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as one text."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        parts = [Continuation(context, targets) for _, context, targets in requests]
+        self._count_cut(sum(len(c) + len(t) - 1 > self.max_length for c, t in parts), len(parts))
+        found = score(
+            self.model,
+            parts,
+            batch_tokens=self.batch_tokens,
+            show_progress=self.show_progress and not disable_tqdm,
+        )
+        for (texts, _, _), one in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(one))
+        return [(one.log_likelihood, one.greedy) for one in found]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the model's limit without overlap, but for
+        the last, which has all the context that fits."""
+        parts: list[Continuation] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            found = list(windows(ids, self.prefix, self.max_length, self.max_length))
+            parts += found
+            owners += [index] * len(found)
+        sums = [0.0] * len(requests)
+        scores = score(
+            self.model,
+            parts,
+            batch_tokens=self.batch_tokens,
+            show_progress=self.show_progress and not disable_tqdm,
+        )
+        for index, one in zip(owners, scores, strict=True):
+            sums[index] += one.log_likelihood
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each ended by its stop strings, which are left out.
+
+        Eight at a time, or as many more as batch_tokens allows with prompt and new tokens.
+
+        A prompt that leaves no room for the new tokens loses its beginning.
+
+        Raises InputError: as many new tokens as the model has positions, or more.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        texts = [""] * len(requests)
+        for indices in groups.values():
+            settings = normalize_gen_kwargs(requests[indices[0]].args[1], NEW_TOKENS)
+            stop = [text for text in settings["until"] if text]
+            new, sampling = settings["max_gen_toks"], _sampling(settings)
+            room = _room(self.max_length, new)
+            prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
+            prompts = [prompt or [self.prefix] for prompt in prompts]
+            self._count_cut(sum(len(prompt) > room for prompt in prompts), len(prompts), new)
+            prompts = [prompt[-room:] for prompt in prompts]
+            length = bucket(max(map(len, prompts)) + new)
+            found = continue_all(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=new,
+                sampling=sampling,
+                stop=stop,
+                ends=self.ends,
+                batch_size=8 * max(1, self.batch_tokens // (8 * length)),
+                show_progress=self.show_progress and not disable_tqdm,
+            )
+            for index, text in zip(indices, found, strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _count_cut(self, count: int, of: int, new: int = 0) -> None:
+        """Adds to `cut` and says so; new: tokens that are generated."""
+        self.cut += count
+        most = f"the model's limit of {self.max_length} tokens"
+        if new:
+            most = f"{self.max_length - new} tokens ({self.max_length} less {new} to generate)"
+        if count:
+            print(
+                f"{count} of {of} prompts exceed {most} and lose their beginning, as in the "
+                "harness",
+                file=sys.stderr,
+            )
+
+
+def _room(limit: int, new: int) -> int:
+    """Tokens that a prompt may have."""
+    if new >= limit:
+        raise InputError(
+            f"max_gen_toks={new} leaves no room for a prompt in the model's "
+            f"context of {limit} tokens"
+        )
+    return limit - new
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    known = ["repetition_penalty"]
+    if settings.get("do_sample"):
+        known += ["temperature", "top_k", "top_p", "seed"]
+    return Sampling(**{name: settings[name] for name in known if settings.get(name) is not None})
+
+
+def check_limits(tasks: Sequence[Any], limit: int) -> None:
+    """Raises InputError when a task generates more tokens than the model has room for, or asks
+    for what there is not: pictures, beam search."""
+    for task in tasks:
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(
+                f"task {task.task_name} shows pictures, and the model reads text alone"
+            )
+        if task.get_config("output_type") == "generate_until":
+            settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, NEW_TOKENS)
+            if (settings.get("num_beams") or 1) != 1:
+                raise InputError(
+                    f"task {task.task_name} asks for num_beams={settings['num_beams']}; there is "
+                    "no beam search here"
+                )
+            try:
+                _room(limit, settings["max_gen_toks"])
+            except InputError as error:
+                raise InputError(f"task {task.task_name}: {error}") from None
+
+
+def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None) -> None:
+    """Raises InputError for a row, of the first `limit` of each task, that the task cannot use, and
+    where there are fewer rows than examples that a prompt wants."""
+    for task in tasks:
+        _check_examples(task, num_fewshot)
+        for number, row in enumerate(itertools.islice(task.eval_docs, limit)):
+            try:
+                _use(task, row)
+            except Exception as error:  # of jinja, or a task's own code
+                first = (str(error).strip() or "no message").splitlines()[0]
+                raise InputError(
+                    f"task {task.task_name}, row {number}: it cannot be used: "
+                    f"{type(error).__name__}: {first}"
+                ) from None
+
+
+def _use(task: Any, row: Any) -> None:
+    """What the harness will ask of a row."""
+    text, target = task.doc_to_text(row), task.doc_to_target(row)
+    if not isinstance(text, str | int):
+        raise TypeError(f"its text is {text!r}")
+    if task.get_config("output_type") != "multiple_choice":
+        return
+    choices = task.doc_to_choice(row)
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError(f"its choices are {choices!r}")
+    for index in target if isinstance(target, list) else [target]:
+        # The harness would count it as a wrong answer.
+        if isinstance(index, int) and not 0 <= index < len(choices):
+            raise ValueError(f"its answer, {index}, is none of its {len(choices)} choices")
+
+
+def _check_examples(task: Any, num_fewshot: int | None) -> None:
+    count = task.get_config("num_fewshot") or 0
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        count = num_fewshot
+    if not count or not hasattr(task, "fewshot_cfg"):
+        return
+    rows = len(task.sampler.fewshot_docs()) if hasattr(task, "sampler") else 0
+    # The harness keeps a row back where it takes the scored row itself for an example.
+    have = rows - (task.fewshot_cfg.split == task.config.test_split)
+    if count > have:
+        raise InputError(
+            f"task {task.task_name}: {count} examples in each prompt are more than the "
+            f"{max(0, have)} rows for them; set --num_fewshot, or give more rows"
+        )
+
+
+def run(
+    model: HarnessModel,
+    objects: list[Any],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    allow_code_execution: bool = False,
+) -> dict[str, dict[str, float]]:
+    """The metrics of tasks and groups (`tasks.Selection.objects`), by name.
+
+    A metric of a named filter is "metric,filter"; "rows" is how many were scored.
+    """
+    random.seed(0)
+    # The harness draws few-shot examples with seeds of its own: a rerun sees the same.
+    with redirect_stdout(sys.stderr):
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=objects,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=allow_code_execution,
+            log_samples=False,
+            task_manager=TaskManager(include_defaults=False),
+        )
+    return {name: _metrics(values) for name, values in results["results"].items()}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """The harness's "metric,filter" keys, without the filter "none"; what has no number is left
+    out."""
+    found = {
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
+        if "," in key and isinstance(value, int | float)
+    }
+    return found | {"rows": values.get("sample_len", 0)}

@@ -1,0 +1,363 @@
+"""The harness's tasks by name, with rows from the hub or from a local directory.
+
+The layout of such a directory is in docs/evaluation.md. Needs the extra `eval`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.group import Group
+from lm_eval.config.group import GroupConfig
+from lm_eval.tasks import TaskManager
+
+from finermoe_jax.data.compressed import decompressed
+from finermoe_jax.data.text import HALF_PAIR, is_text
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.evaluation.code_execution import own_code_eval
+from finermoe_jax.runtime.files import refuse_pointer
+from finermoe_jax.runtime.json_files import json_rows, to_json
+
+# The paper's ten by the harness's names, and the metric of each that goes into the mean: the one of
+# the Open LLM Leaderboards where they had the task, else the harness's first.
+TEN = {
+    "mmlu": "acc",
+    "bbh": "exact_match,get-answer",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_challenge": "acc_norm",
+    "arc_easy": "acc_norm",
+    "agieval": "acc",
+    "mbpp": "pass_at_1",
+    "gsm8k": "exact_match,strict-match",
+    "gpqa_main_zeroshot": "acc_norm",
+}
+ALL_TEN = "finermoe"
+# Where the harness keeps them. Reading all its tasks takes many times as long.
+_FOLDERS = (
+    "mmlu/default", "bbh/cot_fewshot", "hellaswag", "winogrande", "arc", "agieval", "mbpp", "gsm8k",
+    "gpqa/zeroshot",
+)  # fmt: skip
+_GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Tasks that can be run.
+
+    objects are the harness's tasks and groups; skipped are the tasks left out for want of rows.
+    """
+
+    objects: list[Any]
+    tasks: list[Any]
+    skipped: list[str]
+
+
+def select(
+    names: Sequence[str],
+    data_dir: Path | None = None,
+    *,
+    num_fewshot: int | None = None,
+    skip_missing: bool = False,
+    allow_code_execution: bool = False,
+) -> Selection:
+    """Loads tasks, groups and tags of the harness, and their rows.
+
+    Args:
+      names: of the harness; "finermoe" stands for the ten of TEN.
+      data_dir: local rows; nothing is fetched. None: the hub.
+      num_fewshot: examples per prompt; None: as the task says.
+      skip_missing: leaves out what data_dir has no rows of.
+      allow_code_execution: whether programs that the model writes may be run.
+
+    Raises InputError: an unknown name, rows that are missing or that the task cannot use, a task
+    that runs code without leave to.
+    """
+    _read.cache_clear()
+    if data_dir is not None and not data_dir.is_dir():
+        raise InputError(f"--data_dir={data_dir} is not a directory")
+    expanded = [part for name in names for part in (TEN if name == ALL_TEN else [name])]
+    wanted = list(dict.fromkeys(expanded))
+    manager = _manager(wanted)
+    index = manager.task_index
+    leaves = {name: _leaves(name, index) for name in wanted}
+    unsafe = [x for of in leaves.values() for x in of if (index[x].cfg or {}).get("unsafe_code")]
+    if unsafe and not allow_code_execution:
+        raise InputError(
+            f"--tasks={','.join(names)} includes {', '.join(unsafe)}, which runs programs that the "
+            "model has written, on this machine and with your rights. Where that is acceptable "
+            "(best in a container without network), add --allow_code_execution; otherwise name the "
+            "other tasks"
+        )
+    local: dict[str, dict[str, Any]] = {}
+    skipped: list[str] = []
+    if data_dir is not None:
+        local, missing = _find_rows(leaves, index, data_dir, num_fewshot)
+        if missing and not skip_missing:
+            raise InputError(
+                "\n  ".join([f"--data_dir={data_dir} has no rows for", *_summary(missing)])
+                + "\ndocs/evaluation.md states the layout; --skip_missing leaves such tasks out"
+            )
+        skipped = list(missing)
+        if not local:
+            raise InputError(f"--data_dir={data_dir} holds no rows of {', '.join(names)}")
+    objects: list[Any] = []
+    with own_code_eval() if unsafe else contextlib.nullcontext():
+        for name in wanted:
+            # GPQA's choices are shuffled when it is loaded.
+            random.seed(0)
+            objects += _build(name, manager, local if data_dir is not None else None)
+    _refuse_duplicates(objects)
+    built = {one.name if isinstance(one, Group) else one.task_name for one in objects}
+    if ALL_TEN in names and not built & TEN.keys():
+        raise InputError(
+            f"--data_dir={data_dir} holds no rows of any of the ten of {ALL_TEN}, which then has "
+            "no mean: leave that name out"
+        )
+    tasks = [task for one in objects for task in _tasks(one)]
+    return Selection(objects, tasks, skipped)
+
+
+def _manager(names: Sequence[str]) -> TaskManager:
+    """The harness's index of the ten benchmarks, or of all its tasks where a name needs it."""
+    root = Path(lm_eval.tasks.__file__).parent
+    folders: list[str | Path] = [root / folder for folder in _FOLDERS]
+    logger = logging.getLogger("lm_eval")
+    logger.setLevel(logging.ERROR)  # of its many tasks some define a name twice
+    few = TaskManager(include_defaults=False, include_path=folders)
+    # A tag of these may hold tasks of other folders too.
+    if all(n in few.task_index and few.task_index[n].kind.name != "TAG" for n in names):
+        return few
+    every = TaskManager()
+    for name in names:
+        if name not in every.task_index:
+            raise InputError(
+                f"--tasks names {name!r}, which the harness does not have. "
+                + near_misses(name, [ALL_TEN, *every.all_tasks])
+            )
+    return every
+
+
+def _members(name: str, index: dict) -> list[str] | None:
+    """What a group or a tag holds; None for a task."""
+    entry = index[name]
+    match entry.kind.name:
+        case "TAG":
+            return sorted(entry.tags)
+        case "GROUP":
+            return list(_listed(entry.cfg.get("task")))
+    return None
+
+
+def _listed(members: Any) -> Iterator[str]:
+    """The names in a group's list, whose members may have settings or be groups defined there."""
+    for member in [members] if isinstance(members, str | dict) else members or []:
+        if isinstance(member, str):
+            yield member
+        elif isinstance(inside := member.get("task"), list):
+            yield from _listed(inside)
+        elif name := inside or member.get("group"):
+            yield name
+
+
+def _leaves(name: str, index: dict) -> list[str]:
+    if name not in index:  # defined inside of its group
+        return []
+    members = _members(name, index)
+    return [name] if members is None else [x for m in members for x in _leaves(m, index)]
+
+
+def _refuse_duplicates(objects: list[Any]) -> None:
+    seen: dict[str, str] = {}
+    for one in objects:
+        name = one.name if isinstance(one, Group) else one.task_name
+        for task in _tasks(one):
+            if task.task_name in seen:
+                raise InputError(
+                    f"--tasks names {task.task_name} twice: in {seen[task.task_name]} and {name}"
+                )
+            seen[task.task_name] = name
+
+
+def _tasks(one: Any) -> list[Any]:
+    return one.get_all_tasks() if isinstance(one, Group) else [one]
+
+
+# --- building -------------------------------------------------------------------------------
+
+
+def _build(name: str, manager: TaskManager, local: dict[str, dict] | None) -> list[Any]:
+    """The task or group of that name, or a tag's tasks. With local rows, those that have some."""
+    if local is None:
+        loaded = _harness(name, lambda: manager.load(name))
+        groups = loaded.get("groups") or {}
+        return [groups[name]] if name in groups else list(loaded["tasks"].values())
+    return _with_rows(name, manager, local, {})
+
+
+def _with_rows(
+    name: str, manager: TaskManager, local: dict[str, dict], settings: dict[str, Any]
+) -> list[Any]:
+    entry = manager.task_index[name]
+    members = _members(name, manager.task_index)
+    if members is None:
+        if name not in local:
+            return []
+        # A member of a group may change settings; a task by itself may not.
+        spec = {"group": "local", "task": [{"task": name, **settings, **local[name]}]}
+        return list(_harness(name, lambda: manager.load(spec))["tasks"].values())
+    config: dict[str, Any] = entry.cfg or {} if entry.kind.name == "GROUP" else {}
+    if unknown := [m for m in members if m not in manager.task_index] or [
+        m for m in config.get("task") or [] if not isinstance(m, str)
+    ]:
+        raise InputError(
+            f"the harness defines members of {name} inside of it ({unknown[0]}); with --data_dir "
+            "name the tasks themselves"
+        )
+    settings = settings | {k: v for k, v in config.items() if k not in (*_GROUP_FIELDS, "tag")}
+    found = [x for member in members for x in _with_rows(member, manager, local, settings)]
+    if entry.kind.name == "TAG" or not found:
+        return found
+    group = Group.from_config({k: v for k, v in config.items() if k in _GROUP_FIELDS})
+    for one in found:
+        group.add(one)
+    return [group]
+
+
+def _harness(name: str, load: Callable[[], Any]) -> Any:
+    """What the harness loads, its many errors as one."""
+    try:
+        return load()
+    except Exception as error:  # of datasets, the hub's client, jinja, or a task's own code
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(
+            f"task {name}: its rows cannot be had or used: {type(error).__name__}: {first}\n"
+            "Without a network, give local rows with --data_dir (docs/evaluation.md)"
+        ) from None
+
+
+# --- local rows -----------------------------------------------------------------------------
+
+
+def _summary(missing: dict[str, Path]) -> list[str]:
+    """A line per folder."""
+    folders: dict[Path, list[str]] = {}
+    for task, place in missing.items():
+        folders.setdefault(place.parent, []).append(f"{task} ({place.name}.jsonl or .jsonl.gz)")
+    return [
+        f"{folder}: {', '.join(of[:2])}" + (f" and {len(of) - 2} more" if len(of) > 2 else "")
+        for folder, of in folders.items()
+    ]
+
+
+def _find_rows(
+    leaves: dict[str, list[str]], index: dict, data_dir: Path, num_fewshot: int | None
+) -> tuple[dict[str, dict], dict[str, Path]]:
+    """Settings of the tasks whose rows are there; and of the others where they should be."""
+    found: dict[str, dict] = {}
+    missing: dict[str, Path] = {}
+    for leaf in dict.fromkeys(leaf for group in leaves.values() for leaf in group):
+        config = index[leaf].cfg or {}
+        splits = {key: config.get(key) for key in _SPLITS}
+        scored = splits["test_split"] or splits["validation_split"] or "test"
+        needed = {scored, _fewshot_split(config, num_fewshot)} - {None}
+        rows: dict[str, list[dict]] = {}
+        for split in dict.fromkeys([scored, *filter(None, splits.values())]):
+            places = _places(data_dir, leaf, config, split, split == scored)
+            if (there := next(filter(None, (read() for _, read in places)), None)) is not None:
+                rows[split] = there
+            elif split in needed:
+                missing.setdefault(leaf, places[-1][0])
+        if leaf in missing:
+            continue
+        # Left as they are, the harness would read splits that it does not need.
+        absent = {key: None for key, split in splits.items() if split and split not in rows}
+        found[leaf] = {"custom_dataset": _dataset(rows)} | absent
+    return found, missing
+
+
+_SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+
+
+def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
+    """Where the harness takes examples from; None where it needs none from the rows."""
+    fewshot = config.get("fewshot_config") or {}
+    count = config.get("num_fewshot") or 0
+    if num_fewshot is not None and config.get("num_fewshot") != 0:
+        count = num_fewshot
+    named = fewshot.get("split") or config.get("fewshot_split")
+    if not count or (fewshot.get("samples") and not named):
+        return None
+    order = ("training_split", "validation_split", "test_split")
+    return named or next((config[key] for key in order if config.get(key)), None)
+
+
+def _places(
+    data_dir: Path, task: str, config: dict, split: str, scored: bool
+) -> list[tuple[Path, Callable[[], list[dict] | None]]]:
+    """Where a split's rows may lie, without suffix, and what reads them; the usual one last."""
+    own = data_dir / task / split
+    places: list[tuple[Path, Callable[[], list[dict] | None]]] = [(own, lambda: _read(own))]
+    folder, subset = _family(config)
+    if folder and subset:
+        of_all, alone = data_dir / folder / split, data_dir / folder / subset
+        if folder == "mmlu":
+            places.append((of_all, lambda: _of_subject(of_all, subset)))
+        elif scored:
+            places.append((alone, lambda: _read(alone)))
+    return places
+
+
+def _family(config: dict) -> tuple[str, str]:
+    """The folder and the name of a subset of MMLU, BBH, AGIEval or GPQA; else empty."""
+    path, name = str(config.get("dataset_path")), str(config.get("dataset_name") or "")
+    if path.startswith("hails/agieval-"):
+        return "agieval", path.removeprefix("hails/agieval-")
+    folders = {"cais/mmlu": "mmlu", "SaylorTwift/bbh": "bbh", "Idavidrein/gpqa": "gpqa"}
+    return folders.get(path, ""), name
+
+
+def _of_subject(path: Path, subject: str) -> list[dict] | None:
+    rows = [row for row in _read(path) or [] if row.get("subject") == subject]
+    return rows or None
+
+
+@functools.lru_cache(maxsize=4)  # MMLU's subjects share a file
+def _read(path: Path) -> list[dict] | None:
+    """The rows of path.jsonl or path.jsonl.gz; None when there is neither.
+
+    Raises InputError: damage, text that is not UTF-8, a line that is no JSON object, no line.
+    """
+    plain, packed = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".jsonl.gz"))
+    file = plain if plain.is_file() else packed
+    if not file.is_file():
+        return None
+    refuse_pointer(file)
+    rows: list[dict] = []
+    try:
+        with file.open("rb") as raw, decompressed(raw, file) as stream:
+            for number, row in json_rows(stream, file):
+                if not isinstance(row, dict):
+                    raise InputError(f"{file}, line {number}: not a JSON object")
+                if not is_text(to_json(row, ensure_ascii=False)):
+                    raise InputError(f"{file}, line {number}: {HALF_PAIR}")
+                rows.append(row)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    if not rows:
+        raise InputError(f"{file} holds no rows")
+    return rows
+
+
+def _dataset(rows: dict[str, list[dict]]) -> Callable[..., Any]:
+    """What the harness calls for a dataset, in memory."""
+    return lambda **_: datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(of_split) for split, of_split in rows.items()}
+    )

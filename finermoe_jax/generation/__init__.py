@@ -1,0 +1,1 @@
+"""Prefill, decoding, the next token; text and conversations."""

@@ -1,0 +1,224 @@
+"""Generation: a prefill of the prompts, then a token at a time from a preallocated KV cache.
+
+Both are one compiled program for each batch size and bucket of lengths, whatever the prompts, the
+number of new tokens and the sampling.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.layout import Format, Layout
+from jaxtyping import Array, Bool, Int
+
+from finermoe_jax.config.arguments import (
+    check_ids,
+    check_integer,
+    check_mask,
+    check_type,
+    rectangular,
+)
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.generation.sampling import NO_TOKEN, Sampling, choose
+from finermoe_jax.layers.attention import KVCache, init_cache
+from finermoe_jax.layers.stored import apart
+from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder
+
+SMALLEST_BUCKET = 32
+
+
+def generate(
+    model: Decoder,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    *,
+    sampling: Sampling | None = None,
+) -> Int[Array, "B TN"]:
+    """Continues every row of a batch.
+
+    Args:
+      model: any decoder.
+      input_ids: int [B, T], padded left or right where attention_mask is 0.
+      attention_mask: [B, T] or None (no padding).
+      max_new_tokens: tokens to add to each row.
+      temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
+      seed: of the sampling.
+      sampling: all settings, in place of temperature and seed.
+
+    Returns:
+      int32 [B, T + max_new_tokens]: the input as given, then the new tokens.
+
+    Raises:
+      InputError: arguments of another type, empty prompts, rows of different lengths, ids outside
+        the vocabulary, more positions than the model has; logits that are not finite.
+    """
+    prompt = rectangular("input_ids", input_ids)
+    if sampling is None:
+        sampling = Sampling(temperature=temperature, seed=seed)
+    new = np.stack(list(stream(model, prompt, attention_mask, max_new_tokens, sampling)), axis=1)
+    return jnp.asarray(np.concatenate([prompt, new], axis=1), jnp.int32)
+
+
+def stream(
+    model: Decoder,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    sampling: Sampling = Sampling(),  # noqa: B008
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """`generate`, one new token of every row at a time. Input is checked at the call."""
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    ids = rectangular("input_ids", input_ids)
+    mask = np.ones(ids.shape, bool)
+    if attention_mask is not None:
+        mask = rectangular("attention_mask", attention_mask)
+    check(model.config, ids, mask, max_new_tokens)
+    check_type("sampling", sampling, Sampling, "Sampling(temperature=0.8) is one")
+    sampling.check()
+    return _tokens(model, ids, mask != 0, int(max_new_tokens), sampling)
+
+
+def bucket(tokens: int) -> int:
+    """The length that `tokens` are padded to: 32, 48, 64, 96, 128 … (2^n and 3 * 2^(n-1))."""
+    size = max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+    return size * 3 // 4 if size > SMALLEST_BUCKET and tokens <= size * 3 // 4 else size
+
+
+class _Running(NamedTuple):
+    """What passes from step to step; donated, so that the cache is written in place."""
+
+    cache: KVCache
+    seen: Bool[Array, "B V"]
+    step: Int[Array, ""]
+
+
+def _tokens(
+    model: Decoder, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling
+) -> Iterator[Int[np.ndarray, " B"]]:
+    graphdef, state = nnx.split(model)
+    state = experts_row_major(state)
+    lengths = mask.sum(axis=1)
+    padded = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
+    for row, length in enumerate(lengths):
+        padded[row, :length] = ids[row, mask[row]]
+    slots = bucket(padded.shape[1] + max_new_tokens)
+    cache = init_cache(model.config, len(ids), slots, model.dtype)
+    arguments = padded, lengths.astype(np.int32), cache, sampling.scalars()
+    token, running = _prefill(graphdef, state, *arguments)
+    if max_new_tokens > 1:
+        state = layers_apart(state)
+    for _ in range(1, max_new_tokens):
+        # The next step is on its way before this token is fetched.
+        following, running = _decode(graphdef, state, token, running, sampling.scalars())
+        yield _fetched(token)
+        token = following
+    yield _fetched(token)
+
+
+def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
+    tokens = np.asarray(token)
+    if (tokens == NO_TOKEN).any():
+        raise InputError(
+            "the model's logits are not finite: its weights are damaged or overflow; take an "
+            "older checkpoint, or weights that generate"
+        )
+    return tokens
+
+
+def experts_row_major(state: nnx.State) -> nnx.State:
+    """The state with expert weights on a TPU as its kernels read them (sharding.row_major).
+
+    Once for a request, where they lie otherwise, in place of a copy at every step.
+    """
+
+    def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if not isinstance(value, jax.Array) or value.ndim != 4 or "moe" not in path:
+            return variable
+        if next(iter(value.devices())).platform != "tpu":
+            return variable
+        row_major = Format(Layout(tuple(range(value.ndim))), value.sharding)
+        return variable.replace(jax.device_put(value, row_major))
+
+    return nnx.map_state(place, state)
+
+
+def layers_apart(state: nnx.State) -> nnx.State:
+    """The state with the layers' weights as a decoding step reads them best (weights.Apart)."""
+
+    def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if path[0] != "runs":
+            return variable
+        return variable.replace(jax.tree.map(apart, variable.get_value()))
+
+    return nnx.map_state(cut, state)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _prefill(
+    graphdef: Any,
+    state: Any,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: KVCache,
+    sampling: Sampling,
+) -> tuple[Int[Array, " B"], _Running]:
+    """Runs the prompts, [B, T] padded on the right, and chooses each row's first token."""
+    model = nnx.merge(graphdef, state)
+    batch, tokens = ids.shape
+    real = jnp.arange(tokens)[None] < lengths[:, None]
+    features = model.features(ids, real.astype(jnp.int32), cache=cache)
+    hidden = jnp.take_along_axis(features.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    vocab = model.config.vocab_size
+    # Padding is put where no token is.
+    seen = jnp.zeros((batch, vocab + 1), bool)
+    seen = seen.at[jnp.arange(batch)[:, None], jnp.where(real, ids, vocab)].set(True)[:, :-1]
+    return _next(model, hidden, features.cache, seen, sampling, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="running")
+def _decode(
+    graphdef: Any, state: Any, token: Int[Array, " B"], running: _Running, sampling: Sampling
+) -> tuple[Int[Array, " B"], _Running]:
+    """Runs the last token of every row and chooses the next."""
+    model = nnx.merge(graphdef, state)
+    features = model.features(token[:, None], cache=running.cache)
+    hidden = features.hidden[:, 0]
+    return _next(model, hidden, features.cache, running.seen, sampling, running.step)
+
+
+def _next(
+    model: Decoder,
+    hidden: Array,
+    cache: KVCache | None,
+    seen: Array,
+    sampling: Sampling,
+    step: Array,
+) -> tuple[Int[Array, " B"], _Running]:
+    assert cache is not None
+    token = choose(model.logits(hidden), sampling, seen, step)
+    seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return token, _Running(cache, seen, step + 1)
+
+
+def check(config: ModelConfig, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
+    """Raises InputError where prompts [B, T] cannot be continued by so many tokens (`generate`)."""
+    check_ids(config, ids)
+    check_mask("attention_mask", mask, ids.shape)
+    if not (mask != 0).any(axis=1).all():
+        raise InputError("a prompt holds no token: its attention_mask is 0 everywhere")
+    check_integer("max_new_tokens", new, 1)
+    limit, longest = config.context_length, (mask != 0).sum(axis=1).max()
+    if longest + new > limit:
+        raise InputError(
+            f"{longest} prompt tokens and max_new_tokens={new} exceed the model's "
+            f"context of {limit} tokens: shorten the prompt or ask for fewer tokens"
+        )

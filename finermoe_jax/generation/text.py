@@ -1,0 +1,237 @@
+"""Text from a decoder: prompts continued piece by piece or in batches, and conversations."""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finermoe_jax.config.arguments import check_integer, is_integer
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.generation.decode import check, stream
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.model.decoder import Decoder
+
+GREEDY = Sampling()
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: str | Sequence[str] = (),
+    ends: Collection[int] | None = None,
+) -> Iterator[str]:
+    """The continuation of one prompt, piece by piece.
+
+    It ends before the first of the `stop` strings (one string is one of them), at one of the `ends`
+    tokens (default: the tokenizer's end of text) or after max_new_tokens. Raises InputError, at the
+    call, for arguments of another type, and when the prompt has no token or does not fit
+    (`generate`).
+    """
+    ids = _encode(tokenizer, prompt)
+    text = _Text(tokenizer, ids, stop, ends)
+    tokens = stream(model, np.asarray([ids], np.int32), None, max_new_tokens, sampling)
+
+    def pieces() -> Iterator[str]:
+        for token in tokens:
+            if piece := text.add(int(token[0])):
+                yield piece
+            if text.ended:
+                return
+        if piece := text.rest():
+            yield piece
+
+    return pieces()
+
+
+def continue_all(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: str | Sequence[str] = (),
+    ends: Collection[int] | None = None,
+    batch_size: int = 8,
+    show_progress: bool = False,
+) -> list[str]:
+    """Every prompt's continuation, as `complete` ends it, in the order of the prompts.
+
+    Prompts run in batches of like lengths, so that few programs are compiled. Raises InputError,
+    before any is run, when one has no token or does not fit.
+    """
+    check_integer("batch_size", batch_size, 1)
+    if isinstance(prompts, str):
+        raise InputError(f"prompts={prompts!r} is one text: give a list of them")
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    for prompt_ids in encoded:
+        _check_ids(model.config, prompt_ids, max_new_tokens)
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    texts = [_Text(tokenizer, ids, stop, ends) for ids in encoded]
+    with tqdm(total=len(order), unit="prompt", disable=not show_progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            # A last, smaller batch is filled up: another size would be another program.
+            filled = [encoded[i] for i in rows] + [encoded[rows[-1]]] * (batch_size - len(rows))
+            longest = max(map(len, filled))
+            padded = np.zeros((batch_size, longest), np.int32)
+            mask = np.zeros_like(padded)
+            for row, prompt_ids in enumerate(filled):
+                padded[row, : len(prompt_ids)], mask[row, : len(prompt_ids)] = prompt_ids, 1
+            for new in stream(model, padded, mask, max_new_tokens, sampling):
+                for i, token in zip(rows, new, strict=False):
+                    texts[i].add(int(token))
+                if all(texts[i].ended for i in rows):
+                    break
+            bar.update(len(rows))
+    for text in texts:
+        text.rest()
+    return [text.shown for text in texts]
+
+
+def check_prompt(
+    config: ModelConfig,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    max_new_tokens: int,
+    stop: str | Sequence[str],
+) -> None:
+    """Raises InputError where `complete` would; needs no weights."""
+    ids = _encode(tokenizer, prompt)
+    _check_ids(config, ids, max_new_tokens)
+    _Text(tokenizer, ids, stop, None)
+
+
+def _check_ids(config: ModelConfig, ids: list[int], max_new_tokens: int) -> None:
+    prompt = np.asarray([ids])
+    check(config, prompt, np.ones(prompt.shape, bool), max_new_tokens)
+
+
+def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation, by the tokenizer's chat template, up to the next answer.
+
+    messages are {"role": "system" | "user" | "assistant", "content": text}. The template is
+    rendered in a sandbox (transformers'). Raises InputError: no template, or one that refuses.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the tokenizer has no chat template: its model has not learnt conversations. Leave "
+            "--chat away, or put the template's file (chat_template.jinja) beside the tokenizer"
+        )
+    for message in messages:
+        _check_text(message["content"], f"a message of the {message['role']}")
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # whatever the template raises
+        raise InputError(f"the tokenizer's chat template failed: {error}") from None
+
+
+def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        ids = _integers("a prompt", prompt)
+    else:
+        _check_text(prompt, "a prompt")
+        # What the tokenizer begins texts with, as in pretraining and as in evaluation.
+        begins = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not begins)["input_ids"] if prompt else []
+    if not ids:
+        raise InputError("a prompt is empty; give at least one character")
+    return ids
+
+
+def _integers(what: str, values: Any) -> list[int]:
+    try:
+        values = [values] if isinstance(values, bytes) else list(values)
+        wrong = [each for each in values if not is_integer(each)]
+    except TypeError:
+        wrong = [values]
+    if wrong:
+        raise InputError(f"{what} holds {wrong[0]!r}, and ids of tokens are integers")
+    return [int(each) for each in values]
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} is no valid UTF-8 at character {error.start}; convert it first"
+        ) from None
+
+
+class _Text:
+    """The text of the tokens that came after a prompt so far, as far as it is certain."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stop: str | Sequence[str],
+        ends: Collection[int] | None,
+    ):
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if wrong := [each for each in self.stop if not isinstance(each, str)]:
+            raise InputError(f"stop holds {wrong[0]!r}; it must be a string or a list of strings")
+        if "" in self.stop:
+            raise InputError("a stop string is empty; it would end every text at once")
+        self.tokenizer = tokenizer
+        self.ends = frozenset([tokenizer.eos_token_id] if ends is None else _integers("ends", ends))
+        # Decoded along with the prompt's last tokens: by itself the first word of a text loses its
+        # space with some tokenizers. They begin with a whole character.
+        begin = max(0, len(prompt) - 8)
+        while begin and tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
+            begin -= 1
+        self.context = list(prompt[begin:])
+        self.before = tokenizer.decode(self.context)
+        self.tokens: list[int] = []
+        self.shown = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """What a further token makes certain; what follows the end is ignored."""
+        if self.ended:
+            return ""
+        if token in self.ends:
+            return self.rest()
+        self.tokens.append(token)
+        text = self._decoded()
+        found = [place for s in self.stop if (place := text.find(s)) >= 0]
+        if found:
+            self.ended = True
+            return self._show(text[: min(found)])
+        # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
+        # So does what may become a stop string.
+        whole = text.rstrip("\ufffd")
+        certain = len(whole)
+        for s in self.stop:
+            for size in range(min(len(s) - 1, len(whole)), 0, -1):
+                if whole.endswith(s[:size]):
+                    certain = min(certain, len(whole) - size)
+                    break
+        return self._show(whole[:certain])
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self._show(self._decoded())
+
+    def _decoded(self) -> str:
+        text = self.tokenizer.decode(self.context + self.tokens)
+        # Tokens given as ids may end inside a character, which the next ones complete.
+        kept = os.path.commonprefix([self.before, text])  # noqa: RUF071  (of characters)
+        return text[len(kept) :]
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self.shown) :]
+        self.shown += piece
+        return piece

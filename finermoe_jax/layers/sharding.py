@@ -1,0 +1,300 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Mesh axes: data (replicated weights), fsdp (weights and optimizer state split, gathered for use),
+expert (experts split, tokens travel to them), tensor (heads, FFN width and vocabulary split).
+Every axis but tensor splits the batch; dense weights are stored split over fsdp and expert alike.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.errors import InputError
+from pallas_kernels.platform import Implementation
+
+# Logical axis → mesh axes, outer first. Parameters, then activations.
+RULES: dict[str, tuple[str, ...]] = {
+    "layer": (),
+    "vocab": ("tensor",),  # of the lookup; its width moves
+    "scored_vocab": ("tensor", "fsdp", "expert"),  # of lm_head
+    "embed": ("fsdp", "expert"),
+    "norm": (),
+    "concat": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "router": (),
+    "expert": ("expert", "fsdp"),
+    "expert_mlp": (),
+    "expert_in": (),
+    "expert_out": (),
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": (),
+    "routed_sequence": ("tensor",),  # where work is per token
+    "width": (),
+}
+# The mesh axes over which a parameter's axis is gathered before use; gradients go the other way.
+GATHERED: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "expert"), "expert": ("fsdp",)}
+# Axes whose first mesh axis must divide them: leaving them whole would change the algorithm.
+MUST_DIVIDE = ("expert",)
+
+
+class Placement(NamedTuple):
+    """Where and how a model is computed."""
+
+    mesh: Mesh | None = None  # None: one device
+    # Of the experts (pallas_kernels.expert_ffn) and of attention (flash.py); None: by the platform.
+    kernel: Implementation | None = None
+
+
+ONE_DEVICE = Placement()
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis over so many devices.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise InputError(f"mesh {sizes}: sizes are positive, and at most one is -1 (the rest)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if rest:
+        sizes[rest[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
+        raise InputError(
+            f"mesh {sizes} has {math.prod(sizes.values())} places for {devices} devices; "
+            "set one of the axes to -1 to take the rest"
+        )
+    return sizes
+
+
+def least_devices(config: MeshConfig) -> int:
+    """The product of the sizes, "the rest" counted as one."""
+    return math.prod(max(1, size) for size in dataclasses.astuple(config))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or the given ones), axes in MeshConfig's order.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and devices[0].platform == "tpu":
+        placed = _across_slices(sizes, slices, devices)
+    else:
+        placed = mesh_utils.create_device_mesh(
+            list(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices of several slices as a mesh whose data axis alone goes from one to another."""
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh {sizes}: data must be a multiple of the {slices} slices, since it alone goes "
+            "over the slower network between them"
+        )
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    between = (slices, *(1 for _ in inside[1:]))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, between, devices, allow_split_physical_axes=True
+    )
+
+
+def spec(
+    axes: Sequence[str],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    name: str,
+    gathered: bool = False,
+) -> tuple[PartitionSpec, list[str]]:
+    """The PartitionSpec of an array with logical `axes`, and a note per axis not fully split.
+
+    One rule for what does not divide: an axis is split by the longest run of its mesh axes, from
+    the outermost, that divides it; the note says so. With `gathered`, as the array is when used.
+
+    Raises InputError: a logical axis without a rule, two that claim one mesh axis, or experts
+    that the expert axis does not divide.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    notes: list[str] = []
+    claimed: dict[str, str] = {}
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in RULES:
+            raise InputError(f"{name}: logical axis {axis!r} has no rule in sharding.RULES")
+        wanted = RULES[axis]
+        taken = wanted
+        while size % math.prod(mesh.shape[m] for m in taken):
+            taken = taken[:-1]
+        if axis in MUST_DIVIDE and wanted[0] not in taken:
+            raise InputError(
+                f"{name}: {size} experts cannot be split over mesh axis {wanted[0]}="
+                f"{mesh.shape[wanted[0]]}; make mesh.{wanted[0]} a divisor of {size}"
+            )
+        if any(mesh.shape[m] > 1 for m in wanted[len(taken) :]):
+            parts = math.prod(mesh.shape[m] for m in wanted)
+            notes.append(
+                f"{name}: {axis} of size {size} is not a multiple of {'*'.join(wanted)}={parts} "
+                + (f"and is split over {'*'.join(taken)} only" if taken else "and stays whole")
+            )
+        for mesh_axis in taken:
+            if mesh_axis in claimed:
+                raise InputError(
+                    f"{name}: logical axes {claimed[mesh_axis]!r} and {axis!r} both claim mesh "
+                    f"axis {mesh_axis!r}"
+                )
+            claimed[mesh_axis] = axis
+        if gathered:
+            taken = tuple(m for m in taken if m not in GATHERED.get(axis, ()))
+        entries.append(taken or None)
+    return PartitionSpec(*entries), notes
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of a PartitionSpec's entry, which holds a lone one as a string."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict, list[str]]:
+    """A NamedSharding per parameter, as a pure dict like the parameters', and notes (`spec`)."""
+    notes: list[str] = []
+    shardings = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = "/".join(map(str, path))
+        axes = variable.get_metadata().get("out_sharding")
+        if axes is None:
+            raise InputError(f"parameter {name} declares no logical axes")
+        partition, left_whole = spec(axes, variable.shape, mesh, name)
+        shardings[path] = NamedSharding(mesh, partition)
+        notes += left_whole
+    return nnx.traversals.unflatten_mapping(shardings), notes
+
+
+def constrain(x: Array, axes: Sequence[str], placement: Placement, name: str) -> Array:
+    """x, told to the partitioner to be an activation of that name with these logical axes."""
+    if placement.mesh is None or placement.mesh.size == 1:
+        return x
+    partition, _ = spec(axes, x.shape, placement.mesh, name)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, partition))
+
+
+def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nnx.State:
+    """A layer's dense parameters as its products want them: cast, then gathered (GATHERED).
+
+    Cast first, so that half as much travels for bfloat16; their gradients are reduced and
+    scattered in the same dtype. The router keeps its own. Expert weights are left as they are:
+    expert_parallel gathers them.
+    """
+    mesh = placement.mesh
+    if mesh is None or mesh.size == 1:
+        return state
+
+    def use(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        x = variable[...]
+        axes = variable.get_metadata()["out_sharding"][-x.ndim :]
+        if "expert" in axes:
+            return variable
+        name = "/".join(map(str, path))
+        stored, used = (
+            NamedSharding(mesh, spec(axes, x.shape, mesh, name, gathered)[0])
+            for gathered in (False, True)
+        )
+        return variable.replace(_gather(x, x.dtype if "router" in axes else dtype, stored, used))
+
+    return nnx.map_state(use, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dtype: DTypeLike, stored: NamedSharding, used: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x.astype(dtype), used)
+
+
+# The cotangent goes straight to the stored shards. Left to JAX it would be summed whole first.
+_gather.defvjp(
+    lambda x, dtype, stored, used: (_gather(x, dtype, stored, used), jnp.zeros((), x.dtype)),
+    lambda dtype, stored, used, like, g: (
+        jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),
+    ),
+)
+
+
+def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) -> Array:
+    """Inside shard_map: the whole of a parameter that is split so, but for the axes in `keep`."""
+    for place, entry in enumerate(partition):
+        names = tuple(name for name in mesh_axes(entry) if name not in keep)
+        if names:
+            x = jax.lax.all_gather(x, names, axis=place, tiled=True)
+    return x
+
+
+def row_major(tree: Any, shardings: Any) -> Any:
+    """A Format per leaf: its sharding and, for stacked expert weights, row-major memory.
+
+    Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in the minor axis, because
+    its width of 448 is no multiple of 128; every call of a kernel then begins with a copy.
+    """
+
+    def place(path: tuple, leaf: Any, sharding: NamedSharding) -> Format:
+        experts = leaf.ndim == 4 and jax.tree_util.DictKey("moe") in path
+        return Format(Layout(tuple(range(leaf.ndim))) if experts else None, sharding)
+
+    return jax.tree_util.tree_map_with_path(place, tree, shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a [batch, sequence] array."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: each leaf as the parameter whose path it ends in.
+
+    A leaf that is its parameter less one axis (Adafactor's row and column of second moments) keeps
+    the others' shardings; any other shape is whole on every device.
+    """
+    placed = nnx.traversals.flatten_mapping(shardings)
+    shapes = {path: p.shape for path, p in nnx.traversals.flatten_mapping(params).items()}
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        keys = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        if keys not in placed:
+            return replicated(mesh)
+        shape, entries = shapes[keys], placed[keys].spec
+        entries = (*entries, *(None for _ in shape[len(entries) :]))
+        if leaf.shape == shape:
+            return placed[keys]
+        for axis in range(len(shape)):
+            if leaf.shape == (*shape[:axis], *shape[axis + 1 :]):
+                return NamedSharding(mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -1,0 +1,1 @@
+"""The decoder: blocks, the loop over layers, losses."""

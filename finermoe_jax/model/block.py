@@ -1,0 +1,49 @@
+"""One layer of the decoder. Axis letters: config/model.py."""
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from finermoe_jax.config.model import LayerKind, ModelConfig
+from finermoe_jax.layers.attention import Attention, CacheUse, LayerCache
+from finermoe_jax.layers.basic import MLP, RMSNorm
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.moe.routing import Routing, expert_tokens
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
+        self.input_norm = RMSNorm(d, eps, dtype, rngs)
+        self.attention = Attention(config, dtype, rngs)
+        self.post_norm = RMSNorm(d, eps, dtype, rngs)
+        if kind == "moe":
+            self.moe = FineRMoE(config, dtype, rngs)
+        else:
+            self.mlp = MLP(d, config.intermediate_size, std, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array],
+        segment_ids: Array | None,
+        real: Array,
+        cache: CacheUse | None,
+        placement: Placement,
+    ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
+        """Returns x, the written cache, and a MoE layer's routing with Eq. 11's loss and the tokens
+        [B, E] of each expert."""
+        attended, written = self.attention(
+            self.input_norm(x), angles, segment_ids, placement, cache
+        )
+        x = x + attended
+        normed = self.post_norm(x)
+        if not hasattr(self, "moe"):
+            return x + self.mlp(normed, placement), written, None
+        y, routing, aux_loss = self.moe(normed, real, placement)
+        # The loss counts the same: the compiler does it once.
+        tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
+        return x + y, written, (routing, (aux_loss, tokens))

@@ -1,0 +1,245 @@
+"""The decoder: Qwen2, Llama or Qwen3, with dense or FineRMoE layers.
+
+Axis letters: config/model.py.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from finermoe_jax.config.arguments import check_ids, check_mask, check_type, rectangular
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers.attention import KVCache
+from finermoe_jax.layers.basic import Embedding, RMSNorm, project, rotary_angles
+from finermoe_jax.layers.causal import segments
+from finermoe_jax.layers.sharding import ONE_DEVICE
+from finermoe_jax.model.stack import Pass, Traces, run_layers, stacked_blocks
+from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.moe.routing import Routing
+
+
+class Features(NamedTuple):
+    """The decoder's result before the vocabulary.
+
+    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11, weight not
+    applied; expert_tokens are how many real tokens selected each expert.
+    """
+
+    hidden: Float[Array, "B T D"]
+    aux_loss: Float[Array, " L"]
+    expert_tokens: Int[Array, "L E"]
+    routing: tuple[Routing, ...]
+    cache: KVCache | None
+
+
+class Output(NamedTuple):
+    """What `model(input_ids)` returns; see `Features`."""
+
+    logits: Float[Array, "B T V"]
+    aux_loss: Float[Array, " L"]
+    routing: tuple[Routing, ...]
+
+
+LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) gives one"
+
+
+def _is_here(array: Any) -> bool:
+    """True for values that this process can look at: not traced, nor on other processes."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+# Scores want the vocabulary split, lookups the width (finermoe_jax/layers/sharding.py).
+_HEAD_AXES = ("scored_vocab", "width")
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm, lm_head (None where tied to the embedding).
+
+    `runs[r][p]` holds the blocks at place p of run r's repeating pattern, stacked over the
+    repeats and scanned, so that compile time does not grow with depth (ModelConfig.layer_runs).
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        """dtype is the activations', param_dtype the weights' own."""
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.placement = ONE_DEVICE
+        std, d = config.initializer_range, config.hidden_size
+        self.embed = Embedding(config.vocab_size, d, std, param_dtype, rngs)
+        self.runs = nnx.List(
+            nnx.List(stacked_blocks(config, kind, repeats, param_dtype, rngs) for kind in pattern)
+            for pattern, repeats in config.layer_runs
+        )
+        self.final_norm = RMSNorm(d, config.rms_norm_eps, param_dtype, rngs)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Embedding(config.vocab_size, d, std, param_dtype, rngs, _HEAD_AXES)
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: Int[Array | np.ndarray, "B T"] | None = None,
+        position_ids: Int[Array | np.ndarray, "B T"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    ) -> Output:
+        """Float32 logits of every position, and what the routers did. See `features`.
+
+        Compiled once per shape of its arguments. Raises InputError, unless traced, for ids that are
+        no integers or outside the vocabulary, and for shapes that differ.
+        """
+        masks = dict(
+            attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
+        )
+        if _is_here(input_ids):
+            check_ids(self.config, rectangular("input_ids", input_ids))
+        for name, mask in masks.items():
+            if mask is not None and _is_here(mask):
+                check_mask(name, rectangular(name, mask), np.shape(input_ids))
+        given = (None if x is None else jnp.asarray(x) for x in masks.values())
+        return _output(*nnx.split(self), jnp.asarray(input_ids), *given)
+
+    def features(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        remat: str = "none",
+        unroll: int = 1,
+    ) -> Features:
+        """Final hidden states [B, T, D] in `dtype`.
+
+        Args:
+          input_ids: tokens.
+          attention_mask: nonzero at real tokens, left- or right-padded; None: all are real.
+          position_ids: rotary positions; None: the real tokens of a row count from 0.
+          segment_ids: documents packed into a row; attention stays inside each. Positions run on
+            unless position_ids restart them.
+          cache: an empty one takes prompts, one that is filled a single token of every row.
+          remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
+          unroll: layers (or repeats of their pattern) written out per turn of the scan.
+        """
+        batch, tokens = input_ids.shape
+        real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
+        first = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
+        if position_ids is None:
+            counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
+            position_ids = first[:, None] + jnp.maximum(counted, 0)
+        segment_ids = segments(attention_mask, segment_ids)
+        slot, visible = jnp.int32(0), real
+        if cache is not None:
+            slot = cache.length
+            visible = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
+        angles = rotary_angles(position_ids, self.config)
+
+        shared = Pass(
+            angles, segment_ids, real, self.placement, slot, visible, remat=remat, unroll=unroll
+        )
+        x = self.embed(input_ids, self.dtype, self.placement)
+        traces: list[Traces] = []
+        caches: list[Any] = []
+        for index, run in enumerate(self.runs):
+            of_run = None if cache is None else cache.layers[index]
+            x, written, of_moe = run_layers(run, x, of_run, shared)
+            caches.append(written)
+            traces += [] if of_moe is None else [of_moe]
+        new_cache = None
+        if cache is not None:
+            advanced = first + real.sum(axis=1, dtype=jnp.int32)
+            new_cache = KVCache(tuple(caches), visible, cache.length + tokens, advanced)
+        return Features(self.final_norm(x), *_records(traces), new_cache)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of the vocabulary, as float32."""
+        return project("...D,VD->...V", hidden, self.head[...], jnp.float32)
+
+    @property
+    def head(self) -> nnx.Param:
+        """The [V, D] weight that scores the vocabulary."""
+        return (self.lm_head or self.embed).weight
+
+
+def with_shapes(config: ModelConfig, dtype: DTypeLike = "float32") -> Decoder:
+    """The decoder with shapes in place of arrays; nothing is allocated. dtype: activations'."""
+    graphdef, state = _shapes(config, jnp.dtype(dtype))
+    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
+    decoder.config = config  # equal to the one it was traced with, but perhaps 1.0 where that had 1
+    return decoder
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes longer than reading a small checkpoint
+def _shapes(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(
+        nnx.eval_shape(
+            lambda: Decoder(config, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0))
+        )
+    )
+
+
+def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
+    """Every parameter's path and shape, stacked over its run's layers."""
+    return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)  # a conversion asks several times
+def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
+    flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:
+    """The decoder of `config` around existing arrays (or their shapes), which are not copied."""
+    graphdef, state = nnx.split(with_shapes(config, dtype))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
+    """The same weights, not copied, their MoE layers computed by a subclass of FineRMoE.
+
+    The subclass changes methods (`route`, `__call__`), not parameters. Checkpoints hold weights
+    alone: give the layer again after loading.
+
+    Raises InputError for a model without MoE layers, and for what is no subclass of FineRMoE.
+    """
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    if not (isinstance(layer, type) and issubclass(layer, FineRMoE)):
+        raise InputError(f"layer={layer!r} must be a subclass of FineRMoE: class Mine(FineRMoE)")
+    changed = nnx.merge(*nnx.split(model))
+    layers = [block.moe for run in changed.runs for block in run if hasattr(block, "moe")]
+    if not layers:
+        raise InputError(
+            f"the model has no MoE layer that could become a {layer.__name__}: upcycle it first"
+        )
+    for moe in layers:
+        moe.__class__ = layer
+    return changed
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
+    model = nnx.merge(graphdef, state)
+    features = model.features(*arguments)
+    return Output(model.logits(features.hidden), features.aux_loss, features.routing)
+
+
+def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...]]:
+    """All runs' records together: Eq. 11's losses [L], tokens of each expert [L, E], routing."""
+    if not traces:
+        return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), ()
+    aux_loss = jnp.concatenate([each.aux_loss for each in traces])
+    of_rows = jnp.concatenate([each.expert_tokens for each in traces])
+    routing = tuple(layer for each in traces for layer in each.routing)
+    return aux_loss, of_rows.astype(jnp.int32).sum(axis=1), routing

@@ -1,0 +1,123 @@
+"""Cross-entropy from hidden states, in chunks, so that [tokens, vocabulary] never exists whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.basic import materialized
+from finermoe_jax.model.decoder import Decoder
+
+
+def cross_entropy_sum(
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    chunk_tokens: int,
+) -> Float[Array, ""]:
+    """Sum over the masked positions of -log p(target), in nats, float32.
+
+    Logits exist for chunk_tokens positions at a time on each device. Gradients are made beside
+    the loss, while a chunk's logits are there; nothing is computed twice. On a mesh every device
+    gathers the vocabulary's weight once and takes its own tokens, tensor axis included.
+    """
+    mesh, weight = model.placement.mesh, model.head[...]
+    if mesh is None or mesh.size == 1:
+        return _chunked(hidden, weight, targets, mask, chunk_tokens, None)
+    axes = ("batch", "routed_sequence", "width")
+    tokens, _ = sharding.spec(axes, hidden.shape, mesh, "hidden")
+    stored, _ = sharding.spec(
+        model.head.get_metadata()["out_sharding"], weight.shape, mesh, "lm_head"
+    )
+
+    def local(hidden: Array, weight: Array, targets: Array, mask: Array) -> Array:
+        return _chunked(hidden, weight, targets, mask, chunk_tokens, stored)[None, None]
+
+    sums = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(tokens, stored, P(*tokens[:2]), P(*tokens[:2])),
+        out_specs=P(*tokens[:2]),
+        check_vma=False,
+    )(hidden, weight, targets, mask)
+    return sums.sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(
+    hidden: Array, weight: Array, targets: Array, mask: Array, chunk: int, stored: P | None
+) -> Array:
+    def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + _score(piece, whole)[0], None
+
+    whole = _whole(weight, hidden, stored)
+    return lax.scan(body, jnp.float32(0), _pieces(hidden, targets, mask, chunk))[0]
+
+
+def _chunked_forward(
+    hidden: Array, weight: Array, targets: Array, mask: Array, chunk: int, stored: P | None
+) -> tuple[Array, tuple[Array, Array]]:
+    """The loss, and its gradients in hidden and in the stored part of weight."""
+    whole = _whole(weight, hidden, stored)
+
+    def body(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple:
+        total, dweight = carry
+        h, target, real = piece
+        loss, log_p = _score(piece, whole)
+        chosen = jnp.arange(whole.shape[0])[None] == target[:, None]
+        dlogits = jnp.where(real[:, None], jnp.exp(log_p) - chosen, 0.0).astype(h.dtype)
+        h, dlogits = materialized((h, dlogits))
+        dh = jnp.einsum("MV,VD->MD", dlogits, whole)
+        dweight += jnp.einsum("MV,MD->VD", dlogits, h, preferred_element_type=jnp.float32)
+        return (total + loss, dweight), dh
+
+    start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)
+    dh: Array
+    (total, dweight), dh = lax.scan(body, start, _pieces(hidden, targets, mask, chunk))
+    dh = dh.reshape(-1, hidden.shape[2])[: targets.size].reshape(hidden.shape)
+    for place, entry in enumerate(stored or ()):
+        # One mesh axis after the other: of several at once a TPU makes an all-reduce.
+        for name in sharding.mesh_axes(entry):
+            if lax.axis_size(name) > 1:
+                dweight = lax.psum_scatter(dweight, name, scatter_dimension=place, tiled=True)
+    return total, (dh, dweight.astype(weight.dtype))
+
+
+_chunked.defvjp(
+    _chunked_forward,
+    lambda chunk, stored, grads, g: (*((g * x).astype(x.dtype) for x in grads), None, None),
+)
+
+
+def _whole(weight: Array, hidden: Array, stored: P | None) -> Float[Array, "V D"]:
+    cast = weight.astype(hidden.dtype)
+    return cast if stored is None else sharding.gather_inside(cast, stored)
+
+
+def _pieces(hidden: Array, targets: Array, mask: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """The tokens of all rows in chunks [N, chunk, ...]; what fills up the last one is masked."""
+    chunk = max(1, min(targets.size, chunk))
+    pad = -targets.size % chunk
+
+    def cut(x: Array) -> Array:
+        x = x.reshape(targets.size, *x.shape[2:])
+        x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    return cut(hidden), cut(targets), cut(mask)
+
+
+def _score(
+    piece: tuple[Array, Array, Array], weight: Float[Array, "V D"]
+) -> tuple[Float[Array, ""], Float[Array, "M V"]]:
+    """A chunk's summed loss, and log p of every word."""
+    h, target, real = piece
+    logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(log_p, target[:, None], axis=-1)[:, 0]
+    return -jnp.where(real, chosen, 0.0).sum(), log_p

@@ -1,0 +1,182 @@
+"""The loop over layers: one for training, evaluation, prefill and decoding.
+
+Layers that repeat a pattern are one run, their parameters stacked over the repeats, so that compile
+time does not grow with depth (ModelConfig.layer_runs). Axis letters: config/model.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.config.model import LayerKind, ModelConfig
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.attention import CacheUse, LayerCache
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.layers.stored import Apart, OfLayer
+from finermoe_jax.model.block import Block
+from finermoe_jax.moe.routing import Routing
+
+# What the backward pass finds stored; the rest of a layer it computes again.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Pass(NamedTuple):
+    """Everything of one pass through the decoder that is the same in all layers.
+
+    With a cache, slot is its next free one and visible marks those that a single token sees. remat
+    is a key of REMAT_POLICIES or "none"; unroll is the number of repeats written out in each turn
+    of the loop.
+    """
+
+    angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
+    segment_ids: Int[Array, "B T"] | None
+    real: Bool[Array, "B T"]
+    placement: Placement
+    slot: Int[Array, ""]
+    visible: Bool[Array, "B S"]
+    remat: str = "none"
+    unroll: int = 1
+
+
+class Traces(NamedTuple):
+    """Records of a run's MoE layers, in order: routing, Eq. 11's losses, tokens of each expert."""
+
+    routing: list[Routing]
+    aux_loss: Float[Array, " L"]
+    expert_tokens: Int[Array, "L B E"]
+
+
+def stacked_blocks(
+    config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> Block:
+    """One Block whose parameters carry a leading axis "layer" of size repeats."""
+
+    @nnx.split_rngs(splits=repeats)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
+    def build(rngs: nnx.Rngs) -> Block:
+        return Block(config, kind, dtype, rngs)
+
+    return build(rngs)
+
+
+def run_layers(
+    run: nnx.List,
+    x: Float[Array, "B T D"],
+    caches: tuple[LayerCache, ...] | None,
+    shared: Pass,
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...] | None, Traces | None]:
+    """Applies a run of layers to the residual stream.
+
+    Args:
+      run: the pattern's blocks, each with parameters stacked over the repeats.
+      x: the residual stream.
+      caches: keys and values of each place of the pattern, stacked over the repeats, or None.
+      shared: everything else.
+
+    Returns:
+      x, the caches with the new keys and values, and the MoE layers' records (None: there are no
+      MoE layers).
+    """
+    graphdef, stacked = nnx.split(run)
+    repeats = _repeats(stacked)
+
+    def body(carry: tuple, here: tuple) -> tuple:
+        (x, caches), (layer, state) = carry, here
+        if state is None:
+            state = _in_place(stacked, layer, shared.placement)
+        state = sharding.gather_dense(state, x.dtype, shared.placement)
+        return _apply(nnx.merge(graphdef, state), x, caches, layer, shared)
+
+    if shared.remat != "none":
+        # In a loop nothing can be shared between the two passes; written out it would be.
+        written_out = shared.unroll >= repeats
+        policy = REMAT_POLICIES[shared.remat]
+        body = jax.checkpoint(body, policy=policy, prevent_cse=written_out)
+    if _held_apart(stacked):
+        (x, caches), traces = _written_out(body, (x, caches), repeats)
+    else:
+        # With a cache few rows meet each weight. Handed out by the scan a layer would be a copy,
+        # of the idle experts too.
+        sliced = stacked if caches is None else None
+        (x, caches), traces = jax.lax.scan(
+            body, (x, caches), (jnp.arange(repeats), sliced), unroll=min(shared.unroll, repeats)
+        )
+    return x, caches, _in_order(traces, repeats)
+
+
+def _apply(
+    blocks: Any, x: Array, caches: tuple[LayerCache, ...] | None, layer: Array | int, shared: Pass
+) -> tuple:
+    """One repeat of the pattern: ((x, caches), the trace of each block)."""
+    x = sharding.constrain(x, ("batch", "sequence", "width"), shared.placement, "residual stream")
+    written, traces = [], []
+    for place, block in enumerate(blocks):
+        use = None
+        if caches is not None:
+            use = CacheUse(caches[place], jnp.int32(layer), shared.slot, shared.visible)
+        x, cache, trace = block(
+            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement
+        )
+        written.append(cache)
+        traces.append(trace)
+    return (x, None if caches is None else tuple(written)), tuple(traces)
+
+
+def _written_out(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
+    """`lax.scan` without a loop, for layers that are arrays of their own."""
+    each = []
+    for layer in range(repeats):
+        carry, traces = body(carry, (layer, None))
+        each.append(traces)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, Apart)
+
+
+def _held_apart(stacked: Any) -> bool:
+    return _is_apart(jax.tree.leaves(stacked, is_leaf=_is_apart)[0])
+
+
+def _repeats(stacked: Any) -> int:
+    first = jax.tree.leaves(stacked, is_leaf=_is_apart)[0]
+    return len(first.layers) if _is_apart(first) else first.shape[0]
+
+
+def _in_place(stacked: Any, layer: Array | int, placement: Placement) -> Any:
+    """One repeat's parameters, read where they are stored; on a mesh they are cut out."""
+    one_device = placement.mesh is None or placement.mesh.size == 1
+
+    def of_layer(leaf: Any) -> Any:
+        if _is_apart(leaf):
+            return leaf.layers[layer]
+        return OfLayer(leaf, jnp.asarray(layer)) if one_device else leaf[layer]
+
+    return jax.tree.map(of_layer, stacked, is_leaf=_is_apart)
+
+
+def _in_order(stacked_traces: tuple, repeats: int) -> Traces | None:
+    """Records [repeats, …] of each place of the pattern as records of layers in order."""
+    moe = [trace for trace in stacked_traces if trace is not None]
+    if not moe:
+        return None
+    routing = [
+        jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stacked)
+        for repeat in range(repeats)
+        for stacked, _ in moe
+    ]
+
+    def layers(*places: Array) -> Array:
+        return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
+
+    aux_loss, expert_tokens = (layers(*each) for each in zip(*(of for _, of in moe), strict=True))
+    return Traces(routing, aux_loss, expert_tokens)

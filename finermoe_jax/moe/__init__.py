@@ -1,0 +1,1 @@
+"""The mechanism: routing, the exchange of rows, the layer."""

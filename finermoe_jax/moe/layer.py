@@ -1,0 +1,102 @@
+"""The FineRMoE layer: parameters, dispatch, expert compute, combine (paper §3).
+
+Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
+their slots (finermoe_jax/moe/exchange.py). Letters: config/model.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.layers.basic import MLP, normal, param, project
+from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
+from finermoe_jax.moe.exchange import routed_experts
+from finermoe_jax.moe.routing import Routing, load_balancing_loss, route
+
+
+class FineRMoE(nnx.Module):
+    """Routed experts, fine in both dimensions, beside a gated shared expert."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        assert config.moe is not None
+        self.moe = moe = config.moe
+        d, e = config.hidden_size, moe.num_experts
+        f, w = config.expert_intermediate_size, config.expert_output_size
+        init = normal(config.initializer_range)
+        self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
+        if moe.separate_routers:
+            self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
+        # Gate rows first, then up rows. The model width is minor: stored the other way round,
+        # XLA pads a copy of all experts at every call on a TPU.
+        self.gate_up = param(
+            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
+        )
+        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
+        if config.shared_expert_size:
+            self.shared = MLP(d, config.shared_expert_size, config.initializer_range, dtype, rngs)
+            self.shared_gate = param(rngs, (d,), ("norm",), dtype, init)
+        if moe.concat_proj != "none":
+            self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        placement: Placement = ONE_DEVICE,
+    ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
+        """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
+
+        mask marks real tokens; it touches the loss only. placement says on which devices, and
+        by which kernel, the experts are computed.
+        """
+        routing, slot_order = self.route(x)
+        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
+        y = self._routed(x, routing, slot_order, placement)
+        if self.moe.concat_proj == "routed":
+            y = self._project(y)
+        if hasattr(self, "shared"):
+            gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
+            y += jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
+        if self.moe.concat_proj == "all":
+            y = self._project(y)
+        return y, routing, aux_loss
+
+    def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
+        """Each token's experts and weights, and their order by slots (`routing.route`).
+
+        A subclass may choose otherwise: the T_I experts of every slot have to be of that slot.
+        """
+        dtype = jnp.dtype(self.moe.router_dtype)
+
+        def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
+            # HIGHEST: a TPU would otherwise round the operands to bfloat16, and 0.08 % of the
+            # tokens would choose other experts.
+            return jnp.einsum(
+                "BTD,ED->BTE",
+                x.astype(dtype),
+                weight[...].astype(dtype),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+
+        candidates = logits(self.group_router) if self.moe.separate_routers else None
+        return route(logits(self.router), self.moe, x.dtype, candidates)
+
+    def _routed(
+        self,
+        x: Float[Array, "B T D"],
+        routing: Routing,
+        slot_order: Int[Array, "B T A"],
+        placement: Placement,
+    ) -> Float[Array, "B T D"]:
+        """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
+        experts = jnp.take_along_axis(routing.experts, slot_order, axis=-1)
+        weights = jnp.take_along_axis(routing.weights, slot_order, axis=-1)
+        y = routed_experts(x, experts, weights, self.gate_up[...], self.down[...], placement)
+        slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
+        return y.reshape(*x.shape[:2], slots, per_slot, -1).sum(axis=3).reshape(x.shape)
+
+    def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return project("BTC,DC->BTD", y, self.concat_proj[...])

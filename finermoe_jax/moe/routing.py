@@ -1,0 +1,129 @@
+"""Bi-level routing and the load-balancing loss: pure functions of arrays.
+
+One router drives both levels (paper §3, Algorithm 1). The sparse sum layer marks the T_I best
+experts inside every group; the sparse concatenation layer keeps one group per output slot.
+Expert e = ((slot * R_O + candidate) * R_I + copy) * G_I + slice. Letters: config/model.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from finermoe_jax.config.model import MoEConfig
+
+
+class Routing(NamedTuple):
+    """A router's decision; the active experts are in falling order of their logits."""
+
+    logits: Float[Array, "*T E"]
+    experts: Int[Array, "*T A"]
+    weights: Float[Array, "*T A"]
+
+
+def route(
+    logits: Float[Array, "*T E"],
+    moe: MoEConfig,
+    weight_dtype: DTypeLike,
+    candidate_logits: Float[Array, "*T OR"] | None = None,
+) -> tuple[Routing, Int[Array, "*T A"]]:
+    """Chooses G_O * T_I experts per token and their weights (paper Algorithm 1).
+
+    Args:
+      logits: the router's raw logits; the selection runs in their dtype.
+      moe: granularities and variants.
+      weight_dtype: dtype that the weights, a float32 softmax, are cast to.
+      candidate_logits: a second router's logits of the candidate groups, separate_routers only. The
+        paper gives no formula for it: that a slot is scaled by the chosen candidate's probability
+        is our reading.
+
+    Returns:
+      The routing, and the order [*T, A] that brings its experts into slot order: applied to
+      `experts` or `weights` along the last axis, the T_I experts of slot 0 come first.
+    """
+    if moe.plain_top_k:
+        _, experts = jax.lax.top_k(logits, moe.num_active)
+        scale = None
+    else:
+        experts, scale = _select_in_groups(logits, moe, candidate_logits)
+    # Report by falling logit; equal logits keep slot order, the lower expert first.
+    selected = jnp.take_along_axis(logits, experts, axis=-1)
+    by_logit = jnp.argsort(-selected, axis=-1, stable=True)
+    slot_order = jnp.argsort(by_logit, axis=-1)
+    experts = jnp.take_along_axis(experts, by_logit, axis=-1)
+    selected = jnp.take_along_axis(selected, by_logit, axis=-1).astype(jnp.float32)
+
+    if moe.pre_softmax:
+        total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+        weights = jnp.exp(selected - total)
+    else:
+        weights = jax.nn.softmax(selected, axis=-1)
+    if moe.norm_topk_prob:
+        weights /= weights.sum(axis=-1, keepdims=True)
+    if scale is not None:
+        weights *= jnp.take_along_axis(scale, by_logit, axis=-1)
+    return Routing(logits, experts.astype(jnp.int32), weights.astype(weight_dtype)), slot_order
+
+
+def _select_in_groups(
+    logits: Float[Array, "*T E"],
+    moe: MoEConfig,
+    candidate_logits: Float[Array, "*T OR"] | None,
+) -> tuple[Int[Array, "*T A"], Float[Array, "*T A"] | None]:
+    """Experts in slot order; with a second router also each one's factor.
+
+    Ties: top_k and argmax both take the lowest index.
+    """
+    slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
+    tokens = logits.shape[:-1]
+    grouped = logits.reshape(*tokens, slots, candidates, group)
+    _, marked = jax.lax.top_k(grouped, moe.active_per_group)
+    # All of a group's raw logits are summed, marked or not: so says the published model.
+    scores = (
+        grouped.sum(axis=-1)
+        if candidate_logits is None
+        else candidate_logits.reshape(*tokens, slots, candidates)
+    )
+    chosen = jnp.argmax(scores, axis=-1)
+    inside = jnp.take_along_axis(marked, chosen[..., None, None], axis=-2)[..., 0, :]
+    group_index = jnp.arange(slots).reshape((1,) * len(tokens) + (slots,)) * candidates + chosen
+    experts = (group_index[..., None] * group + inside).reshape(*tokens, moe.num_active)
+    if candidate_logits is None:
+        return experts, None
+    # The paper gives no formula for separate routers. Through an argmax alone the second router
+    # would never learn; scaling its slot by the chosen candidate's probability is our reading.
+    probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    scale = jnp.take_along_axis(probabilities, chosen[..., None], axis=-1)
+    return experts, jnp.repeat(scale[..., 0], moe.active_per_group, axis=-1)
+
+
+def expert_tokens(
+    experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], num_experts: int
+) -> Float[Array, "B E"]:
+    """How many real tokens of each sequence selected each expert: whole numbers, no gradient."""
+    real = mask.astype(jnp.float32)
+    counts = jax.vmap(lambda e, r: jnp.zeros(num_experts).at[e].add(r[:, None]))(experts, real)
+    return jax.lax.stop_gradient(counts)
+
+
+def load_balancing_loss(
+    logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Sequence-level load-balancing loss, weight not applied (paper Eq. 11, after DeepSeek-V2).
+
+    Per sequence of L real tokens: sum over experts of f_i * P_i, P_i the mean over tokens of the
+    softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
+    sequences that hold a real token. A sequence is a row of the batch, also where documents are
+    packed into it. f carries no gradient.
+    """
+    num_experts, active = logits.shape[-1], experts.shape[-1]
+    real = mask.astype(jnp.float32)
+    length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
+    fraction = expert_tokens(experts, mask, num_experts) * num_experts / (active * length)
+    per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
+    holds_token = mask.any(axis=1)
+    return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)

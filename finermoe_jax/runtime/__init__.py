@@ -1,0 +1,1 @@
+"""This process and its machine: files, signals, other processes. Knows no model."""

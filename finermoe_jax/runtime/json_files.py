@@ -1,0 +1,146 @@
+"""JSON in and out: every file and line that is read, every text that is written.
+
+`import json` stands in this module alone (tests/test_json_files.py).
+"""
+
+import codecs
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.files import refuse_pointer
+
+# Far above the index of any model.
+_FILE_BYTES = 256 << 20
+# A line is in memory several times over while it is read.
+LINE_BYTES = 64 << 20
+# Far above any real file; Python's own recursions end at a few hundred levels.
+_LEVELS = 64
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parses a JSON text (bytes: UTF-8), with or without a byte order mark.
+
+    Raises InputError, which names `where`: no JSON, not UTF-8, nested too deep, or an integer of
+    more digits than Python converts.
+    """
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded.removeprefix("\ufeff"))
+        if _too_deep(decoded, value):
+            raise RecursionError
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text: {error}"
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in decoded.strip() else ""
+        reason = f"{error.msg} at {place}column {error.colno}"
+    except RecursionError:
+        reason = f"it is nested more than {_LEVELS} levels deep"
+    except ValueError:  # Python's limit: the conversion takes quadratic time
+        reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits"
+    else:
+        return value
+    raise InputError(f"{where} is not readable as JSON: {reason}")
+
+
+def _too_deep(text: str, value: Any) -> bool:
+    if text.count("[") + text.count("{") <= _LEVELS:
+        return False
+    level = [value]
+    for _ in range(_LEVELS):
+        inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [one for each in inner if isinstance(each, list) for one in each]
+        if not level:
+            return False
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file. Raises InputError naming the file."""
+    try:
+        # A pipe would be waited for, and a device read until memory is full.
+        if not path.is_file() and path.exists():
+            raise InputError(f"{path} is not a file")
+        if (size := path.stat().st_size) > _FILE_BYTES:
+            raise InputError(f"{path} has {size} bytes; at most {_FILE_BYTES} are read as JSON")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    try:
+        value = parse_json(content, str(path))
+    except InputError:
+        refuse_pointer(path)
+        raise
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def json_rows(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
+    """Parses JSON lines: (number of the line from 1, value); blank lines are skipped.
+
+    Raises InputError naming `path` and the line: no JSON, or more than LINE_BYTES in the line.
+    """
+    number = 0
+    while line := stream.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise InputError(
+                f"{path}, line {number}: it has more than {LINE_BYTES:,} bytes, and a line must "
+                "fit in memory: cut its document into several, or give it as a .txt file"
+            )
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            yield number, parse_json(line, f"{path}, line {number}")
+
+
+def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Reads a run's log: each line that holds a JSON object with a step, as stored and parsed.
+
+    Other lines are skipped: a crash or a power cut leaves such lines. So is a last line without an
+    end, which is being written or was cut off. An absent file has no lines.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            value = parse_json(line, str(path))
+        except InputError:
+            continue
+        if isinstance(value, dict) and type(value.get("step")) is int:
+            found.append((line, value))
+    return found
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """Writes a value as JSON; NaN and infinity, which JSON does not have, become null.
+
+    `layout` are json.dumps's keywords.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **layout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

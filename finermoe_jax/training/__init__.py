@@ -1,0 +1,1 @@
+"""A run: what it begins with, its steps, its workdir."""

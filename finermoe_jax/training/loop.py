@@ -1,0 +1,153 @@
+"""The steps of a run, with logging, held-out scores and saves on the way."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data import batches as data
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.data.rows import Mixture
+from finermoe_jax.errors import RunEnded
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime.preemption import EXIT_CODE
+from finermoe_jax.training.monitor import Monitor
+from finermoe_jax.training.nonfinite import Guard
+from finermoe_jax.training.step import jit_step, rebuild
+from finermoe_jax.training.workdir import way_on
+from finermoe_jax.weights.checkpoint import TrainingCheckpoints
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the steps of one run need. Every process holds one."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: Mesh
+    model: Decoder  # shapes alone
+    shardings: dict
+    tx: optax.GradientTransformation
+    rows: Mixture
+    checkpoints: TrainingCheckpoints
+    monitor: Monitor
+    guard: Guard
+    report: Callable[[str, Decoder, int], float | None]
+    must_stop: Callable[[int], bool]
+    say: Callable[[str], None]
+
+    def run(self, first: int, params: dict, opt_state: Any) -> dict:
+        """Steps first + 1 … steps, and the parameters after them.
+
+        The host is a step ahead: it hands the device step n + 1 before it asks for what step n
+        gave. It waits for a step itself only where a save, a held-out score or a profile comes
+        after it; what a checkpoint holds is in the log before it is saved.
+
+        Raises RunEnded when it is asked to stop, the disk is full, or steps are not finite.
+        """
+        config, monitor, mesh = self.config, self.monitor, self.mesh
+        settings, steps = config.train, config.train.steps
+        if first == steps:
+            return params
+        graphdef, _ = nnx.split(self.model)
+        step_fn, places = jit_step(
+            graphdef, config, self.tx, params, opt_state, self.shardings, mesh
+        )
+        params, opt_state = jax.device_put((params, opt_state), places, donate=True)
+        batches = _global_batches(config, self.rows, first, sharding.batch_sharding(mesh))
+        batch = next(batches)
+        began = time.perf_counter()
+        run_step = step_fn.lower(params, opt_state, batch).compile()
+        self.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+        # A log with steps and no checkpoint then means that checkpoints were lost (workdir.claim).
+        self.checkpoints.wait()
+        under_way: list[tuple[int, dict]] = []
+        saved = first - self.guard.skipped  # updates in the newest checkpoint
+
+        def finish() -> None:
+            """Waits for the steps under way, and tells of them."""
+            for step, told in under_way:
+                values = jax.device_get(told)
+                try:
+                    self.guard.check(step, values)
+                finally:
+                    monitor.step(step, values | {"skipped": self.guard.skipped})
+            under_way.clear()
+
+        monitor.show_progress(first)
+        for step in range(first + 1, steps + 1):
+            if monitor.profile_begins(step):
+                finish()
+                with monitor.pause():
+                    monitor.start_profile()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                params, opt_state, told = run_step(params, opt_state, batch)
+            finish()
+            under_way.append((step, told))
+            self.checkpoints.check()
+            if step < steps:
+                with monitor.waiting():
+                    batch = next(batches)
+            stop = self.must_stop(step) and step < steps
+            saves = step % settings.checkpoint_every == 0 or step == steps or stop
+            scores = step % settings.eval_every == 0 or step == steps
+            if saves or scores or monitor.profile_ends(step):
+                finish()
+            if monitor.profile_ends(step):
+                with monitor.pause():
+                    monitor.stop_profile()
+            loss = None
+            if scores:
+                with monitor.pause():
+                    loss = self.report(f"step {step}", rebuild(graphdef, params), step)
+            # Saved when scored and logged, so that a run that goes on from here has both. Not when
+            # all steps since the last save were left out: the same weights would displace others.
+            updates = step - self.guard.skipped
+            if saves and (updates > saved or stop or step == steps):
+                saved = updates
+                with monitor.pause():
+                    tokenizer, logged = self.workdir / "tokenizer", monitor.log.sync()
+                    self.checkpoints.save(
+                        step, self.model, params, opt_state, tokenizer, loss, logged
+                    )
+            if stop:
+                self.checkpoints.wait()
+                raise RunEnded(
+                    f"stopped on request after step {step}. {way_on(self.workdir)}", EXIT_CODE
+                )
+        return params
+
+
+def _global_batches(
+    config: RunConfig, windows: Mixture, first: int, sharding: jax.sharding.NamedSharding
+) -> Iterator[Batch]:
+    """Batches [B, T + 1] over all devices; each process reads the rows that its devices hold."""
+    shape = (config.data.global_batch_size, config.data.sequence_length + 1)
+
+    def rows_of(index: tuple[slice, ...] | None) -> range:
+        assert index is not None
+        return range(shape[0])[index[0]]
+
+    here = sharding.addressable_devices_indices_map(shape).values()
+    rows = sorted({row for index in here for row in rows_of(index)})
+    for batch in data.train_batches(windows, config.data, first, rows):
+
+        def over_devices(local: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                wanted = rows_of(index)
+                start = rows.index(wanted[0])
+                return local[start : start + len(wanted)]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        yield jax.tree.map(over_devices, batch)

@@ -1,0 +1,363 @@
+"""What a run tells of itself: files, the progress line, TensorBoard, Weights & Biases, a profile.
+
+docs/monitoring.md says what each figure means. Everything here runs on the host, on values that
+are there already: nothing waits for a device.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.hardware import peak_flops
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.training.trackers import TensorBoard, WeightsAndBiases
+from finermoe_jax.training.workdir import Log
+
+_GIB = 2**30
+
+# What of metrics.jsonl depends on the clock and the machine: two runs of one config share the rest.
+MEASURED = (
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+    "step_seconds",
+    "input_seconds",
+    "pause_seconds",
+    "memory_gib",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is asked for beyond the workdir's JSON-lines files; nothing of it changes the run."""
+
+    tensorboard: bool = False
+    wandb: str = ""  # the project; empty: not used
+    profile_steps: tuple[int, int] | None = None  # the first and the last step that are traced
+    peak_flops: float | None = None  # of one device, FLOP/s; None: by its kind
+
+
+NOTHING_MORE = Watch()
+
+
+def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | None:
+    """The range "a:b" as (a, b), both included; None for an empty text.
+
+    Raises InputError unless 1 <= a <= b.
+    """
+    if not text:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise InputError(f"{flag}={text!r} must be two steps, like 20:22, the first at least 1")
+    return int(first), int(last)
+
+
+def check(watch: Watch, steps: int) -> None:
+    """Raises InputError for what cannot be told of a run of so many steps.
+
+    That is: a package that is not installed, steps that are not run, a peak that is no rate.
+    """
+    for asked, package, flag in (
+        (watch.tensorboard, "tensorboardX", "--tensorboard"),
+        (bool(watch.wandb), "wandb", f"--wandb={watch.wandb}"),
+    ):
+        found = importlib.util.find_spec(package) if asked else None
+        # Any folder of that name would be found, but has no origin.
+        if asked and (found is None or found.origin is None):
+            extra = package.removesuffix("X").lower()
+            raise InputError(
+                f"{flag} needs {package}, which is not installed: pip install "
+                f"'finermoe-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+            )
+    if watch.profile_steps:
+        begin, end = watch.profile_steps
+        if not 0 < begin <= end <= steps:
+            raise InputError(f"--profile_steps={begin}:{end}: this run makes steps 1 to {steps}")
+    if watch.peak_flops is not None and not 0 < watch.peak_flops < math.inf:
+        raise InputError(f"--peak_tflops={watch.peak_flops / 1e12:g} must be positive")
+
+
+# --- load of the experts --------------------------------------------------------------------
+
+
+class Load(NamedTuple):
+    """How a step's tokens spread over the experts, per MoE layer."""
+
+    aux_loss: Float[np.ndarray, " L"]  # Eq. 11, 1 where even
+    tokens: Int[np.ndarray, "L E"]
+    entropy: Float[np.ndarray, " L"]  # of an expert's share of the rows, over log E: 1 where even
+    max_over_mean: Float[np.ndarray, " L"]
+    dead: Int[np.ndarray, " L"]  # experts that no token selected
+    candidates: Float[np.ndarray, "L O R"]  # share of a slot's rows in each candidate group
+
+
+def load_of(
+    tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
+) -> Load:
+    """The figures that follow from how many tokens selected each expert."""
+    total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
+    share = tokens / total
+    surprise = np.log(share, out=np.zeros_like(share), where=share > 0)
+    experts = tokens.shape[1]
+    slots, candidates = moe.output_granularity, moe.output_expansion
+    groups = tokens.reshape(-1, slots, candidates, moe.group_size).sum(axis=3)
+    return Load(
+        aux_loss=aux_loss,
+        tokens=tokens,
+        entropy=-(share * surprise).sum(axis=1) / math.log(experts) if experts > 1 else share[:, 0],
+        max_over_mean=share.max(axis=1) * experts,
+        dead=(tokens == 0).sum(axis=1),
+        candidates=groups / np.maximum(groups.sum(axis=2, keepdims=True), 1),
+    )
+
+
+# --- the progress line ----------------------------------------------------------------------
+
+
+class _Lines:
+    """A stream that tqdm writes its line to, where nothing can be overwritten: one line each."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _progress(steps: int, first: int) -> tqdm:
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=first,
+        desc="training",
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.5 if terminal else 20,
+        miniters=1,
+        smoothing=0,  # of the whole time, so that evaluations and saves are in what remains
+        dynamic_ncols=terminal,
+        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
+        "[{elapsed}<{remaining}]{postfix}",
+        disable=jax.process_index() > 0,
+    )
+
+
+def memory_gib() -> float:
+    """The peak so far, in GiB: of the fullest device here, or of this process where none tells."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks) / _GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+
+
+class Monitor:
+    """One run's figures, from finished steps to wherever they are told. Closes what it opened.
+
+    All processes hold one and call it alike; the first one writes.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: RunConfig,
+        model: ModelConfig,
+        watch: Watch,
+        first: int,
+        devices: int,
+    ):
+        """`first` is the last step already made, `devices` how many the run computes on.
+
+        Raises InputError when Weights & Biases cannot be reached.
+        """
+        self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
+        self.profile: tuple[int, int] | None = None
+        # A resumed run traces what is left: the same command must go on.
+        if watch.profile_steps and watch.profile_steps[1] > first and jax.process_index() == 0:
+            begin, end = watch.profile_steps
+            self.profile = max(begin, first + 1), end
+        self.profile_directory = workdir / "profile"
+        peak = watch.peak_flops or peak_flops(jax.devices()[0].device_kind)
+        frozen = config.optimizer.freeze_backbone
+        needed = training_flops(model, config.data.sequence_length, frozen)
+        self.mfu_per_speed = None if peak is None else needed / (devices * peak)
+        self.held_out: float | None = None
+        self.writers: list[TensorBoard | WeightsAndBiases] = []
+        self.bar: tqdm | None = None
+        self.line: dict[str, Any] | None = None  # the last one of metrics.jsonl
+        self.tracing = False
+        if jax.process_index() == 0:
+            if watch.tensorboard:
+                self.writers.append(TensorBoard(workdir, first))
+            if watch.wandb:
+                self.writers.append(WeightsAndBiases(watch.wandb, workdir, config))
+        self.begin(first)
+
+    # --- time -------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """Time runs from here, after `step` steps."""
+        self.clock, self.since = time.perf_counter(), step
+        self.waited = self.paused = self.tokens = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The loop waits for a batch."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is no training: an evaluation, the start of a save or of a profile."""
+        began = time.perf_counter()
+        if self.bar is not None:
+            self.bar.clear()
+        yield
+        self.paused += time.perf_counter() - began
+
+    # --- what is told -----------------------------------------------------------------------
+
+    def show_progress(self, first: int) -> None:
+        """Shows the progress line and starts the clock."""
+        self.bar = _progress(self.config.train.steps, first)
+        self.begin(first)
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        """A finished step, in order and each once; `values` as step.train_step returns them."""
+        train = self.config.train
+        last = step == train.steps
+        self.tokens += float(values["tokens"])
+        load = None
+        if self.moe is not None and len(values["expert_tokens"]):
+            load = load_of(values["expert_tokens"], values["layer_aux_loss"], self.moe)
+        if step % train.log_every == 0 or last:
+            self._log(step, values, load)
+        if load is not None and (step % train.load_every == 0 or step == 1 or last):
+            self.log.load({"step": step, **_plain(load)})
+            self._write(step, _load_scalars(load))
+        if self.bar is not None:
+            self.bar.update()
+
+    def _log(self, step: int, values: Mapping[str, Any], load: Load | None) -> None:
+        now, steps = time.perf_counter(), step - self.since
+        seconds = (now - self.clock - self.paused) / steps
+        speed = self.tokens / steps / seconds
+        line: dict[str, Any] = {
+            name: float(value) for name, value in values.items() if np.ndim(value) == 0
+        }
+        line |= {
+            "tokens_per_second": speed,
+            "tokens_per_second_per_device": speed / self.devices,
+            "mfu": None if self.mfu_per_speed is None else speed * self.mfu_per_speed,
+            "step_seconds": seconds,
+            "input_seconds": self.waited / steps,
+            "pause_seconds": self.paused,
+            "memory_gib": memory_gib(),
+        }
+        if load is not None:
+            line |= {
+                "load_entropy": float(load.entropy.min()),
+                "load_max_over_mean": float(load.max_over_mean.max()),
+                "dead_experts": int(load.dead.sum()),
+            }
+        self.begin(step)
+        self.log.metrics({"step": step, **line})
+        self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
+        self.line = line
+        self._show()
+
+    def _show(self) -> None:
+        """Puts figures into the progress line, the most wanted first: a terminal cuts the rest."""
+        if self.bar is None or self.line is None:
+            return
+        line = self.line
+        parts = [f"loss {line['loss']:.3f}"]
+        if self.held_out is not None:
+            parts.append(f"held-out {self.held_out:.3f}")
+        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{line['tokens_per_second_per_device']:,.0f}/device")
+        if line["mfu"] is not None:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        parts.append(f"{line['memory_gib']:.1f} GiB")
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+
+    def evaluation(self, name: str, step: int, loss: float) -> None:
+        """A held-out loss, of the model of that name."""
+        self.log.evaluation(name, step, loss)
+        if name.startswith("step"):
+            self.held_out = loss
+            self._write(step, {"held_out/loss": loss})
+            self._show()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, values)
+
+    # --- profile ----------------------------------------------------------------------------
+
+    def profile_begins(self, step: int) -> bool:
+        """Whether this step is the first that is traced."""
+        return self.profile is not None and step == self.profile[0]
+
+    def profile_ends(self, step: int) -> bool:
+        """Whether this step is the last that is traced."""
+        return self.profile is not None and step == self.profile[1]
+
+    def start_profile(self) -> None:
+        """Traces this process and its devices from here on."""
+        jax.profiler.start_trace(self.profile_directory, create_perfetto_trace=True)
+        self.tracing = True
+
+    def stop_profile(self) -> None:
+        """Writes the trace into the workdir's profile/."""
+        self.tracing = False
+        jax.profiler.stop_trace()
+
+    def close(self, failed: bool) -> None:
+        """Ends the line, and what was opened for other programs."""
+        if self.tracing:
+            self.stop_profile()
+        if self.bar is not None:
+            self.bar.close()
+        for writer in self.writers:
+            writer.close(failed)
+
+
+def _plain(load: Load) -> dict[str, Any]:
+    """For JSON; shares and ratios to four digits, which keeps a record small."""
+    return {
+        name: value.tolist() if value.dtype.kind in "iu" else np.round(value, 4).tolist()
+        for name, value in load._asdict().items()
+    }
+
+
+def _load_scalars(load: Load) -> dict[str, float]:
+    """Each layer's figures under names of their own. Layers count the MoE layers alone."""
+    scalars = {}
+    for layer in range(len(load.tokens)):
+        for name in ("aux_loss", "entropy", "max_over_mean", "dead"):
+            scalars[f"load_{name}/layer_{layer:02}"] = float(getattr(load, name)[layer])
+        for (slot, candidate), share in np.ndenumerate(load.candidates[layer]):
+            scalars[f"load_slot_{slot}_candidate_{candidate}/layer_{layer:02}"] = float(share)
+    return scalars

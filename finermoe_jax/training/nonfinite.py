@@ -1,0 +1,89 @@
+"""What is done about steps whose loss or gradient is not finite."""
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data import batches as data
+from finermoe_jax.data.rows import Mixture
+from finermoe_jax.errors import RunEnded
+from finermoe_jax.runtime import files
+from finermoe_jax.runtime.json_files import to_json
+
+
+class Guard:
+    """Counts the steps that train_step has left out, names their batches, and ends the run.
+
+    Attributes:
+      skipped: steps left out since the run began, interruptions included.
+      in_a_row: of these, the last ones without a step between them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        windows: Mixture,
+        workdir: Path,
+        skipped: int,
+        say: Callable[[str], None],
+    ):
+        self.config, self.windows, self.workdir, self.say = config, windows, workdir, say
+        self.skipped, self.in_a_row = skipped, 0
+
+    def check(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes note of one step's metrics; to be called for every step, in order, at any delay.
+
+        Raises RunEnded, on all processes, after train.max_skipped_steps in a row.
+        """
+        if not metrics["skipped"]:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        limit = self.config.train.max_skipped_steps
+        folder = self.workdir / "nonfinite"
+        self.say(
+            f"WARNING: step {step} is left out: loss {float(metrics['loss']):g}, gradient norm "
+            f"{float(metrics['grad_norm']):g}; {self.in_a_row} in a row, {limit} end the run. Its "
+            f"batch: {folder / f'step-{step}.json'}"
+        )
+        if jax.process_index() == 0:
+            self._write(folder, step, metrics, with_tokens=self.in_a_row >= limit)
+        if self.in_a_row >= limit:
+            first = step - limit + 1
+            raise RunEnded(
+                f"the loss or the gradient was not finite in {limit} steps in a row, {first} … "
+                f"{step}: the run ends (train.max_skipped_steps={limit}). The weights are as they "
+                f"were before step {first}. {folder} holds the last batch's tokens, "
+                f"step-{step}.npz, and for each step its windows, step-N.json. Going on from an "
+                "earlier checkpoint meets the same batches in the same order; a lower "
+                "--config.optimizer.learning_rate needs --allow_changes=optimizer.learning_rate"
+            )
+
+    def _write(
+        self, folder: Path, step: int, metrics: Mapping[str, Any], with_tokens: bool
+    ) -> None:
+        files.make_directory(folder)
+        values = {name: float(metrics[name]) for name in ("loss", "aux_loss", "grad_norm")}
+        text = {
+            "step": step,
+            **{
+                name: value if math.isfinite(value) else str(value)
+                for name, value in values.items()
+            },
+            "rows": data.batch_identity(self.windows, self.config.data, step),
+        }
+        files.write(folder / f"step-{step}.json", to_json(text) + "\n")
+        if with_tokens:
+            rows = range(self.config.data.global_batch_size)
+            batch = next(data.train_batches(self.windows, self.config.data, step - 1, rows))
+            arrays = {name: array for name, array in batch._asdict().items() if array is not None}
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            files.write(folder / f"step-{step}.npz", content.getvalue())

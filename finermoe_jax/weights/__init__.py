@@ -1,0 +1,1 @@
+"""A model outside of a program: Hugging Face directories, Orbax checkpoints, upcycling."""

@@ -1,0 +1,114 @@
+"""Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+from tqdm import tqdm
+
+from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.errors import InputError, RunEnded
+from finermoe_jax.runtime.directories import new_directory, refuse_occupied
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.weights.checkpoint import open_model, write_checkpoint
+from finermoe_jax.weights.disk import out_of_space
+from finermoe_jax.weights.hf_config import model_config_to_hf
+from finermoe_jax.weights.hf_weights import write_hf
+from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+
+# As a shell tells of Ctrl-C.
+_INTERRUPTED = 130
+
+
+def convert(
+    source: str,
+    target: Path,
+    to: Literal["orbax", "hf"],
+    moe: MoEConfig | None,
+    *,
+    start: UpcycleConfig = PUBLISHED_START,
+    seed: int,
+    dtype: str | None = None,
+    stated: bool = False,
+) -> ModelConfig:
+    """Writes `target`, a new or empty directory that appears only when complete.
+
+    To "orbax", a dense source is upcycled as `moe` and `start` say (moe None: imported as it is)
+    and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
+    casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
+    source has to be one of these experts already.
+
+    No more of the model than a few blocks is in memory at a time.
+
+    Returns the architecture that was written.
+
+    Raises InputError for whatever the source, the target or the sizes have wrong and for a disk
+    without room, RunEnded on SIGTERM and Ctrl-C. Nothing of the target is then left.
+    """
+    target = Path(local(target))
+    refuse_occupied(target.absolute())
+    model = open_model(source, dtype)
+    config, weights = model.config, model.weights
+    if dtype is None and len(model.stored) > 1:
+        raise InputError(
+            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
+            "dtype: say which by --dtype"
+        )
+    if to == "orbax" and moe is not None and config.moe is None:
+        config, weights = upcycle_weights(config, weights, moe, jax.random.key(seed), start)
+    elif to == "orbax" and moe is not None and stated:
+        refuse_other_experts(source, config, moe, start)
+    if to == "hf":
+        model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
+    size = sum(array.nbytes for array in weights.values())
+    with (
+        stop_requests() as stopped,
+        _room(target, size),
+        new_directory(target) as directory,
+        tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
+    ):
+
+        def written(size: int) -> None:
+            bar.update(size)
+            if stopped(0):
+                raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
+
+        try:
+            if to == "hf":
+                for size in write_hf(config, weights, directory, model.files):
+                    written(size)
+            else:
+                activations = dtype or model.dtype
+                write_checkpoint(config, activations, weights, directory, model.files, written)
+        finally:
+            model.refuse_changed()  # which is then the cause of whatever else was wrong
+    return config
+
+
+@contextlib.contextmanager
+def _room(target: Path, size: int) -> Iterator[None]:
+    """Refuses a disk with less room than the weights need; one message where it fills up later."""
+
+    def text(number: int) -> str:
+        return tqdm.format_sizeof(number, "B")
+
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError(
+            f"{target} would take {text(size)}, and its disk has {text(free)} free: make room, or "
+            "give a directory elsewhere"
+        )
+    try:
+        yield
+    except Exception as error:
+        if not out_of_space(error):
+            raise
+        raise InputError(
+            f"{target} takes {text(size)}, and its disk was full before it was written. Nothing of "
+            "it is left; make room, or give a directory elsewhere"
+        ) from None

@@ -1,0 +1,147 @@
+"""The one table between Hugging Face tensor names and the decoder's parameters, for both ways."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.weights.lazy import ParamPath
+
+
+def _same(ours: np.ndarray) -> np.ndarray:
+    return ours
+
+
+def _flat_out(ours: np.ndarray) -> np.ndarray:
+    """[heads, head_dim, *in] → [heads * head_dim, *in]."""
+    return ours.reshape(ours.shape[0] * ours.shape[1], *ours.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One HF tensor (per layer, and per expert where the name holds {e}).
+
+    view maps our array, without its layer and expert axes, to the HF tensor's [out, in] shape;
+    it must be a view, so that one rule serves import (write into it) and export (read it).
+    """
+
+    param: str
+    name: str
+    view: Callable[[np.ndarray], np.ndarray] = _same
+
+    @property
+    def same(self) -> bool:
+        """Whether the two are the same array, so that a part of one is a part of the other."""
+        return self.view is _same
+
+
+_ATTENTION = (
+    Rule("input_norm/scale", "input_layernorm.weight"),
+    Rule("post_norm/scale", "post_attention_layernorm.weight"),
+    Rule("attention/query", "self_attn.q_proj.weight", _flat_out),
+    Rule("attention/key", "self_attn.k_proj.weight", _flat_out),
+    Rule("attention/value", "self_attn.v_proj.weight", _flat_out),
+    Rule("attention/out", "self_attn.o_proj.weight", lambda w: w.reshape(w.shape[0], -1)),
+    Rule("attention/query_bias", "self_attn.q_proj.bias", _flat_out),
+    Rule("attention/key_bias", "self_attn.k_proj.bias", _flat_out),
+    Rule("attention/value_bias", "self_attn.v_proj.bias", _flat_out),
+    Rule("attention/query_norm/scale", "self_attn.q_norm.weight"),
+    Rule("attention/key_norm/scale", "self_attn.k_norm.weight"),
+)
+_DENSE = (
+    Rule("mlp/gate", "mlp.gate_proj.weight"),
+    Rule("mlp/up", "mlp.up_proj.weight"),
+    Rule("mlp/down", "mlp.down_proj.weight"),
+)
+_MOE = (
+    Rule("moe/router", "mlp.gate.weight"),
+    # No published model has it, and none is exported with it: a name for messages.
+    Rule("moe/group_router", "mlp.group_gate.weight"),
+    Rule("moe/gate_up", "mlp.experts.{e}.gate_proj.weight", lambda w: w[: w.shape[0] // 2]),
+    Rule("moe/gate_up", "mlp.experts.{e}.up_proj.weight", lambda w: w[w.shape[0] // 2 :]),
+    Rule("moe/down", "mlp.experts.{e}.down_proj.weight", lambda w: w.T),
+    Rule("moe/shared/gate", "mlp.shared_expert.gate_proj.weight"),
+    Rule("moe/shared/up", "mlp.shared_expert.up_proj.weight"),
+    Rule("moe/shared/down", "mlp.shared_expert.down_proj.weight"),
+    Rule("moe/shared_gate", "mlp.shared_expert_gate.weight", lambda w: w[None]),
+    Rule("moe/concat_proj", "mlp.concat_proj.weight"),
+)
+_TOP = (
+    Rule("embed/weight", "model.embed_tokens.weight"),
+    Rule("final_norm/scale", "model.norm.weight"),
+    Rule("lm_head/weight", "lm_head.weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The HF tensors that make up one parameter of the decoder.
+
+    layers holds the layer's number for each place on the parameter's leading axis, and is empty
+    for a parameter that has none. experts is the size of the second axis, 0 where there is none.
+    """
+
+    rules: tuple[Rule, ...]
+    layers: tuple[int, ...]
+    experts: int
+
+    @property
+    def count(self) -> int:
+        """How many tensors."""
+        return len(self.rules) * max(1, len(self.layers)) * max(1, self.experts)
+
+    def places(self) -> Iterator[tuple[int, ...]]:
+        """Every place on the leading axes: (), (repeat,) or (repeat, expert)."""
+        if not self.layers:
+            yield ()
+        for repeat in range(len(self.layers)):
+            if self.experts:
+                yield from ((repeat, expert) for expert in range(self.experts))
+            else:
+                yield (repeat,)
+
+    def name(self, rule: Rule, place: tuple[int, ...]) -> str:
+        """The HF tensor's name of one rule at one place."""
+        if not place:
+            return rule.name
+        name = f"model.layers.{self.layers[place[0]]}.{rule.name}"
+        return name.replace("{e}", str(place[1])) if self.experts else name
+
+    def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor, given the parameter's shape."""
+        leading = bool(self.layers) + bool(self.experts)
+        # A view of one element tells the HF tensor's shape without allocating one.
+        ours = np.broadcast_to(np.empty((), np.int8), shape[leading:])
+        theirs = [(rule, rule.view(ours).shape) for rule in self.rules]
+        for place in self.places():
+            yield from ((self.name(rule, place), size) for rule, size in theirs)
+
+
+def parts(config: ModelConfig, paths: Iterator[ParamPath] | list[ParamPath]) -> dict:
+    """`Parts` for each of the decoder's parameters.
+
+    Raises KeyError for a parameter that no rule names.
+    """
+    top = {tuple(rule.param.split("/")): rule for rule in _TOP}
+    rules: dict[tuple[str, ...], tuple[Rule, ...]] = {}
+    for rule in (*_ATTENTION, *_DENSE, *_MOE):
+        key = tuple(rule.param.split("/"))
+        rules[key] = (*rules.get(key, ()), rule)
+    table: dict[ParamPath, Parts] = {}
+    for path in paths:
+        if path in top:
+            table[path] = Parts((top[path],), (), 0)
+            continue
+        _, run, place, *rest = path
+        mine = rules[tuple(rest)]
+        experts = config.moe.num_experts if config.moe and "{e}" in mine[0].name else 0
+        table[path] = Parts(mine, run_layers(config, run, place), experts)
+    return table
+
+
+def run_layers(config: ModelConfig, run: int, place: int) -> tuple[int, ...]:
+    """The layers that `runs[run][place]` stacks (ModelConfig.layer_runs)."""
+    before = sum(len(pattern) * repeats for pattern, repeats in config.layer_runs[:run])
+    pattern, repeats = config.layer_runs[run]
+    return tuple(before + repeat * len(pattern) + place for repeat in range(repeats))

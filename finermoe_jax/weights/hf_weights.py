@@ -1,0 +1,368 @@
+"""Hugging Face directories in and out, block by block, by the table in hf_names.py.
+
+Only safetensors are read: nothing is unpickled or executed.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from finermoe_jax.config.arguments import FLOATS, check_path, check_type
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.data.tokenizers import (
+    GENERATION_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    check_kept,
+    generation_settings,
+    kept_files,
+    write_files,
+)
+from finermoe_jax.errors import InputError
+from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
+from finermoe_jax.runtime.directories import new_directory
+from finermoe_jax.runtime.json_files import read_json, to_json
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
+from finermoe_jax.weights.hf_names import Parts, parts
+from finermoe_jax.weights.lazy import LazyArray, Weights
+from finermoe_jax.weights.safetensors_files import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    TensorFiles,
+    indexed_files,
+    listing,
+    write_tensors,
+)
+
+# Buffers that old exports carry and that are computed, not learned.
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# A size whose bytes still count in 64 bits.
+_MOST_PARAMETERS = 1 << 60
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def resolve_source(source: str | os.PathLike) -> Path:
+    """A local directory, or a hub id downloaded (or found in the cache) by huggingface_hub.
+
+    HF_HUB_OFFLINE and HF_HOME work as everywhere. Raises InputError when neither exists.
+    """
+    source = local(source)
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{source} is a file; give the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES, TEMPLATE_FILES]
+        directory = Path(snapshot_download(source, allow_patterns=wanted))
+        # Repositories may hold their weights in other forms beside these.
+        wanted = indexed_files(directory) or [SINGLE_FILE]
+        # A snapshot's directory is named after its revision.
+        return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises many unrelated types
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"{source} is no directory here and could not be had from the hub: {first}"
+        ) from None
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The architecture that a HF directory's config.json states."""
+    return model_config_from_hf(
+        read_json(directory / "config.json"), str(directory / "config.json")
+    )
+
+
+def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig, Weights]:
+    """Architecture and weights of a HF directory, every name, shape and dtype checked.
+
+    The weights are read when indexed, from files that stay open as long as the weights live.
+
+    Args:
+      directory: config.json and safetensors of a dense model or a FineRMoE.
+      dtype: float dtype of the weights; None keeps the embedding's.
+
+    Raises:
+      InputError: one message that lists every missing, extra, wrongly shaped or wrongly typed
+        tensor; a config that is not supported; files that are no safetensors.
+    """
+    config = read_config(directory)
+    shapes = parameter_shapes(config)
+    table = parts(config, list(shapes))
+    files = TensorFiles(directory)
+    _check_tensors(files, table, shapes, config)
+    stored = jnp.dtype(dtype or DTYPES[files.dtype(_EMBEDDING)])
+    return config, {
+        path: LazyArray(shape, stored, _reader(files, table[path], shape, stored))
+        for path, shape in shapes.items()
+    }
+
+
+def stored_dtypes(directory: Path) -> list[str]:
+    """The dtypes in which the weights of a HF directory are stored."""
+    files = TensorFiles(directory)
+    found = {files.dtype(name) for name in files.where if not _IGNORED.search(name)}
+    return sorted(DTYPES.get(name, name) for name in found)
+
+
+def _reader(
+    files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[lazy.Index], np.ndarray]:
+    leading = bool(where.layers) + bool(where.experts)
+
+    def laid_out(*place: int) -> np.ndarray:
+        whole = np.empty(shape[leading:], dtype)
+        for rule in where.rules:
+            rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
+        return whole
+
+    kept = lazy.last_kept(laid_out)
+
+    def one(place: tuple[int, ...], index: lazy.Index) -> np.ndarray:
+        first = where.rules[0]
+        if first.same:
+            return _cast(files, where.name(first, place), dtype, index)
+        if lazy.is_whole(index, shape[leading:]):
+            return laid_out(*place)
+        return kept(*place)[index]
+
+    def read(index: lazy.Index) -> np.ndarray:
+        outer, inner = index[:leading], index[leading:]
+        if not outer:
+            return one((), inner)
+        counts = [each.stop - each.start for each in outer]
+        starts = np.array([each.start for each in outer])
+        places = [tuple(map(int, starts + place)) for place in np.ndindex(*counts)]
+        if len(places) == 1:
+            return one(places[0], inner)[(np.newaxis,) * leading]
+        values = np.stack([one(place, inner) for place in places])
+        return values.reshape(*counts, *values.shape[1:])
+
+    return read
+
+
+def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()) -> np.ndarray:
+    """A tensor, or a part of it, in another dtype; InputError where a value would not fit."""
+    return lazy.converted(files.tensor(name, index), dtype, f"{files.directory}: {name}")
+
+
+def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decoder:
+    """A decoder from a HF directory or hub id: dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE.
+
+    Args:
+      source: a directory with config.json and safetensors, or a hub id.
+      dtype: float dtype of weights and activations; None keeps the embedding's.
+
+    Raises InputError as `open_hf` does, and for another dtype.
+    """
+    check_path("source", source)
+    _check_float(dtype)
+    config, weights = open_hf(resolve_source(source), dtype)
+    return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
+
+
+def _check_float(dtype: DTypeLike | None) -> None:
+    """Raises InputError for a dtype that weights cannot have; None can be."""
+    try:
+        right = dtype is None or jnp.dtype(dtype).name in FLOATS
+    except TypeError:
+        right = False
+    if not right:
+        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
+
+
+def _check_tensors(
+    files: TensorFiles, table: dict[lazy.ParamPath, Parts], shapes: dict, config: ModelConfig
+) -> None:
+    """Every name, shape and dtype on both sides, all complaints in one InputError."""
+    # Names and shapes are only written out where a computer can: a config may say anything.
+    names, sizes = sum(where.count for where in table.values()), map(math.prod, shapes.values())
+    if names > 10 * len(files.where) + 10_000 or (size := sum(sizes)) > _MOST_PARAMETERS:
+        implied = f"{names} tensors" if names > 10 * len(files.where) else f"{size} parameters"
+        raise InputError(
+            f"{files.directory}: config.json implies {implied}, and the files hold "
+            f"{len(files.where)} tensors"
+        )
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, where in table.items():
+        wanted |= where.shapes(shapes[path])
+    present = {name for name in files.where if not _IGNORED.search(name)}
+    if config.tie_word_embeddings and present.issuperset((_HEAD, _EMBEDDING)):
+        if not _equal(files, _HEAD, _EMBEDDING):
+            raise InputError(
+                f"{files.directory}: tie_word_embeddings is true, but {_HEAD} differs "
+                f"from {_EMBEDDING}; set tie_word_embeddings to false in config.json"
+            )
+        present.remove(_HEAD)
+    complaints = []
+    if missing := sorted(wanted.keys() - present):
+        complaints.append(f"{len(missing)} missing:{listing(missing)}")
+    if extra := sorted(present - wanted.keys()):
+        complaints.append(f"{len(extra)} unexpected:{listing(extra)}")
+    misshapen, dtypes = [], []
+    for name in sorted(wanted.keys() & present):
+        if files.shape(name) != wanted[name]:
+            misshapen.append(f"{name} {files.shape(name)}, config.json implies {wanted[name]}")
+        if files.dtype(name) not in DTYPES:
+            dtypes.append(f"{name} is {files.dtype(name)}")
+    if misshapen:
+        complaints.append(f"{len(misshapen)} of the wrong shape:{listing(misshapen)}")
+    if dtypes:
+        complaints.append(f"{len(dtypes)} not of {', '.join(DTYPES)}:{listing(dtypes)}")
+    if complaints:
+        raise InputError(
+            f"the tensors in {files.directory} do not fit its config.json\n" + "\n".join(complaints)
+        )
+
+
+def _equal(files: TensorFiles, one: str, other: str) -> bool:
+    shape = files.shape(one)
+    if shape != files.shape(other) or files.dtype(one) != files.dtype(other):
+        return False
+    if not shape or files.dtype(one) not in DTYPES:
+        return True  # refused for that
+    rows = max(1, lazy.BLOCK_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
+
+    def part(name: str, start: int) -> np.ndarray:
+        return files.tensor(name, (slice(start, min(start + rows, shape[0])),))
+
+    return all(
+        part(one, start).tobytes() == part(other, start).tobytes()
+        for start in range(0, shape[0], rows)
+    )
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_hf(
+    config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None
+) -> Iterator[int]:
+    """Writes a HF directory, which must not exist yet, and yields bytes of weights as written.
+
+    config.json has the authors' keys; tokenizer is a directory whose tokenizer files are copied,
+    and which tells where text ends (`generation_settings`).
+
+    Raises InputError: the variant has no HF form, files of the tokenizer cannot be read, or it
+    would be another tokenizer in the export (`check_kept`).
+    """
+    texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
+    if tokenizer is not None:
+        check_kept(tokenizer, texts)
+    directory.mkdir()
+    if config.moe is not None:
+        copy_model_code(directory)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory)
+    for name, text in texts.items():
+        (directory / name).write_text(text)
+    table = parts(config, list(weights))
+    entries = [
+        Entry(name, shape, array.dtype)
+        for path, array in weights.items()
+        for name, shape in table[path].shapes(array.shape)
+    ]
+    yield from write_tensors(directory, entries, _pieces(weights, table))
+
+
+def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
+    """What `write_hf` writes into config.json and, if there is anything to say, GENERATION_FILE."""
+    values = model_config_to_hf(config, dtype)
+    generation = generation_settings(tokenizer, config.vocab_size) if tokenizer is not None else {}
+    for key in ("bos_token_id", "eos_token_id"):
+        # Where a dense config.json is silent transformers takes its family's, not this model's.
+        if key in generation or config.moe is None:
+            values[key] = generation.get(key)
+    files = {"config.json": values} | ({GENERATION_FILE: generation} if generation else {})
+    return {name: to_json(content, indent=2) + "\n" for name, content in files.items()}
+
+
+def _pieces(
+    weights: Weights, table: dict[lazy.ParamPath, Parts]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values) in the order of `Parts.shapes`; large tensors in runs of rows."""
+    for path, array in weights.items():
+        where = table[path]
+        leading = bool(where.layers) + bool(where.experts)
+        block = lazy.block_shape(array)
+        if not where.rules[0].same:
+            block = (*block[:leading], *array.shape[leading:])
+        indices = list(lazy.blocks(array.shape, block))
+        for index, values in zip(indices, lazy.made_ahead(array, indices), strict=True):
+            for place in np.ndindex(*values.shape[:leading]):
+                at = tuple(index[axis].start + i for axis, i in enumerate(place))
+                for rule in where.rules:
+                    yield where.name(rule, at), rule.view(values[place])
+
+
+def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> None:
+    """Writes the `kept_files` of source (and model) into target."""
+    write_files(kept_files(source, model), target)
+
+
+def model_code() -> list[Path]:
+    """The files that auto_map names: the model for transformers; none of them runs here."""
+    modules = {place.split(".")[0] for place in AUTO_MAP.values()}
+    return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
+
+
+def copy_model_code(target: Path) -> None:
+    """Copies `model_code`."""
+    for file in model_code():
+        shutil.copyfile(file, target / file.name)
+
+
+def check_saving(model: Any, path: Any, tokenizer: Any) -> None:
+    """Raises InputError for arguments of another type, or a tokenizer that is no directory."""
+    check_type("model", model, Decoder, LOAD_A_MODEL)
+    check_path("path", path)
+    if tokenizer is not None:
+        check_path("tokenizer", tokenizer)
+        if not Path(local(tokenizer)).is_dir():
+            raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+
+
+def save_hf(
+    model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+) -> None:
+    """Writes a HF directory: config.json with the authors' keys, safetensors, tokenizer files.
+
+    A model with experts takes its code for transformers along (docs/huggingface.md).
+
+    Args:
+      model: any decoder whose variant the published HF model can express.
+      path: a new or empty directory; it appears only when complete.
+      tokenizer: a directory whose tokenizer files are copied along; without it, transformers is
+        not told at which token text ends.
+
+    Raises:
+      InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
+    """
+    check_saving(model, path, tokenizer)
+    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
+    files = Path(local(tokenizer)) if tokenizer is not None else None
+    with new_directory(path) as directory:
+        for _ in write_hf(model.config, weights, directory, files):
+            pass

@@ -1,0 +1,275 @@
+"""Checkpoint arrays: written as Orbax writes them, read as lazy arrays (lazy.py).
+
+Orbax reads and writes many arrays at once in one asyncio loop, and closes that loop at the first
+failure. The reads and writes still in flight then call back into a closed loop from TensorStore's
+threads, which prints tracebacks and has crashed the process. So the arrays go through Orbax's
+extension point for kinds of leaves, `TypeHandler`, which blocks on each read and write instead:
+all that began have ended before a failure is raised. Files and metadata are Orbax's own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from flax import nnx
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
+
+# Concurrent writes: of blocks that are made for it, which bounds memory, and of what is in memory.
+_MADE_AT_A_TIME, _HELD_AT_A_TIME = 4, 32
+
+
+class _Parts(NamedTuple):
+    """The part of one array that this process writes.
+
+    `shape` is that of one part; `values` maps each part's place to a function that gives its
+    values.
+    """
+
+    shape: tuple[int, ...]
+    values: dict[Index, Callable[[], np.ndarray]]
+
+
+class ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Writes jax.Arrays, and LazyArrays block by block; restores either as LazyArrays."""
+
+    def __init__(self, written: Callable[[int], None] = lambda size: None):
+        """written(bytes) is called after each part."""
+        super().__init__()
+        self.written = written
+        self.commits: list[ocp.future.Future] = []
+
+    def typestr(self) -> str:
+        """The recorded type: other readers get a NumPy array unless they ask for another one."""
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        """Shape and dtype as stored."""
+        return [
+            ocp.metadata.ArrayMetadata(
+                name=info.name,
+                directory=info.parent_dir,
+                shape=tuple(store.shape),
+                sharding=None,
+                dtype=store.dtype.numpy_dtype,
+            )
+            for info, store in zip(infos, _open(infos), strict=True)
+        ]
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
+    ) -> Sequence[ocp.future.Future]:
+        """Copies jax.Arrays to the host, then starts a thread that writes all leaves."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        if isinstance(values[0], LazyArray):
+            parts = [_blocks(value) for value in values]
+            at_a_time = _MADE_AT_A_TIME
+        else:
+            parts = _on_host(values)
+            at_a_time = _HELD_AT_A_TIME
+
+        async def write() -> None:
+            for info in infos:
+                await info.await_path_creation()
+            stores = _settled(
+                _create(value, info, part.shape, arg)
+                for value, info, part, arg in zip(values, infos, parts, args, strict=True)
+            )
+            _in_threads(
+                (
+                    functools.partial(self._write, store, place, make)
+                    for store, part in zip(stores, parts, strict=True)
+                    for place, make in part.values.items()
+                ),
+                at_a_time,
+            )
+
+        self.commits.append(
+            ocp.future.CommitFutureAwaitingContractedSignals(write(), name="arrays")
+        )
+        return self.commits[-1:]
+
+    def _write(
+        self, store: tensorstore.TensorStore, place: Index, make: Callable[[], np.ndarray]
+    ) -> None:
+        values = make()
+        store[place].write(values, can_reference_source_data_indefinitely=True).result()
+        self.written(values.nbytes)
+
+    def settle(self) -> None:
+        """Blocks until every write has ended, well or badly.
+
+        Orbax raises the first failure of a save while the writes of its other items go on.
+        """
+        while self.commits:
+            with contextlib.suppress(Exception):
+                self.commits.pop().result()
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[LazyArray]:
+        """The arrays as stored, without reading their values."""
+        return [
+            _stored(store, f"{info.parent_dir}: {info.name}")
+            for info, store in zip(infos, _open(infos), strict=True)
+        ]
+
+
+def _blocks(array: LazyArray) -> _Parts:
+    block = lazy.block_shape(array)
+    places = lazy.blocks(array.shape, block)
+    return _Parts(block, {place: functools.partial(array.__getitem__, place) for place in places})
+
+
+def _on_host(arrays: Sequence[jax.Array]) -> list[_Parts]:
+    """Copies what this process writes of the arrays; returns once training may overwrite them.
+
+    Of a shard with replicas one is written. The replicas take turns by array, so that processes
+    that hold the same shards share the work.
+    """
+
+    def own(array: jax.Array, number: int) -> list[jax.Shard]:
+        places = array.sharding.devices_indices_map(array.shape).values()
+        turn = number % (len(places) // len(set(places)))
+        return [shard for shard in array.addressable_shards if shard.replica_id == turn]
+
+    shards = [own(array, number) for number, array in enumerate(arrays)]
+    for shard in itertools.chain(*shards):
+        shard.data.copy_to_host_async()
+    return [
+        _Parts(
+            array.sharding.shard_shape(array.shape),
+            {shard.index: functools.partial(np.asarray, np.asarray(shard.data)) for shard in those},
+        )
+        for array, those in zip(arrays, shards, strict=True)
+    ]
+
+
+def _create(
+    value: LazyArray | jax.Array, info: Any, part: tuple[int, ...], args: ocp.SaveArgs
+) -> tensorstore.Future:
+    if isinstance(value, LazyArray):
+        # Weights hardly compress, and the attempt would cost more than the disk.
+        info = info.replace(use_compression=False)
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info,
+        arg=args,
+        use_ocdbt=True,
+        global_shape=value.shape,
+        local_shape=part,
+        dtype=value.dtype,
+        process_index=jax.process_index(),
+    )
+    # One process records shape and dtype; Orbax merges what each has written.
+    first = jax.process_index() == 0
+    return tensorstore.open(
+        tensorstore.Spec(spec),
+        open=True,
+        create=first,
+        assume_metadata=not first,
+        context=info.ts_context,
+    )
+
+
+def _open(infos: Sequence[Any]) -> list[tensorstore.TensorStore]:
+    def spec(info: Any) -> tensorstore.Spec:
+        return tensorstore.Spec(
+            ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+        )
+
+    return _settled(
+        tensorstore.open(spec(info), open=True, context=info.ts_context) for info in infos
+    )
+
+
+def _settled(futures: Iterable[tensorstore.Future]) -> list[Any]:
+    """The results of all futures. Raises the first error once every future has ended."""
+    futures = list(futures)
+    for future in futures:
+        future.exception()
+    return [future.result() for future in futures]
+
+
+def _in_threads(calls: Iterable[Callable[[], None]], at_a_time: int) -> None:
+    """Makes the calls. After an error no more begin; it is raised once those begun have ended."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        futures = [pool.submit(call) for call in calls]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+def _stored(store: tensorstore.TensorStore, name: str) -> LazyArray:
+    def read(index: Index) -> np.ndarray:
+        try:
+            return store[index].read().result()
+        except (ValueError, OSError) as error:
+            first = str(error).splitlines()[0].partition(" [tensorstore_spec")[0]
+            raise InputError(f"{name} is damaged or cannot be read: {first}") from None
+
+    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read)
+
+
+def handler(arrays: ArrayHandler | None = None) -> ocp.PyTreeCheckpointHandler:
+    """An Orbax handler for a tree of jax.Arrays or LazyArrays."""
+    arrays = arrays or ArrayHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, arrays), (jax.Array, arrays)
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _opened(directory: Path, target: Any) -> Any:
+    """An item's arrays, not read yet, as a tree like `target`, whose leaves have shapes.
+
+    Raises whatever Orbax does for names that are not there, and ValueError for other shapes.
+    """
+
+    def restore() -> Any:
+        lazily = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), target)
+        return handler().restore(
+            epath.Path(directory), args=ocp.args.PyTreeRestore(target, restore_args=lazily)
+        )
+
+    # Ctrl-C is raised in the main thread. In Orbax's asyncio loop it could be lost.
+    with ThreadPoolExecutor(1) as pool:
+        arrays = pool.submit(restore).result()
+    leaves = jax.tree.leaves(arrays)
+    for (path, wanted), array in zip(jax.tree.leaves_with_path(target), leaves, strict=True):
+        if array.shape != wanted.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} is stored as {array.shape}, the config says {wanted.shape}")
+    return arrays
+
+
+def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
+    """The weights of an item's directory, not read yet. Raises as `restore` does."""
+    leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    arrays = _opened(directory, nnx.traversals.unflatten_mapping(leaves))
+    weights: Weights = nnx.traversals.flatten_mapping(arrays)
+    return {path: weights[path] for path in shapes}
+
+
+def restore(directory: Path, target: Any) -> Any:
+    """An item's arrays with the shapes, dtypes and shardings of `target`, a tree of structs.
+
+    Raises whatever Orbax does for names that are not there, ValueError for other shapes, and
+    InputError for what cannot be read.
+    """
+
+    def place(array: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        return lazy.place(dataclasses.replace(array, dtype=wanted.dtype), wanted.sharding)
+
+    return jax.tree.map(place, _opened(directory, target), target)

@@ -1,0 +1,263 @@
+"""Safetensors directories: read through a memory map, written tensor by tensor.
+
+Nothing is unpickled or executed.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.files import forget, refuse_pointer
+from finermoe_jax.runtime.json_files import read_json, to_json
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+# safetensors' names of the dtypes that are read and written.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_SHARD_BYTES = 4 << 30
+# Bytes that are handed to the disk at a time, while the next are made.
+_FLUSH_BYTES = 128 << 20
+
+
+def indexed_files(directory: Path) -> list[str] | None:
+    """The files that the index of a HF directory names; None where it has no index.
+
+    Raises InputError for an index that cannot be read or points outside its directory.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise InputError(f"{index} has no usable weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index} points outside its directory: {name!r}")
+    return names
+
+
+class TensorFiles(contextlib.ExitStack):
+    """The safetensors of a HF directory, opened lazily and memory-mapped.
+
+    Raises InputError for a directory without safetensors, an index that points outside it or at
+    missing files, and for files whose header does not hold.
+    """
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = directory
+        self.files: dict[str, Any] = {}
+        self.sizes: dict[str, int] = {}
+        self.where: dict[str, str] = {}
+        for file in self._file_names():
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118  (not a mapping)
+                if name in self.where:
+                    raise InputError(f"{name} is in both {self.where[name]} and {file}")
+                self.where[name] = file
+        self._check_index()
+
+    def _file_names(self) -> list[str]:
+        names = indexed_files(self.directory)
+        for name in names or ():
+            if not os.path.isfile(self.directory / name):  # False for impossible names, too
+                raise InputError(
+                    f"{self.directory / INDEX_FILE} names {name!r}, which is missing or no file"
+                )
+        if names is not None:
+            return names
+        if (self.directory / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        pickles = sorted(
+            p.name for end in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(end)
+        )
+        hint = (
+            f"; {', '.join(pickles)} would have to be unpickled, which can execute code: "
+            "convert it to safetensors first"
+            if pickles
+            else ""
+        )
+        raise InputError(f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+    def _open(self, file: str) -> Any:
+        path = self.directory / file
+        try:
+            self.files[file] = self.enter_context(safe_open(path, framework="numpy"))
+            self.sizes[file] = path.stat().st_size
+        except (OSError, MemoryError, SafetensorError) as error:
+            if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x04"):
+                raise InputError(
+                    f"{path} is a pickle, not safetensors; it is not read, since unpickling can "
+                    "execute code"
+                ) from None
+            refuse_pointer(path)
+            raise InputError(f"{path} is truncated or not a safetensors file: {error}") from None
+        return self.files[file]
+
+    def _check_index(self) -> None:
+        if not (self.directory / INDEX_FILE).exists():
+            return
+        stated = read_json(self.directory / INDEX_FILE)["weight_map"]
+        wrong = sorted(
+            f"{name} ({stated.get(name)} in the index, {self.where.get(name)} in the files)"
+            for name in stated.keys() | self.where.keys()
+            if stated.get(name) != self.where.get(name)
+        )
+        if wrong:
+            raise InputError(
+                f"{self.directory / INDEX_FILE} contradicts the files: {listing(wrong)}"
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header."""
+        return tuple(self.files[self.where[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of a tensor's dtype."""
+        return self.files[self.where[name]].get_slice(name).get_dtype()
+
+    def tensor(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor's values, or those of a part of it.
+
+        Raises InputError where its file is no longer what it was when it was opened.
+        """
+        path = self.directory / self.where[name]
+        # Reading a mapped file beyond its end would end the process.
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.sizes[path.name]:
+            raise InputError(
+                f"{path} has {size} bytes, and had {self.sizes[path.name]} when it was opened: "
+                "leave the source alone while it is read"
+            )
+        file = self.files[path.name]
+        return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(2)
+    except OSError:
+        return b""
+
+
+def listing(items: list[str], limit: int = 200) -> str:
+    """One indented line per item, so many at most."""
+    more = f"\n  … and {len(items) - limit} more" if len(items) > limit else ""
+    return "\n  " + "\n  ".join(items[:limit]) + more
+
+
+class Entry(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    directory: Path, entries: Sequence[Entry], pieces: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[int]:
+    """Writes safetensors, sharded and indexed where they are large, and yields bytes as written.
+
+    safetensors' own writer wants all tensors of a file at once; a shard is then in memory whole.
+
+    Args:
+      directory: where to.
+      entries: every tensor, in the order in which it will come.
+      pieces: (name, values) in that order; a tensor may come in several pieces, row by row.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if size and size + entry.nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    count = len(shards)
+    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [SINGLE_FILE]
+    coming = iter(pieces)
+    for file, shard in zip(files, shards, strict=True):
+        with (directory / file).open("wb") as stream, _flushed(stream) as flush:
+            stream.write(_header(shard))
+            for entry in shard:
+                left = entry.nbytes
+                while left:
+                    name, values = next(coming)
+                    assert name == entry.name and values.dtype == entry.dtype, (name, entry)
+                    left -= stream.write(np.ascontiguousarray(values).view(np.uint8).data)
+                    yield values.nbytes
+                    flush()
+    assert next(coming, None) is None
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+            "weight_map": {e.name: file for file, s in zip(files, shards, strict=True) for e in s},
+        }
+        (directory / INDEX_FILE).write_text(to_json(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _flushed(stream: BinaryIO) -> Iterator[Callable[[], None]]:
+    """Brings a file to the disk in a thread while it is written, and in whole at the end.
+
+    To be called after each write. What is on the disk leaves the page cache (`files.forget`).
+    """
+    path, pending, done = Path(stream.name), None, 0
+
+    def sync() -> None:
+        getattr(os, "fdatasync", os.fsync)(stream.fileno())  # macOS has no fdatasync
+        forget(path)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def flush() -> None:
+            nonlocal pending, done
+            if stream.tell() - done >= _FLUSH_BYTES:
+                if pending is not None:
+                    pending.result()
+                stream.flush()
+                done, pending = stream.tell(), pool.submit(sync)
+
+        yield flush
+        if pending is not None:
+            pending.result()
+    stream.flush()
+    os.fsync(stream.fileno())
+    forget(path)
+
+
+def _header(shard: Sequence[Entry]) -> bytes:
+    """Length, then JSON padded to a multiple of 8, as the format asks."""
+    names = {value: key for key, value in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in shard:
+        header[entry.name] = {
+            "dtype": names[str(entry.dtype)],
+            "shape": entry.shape,
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = to_json(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,284 @@
+"""Dense FFN to FineRMoE experts (paper Eq. 9-10): one expert, then whole models, block by block.
+
+Letters: config/model.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from finermoe_jax.config.arguments import check_key, check_type
+from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.layers.basic import normal
+from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights import upcycle_variants as starts
+from finermoe_jax.weights.hf_names import run_layers
+from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
+
+# Standard deviation of the router, of the shared expert's gate and of concat_proj (paper §3.3).
+NEW_WEIGHT_STD = 0.02
+# The dense FFN as it lies in a layer's parameters.
+_DENSE_FFN = ("mlp/gate", "mlp/up", "mlp/down")
+
+
+def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
+    """Which slice of the intermediate width an expert computes, and which slot of the output.
+
+    The numbering runs over (slot, candidate, copy, slice), the slice fastest (Eq. 9-10).
+    """
+    return expert % moe.intermediate_granularity, expert // (moe.output_expansion * moe.group_size)
+
+
+def expert_gate_up(
+    gate: Float[np.ndarray, "H D"] | LazyArray,
+    up: Float[np.ndarray, "H D"] | LazyArray,
+    moe: MoEConfig,
+    expert: int,
+) -> Float[np.ndarray, "F2 D"]:
+    """One expert's rows of the dense gate, then its rows of the dense up (Eq. 9), bit by bit."""
+    width = gate.shape[0] // moe.intermediate_granularity
+    start = slice_and_slot(moe, expert)[0] * width
+    return np.concatenate([gate[start : start + width], up[start : start + width]])
+
+
+def expert_down(
+    down: Float[np.ndarray, "D H"] | LazyArray, moe: MoEConfig, expert: int, shared_expert: bool
+) -> Float[np.ndarray, "F W"]:
+    """One expert's intermediate channels to its slot's outputs (Eq. 10), transposed from HF's.
+
+    Without a shared expert it is multiplied by G_I, since only one of the G_I slices that the
+    dense FFN sums fires.
+    """
+    place, slot = slice_and_slot(moe, expert)
+    rows = down.shape[0] // moe.output_granularity
+    width = down.shape[1] // moe.intermediate_granularity
+    part = down[slot * rows : (slot + 1) * rows, place * width : (place + 1) * width].T
+    return part if shared_expert else lazy.scaled(part, moe.intermediate_granularity)
+
+
+def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
+    """The target's architecture: the dense one with `moe`, embeddings untied.
+
+    Raises InputError where sizes do not divide or the shared expert is not the dense FFN's width.
+    """
+    config = dataclasses.replace(dense, moe=moe, tie_word_embeddings=False)
+    if config.shared_expert_size not in (0, dense.intermediate_size):
+        raise InputError(
+            f"moe.shared_expert_intermediate_size={config.shared_expert_size}, but the shared "
+            f"expert is the dense FFN of width {dense.intermediate_size}: give that, 0 or None"
+        )
+    return config
+
+
+def refuse_other_experts(
+    source: str, found: ModelConfig, moe: MoEConfig, start: UpcycleConfig
+) -> None:
+    """Raises InputError where a source that has experts already has others than `moe`'s, or where
+    `start`, which it cannot have any more, is not the default."""
+    refuse_differences(
+        f"{source} is a mixture already and contradicts config.moe",
+        dataclasses.asdict(found),
+        dataclasses.asdict(upcycled_config(found, moe)),
+        "change config.moe, or start from a dense model",
+    )
+    if start != PUBLISHED_START:
+        raise InputError(
+            f"{source} is a mixture already, and {start} would do nothing: leave config.upcycle "
+            "alone, or start from a dense model"
+        )
+
+
+def upcycle_weights(
+    dense: ModelConfig,
+    weights: Weights,
+    moe: MoEConfig,
+    key: Array,
+    start: UpcycleConfig = PUBLISHED_START,
+) -> tuple[ModelConfig, Weights]:
+    """A FineRMoE's architecture and weights from a dense model's, made where they are indexed.
+
+    Attention, norms and embedding are the dense ones; lm_head is the dense one or, where tied,
+    the embedding; the shared expert is the whole dense FFN. Router, shared gate and concat_proj
+    are drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
+    `start` says so (starts.py). Every draw has a key of its own layer, parameter and expert.
+
+    Raises InputError: the source has experts already, sizes that do not divide, or experts that
+    cannot start as `start` says.
+    """
+    if dense.moe is not None:
+        raise InputError("the source is a mixture of experts already; upcycling needs a dense one")
+    start.check(moe)
+    config = upcycled_config(dense, moe)
+    shapes = parameter_shapes(config)
+    # Of a dense model all layers lie in one stack.
+    stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
+    moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
+    drawn = [name for name in _DRAWN if any(path[-2:] == ("moe", name) for path in shapes)]
+    # One key for each layer and drawn parameter.
+    keys = jax.random.split(key, 4 * config.num_hidden_layers)
+    drop_key = jax.random.fold_in(key, starts.DROP_KEY)
+
+    def make(path: ParamPath, shape: tuple[int, ...]) -> LazyArray:
+        if path[0] != "runs":
+            return weights.get(path, weights["embed", "weight"])
+        layers, name = run_layers(config, path[1], path[2]), path[3:]
+        if name in stacks:
+            return _restacked(stacks[name], layers)
+        if name[:2] == ("moe", "shared"):
+            whole = _restacked(stacks["mlp", name[2]], layers)
+            scaled = start.function_preserving and name[2] == "down"
+            return _scaled(whole, starts.SHARED_SCALE) if scaled else whole
+        if name == ("moe", "down") and start.function_preserving:
+            return _zeros(shape, stacks["mlp", "down"].dtype)
+        if name in (("moe", "gate_up"), ("moe", "down")):
+            return _experts(config, stacks, layers, shape, name[1], start, drop_key)
+        place = drawn.index(name[1])
+        of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
+        dtype = weights["embed", "weight"].dtype
+        std = start.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
+        if not std or (name[1] == "shared_gate" and start.function_preserving):
+            return _zeros(shape, dtype)
+        array = _drawn(of_layers, shape, dtype, std)
+        if start.virtual_groups and name[1] == "router":
+            return _changed_rows(array, starts.virtual_group_rows(moe))
+        return array
+
+    return config, {path: make(path, shape) for path, shape in shapes.items()}
+
+
+# What upcycling draws, in the order in which a layer's keys are given out.
+_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
+
+
+def _per_layer(shape: tuple[int, ...], dtype: Any, read: Callable[[int, Index], Any]) -> LazyArray:
+    """An array stacked from read(place on the leading axis, index of the rest)."""
+
+    def stack(index: Index) -> np.ndarray:
+        places = range(index[0].start, index[0].stop)
+        if len(places) == 1:  # as most blocks are: no copy
+            return np.asarray(read(places[0], index[1:]))[np.newaxis]
+        return np.stack([np.asarray(read(place, index[1:])) for place in places])
+
+    return LazyArray(shape, np.dtype(dtype), stack)
+
+
+def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
+    """These layers of a stack of all."""
+    shape = (len(layers), *stack.shape[1:])
+    return _per_layer(
+        shape, stack.dtype, lambda i, rest: stack[slice(layers[i], layers[i] + 1), *rest][0]
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
+    return LazyArray(shape, dtype, lambda index: np.zeros([i.stop - i.start for i in index], dtype))
+
+
+def _scaled(array: LazyArray, factor: int) -> LazyArray:
+    return dataclasses.replace(array, read=lambda index: lazy.scaled(array[index], factor))
+
+
+def _drawn(keys: list[Array], shape: tuple[int, ...], dtype: np.dtype, std: float) -> LazyArray:
+    draw = normal(std)
+    return _per_layer(
+        shape, dtype, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rest]
+    )
+
+
+def _changed_rows(array: LazyArray, rows: Int[np.ndarray, " E"]) -> LazyArray:
+    """Of [L, E, …]: in place e of every layer what was in place rows[e]."""
+    return _per_layer(
+        array.shape, array.dtype, lambda i, rest: array.row(i)[:, *rest[1:]][rows[rest[0]]]
+    )
+
+
+def _experts(
+    config: ModelConfig,
+    stacks: dict[ParamPath, LazyArray],
+    layers: tuple[int, ...],
+    shape: tuple[int, ...],
+    name: str,
+    start: UpcycleConfig,
+    key: Array,
+) -> LazyArray:
+    """`gate_up` or `down` of all experts of these layers."""
+    moe, shared = config.moe, config.shared_expert_size > 0
+    assert moe is not None
+    gate, up, down = (stacks[tuple(ffn.split("/"))] for ffn in _DENSE_FFN)
+
+    def make(layer: int, expert: int) -> np.ndarray:
+        if name == "gate_up":
+            made = expert_gate_up(gate.row(layer), up.row(layer), moe, expert)
+        else:
+            made = expert_down(down.row(layer), moe, expert, shared)
+        if start.drop_ratio:
+            own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
+            made = starts.drop(name, made, start.drop_ratio, own)
+        return made
+
+    # Each block of an expert that is read in several takes the whole of it to make.
+    kept = lazy.last_kept(make)
+
+    def read(i: int, rest: Index) -> np.ndarray:
+        one = make if lazy.is_whole(rest[1:], shape[2:]) else kept
+        return np.stack(
+            [one(layers[i], expert)[rest[1:]] for expert in range(rest[0].start, rest[0].stop)]
+        )
+
+    return _per_layer(shape, down.dtype, read)
+
+
+def upcycle_model(
+    dense: Decoder, moe: MoEConfig, key: Array, start: UpcycleConfig = PUBLISHED_START
+) -> Decoder:
+    """A FineRMoE decoder from a dense one, in the dense weights' dtype (`upcycle_weights`).
+
+    The published start is not function-preserving: the shared gate is near 1/2.
+
+    Raises InputError as `upcycle_weights` does, and for arguments of another type.
+    """
+    check_type("the dense model", dense, Decoder, LOAD_A_MODEL)
+    check_type("moe", moe, MoEConfig, "MoEConfig() is the published one")
+    check_type("start", start, UpcycleConfig, "UpcycleConfig() is the published one")
+    check_key(key)
+    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
+    config, upcycled = upcycle_weights(dense.config, weights, moe, key, start)
+    return with_params(config, lazy.in_memory(upcycled), dtype=dense.dtype)
+
+
+def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
+    """The same model with weights of another dtype; dtype is the activations', None keeps it."""
+    params = jax.tree.map(lambda p: p.astype(param_dtype), nnx.to_pure_dict(nnx.state(model)))
+    return with_params(model.config, params, dtype=dtype or model.dtype)
+
+
+def upcycle(
+    dense_model: Decoder,
+    *,
+    intermediate_granularity: int,
+    output_granularity: int,
+    intermediate_expansion: int,
+    output_expansion: int,
+    active_per_group: int,
+    shared_expert: bool = True,
+    key: Array | None = None,
+    start: UpcycleConfig = PUBLISHED_START,
+) -> Decoder:
+    """`upcycle_model` with the paper's five numbers spelled out; key defaults to seed 0."""
+    check_type("shared_expert", shared_expert, bool, "give True or False")
+    moe = MoEConfig(
+        intermediate_granularity=intermediate_granularity,
+        output_granularity=output_granularity,
+        intermediate_expansion=intermediate_expansion,
+        output_expansion=output_expansion,
+        active_per_group=active_per_group,
+        shared_expert_intermediate_size=None if shared_expert else 0,
+    )
+    return upcycle_model(dense_model, moe, jax.random.key(0) if key is None else key, start)

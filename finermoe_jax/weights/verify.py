@@ -1,0 +1,306 @@
+"""Whether a conversion's target holds its source: every tensor, bit for bit.
+
+An upcycled target is checked the other way round from how it was made: its experts' slices are
+laid back over the dense FFN, which every set of copies has to cover.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
+from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.checkpoint import Source, open_model
+from finermoe_jax.weights.hf_names import Parts, parts, run_layers
+from finermoe_jax.weights.hf_weights import json_files, model_code
+from finermoe_jax.weights.lazy import Index, ParamPath, Weights
+from finermoe_jax.weights.safetensors_files import listing
+from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+
+# The values of a block as the source implies them; None where they are drawn at random.
+Expected = Callable[[Index], np.ndarray] | None
+
+
+@dataclasses.dataclass
+class Report:
+    """Hugging Face tensors of the target by what they were compared with."""
+
+    copied: int = 0
+    slices: int = 0
+    drawn: int = 0
+    anew: int = 0
+    squares: float = 0.0  # of the drawn values
+    values: int = 0  # that were drawn
+    cast: str = ""  # said of what was compared after a cast
+    digest: str = ""  # xxh3_128 of all values in the decoder's order, whatever the container
+    differences: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.copied:
+            lines.append(f"{self.copied:>8,} tensors equal the source's bit for bit{self.cast}")
+        if self.anew:
+            lines.append(f"{self.anew:>8,} tensors equal those made anew from the source")
+        if self.slices:
+            lines.append(f"{self.slices:>8,} slices make up the source's FFNs bit for bit")
+        if self.drawn:
+            deviation = math.sqrt(self.squares / self.values)
+            lines.append(f"{self.drawn:>8,} tensors drawn, all finite, deviation {deviation:.4f}")
+        return "\n".join([*lines, f"xxh3_128 of all values: {self.digest}"])
+
+
+def verify(
+    source: str,
+    target: Path,
+    to: Literal["orbax", "hf"] | None,
+    moe: MoEConfig | None,
+    *,
+    start: UpcycleConfig = PUBLISHED_START,
+    seed: int | None = None,
+    dtype: str | None = None,
+    stated: bool = False,
+) -> Report:
+    """Whether `target` is what `convert` with the same arguments makes.
+
+    Source and target may be a HF directory or a checkpoint of ours; of the latter the files'
+    checksums are compared as well. Where the target was cast, the source's values are cast for
+    comparison. A few blocks are in memory at a time.
+
+    Args:
+      source, target, moe, stated: as the conversion had them.
+      to: as well; None takes a target in either form for what "orbax" makes, so that an export can
+        be compared with the dense model where it all began.
+      start: what experts started from. Where that is not the dense FFN's slices, they are compared
+        with experts made anew.
+      seed: of the conversion; what it drew is compared with what it draws again, to the last few
+        bits, which are another CPU's own. None: what was drawn has to be finite only.
+      dtype: the weights' in the target; None: the source's.
+
+    Raises InputError: another form or architecture than was asked for, damage, or the tensors that
+    differ.
+    """
+    target = Path(local(target))
+    if to is not None:
+        _check_form(target, to)
+    made = open_model(str(target))
+    stored = made.weights["embed", "weight"].dtype
+    given = open_model(source, stored)
+    asked = [dtype] if dtype else given.stored
+    if made.stored != asked or len(asked) > 1:
+        raise InputError(
+            f"{target} stores {' and '.join(made.stored)}, not {' and '.join(asked)}"
+            + ("" if dtype else f" as {source} does: give the conversion's --dtype")
+        )
+    upcycled = to != "hf" and moe is not None and given.config.moe is None
+    wanted, again = given.config, Weights()
+    if upcycled:
+        assert moe is not None
+        key = jax.random.key(seed or 0)
+        wanted, again = upcycle_weights(given.config, given.weights, moe, key, start)
+    elif to != "hf" and moe is not None and stated:
+        refuse_other_experts(source, given.config, moe, start)
+    _check_architectures(source, wanted, target, made.config)
+    _check_tokenizers(given.files, made.files)
+    if to == "hf":
+        _check_beside_the_weights(given, target, str(stored))
+    other_start = upcycled and bool(start.drop_ratio or start.function_preserving)
+    table = parts(made.config, list(made.weights))
+    size = sum(array.nbytes for array in made.weights.values())
+    report, digest = Report(), xxhash.xxh3_128()
+    if given.stored != made.stored:
+        report.cast = f" after casting {'/'.join(given.stored)} to {stored}"
+    with tqdm(total=size, desc=f"verifying {target.name}", unit="B", unit_scale=True) as bar:
+        for path, array in made.weights.items():
+            drawn = upcycled and path[-1] in _DRAWN
+            expected: Expected = None
+            if other_start or (drawn and seed is not None):
+                expected = again[path].__getitem__
+            elif not drawn:
+                expected = _expected(given, made.config, path)
+            digest.update(repr((path, array.shape, str(array.dtype))).encode())
+            for index in lazy.blocks(array.shape, lazy.block_shape(array)):
+                values = np.ascontiguousarray(array[index])
+                _compare(report, table[path], array.shape, index, values, expected, drawn)
+                digest.update(values.view(np.uint8).data)
+                bar.update(values.nbytes)
+            tensors = sum(1 for _ in table[path].shapes(array.shape))
+            if drawn:
+                report.drawn += tensors
+            elif other_start:
+                report.anew += tensors
+            elif path[3:] in _EXPERTS and upcycled:
+                report.slices += tensors
+            else:
+                report.copied += tensors
+    for model in (given, made):
+        model.refuse_changed()
+    report.digest = digest.hexdigest()
+    if report.differences:
+        raise InputError(
+            f"{target} is not what {source} becomes: {len(report.differences)} tensors differ:"
+            + listing(report.differences, 20)
+        )
+    return report
+
+
+_EXPERTS = (("moe", "gate_up"), ("moe", "down"))
+_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
+
+
+def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
+    found = "hf" if (target / "config.json").is_file() else "orbax"
+    if found != to:
+        forms = {"hf": "a Hugging Face directory", "orbax": "an Orbax checkpoint"}
+        raise InputError(
+            f"{target} is {forms[found]}, and --to={to} asks for {forms[to]}: say --to={found}, or "
+            "name another target"
+        )
+
+
+def _check_tokenizers(given: Path, made: Path) -> None:
+    exported = (made / "config.json").is_file()
+    for name, content in kept_files(given).items():
+        # An export says anew where text ends.
+        if exported and name == GENERATION_FILE:
+            continue
+        if not (made / name).is_file() or (made / name).read_bytes() != content:
+            raise InputError(f"{made / name} is missing or not what {given} has: convert it anew")
+
+
+def _check_beside_the_weights(given: Source, target: Path, dtype: str) -> None:
+    """What an export consists of beside weights and tokenizer: without it nothing loads it."""
+    wanted = {
+        name: text.encode() for name, text in json_files(given.config, dtype, given.files).items()
+    }
+    if given.config.moe is not None:
+        wanted |= {file.name: file.read_bytes() for file in model_code()}
+    for name, content in wanted.items():
+        if not (target / name).is_file() or (target / name).read_bytes() != content:
+            raise InputError(
+                f"{target / name} is missing or not what this export has: make it anew"
+            )
+
+
+def _check_architectures(source: str, given: ModelConfig, target: Path, made: ModelConfig) -> None:
+    def comparable(config: ModelConfig) -> dict[str, Any]:
+        values = dataclasses.asdict(config)
+        # What a Hugging Face directory does not say.
+        del values["initializer_range"]
+        if config.moe is not None:
+            values["moe"]["shared_expert_intermediate_size"] = config.shared_expert_size
+        return values
+
+    stated, found = comparable(given), comparable(made)
+    refuse_differences(
+        f"{target} has another architecture than {source}",
+        found,
+        stated,
+        "give the source that the target was made of, the conversion's --config, and --to=hf if it "
+        "was an export",
+        "as the source and the config imply",
+    )
+
+
+def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
+    """What the source implies of one parameter of the target."""
+    weights = given.weights
+    if given.config.moe is not None or made.moe is None:
+        return weights[path].__getitem__
+    if path[0] != "runs":
+        return weights.get(path, weights["embed", "weight"]).__getitem__
+    layers, name = run_layers(made, path[1], path[2]), path[3:]
+    if name in _EXPERTS:
+        return _slices(given, made, layers, name[1])
+    if name[-1] in _DRAWN:
+        return None
+    # A dense model is one stack of all layers; the shared expert is its FFN.
+    stack = weights["runs", 0, 0, *(("mlp", name[2]) if name[:2] == ("moe", "shared") else name)]
+
+    def copied(index: Index) -> np.ndarray:
+        mine = layers[index[0]]
+        return np.concatenate([stack[slice(at, at + 1), *index[1:]] for at in mine])
+
+    return copied
+
+
+def _slices(given: Source, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
+    """The dense FFN's part that each expert has to be (Eq. 9-10), one expert after the other."""
+    moe = made.moe
+    assert moe is not None
+    numbers = (
+        moe.output_granularity,
+        moe.output_expansion,
+        moe.intermediate_expansion,
+        moe.intermediate_granularity,
+    )
+    wide, wide_out = made.expert_intermediate_size, made.expert_output_size
+    dense = {part: given.weights["runs", 0, 0, "mlp", part] for part in ("gate", "up", "down")}
+    scale = 1 if made.shared_expert_size else moe.intermediate_granularity
+
+    def one(layer: int, expert: int) -> np.ndarray:
+        slot, _, _, place = map(int, np.unravel_index(expert, numbers))
+        channels = slice(place * wide, (place + 1) * wide)
+        if name == "gate_up":
+            return np.concatenate([dense[part].row(layer)[channels] for part in ("gate", "up")])
+        outputs = slice(slot * wide_out, (slot + 1) * wide_out)
+        return lazy.scaled(dense["down"].row(layer)[outputs, channels].T, scale)
+
+    def expected(index: Index) -> np.ndarray:
+        experts = range(index[1].start, index[1].stop)
+        of_layers = [
+            np.stack([one(layer, expert)[index[2:]] for expert in experts])
+            for layer in layers[index[0]]
+        ]
+        return np.stack(of_layers)
+
+    return expected
+
+
+def _compare(
+    report: Report,
+    where: Parts,
+    shape: tuple[int, ...],
+    index: Index,
+    values: np.ndarray,
+    expected: Expected,
+    drawn: bool,
+) -> None:
+    """Adds the names of the tensors of a block that are not as expected."""
+    wanted = None if expected is None else np.ascontiguousarray(expected(index))
+    if drawn:
+        numbers = values.astype(np.float64)
+        report.squares += float((numbers * numbers).sum())
+        report.values += numbers.size
+        wrong = ~np.isfinite(numbers)
+        if wanted is not None:
+            few_bits = 4 * float(jnp.finfo(values.dtype).eps)
+            wrong |= ~np.isclose(numbers, wanted.astype(np.float64), few_bits, 1e-7)
+    else:
+        assert wanted is not None
+        if wanted.tobytes() == values.tobytes():
+            return
+        bits = np.dtype(f"u{values.dtype.itemsize}")
+        wrong = wanted.view(bits) != values.view(bits)
+    leading = bool(where.layers) + bool(where.experts)
+    for place in np.ndindex(*values.shape[:leading]):
+        if not wrong[place].any():
+            continue
+        at = tuple(index[axis].start + i for axis, i in enumerate(place))
+        # Gate and up lie in one array, of which the block may hold a part.
+        whole = np.zeros(shape[leading:], bool)
+        whole[index[leading:]] = wrong[place]
+        for rule in where.rules:
+            name = where.name(rule, at)
+            if rule.view(whole).any() and name not in report.differences:
+                report.differences.append(name)
