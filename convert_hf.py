@@ -1,6 +1,6 @@
-"""See --help, README.md, and finermoe_jax/cli/commands.py."""
+"""`python convert_hf.py`, which is `finermoe convert`: see --help and README.md."""
 
-from finermoe_jax.cli.commands import convert_hf
+from finermoe_jax.cli.main import run
 
 if __name__ == "__main__":
-    convert_hf()
+    run("convert")

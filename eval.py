@@ -1,6 +1,6 @@
-"""See --help, README.md, and finermoe_jax/cli/commands.py."""
+"""`python eval.py`, which is `finermoe eval`: see --help and README.md."""
 
-from finermoe_jax.cli.commands import evaluate
+from finermoe_jax.cli.main import run
 
 if __name__ == "__main__":
-    evaluate()
+    run("eval")

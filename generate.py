@@ -1,6 +1,6 @@
-"""See --help, README.md, and finermoe_jax/cli/commands.py."""
+"""`python generate.py`, which is `finermoe generate`: see --help and README.md."""
 
-from finermoe_jax.cli.commands import generate
+from finermoe_jax.cli.main import run
 
 if __name__ == "__main__":
-    generate()
+    run("generate")

@@ -1,6 +1,6 @@
-"""See --help, README.md, and finermoe_jax/cli/commands.py."""
+"""`python train.py`, which is `finermoe train`: see --help and README.md."""
 
-from finermoe_jax.cli.commands import train
+from finermoe_jax.cli.main import run
 
 if __name__ == "__main__":
-    train()
+    run("train")

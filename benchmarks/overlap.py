@@ -1,6 +1,6 @@
 """What a compiled program computes while rows travel between experts' devices.
 
-    python -m finermoe_jax.cli.aot --config=… --topology=… --hlo=step.hlo
+    finermoe aot --config=… --topology=… --hlo=step.hlo
     python benchmarks/overlap.py step.hlo
 
 Lists the exchanges outside of the rare later rounds, in the compiler's schedule, with the matrix

@@ -3,7 +3,7 @@
     pip install -e '.[compile-tpu]'
     python benchmarks/pods.py --results=DIR [--only=slices,sequences,chips,experts] [--plot=docs]
 
-Runs python -m finermoe_jax.cli.aot once per row, one after the other, and keeps each row's figures
+Runs finermoe aot once per row, one after the other, and keeps each row's figures
 in DIR; a row that is there with the same arguments is not compiled again. Every figure is a
 compiler estimate or a count in the compiled program. The GPU row needs an environment of its own:
 --gpu_python=PATH.
@@ -34,7 +34,7 @@ class Row(NamedTuple):
     at: int = 0  # chips, experts or tokens
 
     def arguments(self) -> list[str]:
-        """Of python -m finermoe_jax.cli.aot."""
+        """Of finermoe aot."""
         axes = zip(("data", "fsdp", "expert", "tensor"), self.mesh, strict=True)
         return [
             f"--config=configs/{self.config}",
@@ -127,7 +127,7 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     if path.is_file() and (kept := json.loads(path.read_text()))["arguments"] == row.arguments():
         return kept
     partial = path.with_suffix(".partial")
-    command = [python, "-m", "finermoe_jax.cli.aot", *row.arguments(), f"--output={partial}"]
+    command = [python, "-m", "finermoe_jax", "aot", *row.arguments(), f"--output={partial}"]
     print("compiling", row.name, row.topology, file=sys.stderr, flush=True)
     began = time.perf_counter()
     child = os.posix_spawn(python, command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])

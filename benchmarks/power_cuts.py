@@ -198,7 +198,7 @@ def cut_commands(folder: Path, kind: str, checkpoint: Path) -> list[str]:
         "hf": ["convert_hf.py", f"--source={checkpoint}", "--to=hf"],
         "orbax": ["convert_hf.py", f"--source={folder / kind / 'new' / 'hf'}", "--to=orbax"],
         "tokens": [
-            "-m", "finermoe_jax.cli.prepare_data", "--source=demo/LICENSE.pydoc.txt",
+            "-m", "finermoe_jax", "prepare", "--source=demo/LICENSE.pydoc.txt",
             "--tokenizer=demo/model", "--shard_tokens=1000", "--processes=1",
         ],
     }  # fmt: skip

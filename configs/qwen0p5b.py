@@ -6,7 +6,7 @@
 128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. Variants are the paper's other architectures, such as
 `:ct` (the model stays dense) and `:c32a2`, and `:lean` for one device of 16 GB (Adafactor, bfloat16
 weights, 1 x 2048 tokens a step); docs/architectures.md names all. The parameter counts:
-python -m finermoe_jax.cli.params --config=configs/qwen0p5b.py
+finermoe params --config=configs/qwen0p5b.py
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 128 experts (32, 2, 1, 2), T_I=1; 50 B tokens. No model of the paper: its sources are Qwen2.5's.
 Variant `:ct` keeps the model dense; `:lean` is for one device of 16 GB. The parameter counts:
-python -m finermoe_jax.cli.params --config=configs/qwen3_0p6b.py
+finermoe params --config=configs/qwen3_0p6b.py
 """
 
 from ml_collections import ConfigDict

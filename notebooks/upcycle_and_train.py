@@ -23,7 +23,7 @@
 # type *v5e-1 TPU* (16 GB), or tiny, with `TINY`, on any CPU in a minute.
 #
 # **Compiled, not run, on a TPU.** This notebook was run on a CPU with `TINY`. For one v5e chip the
-# full train step was compiled, not run (`python -m finermoe_jax.cli.aot --topology=v5e:1x1
+# full train step was compiled, not run (`finermoe aot --topology=v5e:1x1
 # --config=configs/qwen0p5b.py:lean`). The compiler's *estimates*: it takes 7.2 of 15.75 GiB, and at
 # least 85 ms a step by the bytes that it moves, so 24 thousand tokens a second at most
 # ([docs/scaling.md](../docs/scaling.md)).

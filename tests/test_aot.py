@@ -163,7 +163,7 @@ def test_a_tpu_slice(tmp_path):
     """In a process of its own, with the environment that can compile for TPUs."""
     python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
     command = [
-        python, "-m", "finermoe_jax.cli.aot", "--config=configs/demo.py", "--topology=v5e:2x4",
+        python, "-m", "finermoe_jax", "aot", "--config=configs/demo.py", "--topology=v5e:2x4",
         "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
         "--config.data.global_batch_size=8", "--config.train.compute_dtype=bfloat16",
         f"--output={tmp_path / 'figures.json'}",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from finermoe_jax.evaluation.evaluate import perplexity
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.integrity import write_checksums
+from tests.support import assert_refused, command
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -485,29 +485,9 @@ def test_prompts_that_cannot_be_continued(dense, changes, words):
     refuses(words, fm.generate, fm.load_hf(dense), **{"input_ids": np.zeros((1, 3), int)} | changes)
 
 
-# --- processes ------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------
 
 
-def command(script, *arguments, cwd=ROOT):
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", JAX_PLATFORMS="cpu")
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, cwd=cwd, env=environment,
-    )  # fmt: skip
-
-
-def assert_refused(result, *words):
-    """Exit code 2 and one message, on stderr alone."""
-    assert result.returncode == 2, result
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: "), result.stderr
-    assert result.stderr.count("error: ") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    assert [word for word in words if word not in result.stderr] == [], result.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -522,49 +502,43 @@ def assert_refused(result, *words):
 )
 def test_mistyped_flags(tmp_path, arguments, words):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    result = command("train.py", f"--workdir={tmp_path}/run", *arguments)
+    result = command("train", f"--workdir={tmp_path}/run", *arguments)
     assert_refused(result, *words)
     assert "\\'" not in result.stderr, "quoted twice"
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.slow
 def test_the_default_config_from_another_directory(tmp_path):
     """Found, or said to be missing; never a traceback."""
-    result = command("train.py", "--print_config", cwd=tmp_path)
+    result = command("train", "--print_config", cwd=tmp_path)
     if result.returncode:
         assert_refused(result, "configs/demo.py")
     else:
         assert json.loads(result.stdout)["init_from"] == "demo/model"
 
 
-@pytest.mark.slow
 def test_convert_command(dense, tmp_path):
     # The published granularities, 32 slices, do not divide the width of 40.
-    refused = command("convert_hf.py", f"--source={dense}", "--target=out", cwd=tmp_path)
+    refused = command("convert", f"--source={dense}", "--target=out", cwd=tmp_path)
     assert_refused(refused, "intermediate_size=40", "32")
     assert snapshot(tmp_path) == {}
-    done = command(
-        "convert_hf.py", f"--source={MIXTURE}", f"--target={tmp_path / 'out'}", cwd=tmp_path
-    )
+    done = command("convert", f"--source={MIXTURE}", f"--target={tmp_path / 'out'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert same_weights(fm.load_checkpoint(tmp_path / "out"), fm.load_hf(MIXTURE))
 
 
-@pytest.mark.slow
 def test_eval_and_generate_commands(dense, tmp_path):
     text = text_file(tmp_path, 1)
     text.write_bytes(b"w1 \xff\n")
-    result = command("eval.py", f"--checkpoint={dense}", f"--text={text}", "--output=o.json",
+    result = command("eval", f"--checkpoint={dense}", f"--text={text}", "--output=o.json",
                      cwd=tmp_path)  # fmt: skip
     assert_refused(result, "text.txt", "not UTF-8")
-    result = command("generate.py", f"--checkpoint={tmp_path}", "--prompt=w1", cwd=tmp_path)
+    result = command("generate", f"--checkpoint={tmp_path}", "--prompt=w1", cwd=tmp_path)
     assert_refused(result, str(tmp_path), "neither a checkpoint")
     assert list(snapshot(tmp_path)) == ["text.txt"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "lost"])
 def test_checkpoints_with_damaged_weights(dense, tmp_path, damage):
     convert(str(dense), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=0)
@@ -574,14 +548,16 @@ def test_checkpoints_with_damaged_weights(dense, tmp_path, damage):
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     else:
         largest.unlink()
-    result = command("generate.py", f"--checkpoint={tmp_path / 'checkpoint'}", "--prompt=w1")
+    result = command("generate", f"--checkpoint={tmp_path / 'checkpoint'}", "--prompt=w1")
     assert_refused(result, str(tmp_path / "checkpoint"), "is damaged", largest.name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "convert_hf.py", "eval.py", "generate.py"])
 def test_help(script):
-    result = command(script, "--help")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True
+    )
     assert result.returncode == 0 and result.stderr == ""
     wanted = {
         "train.py": [

@@ -2,36 +2,19 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 import finermoe_jax as fm
-from finermoe_jax.analysis import similarity
-from finermoe_jax.cli import commands
+from finermoe_jax.cli import main
 from finermoe_jax.config.parse import find_config, preset
-from finermoe_jax.training import plot
+from tests.support import invoke
 
 TIED = Path(__file__).parent / "data" / "golden" / "upcycle" / "dense_tied"
 PRESETS = "Presets: demo, demo_dense, qwen0p5b, qwen1p5b, qwen3_0p6b, qwen7b, smollm2_135m."
-
-
-@pytest.fixture
-def invoke(monkeypatch):
-    """Runs a command that succeeds; its flags are removed afterwards."""
-    known = set(flags.FLAGS)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(commands, "_OWN_FLAGS", [])
-
-    def run(command, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        command()
-
-    yield run
-    for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
 
 
 # --- configs --------------------------------------------------------------------------------
@@ -47,15 +30,15 @@ def invoke(monkeypatch):
         (["--config.train.steps=7"], True, 7),
     ],
 )
-def test_a_preset_by_name_or_path(invoke, capsys, arguments, moe, steps):
-    invoke(commands.train, "--print_config", *arguments)
+def test_a_preset_by_name_or_path(capsys, arguments, moe, steps):
+    assert invoke("train", "--print_config", *arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["moe"] is not None, printed["train"]["steps"]) == (moe, steps)
 
 
-def test_flags_from_a_file(invoke, capsys, tmp_path):
+def test_flags_from_a_file(capsys, tmp_path):
     (tmp_path / "flags").write_text("--config=demo:ct\n--config.train.steps=7\n")
-    invoke(commands.train, f"--flagfile={tmp_path / 'flags'}", "--print_config")
+    assert invoke("train", f"--flagfile={tmp_path / 'flags'}", "--print_config") == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["moe"], printed["train"]["steps"]) == (None, 7)
 
@@ -131,25 +114,53 @@ def test_the_working_directory_comes_first(tmp_path, monkeypatch):
 # --- output ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["run", "plot", "similarity"])
-def test_output_that_is_not_utf8(invoke, monkeypatch, command):
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_output_that_is_not_utf8(monkeypatch, name):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    if command == "run":
-        invoke(lambda: commands.run("usage", lambda: None, lambda: print("a · b")))
-    elif command == "plot":
-        assert plot.main(["plot"]) == 2
-        print("a · b")
-    else:
-        assert similarity.main(["no such"]) == 2
-        print("a · b")
-    sys.stdout.flush()
-    assert written.getvalue() == b"a \\xb7 b\n"
+    assert invoke(name, "--help") == 0
+    print("a · b", flush=True)
+    assert written.getvalue().endswith(b"a \\xb7 b\n")
 
 
-def test_a_dense_export_says_that_nothing_was_upcycled(invoke, capsys, tmp_path):
+def test_every_command_is_listed_with_its_flags_and_defaults(capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["finermoe", "--help"])
+        main.main()
+    listed = capsys.readouterr().out
+    for name in [*main.COMMANDS, "demo", "qwen7b"]:
+        assert re.search(rf"^  {name} +\S.*\S$", listed, re.MULTILINE), name
+        assert name not in main.COMMANDS or main.COMMANDS[name] in listed
+    assert invoke("convert", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "usage: finermoe convert --source=" in shown and "(default: orbax)" in shown
+    assert shown.index("Required:") < shown.index("  --target") < shown.index("Optional:")
+    assert shown.index("Optional:") < shown.index("  --to ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian' is no command. Did you mean train?"]),
+        (["zzz"], ["'zzz' is no command. Known: aot, convert, "]),
+        (["train", "--config=demmo"], ["Did you mean demo?"]),
+        (["train", "demo"], ["unexpected argument 'demo'"]),
+        (["plot"], ["finermoe plot RUN [RIVAL]"]),
+        (["similarity"], ["finermoe similarity [LABEL=]CHECKPOINT"]),
+    ],
+)
+def test_a_command_line_that_is_none(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["finermoe", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.startswith("error: ")
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_dense_export_says_that_nothing_was_upcycled(capsys, tmp_path):
     flags = (f"--source={TIED}", "--to=hf")
-    invoke(commands.convert_hf, *flags, f"--target={tmp_path / 'hf'}")
+    assert invoke("convert", *flags, f"--target={tmp_path / 'hf'}") == 0
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'hf'}\n"
     assert f"{TIED} is a dense model" in said.err and "upcycles nothing" in said.err

@@ -25,7 +25,7 @@ from finermoe_jax.evaluation.harness import HarnessModel
 from finermoe_jax.evaluation.scoring import Continuation, score, windows
 from finermoe_jax.evaluation.tasks import TEN, select
 from finermoe_jax.generation.sampling import Sampling
-from tests.test_cli import assert_refused, command
+from tests.support import assert_refused, command
 
 DEMO = Path(__file__).parent.parent / "finermoe_jax" / "demo" / "model"
 
@@ -372,7 +372,7 @@ def test_ten_without_rows_have_no_mean(tmp_path):
     ],
 )
 def test_flags_that_do_not_fit(arguments, words):
-    assert_refused(command("eval.py", "--checkpoint=nowhere", *arguments), *words)
+    assert_refused(command("eval", "--checkpoint=nowhere", *arguments), *words)
 
 
 def test_what_is_not_there(rows, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from finermoe_jax.training.workdir import Log, claim, claim_data
 from finermoe_jax.weights.checkpoint import open_model, read_description
 from finermoe_jax.weights.hf_weights import TensorFiles, read_config
 from finermoe_jax.weights.safetensors_files import indexed_files
+from tests.support import invoke
 
 MODEL = find("demo/model")
 BOM = b"\xef\xbb\xbf"
@@ -222,14 +223,14 @@ def test_spoilt_logs_are_drawn(tmp_path):
     for file in ("metrics.jsonl", "evals.jsonl", "expert_load.jsonl"):
         (tmp_path / file).write_bytes(b"\n".join([b'{"step": 1, "loss": 3.0}', *SPOILT, b""]))
     (tmp_path / "expert_load.jsonl").unlink()
-    assert plot.main(["plot", str(tmp_path)]) == 0
+    assert invoke("plot", tmp_path) == 0
 
 
 @pytest.mark.parametrize("content", [{}, {"tokens": 1, "candidates": 2}, {"tokens": "x"}])
 def test_a_record_that_is_none_of_a_run(tmp_path, content, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "low"}\n')
     (tmp_path / "expert_load.jsonl").write_text(json.dumps({"step": 1} | content) + "\n")
-    assert plot.main(["plot", str(tmp_path)]) == 2
+    assert invoke("plot", tmp_path) == 2
     assert "holds a record that is not a training run's" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Paths as users name them: `~` is expanded, addresses are refused before any work."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import pytest
 from absl import flags
 
 import finermoe_jax as fm
-from finermoe_jax.analysis import similarity
-from finermoe_jax.cli import aot, commands, params, prepare_data
+from finermoe_jax.cli.flags import Flags
+from finermoe_jax.cli.main import COMMANDS
+from finermoe_jax.cli.similarity import labelled
 from finermoe_jax.config.run import DataConfig, RunConfig
 from finermoe_jax.data import token_files
+from finermoe_jax.data.prepare import prepare
 from finermoe_jax.data.text import TextFile
 from finermoe_jax.evaluation.evaluate import Tasks, evaluate
 from finermoe_jax.runtime.paths import local, local_list
@@ -23,6 +26,7 @@ from finermoe_jax.weights.checkpoint import load_model, open_model
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import resolve_source
 from finermoe_jax.weights.verify import verify
+from tests.support import invoke
 
 ROOT = Path(__file__).parent.parent
 MIXTURE = Path(__file__).parent / "data" / "golden" / "e_conv_split"
@@ -91,38 +95,20 @@ NO_PATHS = {"wandb", "profile_steps", "to", "dtype", "prompt", "system", "topolo
             "split", "config"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command",
-    [commands.train, commands.convert_hf, commands.evaluate, commands.generate, prepare_data.main,
-     aot.main, params.main],
-)  # fmt: skip
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_path_flag(command, monkeypatch):
     """A new flag that takes text is either a path's or stands in NO_PATHS."""
-    known = set(flags.FLAGS)
-
-    def inspect(usage, define, main):
-        monkeypatch.setattr(sys, "argv", ["command"])
-        define()
-
-    monkeypatch.setattr(commands, "run", inspect)
-    try:
-        try:
-            command()
-        except SystemExit:
-            assert command is aot.main
-        found = set(flags.FLAGS) - known
-        assert found
-        for name in found - NO_PATHS:
-            flag = flags.FLAGS[name]
-            if type(flag) is not flags.Flag or flag.flag_type() != "string":
-                continue
-            with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*gcloud"):
-                flag.parse(BUCKET)
-            flag.parse("~/x")
-            assert flag.value == "/home/user/x"
-    finally:
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    defined = Flags()
+    importlib.import_module(f"finermoe_jax.cli.{command}").COMMAND.define(defined)
+    for name in set(defined.values) - NO_PATHS:
+        flag = defined.values[name]
+        if type(flag) is not flags.Flag or flag.flag_type() != "string":
+            continue
+        with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*gcloud"):
+            flag.parse(BUCKET)
+        flag.parse("~/x")
+        assert flag.value == "/home/user/x"
 
 
 PATH_FIELDS = {"init_from", "data.path", "data.tokenizer", "data.eval_path"}
@@ -188,9 +174,9 @@ OUT = Path("out")
         lambda: evaluate(BUCKET),
         lambda: evaluate("x", text=Path(BUCKET)),
         lambda: evaluate("x", tasks=Tasks(["arc_easy"], data_dir=Path(BUCKET))),
-        lambda: prepare_data.prepare(["x"], Path(BUCKET), OUT),
-        lambda: prepare_data.prepare(["x"], OUT, Path(BUCKET)),
-        lambda: prepare_data.prepare([BUCKET], OUT, OUT),
+        lambda: prepare(["x"], Path(BUCKET), OUT),
+        lambda: prepare(["x"], OUT, Path(BUCKET)),
+        lambda: prepare([BUCKET], OUT, OUT),
     ],
 )
 def test_every_call_of_a_command(call):
@@ -200,12 +186,12 @@ def test_every_call_of_a_command(call):
 
 @pytest.mark.parametrize("argument", [BUCKET, f"label={BUCKET}", f"{BUCKET}=x"])
 def test_similarity_and_plot(argument, capsys):
-    assert similarity.main([argument]) == 2
+    assert invoke("similarity", argument) == 2
     assert "gcloud" in capsys.readouterr().err
-    assert similarity.main([str(MIXTURE), f"--output={BUCKET}.png"]) == 2
+    assert invoke("similarity", MIXTURE, f"--output={BUCKET}.png") == 2
     assert "gcloud" in capsys.readouterr().err
-    assert plot.main(["plot", argument]) == 2
-    assert similarity._labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
+    assert invoke("plot", argument) == 2
+    assert labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
 
 
 @pytest.mark.slow  # a process of its own: it is the command line that is tested

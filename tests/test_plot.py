@@ -11,6 +11,7 @@ from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.training import plot
 from finermoe_jax.training.monitor import load_of
+from tests.support import invoke
 
 MOE = MoEConfig(4, 2, 1, 2, 1)  # 16 experts
 
@@ -101,9 +102,8 @@ def test_loads_have_their_colours_and_the_dead_are_black(tmp_path):
 def test_the_command_names_its_pictures_and_its_mistakes(tmp_path, capsys):
     _metrics(tmp_path)
     _loads(tmp_path, np.full((1, 16), 3))
-    assert plot.main(["plot", str(tmp_path)]) == 0
+    assert invoke("plot", tmp_path) == 0
     wanted = [str(tmp_path / "loss.png"), str(tmp_path / "load.png")]
     assert capsys.readouterr().out.split() == wanted
-    assert plot.main(["plot", str(tmp_path / "nowhere")]) == 2
+    assert invoke("plot", tmp_path / "nowhere") == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
-    assert plot.main(["plot", "--help"]) == 0 and plot.main(["plot"]) == 2

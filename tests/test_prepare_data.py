@@ -106,7 +106,7 @@ def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
 def test_a_killed_run_of_several_processes_goes_on(sources, whole, tmp_path):
     """SIGKILL at a random moment; the number of processes changes nothing; no worker stays."""
     command = [
-        sys.executable, "-m", "finermoe_jax.cli.prepare_data", f"--source={sources}",
+        sys.executable, "-m", "finermoe_jax", "prepare", f"--source={sources}",
         f"--target={tmp_path / 'tokens'}", f"--tokenizer={MODEL}", "--shard_tokens=20000",
     ]  # fmt: skip
     settings = dict(cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

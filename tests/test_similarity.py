@@ -11,11 +11,12 @@ from flax import nnx
 
 import finermoe_jax as fm
 from finermoe_jax.analysis import similarity
-from finermoe_jax.analysis.similarity import expert_similarity, main
+from finermoe_jax.analysis.similarity import expert_similarity
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import save_checkpoint
+from tests.support import invoke
 from tests.test_config import SMALL
 
 # Two runs of layers, and a dense layer between them.
@@ -75,7 +76,7 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
         save = fm.save_hf if name == "Out FG" else save_checkpoint
         save(model, tmp_path / name)
     outputs = [f"--output={tmp_path / name}" for name in ("s.png", "s.json")]
-    assert main([*(f"{name}={tmp_path / name}" for name in numbers), *outputs]) == 0
+    assert invoke("similarity", *(f"{name}={tmp_path / name}" for name in numbers), *outputs) == 0
     values = json.loads((tmp_path / "s.json").read_text())
     layers = SMALL.num_hidden_layers
     # Two copies of the FFN; of four slices each has one copy, and the slices have next to nothing
@@ -102,7 +103,7 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_compared(broken, capsys, arguments, words):
-    assert main([argument.format(**broken) for argument in arguments]) == 2
+    assert invoke("similarity", *(argument.format(**broken) for argument in arguments)) == 2
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("error: ") and words in said
 

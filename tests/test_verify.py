@@ -14,7 +14,7 @@ from finermoe_jax.weights import lazy
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.safetensors_files import TensorFiles
 from finermoe_jax.weights.verify import verify
-from tests.test_cli import assert_refused, command
+from tests.support import assert_refused, command
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 UNTIED, TIED = GOLDEN / "upcycle" / "dense_untied", GOLDEN / "upcycle" / "dense_tied"
@@ -189,7 +189,7 @@ def test_a_target_of_another_kind_than_was_asked_for(upcycled, tmp_path):
 def test_the_command(upcycled, tmp_path):
     target = tmp_path / "hf"
     done = command(
-        "convert_hf.py", f"--source={upcycled / 'orbax'}", f"--target={target}", "--to=hf",
+        "convert", f"--source={upcycled / 'orbax'}", f"--target={target}", "--to=hf",
         "--verify",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -199,7 +199,7 @@ def test_the_command(upcycled, tmp_path):
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, target / "model.safetensors")
     given = f"--source={upcycled / 'orbax'}"
-    refused = command("convert_hf.py", given, f"--target={target}", "--verify")
+    refused = command("convert", given, f"--target={target}", "--verify")
     assert_refused_at_the_end(refused, "1 tensors differ", "lm_head.weight")
 
 

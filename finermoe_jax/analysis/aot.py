@@ -1,6 +1,6 @@
 """Compiles the whole train step for hardware that is not there, and says whether it fits.
 
-    python -m finermoe_jax.cli.aot --config=configs/qwen7b.py --topology=v5e:16x16
+    finermoe aot --config=configs/qwen7b.py --topology=v5e:16x16
         [--num_slices=2] [--suggest] [--output=FILE.json] [--config.mesh.fsdp=… and other overrides]
 
 Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), no accelerator, no weights, no text.

@@ -1,8 +1,8 @@
 """Parameter counts, without allocating weights.
 
-    python -m finermoe_jax.cli.params [--config=configs/NAME.py[:VARIANT]]
-    python -m finermoe_jax.cli.params --paper       # every row of the paper's Tables 1, 2, 4 and 8
-    python -m finermoe_jax.cli.params --shardings --devices=256 --config=… --config.mesh.fsdp=…
+    finermoe params [--config=configs/NAME.py[:VARIANT]]
+    finermoe params --paper       # every row of the paper's Tables 1, 2, 4 and 8
+    finermoe params --shardings --devices=256 --config=… --config.mesh.fsdp=…
 
 The third shows how a mesh splits every parameter, without its devices.
 """
@@ -142,7 +142,8 @@ def table(rows: dict[str, ModelConfig]) -> str:
     return "\n".join(lines)
 
 
-def _published() -> dict[str, ModelConfig]:
+def published_models() -> dict[str, ModelConfig]:
+    """The dense Qwen2.5 models, and each upcycled with the published settings; by name."""
     rows: dict[str, ModelConfig] = {}
     for size, dense in QWEN2P5.items():
         rows[f"Qwen2.5-{size}"] = dense

@@ -1,6 +1,6 @@
 """How alike a layer's experts are (paper, Appendix D and Figure 4).
 
-    python -m finermoe_jax.analysis.similarity CHECKPOINT … [--output=F.png] [--output=F.json]
+    finermoe similarity CHECKPOINT … [--output=F.png] [--output=F.json]
 
 CHECKPOINT is a checkpoint, a workdir, a Hugging Face directory or a hub id, or LABEL=CHECKPOINT.
 Each is a column of the table that is printed, and a curve of the picture.
@@ -10,20 +10,13 @@ three matrices laid end to end. With û an expert over its norm, the N experts' 
 formed: the mean is (|Σ û|² − N) / (N (N − 1)). Experts are read a few at a time, once.
 """
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax.errors import InputError, print_anything
-from finermoe_jax.runtime import files
-from finermoe_jax.runtime.json_files import to_json
-from finermoe_jax.runtime.paths import local
-from finermoe_jax.training.plot import draw_similarity
+from finermoe_jax.errors import InputError
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import Source, open_model
 from finermoe_jax.weights.hf_names import run_layers
@@ -127,66 +120,19 @@ def table(found: dict[str, Similarity]) -> str:
     return "\n".join([*lines, " mean  " + "  ".join(means)])
 
 
-def _labelled(arguments: Sequence[str]) -> dict[str, str]:
-    """Label → source. Raises InputError for a label that is given twice."""
-    sources: dict[str, str] = {}
-    for argument in arguments:
-        label, equals, source = argument.partition("=")
-        if not equals or Path(local(argument)).exists():
-            label, source = Path(argument).name or argument, argument
-        source = local(source)
-        if not source:
-            raise InputError(f"{argument}: no checkpoint follows the label; give LABEL=CHECKPOINT")
-        if label in sources:
-            raise InputError(
-                f"{sources[label]} and {source} are both called {label}; give LABEL=CHECKPOINT"
-            )
-        sources[label] = source
-    return sources
+def similarities(sources: dict[str, str]) -> dict[str, Similarity]:
+    """Label → similarity of the experts of the model at that label's source, behind a bar.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m finermoe_jax.analysis.similarity", description=__doc__
+    Raises InputError as `expert_similarity` does, before any weight is read.
+    """
+    models = {label: _open(source) for label, source in sources.items()}
+    size = sum(
+        array.nbytes
+        for model in models.values()
+        for path, array in model.weights.items()
+        if path[-2:] in (("moe", "gate_up"), ("moe", "down"))
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", nargs="+", help="[LABEL=]CHECKPOINT")
-    parser.add_argument("--output", action="append", default=[], help="a .png or .json to write")
-    print_anything()
-    given = parser.parse_args(argv)
-    try:
-        outputs = [Path(local(output, "--output")) for output in given.output]
-        for output in outputs:
-            if output.suffix not in (".png", ".json"):
-                raise InputError(f"--output={output} must end in .png or .json")
-            if not output.absolute().parent.is_dir():
-                raise InputError(f"--output={output}: {output.absolute().parent} does not exist")
-        sources = _labelled(given.checkpoint)
-        models = {label: _open(source) for label, source in sources.items()}
-        size = sum(
-            array.nbytes
-            for model in models.values()
-            for path, array in model.weights.items()
-            if path[-2:] in (("moe", "gate_up"), ("moe", "down"))
-        )
-        with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
-            found = {
-                label: _of_model(model, sources[label], bar.update)
-                for label, model in models.items()
-            }
-        print(table(found))
-        for output in outputs:
-            if output.suffix == ".png":
-                draw_similarity({n: (o.layers, o.values) for n, o in found.items()}, output)
-            else:
-                values = {n: dataclasses.asdict(o) | {"mean": o.mean} for n, o in found.items()}
-                files.write(output, to_json(values, indent=1) + "\n")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
+        return {
+            label: _of_model(model, sources[label], bar.update) for label, model in models.items()
+        }

@@ -113,7 +113,7 @@ def open_source(
         )
     if (path / PARTIAL).is_file():
         raise InputError(
-            f"{path} is not prepared to the end: start python -m finermoe_jax.cli.prepare_data "
+            f"{path} is not prepared to the end: start finermoe prepare "
             "once more with the same arguments, and it goes on"
         )
     if prefix := megatron_prefix(path):
@@ -127,7 +127,7 @@ def open_source(
     if path.is_dir() or (path.is_file() and not text_kind(path)):
         raise InputError(
             f"{path} is nothing to train on: neither a directory with {MANIFEST} "
-            f"(finermoe_jax.cli.prepare_data), nor a pair of .bin and .idx, nor text ({KNOWN})"
+            f"(finermoe prepare), nor a pair of .bin and .idx, nor text ({KNOWN})"
         )
     pieces = list(TextFile(path).pieces())
     tokens = tokenize(pieces, tokenizer, show_progress)

@@ -1,8 +1,8 @@
 """Turns text into memory-mapped token shards, once, for any number of runs (docs/data.md).
 
-    python -m finermoe_jax.cli.prepare_data --source=FILE|GLOB|DIR|owner/dataset[,…] --target=DIR
+    finermoe prepare --source=FILE|GLOB|DIR|owner/dataset[,…] --target=DIR
         --tokenizer=DIR [--processes=N] [--text_field=text] [--split=train] [--shard_tokens=N]
-    python -m finermoe_jax.cli.prepare_data --verify=DIR
+    finermoe prepare --verify=DIR
 
 One process reads and writes, the others tokenise. What is written follows from the text, the
 tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
@@ -102,7 +102,7 @@ def prepare(
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
-            say(f"{target} is complete: {_summary(manifest)}")
+            say(f"{target} is complete: {summary(manifest)}")
             return manifest
         shards = _begun(target, settings)
         if shards:
@@ -114,11 +114,12 @@ def prepare(
         ):
             _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
             manifest = writer.finish()
-    say(f"{target}: {_summary(manifest)}")
+    say(f"{target}: {summary(manifest)}")
     return manifest
 
 
-def _summary(manifest: Manifest) -> str:
+def summary(manifest: Manifest) -> str:
+    """A line on what a prepared directory holds."""
     return (
         f"{manifest.tokens:,} tokens of {manifest.documents:,} documents in "
         f"{len(manifest.shards)} shards, {manifest.settings.dtype}"

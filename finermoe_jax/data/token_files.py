@@ -1,6 +1,6 @@
 """Tokens in memory-mapped files: streams of them, and our prepared directories.
 
-A prepared directory (python -m finermoe_jax.cli.prepare_data) holds
+A prepared directory (finermoe prepare) holds
 
     manifest.json          what it was made of and with, and each shard: `Manifest`
     00000.bin              tokens, little-endian uint16 or uint32
@@ -294,7 +294,7 @@ def _check_ids(
     directory: Path, manifest: Manifest, arrays: list[np.ndarray], vocab_size: int, bar: bool
 ) -> None:
     """Compares the largest token of each shard with the vocabulary, and with the manifest."""
-    way_out = f"compare the files: python -m finermoe_jax.cli.prepare_data --verify={directory}"
+    way_out = f"compare the files: finermoe prepare --verify={directory}"
     with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
         for shard, tokens in zip(manifest.shards, arrays, strict=True):
             path, largest = shard_files(directory, shard.name)[0], id_range(tokens, progress)[1]

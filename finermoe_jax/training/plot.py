@@ -1,8 +1,6 @@
-"""Pictures of a run.
+"""Pictures of a run: loss.png and load.png, as `finermoe plot WORKDIR` writes them there.
 
-`python -m finermoe_jax.training.plot WORKDIR` writes loss.png and load.png there.
-
-`python -m finermoe_jax.training.plot WORKDIR RIVAL` draws another run's losses beside its own.
+`finermoe plot WORKDIR RIVAL` draws another run's losses beside its own.
 """
 
 import itertools
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from finermoe_jax.errors import InputError, print_anything
+from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import read_log
 from finermoe_jax.runtime.paths import local
 
@@ -320,21 +318,3 @@ def draw_similarity(
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def main(argv: list[str]) -> int:
-    """The command; returns the exit code."""
-    print_anything()
-    if len(argv) not in (2, 3) or argv[1] in ("-h", "--help"):
-        print("usage: python -m finermoe_jax.training.plot WORKDIR [RIVAL]", file=sys.stderr)
-        return 0 if argv[1:] in (["-h"], ["--help"]) else 2
-    try:
-        print(*draw(*map(Path, argv[1:])), sep="\n")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -1,0 +1,41 @@
+from .config.model import ModelConfig as ModelConfig
+from .config.model import MoEConfig as MoEConfig
+from .config.model import UpcycleConfig as UpcycleConfig
+from .config.parse import preset as preset
+from .config.run import RunConfig as RunConfig
+from .config.run import default_config as default_config
+from .config.run import run_config as run_config
+from .errors import InputError as InputError
+from .generation.decode import generate as generate
+from .model.decoder import Decoder as Decoder
+from .model.decoder import with_layer as with_layer
+from .moe.layer import FineRMoE as FineRMoE
+from .weights.checkpoint import load_checkpoint as load_checkpoint
+from .weights.checkpoint import save_checkpoint as save_checkpoint
+from .weights.hf_weights import load_hf as load_hf
+from .weights.hf_weights import save_hf as save_hf
+from .weights.upcycle import upcycle as upcycle
+from .weights.upcycle import upcycle_model as upcycle_model
+
+__all__ = [
+    "Decoder",
+    "FineRMoE",
+    "InputError",
+    "MoEConfig",
+    "ModelConfig",
+    "RunConfig",
+    "UpcycleConfig",
+    "default_config",
+    "generate",
+    "load_checkpoint",
+    "load_hf",
+    "preset",
+    "run_config",
+    "save_checkpoint",
+    "save_hf",
+    "upcycle",
+    "upcycle_model",
+    "with_layer",
+]
+
+__version__: str

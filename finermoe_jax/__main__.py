@@ -1,0 +1,6 @@
+"""`python -m finermoe_jax COMMAND …`, which is `finermoe COMMAND …`."""
+
+from finermoe_jax.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""`finermoe convert`, `python convert_hf.py`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from finermoe_jax.cli.flags import Command, Flags
+from finermoe_jax.config.model import PUBLISHED_START, MoEConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import to_json
+
+
+def define(flags: Flags) -> None:
+    """Defines the flags."""
+    flags.add_path("source", "HF directory, hub id, or a checkpoint of ours", required=True)
+    flags.add_path("target", "new or empty directory to write", required=True)
+    flags.add_config()
+    flags.add_text(
+        "to",
+        "orbax",
+        "orbax: a checkpoint of ours, a dense source upcycled as the config says (without one: "
+        "32,2,1,2); hf: a Hugging Face directory",
+    )
+    flags.add_text("dtype", "", "float32 or bfloat16 weights in the target (default: the source's)")
+    flags.add_boolean(
+        "verify",
+        "compare every tensor of the target with what the source becomes; a target that is there "
+        "already is only compared, in either form unless --to is given",
+    )
+
+
+def main(flags: Flags) -> None:
+    """Runs the command."""
+    config = flags.run_config() if flags.config_name else None
+    if flags.print_config:
+        moe = config.moe if config else MoEConfig()
+        print(to_json(dataclasses.asdict(moe) if moe else None, indent=2))
+        return
+    source, target = str(find(flags.need("source"))), Path(flags.need("target"))
+    if flags.to not in ("orbax", "hf"):
+        raise InputError(f"--to={flags.to} must be orbax or hf")
+    if flags.to == "hf" and config:
+        raise InputError("--to=hf exports a checkpoint as it is; --config belongs to --to=orbax")
+    if flags.dtype not in ("", "float32", "bfloat16"):
+        raise InputError(f"--dtype={flags.dtype} must be float32 or bfloat16")
+    from finermoe_jax.weights.convert import convert
+    from finermoe_jax.weights.verify import verify
+
+    asked: dict[str, Any] = {
+        "moe": config.moe if config else MoEConfig(),
+        "start": config.upcycle if config else PUBLISHED_START,
+        "seed": config.train.seed if config else 0,
+        "dtype": flags.dtype or None,
+        "stated": config is not None,
+    }
+    there = flags.verify and target.is_dir() and any(target.iterdir())
+    if not there:
+        written = convert(source, target, flags.to, **asked)
+        if flags.to == "hf" and written.moe is None:
+            print(
+                f"{source} is a dense model, and so is {target}: --to=hf upcycles nothing. To "
+                "upcycle, convert with --to=orbax first, then that checkpoint with --to=hf",
+                file=sys.stderr,
+            )
+    if flags.verify:
+        form = flags.to if flags.given("to") or not there else None
+        print(verify(source, target, form, **asked))
+    print(target)
+
+
+COMMAND = Command(
+    "--source=DIR|hub-id --target=DIR [--config=FILE] [--to=orbax|hf] [--verify]", define, main
+)

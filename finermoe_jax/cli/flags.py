@@ -1,0 +1,213 @@
+"""A command's flags: defined, shown by --help, read from the command line.
+
+Every command has a FlagValues of its own, so that two in one process do not meet.
+"""
+
+import dataclasses
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import flags
+from absl.flags import FlagValues
+from ml_collections import config_flags
+
+from finermoe_jax.config.parse import find_config, preset
+from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.json_files import to_json
+from finermoe_jax.runtime.paths import local, local_list
+
+_HELP = ("-h", "--h", "-help", "--help", "--helpfull", "--helpshort")
+_TEXT_AT = 26  # the column of --help in which texts begin
+_CONFIG_HELP = "a preset (demo), or FILE.py; :VARIANT may follow; --config.FIELD=VALUE overrides"
+
+
+class Flags:
+    """The flags of one command, in the order of --help; `values` holds what was given.
+
+    Attributes:
+      values: the flags' values, by name; also `values[name].present`, whether it was given.
+      rest: what was given beside flags.
+      config_name: a name for the config, of its file and variant; empty without a config.
+    """
+
+    def __init__(self) -> None:
+        self.values = FlagValues()
+        self.rest: list[str] = []
+        self.config_name = ""
+        self._required: list[str] = []
+
+    def add(
+        self,
+        define: Callable[..., Any],
+        name: str,
+        default: Any,
+        text: str,
+        required: bool = False,
+    ) -> None:
+        """Defines a flag by one of absl's DEFINE_ functions."""
+        assert not hasattr(type(self), name), name
+        define(name, default, text, flag_values=self.values)
+        if required:
+            self._required.append(name)
+
+    def add_boolean(self, name: str, text: str) -> None:
+        """Defines a flag that is off unless given."""
+        self.add(flags.DEFINE_bool, name, False, text)
+
+    def add_integer(self, name: str, default: int | None, text: str) -> None:
+        """Defines a flag for a whole number."""
+        self.add(flags.DEFINE_integer, name, default, text)
+
+    def add_number(self, name: str, default: float | None, text: str) -> None:
+        """Defines a flag for a number."""
+        self.add(flags.DEFINE_float, name, default, text)
+
+    def add_text(self, name: str, default: str, text: str, required: bool = False) -> None:
+        """Defines a flag for text."""
+        self.add(flags.DEFINE_string, name, default, text, required)
+
+    def add_names(self, name: str, text: str) -> None:
+        """Defines a flag for a list with commas between."""
+        self.add(flags.DEFINE_list, name, [], text)
+
+    def add_path(self, name: str, text: str, required: bool = False, several: bool = False) -> None:
+        """Defines a flag for a path, or several with commas between; a hub id may stand in."""
+        parser = _PathParser(local_list if several else local)
+        flags.DEFINE(parser, name, "", text, flag_values=self.values)
+        if required:
+            self._required.append(name)
+
+    def add_config(self, default: str | None = None, required: bool = False) -> None:
+        """Defines --config and --print_config, and reads the config file.
+
+        values.config is None where there is neither --config nor a default. --config leaves
+        sys.argv, in which ml_collections looks for overrides, --config.FIELD=VALUE.
+        """
+        name = _take_config(self.values) or (None if wants_help() else default)
+        text = _CONFIG_HELP + (f" (default: {default})" if default else "")
+        if name is None:
+            self.add(flags.DEFINE_string, "config", None, text)
+        else:
+            config_flags.DEFINE_config_dict("config", preset(name), text, flag_values=self.values)
+            file, variant = find_config(name)
+            stem = f"{file.stem}-{variant}" if variant else file.stem
+            self.config_name = re.sub(r"[:/]", "-", stem)
+        if required:
+            self._required.append("config")
+        self.add_boolean("print_config", "print the resolved config and exit")
+
+    # --- after the command line is read -----------------------------------------------------
+
+    def read(self, define: Callable[["Flags"], None]) -> bool:
+        """Defines a command's flags and reads sys.argv; false where it asks for help.
+
+        Raises InputError for what is no flag, or no value of it.
+        """
+        try:
+            define(self)
+            if not wants_help():
+                self.rest = self.values(sys.argv)[1:]
+        except InputError:
+            raise
+        except Exception as error:  # of absl and ml_collections, many unrelated types
+            raise InputError(_flag_message(error)) from None
+        return not wants_help()
+
+    def __getattr__(self, name: str) -> Any:
+        """A flag's value."""
+        return getattr(self.values, name)
+
+    def given(self, name: str) -> bool:
+        """Whether a flag is on the command line."""
+        return bool(self.values[name].present)
+
+    def need(self, name: str) -> Any:
+        """A flag's value. Raises InputError where it is empty."""
+        value = self.values[name].value
+        if value in (None, ""):
+            raise InputError(f"--{name} is needed; see --help")
+        return value
+
+    def run_config(self) -> RunConfig:
+        """The config file with its overrides, checked."""
+        return run_config(self.values.config.to_dict())
+
+    def help(self) -> str:
+        """What --help says of the flags: the required ones first, each with its default."""
+        known = [name for name in self.values if name not in ("flagfile", "undefok")]
+        optional = [name for name in known if name not in self._required]
+        parts = [("Required:", self._required), ("Optional:", optional)]
+        return "\n".join(
+            "\n".join([title, *(self._line(name) for name in names)])
+            for title, names in parts
+            if names
+        )
+
+    def _line(self, name: str) -> str:
+        flag = self.values[name]
+        text = flag.help or ""
+        if flag.default not in (None, "", []) and "default:" not in text and name != "config":
+            text += f" (default: {str(flag.default).lower() if flag.boolean else flag.default})"
+        left = f"  --{name}".ljust(_TEXT_AT - 2) + "  "
+        return textwrap.fill(
+            left + text, 100, subsequent_indent=" " * _TEXT_AT, break_on_hyphens=False
+        )
+
+
+class Command(NamedTuple):
+    """A command: usage is what follows its name, rest says that it takes more than flags."""
+
+    usage: str
+    define: Callable[[Flags], None]
+    main: Callable[[Flags], int | None]
+    rest: bool = False
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parses the value of a flag by paths.local or paths.local_list."""
+
+    def __init__(self, read: Callable[[str], str]):
+        self.read = read
+
+    def parse(self, argument: str) -> str:
+        """Returns the path; raises InputError, a ValueError, for an address."""
+        return self.read(argument)
+
+
+def wants_help() -> bool:
+    """Whether the command line asks for help."""
+    return any(each in _HELP for each in sys.argv)
+
+
+def print_config(config: RunConfig) -> None:
+    """Writes the resolved config to stdout, as JSON."""
+    print(to_json(dataclasses.asdict(config), indent=2))
+
+
+def _flag_message(error: Exception) -> str:
+    """A flag's error in one line: ml_collections puts tracebacks and nested quotes into them."""
+    message = str(error)
+    if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
+        return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
+    if isinstance(error, (KeyError, AttributeError)):
+        name = message.strip("\"'\\")
+        return f"--config has no field {name!r}; --print_config shows those it has"
+    return " ".join(message.replace("\\n", " ").split())
+
+
+def _take_config(values: FlagValues) -> str | None:
+    """Takes `--config=NAME` and `--config NAME` out of sys.argv; the last one's value."""
+    given, rest = None, []
+    arguments = iter(values.read_flags_from_files(sys.argv))
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(argument)
+        elif not (given := value if equals else next(arguments, "")):
+            raise InputError("--config needs a value: a preset, such as demo, or a config file")
+    sys.argv = rest
+    return given
