@@ -1,6 +1,7 @@
 """Strict tests: several CPU devices, no silent rank promotion, shapes in signatures checked."""
 
 import atexit
+import collections
 import itertools
 import os
 import shutil
@@ -59,6 +60,12 @@ jaxtyping.install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
 pytest.register_assert_rewrite("tests.support")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that no worker waits for another one's last."""
+    slow = collections.Counter(each.path for each in items if each.get_closest_marker("slow"))
+    items.sort(key=lambda each: -slow[each.path])
 
 
 @pytest.fixture(autouse=True)
