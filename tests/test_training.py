@@ -22,6 +22,7 @@ from finermoe_jax.data.rows import Mixture, Packed
 from finermoe_jax.data.token_files import TokenStream
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
@@ -79,7 +80,7 @@ def _steps(config: RunConfig, mesh_config, count=3):
     batch = jax.device_put(Batch(_batch(config.data.global_batch_size)), rows)
     route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)
@@ -330,7 +331,9 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
 
 
 def test_norms_and_biases_are_not_decayed():
-    flags = nnx.traversals.flatten_mapping(decayed(nnx.to_pure_dict(nnx.state(_model()))))
+    model = _model()
+    flags = decayed(nnx.to_pure_dict(nnx.state(model)), kinds(model))
+    flags = nnx.traversals.flatten_mapping(flags)
     kept = {"/".join(map(str, path[3:])) for path, flag in flags.items() if not flag}
     kept.discard("")
     assert kept == {

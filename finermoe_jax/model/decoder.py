@@ -19,6 +19,7 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers.attention import KVCache
 from finermoe_jax.layers.basic import Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.layers.causal import segments
+from finermoe_jax.layers.parameters import Kind, Path, kinds
 from finermoe_jax.layers.sharding import ONE_DEVICE
 from finermoe_jax.model.stack import Pass, Traces, run_layers, stacked_blocks
 from finermoe_jax.moe.layer import FineRMoE
@@ -197,6 +198,16 @@ def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
 def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
+    """Every parameter's path and kind, for weights that are known by their paths alone."""
+    return dict(_parameter_kinds(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
+    return kinds(with_shapes(config))
 
 
 def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.basic import materialized
+from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.decoder import Decoder
 
 
@@ -31,9 +32,7 @@ def cross_entropy_sum(
         return _chunked(hidden, weight, targets, mask, chunk_tokens, None)
     axes = ("batch", "routed_sequence", "width")
     tokens, _ = sharding.spec(axes, hidden.shape, mesh, "hidden")
-    stored, _ = sharding.spec(
-        model.head.get_metadata()["out_sharding"], weight.shape, mesh, "lm_head"
-    )
+    stored, _ = sharding.spec(axes_of(model.head), weight.shape, mesh, "lm_head")
 
     def local(hidden: Array, weight: Array, targets: Array, mask: Array) -> Array:
         return _chunked(hidden, weight, targets, mask, chunk_tokens, stored)[None, None]

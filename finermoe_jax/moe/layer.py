@@ -36,8 +36,9 @@ class FineRMoE(nnx.Module):
         )
         self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
         if config.shared_expert_size:
-            self.shared = MLP(d, config.shared_expert_size, config.initializer_range, dtype, rngs)
-            self.shared_gate = param(rngs, (d,), ("norm",), dtype, init)
+            std, width = config.initializer_range, config.shared_expert_size
+            self.shared = MLP(d, width, std, dtype, rngs, hidden_axis="shared_mlp")
+            self.shared_gate = param(rngs, (d,), ("gate_in",), dtype, init)
         if moe.concat_proj != "none":
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
 
