@@ -153,7 +153,7 @@ def experts_row_major(state: nnx.State) -> nnx.State:
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """The state with the layers' weights as a decoding step reads them best (weights.Apart)."""
+    """The state with the layers' weights as a decoding step reads them best (stored.Apart)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         if LAYER not in axes_of(variable, path):

@@ -60,7 +60,7 @@ class Placement(NamedTuple):
     """Where and how a model is computed."""
 
     mesh: Mesh | None = None  # None: one device
-    # Of the experts (pallas_kernels.expert_ffn) and of attention (flash.py); None: by the platform.
+    # Of the experts (pallas_kernels.expert_ffn) and of attention (causal.py); None: the platform's.
     kernel: Implementation | None = None
 
 

@@ -113,7 +113,8 @@ def upcycle_weights(
     Attention, norms and embedding are the dense ones; lm_head is the dense one or, where tied,
     the embedding; the shared expert is the whole dense FFN. Router, shared gate and concat_proj
     are drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
-    `start` says so (starts.py). Every draw has a key of its own layer, parameter and expert.
+    `start` says so (upcycle_variants.py). Every draw has a key of its own layer, parameter and
+    expert.
 
     Raises InputError: the source has experts already, sizes that do not divide, or experts that
     cannot start as `start` says.

@@ -25,7 +25,7 @@ from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
-from finermoe_jax.moe.routing import load_balancing_loss
+from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.monitor import MEASURED
 from finermoe_jax.training.optimizer import decayed, learning_rate
