@@ -25,7 +25,7 @@ from finermoe_jax.config.arguments import (
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.generation.sampling import NO_TOKEN, Sampling, choose
-from finermoe_jax.layers.attention import KVCache, init_cache
+from finermoe_jax.layers.kv_cache import KVCache, init_cache
 from finermoe_jax.layers.parameters import LAYER, axes_of, kind_of
 from finermoe_jax.layers.stored import apart
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder

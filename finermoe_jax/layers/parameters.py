@@ -7,13 +7,14 @@ Where its axes lie on a mesh is the other table, sharding.RULES.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 
 from finermoe_jax.errors import InputError
 
 # A parameter's path in its model, e.g. ("runs", 0, 0, "moe", "gate_up").
-type Path = tuple[str | int, ...]
+type Path = tuple[Any, ...]
 # The leading axis of what is stacked over the layers of a run; it changes no parameter's kind.
 LAYER = "layer"
 
