@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ROOT / "finermoe_jax" / "targets"
+TARGETS = ROOT / "finermoe_jax" / "analysis" / "targets"
 EXPERTS = 128
 # D and F of the published sizes; W = D / 2.
 SIZES = {"0.5B": (896, 152), "1.5B": (1536, 280), "7B": (3584, 592)}
