@@ -9,10 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.layers import cpu
 from finermoe_jax.layers.basic import RMSNorm, normal, param, project, rotate
 from finermoe_jax.layers.causal import causal_attention
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
-from pallas_kernels.platform import platform
 
 
 class LayerCache(NamedTuple):
@@ -78,8 +78,7 @@ def attend_one(
     batch, _, heads, width = q.shape
     kv_heads = keys.shape[1]
     f32 = jnp.float32
-    if platform() == "cpu":  # its small products of bfloat16 are slow
-        keys, values = keys.astype(f32), values.astype(f32)
+    keys, values = cpu.widened(keys), cpu.widened(values)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(keys.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, keys, preferred_element_type=f32)
     scores = jnp.where(visible[:, None, None], scores / width**0.5, jnp.finfo(f32).min)
