@@ -1,7 +1,7 @@
 """What the Hopper kernels share: a block's three warpgroups, its ring, tiles of rows, stores.
 
-One persistent block runs on each multiprocessor and takes every n-th item of the kernel's work
-(`each_of_mine`). A block has three warpgroups, threads that run side by side:
+One persistent block runs on each multiprocessor; of n blocks each takes every n-th item of the
+kernel's work. A block has three warpgroups, threads that run side by side:
 
     HBM ──TMA──▶ ring of slots in shared memory ──wgmma──▶ registers ──▶ stage ──TMA──▶ HBM
 
@@ -98,12 +98,7 @@ def uses_wgmma(interpret: Interpret) -> bool:
     return major == 9
 
 
-def interpreter(interpret: Interpret) -> plgpu.InterpretGPUParams | bool:
-    """Returns what Pallas takes for `interpret`."""
-    return plgpu.InterpretGPUParams() if interpret is True else interpret
-
-
-def multiprocessors(interpret: Interpret) -> int:
+def _multiprocessors(interpret: Interpret) -> int:
     """Persistent blocks to launch: one for each multiprocessor, a few where interpreted."""
     if interpret:
         return 2
@@ -129,12 +124,12 @@ def run(
         out_type=out_type,
         scratch_types=scratch,
         kernel_name=name,
-        grid=(multiprocessors(interpret),),
+        grid=(_multiprocessors(interpret),),
         grid_names=("sm",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpreter(interpret),
+        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret,
     )(*operands)
 
 
@@ -153,17 +148,17 @@ def by_warpgroup(
     @pl.when(warpgroup == 2)
     def _copy() -> None:
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-        each_of_mine(items(), copy)
+        _each_of_mine(items(), copy)
 
     @pl.when(warpgroup < 2)
     def _multiply() -> None:
         plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
         one = multiply(warpgroup)
-        each_of_mine(items(), one)
+        _each_of_mine(items(), one)
         plgpu.wait_smem_to_gmem(0)
 
 
-def each_of_mine(count: Array, body: Callable[[Array, Array], Array]) -> None:
+def _each_of_mine(count: Array, body: Callable[[Array, Array], Array]) -> None:
     """body(item, step) -> next step, for the items of this block; step numbers ring slots."""
     block, stride = lax.axis_index("sm"), lax.axis_size("sm")
     mine = lax.div(jnp.maximum(count - block + stride - 1, 0), jnp.int32(stride))
@@ -279,7 +274,7 @@ def fill(
 
         for source, operand, place in of_step:
             plgpu.copy_gmem_to_smem(source, operand.at[slot].at[place], ring.filled.at[slot])
-        for _ in range(missing):
+        for _unmade in range(missing):
             plgpu.barrier_arrive(ring.filled.at[slot])
 
     lax.fori_loop(0, steps, one, None)

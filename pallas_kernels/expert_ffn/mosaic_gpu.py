@@ -66,7 +66,7 @@ matrix products whose sums live in registers.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -395,7 +395,7 @@ def _activate(
     """silu(gate) * up of one or two blocks of F goes to active; returns the step behind it."""
     # In the ring: gate, then up. Whole rows take both at once; a half of the columns takes its own
     # block of each.
-    columns, starts = 2 * blocks * BLOCK, [0]
+    columns, starts = 2 * blocks * BLOCK, cast(list[Array | int], [0])
     if plan.split:
         columns, starts = BLOCK, [half.warpgroup * BLOCK, (half.warpgroup + 2) * BLOCK]
 
