@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from finermoe_jax.config.model import ModelConfig, RopeScaling
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.cpu import FEW_ROWS, few_rows
+from finermoe_jax.layers.parameters import kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import Quantized, Weight
 from pallas_kernels.platform import platform
@@ -34,8 +35,13 @@ def param(
     dtype: DTypeLike,
     init: Callable[..., Array],
 ) -> nnx.Param:
-    """A parameter: its shape, logical axis names (layers/sharding.py), dtype and start."""
+    """A parameter: its shape, logical axis names, dtype and start.
+
+    The axes say where it lies on a mesh (sharding.RULES) and how it is trained and stored
+    (parameters.KINDS). Raises InputError for axes that are of no kind.
+    """
     assert len(shape) == len(axes), (shape, axes)
+    kind_of(axes)
     value = init(rngs.params(), tuple(shape), dtype)
     # The mesh is applied to whole states, outside; a module can be built without one.
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
@@ -262,10 +268,18 @@ class Embedding(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The dense FFN and the shared expert."""
 
-    def __init__(self, width: int, hidden: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = param(rngs, (hidden, width), ("mlp", "embed"), dtype, normal(std))
-        self.up = param(rngs, (hidden, width), ("mlp", "embed"), dtype, normal(std))
-        self.down = param(rngs, (width, hidden), ("embed", "mlp"), dtype, normal(std))
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        std: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        hidden_axis: str = "mlp",
+    ):
+        self.gate = param(rngs, (hidden, width), (hidden_axis, "embed"), dtype, normal(std))
+        self.up = param(rngs, (hidden, width), (hidden_axis, "embed"), dtype, normal(std))
+        self.down = param(rngs, (width, hidden), ("embed", hidden_axis), dtype, normal(std))
 
     def __call__(
         self, x: Float[Array, "B T D"], placement: Placement = ONE_DEVICE

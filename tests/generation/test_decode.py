@@ -23,7 +23,7 @@ from finermoe_jax.generation.sampling import Sampling, choose
 from finermoe_jax.generation.text import complete, continue_all, conversation
 from finermoe_jax.layers import cpu as few
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.attention import init_cache
+from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.sharding import make_mesh
 from finermoe_jax.layers.stored import OfLayer, apart, quantize
 from finermoe_jax.model.decoder import Decoder, with_params
