@@ -23,9 +23,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
-from pallas_kernels.platform import Implementation, choose, platform
+from pallas_kernels.platform import Implementation, choose
 
 PADDING = jnp.iinfo(jnp.int32).min  # no document's segment
 # Queries whose scores exist at one time without a kernel. On a CPU faster than 512, and much faster
@@ -187,8 +187,7 @@ def attend_one(
     batch, _, heads, width = q.shape
     kv_heads = keys.shape[1]
     f32 = jnp.float32
-    if platform() == "cpu":  # its small products of bfloat16 are slow
-        keys, values = keys.astype(f32), values.astype(f32)
+    keys, values = cpu.widened(keys), cpu.widened(values)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(keys.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, keys, preferred_element_type=f32)
     scores = jnp.where(visible[:, None, None], scores / width**0.5, jnp.finfo(f32).min)

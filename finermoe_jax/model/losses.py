@@ -12,8 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from finermoe_jax.layers import sharding
-from finermoe_jax.layers.basic import materialized
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.decoder import Decoder
 
@@ -82,7 +81,7 @@ def _chunked_forward(
         loss, log_p = _chunk_loss(piece, whole)
         chosen = jnp.arange(whole.shape[0])[None] == target[:, None]
         dlogits = jnp.where(real[:, None], jnp.exp(log_p) - chosen, 0.0).astype(h.dtype)
-        h, dlogits = materialized((h, dlogits))
+        h, dlogits = cpu.materialized((h, dlogits))
         dh = jnp.einsum("MV,VD->MD", dlogits, whole)
         dweight += jnp.einsum("MV,MD->VD", dlogits, h, preferred_element_type=jnp.float32)
         return (total + loss, dweight), dh

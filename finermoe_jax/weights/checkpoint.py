@@ -33,7 +33,7 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import from_dict
 from finermoe_jax.data.tokenizers import check_kept, end_tokens, load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.model.decoder import (
     Decoder,
     parameter_kinds,
@@ -497,7 +497,7 @@ def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None
 
 
 def _read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
+    dtype = cpu.activation_dtype(source.dtype)
     with _readable(Path(path)):
         return _in_memory(source.config, source.weights, dtype, mesh)
 
