@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import typing
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
@@ -20,8 +21,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 jax.devices()  # reads the flags
 # The processes that tests start are a user's.
@@ -29,8 +30,30 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(
     " --xla_backend_optimization_level=0"
 )
 
+
+def _of_shapes(annotation):
+    parts = typing.get_args(annotation)
+    return hasattr(annotation, "dim_str") or any(_of_shapes(part) for part in parts)
+
+
+def _checked(typechecker, decorate=jaxtyping.jaxtyped):
+    """`jaxtyped`, but for functions inside of others that speak of no shape.
+
+    These are decorated again at each call of the outer one, which takes milliseconds.
+    """
+
+    def of(function):
+        inside = "<locals>" in function.__qualname__
+        if inside and not any(map(_of_shapes, function.__annotations__.values())):
+            return function
+        return decorate(function, typechecker=typechecker)
+
+    return of
+
+
 # Before anything of the package is imported: every annotated shape is checked at each call.
-install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
+jaxtyping.jaxtyped = _checked
+jaxtyping.install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
 
 # A failed assertion of a helper shows its values, too.
 pytest.register_assert_rewrite("tests.support")

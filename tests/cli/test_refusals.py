@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -21,7 +20,7 @@ from finermoe_jax.evaluation.evaluate import perplexity
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.integrity import write_checksums
-from tests.support import GOLDEN, ROOT, assert_refused, command
+from tests.support import GOLDEN, ROOT, assert_refused, command, processes
 
 TIED, MIXTURE = GOLDEN / "upcycle" / "dense_tied", GOLDEN / "e_conv_split"
 SMALL_MOE = fm.MoEConfig(4, 2, 1, 2, 1)
@@ -552,9 +551,7 @@ def test_checkpoints_with_damaged_weights(dense, tmp_path, damage):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "convert_hf.py", "eval.py", "generate.py"])
 def test_help(script):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True
-    )
+    result = processes.run([sys.executable, str(ROOT / script), "--help"])
     assert result.returncode == 0 and result.stderr == ""
     wanted = {
         "train.py": [

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 import threading
 import time
 
@@ -29,7 +27,7 @@ from finermoe_jax.training.run import train
 from finermoe_jax.training.step import init_optimizer, jit_step
 from finermoe_jax.weights import upcycle_variants as starts
 from finermoe_jax.weights.convert import convert
-from tests.support import ROOT, SMALL, load_preset
+from tests.support import ROOT, SMALL, command, load_preset
 
 # G_I, G_O, R_I, R_O, T_I, whether there is a shared expert, the experts that a token uses.
 NUMBERS = {
@@ -189,11 +187,8 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
 
 def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
     target = tmp_path / "du"
-    command = [
-        sys.executable, "convert_hf.py", f"--source={dense}", f"--target={target}",
-        "--config=configs/demo.py:du",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    flags = (f"--source={dense}", f"--target={target}", "--config=configs/demo.py:du")
+    assert command("convert", *flags, cwd=ROOT).returncode == 0
     converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(target)))["runs"][0][0]["moe"]
     upcycled = nnx.to_pure_dict(nnx.state(_upcycled("du", dense)))["runs"][0][0]["moe"]
     for name in ("gate_up", "down"):

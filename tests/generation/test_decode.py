@@ -1,10 +1,9 @@
 """Generation: what two compiled programs make is what the whole model says, however it is asked."""
 
 import dataclasses
+import io
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights.checkpoint import load_model
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from tests.support import command
 from tests.support.training import MOE
 
 # A repeated pattern of dense and MoE layers, several experts per slot, and everything else.
@@ -427,7 +427,7 @@ def test_conversations(tokenizer):
 
 
 @pytest.mark.slow
-def test_a_conversation_on_the_command_line(tmp_path):
+def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
     """Two lines of stdin are two answers, each after all that was said before it."""
     folder = shutil.copytree(find("demo/model"), tmp_path / "model")
     (folder / "chat_template.jinja").write_text(
@@ -451,13 +451,12 @@ def test_a_conversation_on_the_command_line(tmp_path):
         wanted.append("".join(pieces))
         said.append({"role": "assistant", "content": wanted[-1]})
     assert wanted[0] == tokenizer.decode(made[: made.index(made[6])])
-    arguments = [sys.executable, str(find("generate.py")), f"--checkpoint={folder}", "--chat",
-                 "--system=be brief", f"--stop={stop}", "--max_new_tokens=8"]  # fmt: skip
-    given = dict(input="Return the\n\ndef\n", capture_output=True, text=True)
-    done = subprocess.run(arguments, **given)
+    flags = (f"--checkpoint={folder}", "--chat", f"--stop={stop}", "--max_new_tokens=8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Return the\n\ndef\n"))
+    done = command("generate", *flags, "--system=be brief")
     assert (done.returncode, done.stdout) == (0, "".join(f"{words}\n" for words in wanted))
-    arguments[4] = f"--system={'be brief ' * 2000}"
-    done = subprocess.run(arguments, **given)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Return the\n\ndef\n"))
+    done = command("generate", *flags, f"--system={'be brief ' * 2000}")
     assert done.returncode == 2 and "prompt tokens" in done.stderr and not done.stdout
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from finermoe_jax.weights.checkpoint import load_model, open_model
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import resolve_source
 from finermoe_jax.weights.verify import verify
-from tests.support import GOLDEN, ROOT, invoke
+from tests.support import GOLDEN, command, invoke
 
 MIXTURE = GOLDEN / "e_conv_split"
 BUCKET = "gs://bucket/run"
@@ -193,14 +191,9 @@ def test_similarity_and_plot(argument, capsys):
     assert labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
 
 
-@pytest.mark.slow  # a process of its own: it is the command line that is tested
 def test_nothing_is_left_of_a_run(place):
     flags = [f"--workdir={BUCKET}", "--config.train.steps=1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True, text=True, cwd=place, env=environment, check=False,
-    )  # fmt: skip
+    result = command("train", *flags, cwd=place)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("error: ") == 1 and "gcloud" in result.stderr
     assert "Traceback" not in result.stderr
