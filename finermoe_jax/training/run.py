@@ -18,6 +18,7 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.generation.text import complete
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
@@ -217,7 +218,7 @@ def _run(
     for note in notes:
         say(note)
     graphdef, state = nnx.split(start.model)
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(start.model))
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     say(
         f"{count:,} parameters · {len(windows):,} training and {len(held_out or ())} held-out "

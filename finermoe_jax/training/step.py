@@ -13,6 +13,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
@@ -43,7 +44,7 @@ def train_step(
     take the next step as if this one had not been.
     """
     parts = config.train.grad_accumulation
-    free = trained(params, config.optimizer)
+    free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
     targets = None
     if batch.segment_ids is not None:
         targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
@@ -164,9 +165,11 @@ def jit_step(
 
     Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
     """
+    model = rebuild(graphdef, params)
+    of_state = sharding.like_params(opt_state, params, shardings, mesh)
     places = (
-        sharding.row_major(params, shardings),
-        sharding.row_major(opt_state, sharding.like_params(opt_state, params, shardings, mesh)),
+        sharding.row_major(params, shardings, model),
+        sharding.row_major(opt_state, of_state, model),
     )
     step = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),

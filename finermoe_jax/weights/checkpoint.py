@@ -33,8 +33,14 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import from_dict
 from finermoe_jax.data.tokenizers import check_kept, end_tokens, load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers import sharding
-from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params, with_shapes
+from finermoe_jax.layers import cpu, sharding
+from finermoe_jax.model.decoder import (
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+    with_shapes,
+)
 from finermoe_jax.runtime.directories import new_directory
 from finermoe_jax.runtime.files import State, commit, state
 from finermoe_jax.runtime.json_files import read_json
@@ -129,18 +135,22 @@ def save_args(
 ) -> ocp.args.Composite:
     """The items of a training checkpoint; `described` is put into config/ beside the model's."""
 
-    def chunks(leaf: jax.Array) -> ocp.SaveArgs:
+    kinds = parameter_kinds(model.config)
+
+    def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
         # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
         # cuts these axes to the last row whatever the size: that is one expert.
-        outer = (0, 1) if leaf.ndim == 4 and leaf.shape[1] * leaf.shape[0] > 1 else ()
+        bank = kinds[tuple(key.key for key in path)].bank
+        outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
         return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
 
+    args = jax.tree_util.tree_map_with_path(chunks, params)
     return ocp.args.Composite(
         **{
             _CONFIG: ocp.args.JsonSave(
                 _describe(model.config, model.dtype, model.embed.weight.dtype) | described
             ),
-            _PARAMS: ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
+            _PARAMS: ocp.args.PyTreeSave(params, save_args=args),
             _TOKENIZER: TokenizerSave(tokenizer),
             _OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
@@ -487,7 +497,7 @@ def read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None
 
 
 def _read_model(source: Source, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
+    dtype = cpu.activation_dtype(source.dtype)
     with _readable(Path(path)):
         return _in_memory(source.config, source.weights, dtype, mesh)
 

@@ -16,7 +16,13 @@ from finermoe_jax.config.arguments import check_key, check_type
 from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.layers.basic import normal
-from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
+from finermoe_jax.model.decoder import (
+    LOAD_A_MODEL,
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+)
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights import upcycle_variants as starts
 from finermoe_jax.weights.hf_names import run_layers
@@ -107,7 +113,8 @@ def upcycle_weights(
     Attention, norms and embedding are the dense ones; lm_head is the dense one or, where tied,
     the embedding; the shared expert is the whole dense FFN. Router, shared gate and concat_proj
     are drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
-    `start` says so (starts.py). Every draw has a key of its own layer, parameter and expert.
+    `start` says so (upcycle_variants.py). Every draw has a key of its own layer, parameter and
+    expert.
 
     Raises InputError: the source has experts already, sizes that do not divide, or experts that
     cannot start as `start` says.
@@ -116,11 +123,11 @@ def upcycle_weights(
         raise InputError("the source is a mixture of experts already; upcycling needs a dense one")
     start.check(moe)
     config = upcycled_config(dense, moe)
-    shapes = parameter_shapes(config)
+    shapes, kinds = parameter_shapes(config), parameter_kinds(config)
     # Of a dense model all layers lie in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
-    drawn = [name for name in _DRAWN if any(path[-2:] == ("moe", name) for path in shapes)]
+    drawn = [name for name in _DRAWN if any(path[-1] == name for path in shapes)]
     # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
     drop_key = jax.random.fold_in(key, starts.DROP_KEY)
@@ -135,9 +142,9 @@ def upcycle_weights(
             whole = _restacked(stacks["mlp", name[2]], layers)
             scaled = start.function_preserving and name[2] == "down"
             return _scaled(whole, starts.SHARED_SCALE) if scaled else whole
-        if name == ("moe", "down") and start.function_preserving:
+        if kinds[path].bank and name[1] == "down" and start.function_preserving:
             return _zeros(shape, stacks["mlp", "down"].dtype)
-        if name in (("moe", "gate_up"), ("moe", "down")):
+        if kinds[path].bank:
             return _experts(config, stacks, layers, shape, name[1], start, drop_key)
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import Source, open_model
@@ -115,7 +116,7 @@ def verify(
     if to == "hf":
         _check_beside_the_weights(given, target, str(stored))
     other_start = upcycled and bool(start.drop_ratio or start.function_preserving)
-    table = parts(made.config, list(made.weights))
+    table, kinds = parts(made.config, list(made.weights)), parameter_kinds(made.config)
     size = sum(array.nbytes for array in made.weights.values())
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:
@@ -139,7 +140,7 @@ def verify(
                 report.drawn += tensors
             elif other_start:
                 report.anew += tensors
-            elif path[3:] in _EXPERTS and upcycled:
+            elif kinds[path].bank and upcycled:
                 report.slices += tensors
             else:
                 report.copied += tensors
@@ -154,7 +155,6 @@ def verify(
     return report
 
 
-_EXPERTS = (("moe", "gate_up"), ("moe", "down"))
 _DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
@@ -220,7 +220,7 @@ def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
     if path[0] != "runs":
         return weights.get(path, weights["embed", "weight"]).__getitem__
     layers, name = run_layers(made, path[1], path[2]), path[3:]
-    if name in _EXPERTS:
+    if parameter_kinds(made)[path].bank:
         return _slices(given, made, layers, name[1])
     if name[-1] in _DRAWN:
         return None

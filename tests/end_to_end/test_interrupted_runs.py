@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import kill_campaign
 from benchmarks.kill_campaign import (
     arrays,
     assert_same,
@@ -31,6 +33,7 @@ from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training.optimizer import optimizer
@@ -40,6 +43,7 @@ from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
 from finermoe_jax.training.workdir import Lock, claim, prepare
 from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
+from tests.support.processes import Process
 from tests.support.training import (
     MOE,
     TINY,
@@ -55,8 +59,11 @@ from tests.support.training import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes are started, with one cache of compiled programs."""
-    return tmp_path_factory.mktemp("killed")
+    """Where processes are started, as forks, with one cache of compiled programs."""
+    starts = SimpleNamespace(**vars(subprocess) | {"Popen": Process})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kill_campaign, "subprocess", starts)
+        yield tmp_path_factory.mktemp("killed")
 
 
 @pytest.mark.slow
@@ -341,7 +348,7 @@ def _after(name, dtype, infinite=None):
     if infinite is not None:
         params["embed"]["weight"] = params["embed"]["weight"].at[infinite].set(jnp.inf)
     params = jax.device_put(params, shardings)
-    tx = optimizer(config.optimizer, 10)
+    tx = optimizer(config.optimizer, 10, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
 

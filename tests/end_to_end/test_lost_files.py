@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.generation import text as completion
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.run import train
@@ -168,8 +167,8 @@ def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd)
 
 def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, capfd):
     steps, save = training
-    loads = _first(completion.load_tokenizer, save)
-    monkeypatch.setattr(completion, "load_tokenizer", loads)
+    loads = _first(checkpoint.load_tokenizer, save)
+    monkeypatch.setattr(checkpoint, "load_tokenizer", loads)
     source, _, ends = open_with_tokenizer(steps.parent)
     assert source.files == steps / "2" / "tokenizer" and ends
     save()
