@@ -14,6 +14,11 @@ from finermoe_jax import preset
 def get_config():
     config = preset("demo")
     config.prompts = ()
+    config.model = dict(
+        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0,
+        rms_norm_eps=1e-6, max_position_embeddings=1024, tie_word_embeddings=True,
+    )
     config.data.update(sequence_length=16, global_batch_size=2, eval_windows=2)
     return config
 """
