@@ -21,7 +21,7 @@ from finermoe_jax.config.run import RunConfig, run_config
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import draw_loss, read_lines
 from finermoe_jax.training.run import train
-from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled_config
 
 SEEDS = (1, 2, 3)

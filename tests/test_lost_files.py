@@ -16,21 +16,15 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.generation import text as completion
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training.checkpoints import logged_bytes
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log, claim, prepare
 from finermoe_jax.weights import checkpoint, integrity
-from finermoe_jax.weights.checkpoint import (
-    load_checkpoint,
-    load_model,
-    logged_bytes,
-    open_model,
-    open_with_tokenizer,
-    read_model,
-    save_checkpoint,
-)
+from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.integrity import saved_steps, set_aside_damaged, write_checksums
+from finermoe_jax.weights.source import load_model, open_model, open_with_tokenizer, read_model
 from tests.test_surviving import _copy, _silent, _tiny, finished  # noqa: F401
 
 
@@ -155,8 +149,8 @@ def _first(call, before, times=1):
     [
         (integrity, "_hash"),
         (checkpoint, "read_description"),
-        (checkpoint.lazy_checkpoint, "read"),
-        (checkpoint, "_in_memory"),
+        (checkpoint.orbax_files, "read"),
+        (checkpoint, "assembled"),
     ],
 )
 def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd):

@@ -20,7 +20,7 @@ from finermoe_jax.training.monitor import Watch, check, load_of, read_steps
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 from tests.test_config import _preset
 
 MOE = MoEConfig(2, 2, 1, 2, 1)  # 8 experts: groups of 2, two candidates in each of two slots

@@ -21,9 +21,10 @@ from finermoe_jax.data.prepare import prepare
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training.checkpoints import TrainingCheckpoints, logged_bytes
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log, claim
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, logged_bytes
+from finermoe_jax.weights.checkpoint import load_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_surviving import _silent, _tiny
 

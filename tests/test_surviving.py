@@ -33,12 +33,13 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
 from finermoe_jax.training.workdir import Lock, claim, prepare
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
+from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_config import SMALL
 from tests.test_training import MOE, _batch, _model, _run

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 import finermoe_jax as fm
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model
 from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +173,7 @@ FILL = """
 import os, subprocess, sys
 from pathlib import Path
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.errors import InputError

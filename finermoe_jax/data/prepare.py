@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import glob
 import itertools
@@ -48,6 +47,7 @@ from finermoe_jax.data.token_files import (
 )
 from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer
 from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory
 from finermoe_jax.runtime.paths import local
 
@@ -98,7 +98,11 @@ def prepare(
         sources=tuple(source.name for source in found),
         source_bytes=tuple(source.size for source in found),
     )
-    with _room(target), _alone(target):
+    filled = (
+        f"{target} cannot be written: No space is left on its disk; make room and start the same "
+        "command again, and it goes on behind the last complete shard"
+    )
+    with disk.refusing_full(filled), _alone(target):
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
@@ -163,20 +167,6 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
 
 
 # --- the target -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _room(target: Path) -> Iterator[None]:
-    """Says what to do when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"{target} cannot be written: {error.strerror}; make room and start the same command "
-            "again, and it goes on behind the last complete shard"
-        ) from None
 
 
 @contextlib.contextmanager

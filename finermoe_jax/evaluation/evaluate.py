@@ -29,7 +29,7 @@ from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.paths import local
-from finermoe_jax.weights.checkpoint import open_with_tokenizer, read_model
+from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model, read_description
+from finermoe_jax.weights.checkpoint import read_description
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
 
 

@@ -21,11 +21,11 @@ from finermoe_jax.errors import RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.preemption import EXIT_CODE
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.monitor import Monitor
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.step import jit_step, rebuild
 from finermoe_jax.training.workdir import way_on
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints
 
 
 @dataclasses.dataclass

@@ -26,6 +26,7 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training import plot
+from finermoe_jax.training.checkpoints import TrainingCheckpoints, logged_bytes
 from finermoe_jax.training.initial import Start, fresh_start, restart
 from finermoe_jax.training.loop import Loop
 from finermoe_jax.training.nonfinite import Guard
@@ -47,12 +48,7 @@ from finermoe_jax.training.workdir import (
     record_data,
     way_on,
 )
-from finermoe_jax.weights.checkpoint import (
-    TrainingCheckpoints,
-    abstract_params,
-    logged_bytes,
-    newest_checkpoint,
-)
+from finermoe_jax.weights.checkpoint import abstract_params, newest_checkpoint
 from finermoe_jax.weights.integrity import set_aside_damaged
 from pallas_kernels.platform import Implementation, platform
 
@@ -101,7 +97,7 @@ def train(
             )
         )
         try:
-            with checkpoints.disk.watched():
+            with checkpoints.saves.watched():
                 _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say, watch, opened)
         except OSError as error:
             # Not the user's input any more: a file system that fails, mostly.

@@ -1,8 +1,5 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +8,14 @@ from tqdm import tqdm
 
 from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
+from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.directories import new_directory, refuse_occupied
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
-from finermoe_jax.weights.checkpoint import open_model, write_checkpoint
-from finermoe_jax.weights.disk import out_of_space
+from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
 
 # As a shell tells of Ctrl-C.
@@ -65,9 +63,14 @@ def convert(
     if to == "hf":
         model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
     size = sum(array.nbytes for array in weights.values())
+    _refuse_large(target, size)
+    filled = (
+        f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "
+        "of it is left; make room, or give a directory elsewhere"
+    )
     with (
         stop_requests() as stopped,
-        _room(target, size),
+        disk.refusing_full(filled),
         new_directory(target) as directory,
         tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
     ):
@@ -89,26 +92,11 @@ def convert(
     return config
 
 
-@contextlib.contextmanager
-def _room(target: Path, size: int) -> Iterator[None]:
-    """Refuses a disk with less room than the weights need; one message where it fills up later."""
-
-    def text(number: int) -> str:
-        return tqdm.format_sizeof(number, "B")
-
+def _refuse_large(target: Path, size: int) -> None:
+    """Raises InputError for a disk with less room than the weights need."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if size > free:
+    if not disk.has_room(place, size):
         raise InputError(
-            f"{target} would take {text(size)}, and its disk has {text(free)} free: make room, or "
-            "give a directory elsewhere"
+            f"{target} would take {disk.text(size)}, and its disk has "
+            f"{disk.text(disk.free(place))} free: make room, or give a directory elsewhere"
         )
-    try:
-        yield
-    except Exception as error:
-        if not out_of_space(error):
-            raise
-        raise InputError(
-            f"{target} takes {text(size)}, and its disk was full before it was written. Nothing of "
-            "it is left; make room, or give a directory elsewhere"
-        ) from None

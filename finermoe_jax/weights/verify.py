@@ -21,11 +21,11 @@ from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import Source, open_model
 from finermoe_jax.weights.hf_names import Parts, parts, run_layers
 from finermoe_jax.weights.hf_weights import json_files, model_code
 from finermoe_jax.weights.lazy import Index, ParamPath, Weights
 from finermoe_jax.weights.safetensors_files import listing
+from finermoe_jax.weights.source import ModelSource, open_model
 from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
 
 # The values of a block as the source implies them; None where they are drawn at random.
@@ -73,7 +73,7 @@ def verify(
 ) -> Report:
     """Whether `target` is what `convert` with the same arguments makes.
 
-    Source and target may be a HF directory or a checkpoint of ours; of the latter the files'
+    ModelSource and target may be a HF directory or a checkpoint of ours; of the latter the files'
     checksums are compared as well. Where the target was cast, the source's values are cast for
     comparison. A few blocks are in memory at a time.
 
@@ -178,7 +178,7 @@ def _check_tokenizers(given: Path, made: Path) -> None:
             raise InputError(f"{made / name} is missing or not what {given} has: convert it anew")
 
 
-def _check_beside_the_weights(given: Source, target: Path, dtype: str) -> None:
+def _check_beside_the_weights(given: ModelSource, target: Path, dtype: str) -> None:
     """What an export consists of beside weights and tokenizer: without it nothing loads it."""
     wanted = {
         name: text.encode() for name, text in json_files(given.config, dtype, given.files).items()
@@ -212,7 +212,7 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
     )
 
 
-def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
+def _expected(given: ModelSource, made: ModelConfig, path: ParamPath) -> Expected:
     """What the source implies of one parameter of the target."""
     weights = given.weights
     if given.config.moe is not None or made.moe is None:
@@ -234,7 +234,7 @@ def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
     return copied
 
 
-def _slices(given: Source, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
+def _slices(given: ModelSource, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
     """The dense FFN's part that each expert has to be (Eq. 9-10), one expert after the other."""
     moe = made.moe
     assert moe is not None
