@@ -32,13 +32,14 @@ from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.training.workdir import Lock, claim, prepare
+from finermoe_jax.training.workdir import claim, prepare
 from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_config import SMALL
@@ -278,13 +279,13 @@ def test_ranking_needs_scored_saves():
 
 
 def test_a_busy_workdir_is_refused(finished):
-    holder = Lock(finished)
+    holder = Lock(finished, "--workdir")
     holder.take()
     with pytest.raises(InputError, match=r"in use by process \d+ on .*, since .*--workdir"):
         train(_tiny(), finished, say=_silent)
     load_checkpoint(finished)  # readers are welcome
     holder.close()
-    again = Lock(finished)
+    again = Lock(finished, "--workdir")
     again.take()
     again.close()
 
@@ -339,7 +340,7 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
 
 def test_a_workdir_of_a_run_killed_at_its_beginning_is_no_foreign_one(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    lock = Lock(tmp_path)
+    lock = Lock(tmp_path, "--workdir")
     lock.take()
     lock.close()
     assert claim(tmp_path, _tiny()) == {}

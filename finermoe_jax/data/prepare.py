@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import itertools
 import multiprocessing
@@ -49,9 +48,9 @@ from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory
+from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
 
-_LOCK = ".lock"
 _AHEAD = 4  # batches of text under way for each process
 
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
@@ -175,16 +174,13 @@ def _alone(target: Path) -> Iterator[None]:
     if target.exists() and not target.is_dir():
         raise InputError(f"--target={target} is a file; give a directory")
     make_directory(target)
-    with (target / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {target}") from None
+    with contextlib.closing(Lock(target, "--target")) as lock:
+        lock.take()
         try:
             yield
         finally:
             if (target / MANIFEST).is_file():
-                (target / _LOCK).unlink(missing_ok=True)
+                lock.path.unlink(missing_ok=True)
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
@@ -198,7 +194,7 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
             if shard_damage(target, shard, DTYPES[settings.dtype]):
                 break
             shards.append(shard)
-    elif others := [p.name for p in target.iterdir() if p not in (target / _LOCK, begins)]:
+    elif others := [p.name for p in target.iterdir() if p not in (target / LOCK_FILE, begins)]:
         raise InputError(
             f"--target={target} holds {others[0]} and no prepared data: give a new directory"
         )

@@ -22,6 +22,7 @@ from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
 from finermoe_jax.runtime.json_files import to_json
+from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training import monitor as metrics
@@ -39,7 +40,6 @@ from finermoe_jax.training.step import (
     updates_made,
 )
 from finermoe_jax.training.workdir import (
-    Lock,
     Log,
     claim,
     claim_data,
@@ -87,7 +87,7 @@ def train(
     stated = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
     with contextlib.ExitStack() as opened:
-        lock = opened.enter_context(contextlib.closing(Lock(workdir)))
+        lock = opened.enter_context(contextlib.closing(Lock(workdir, "--workdir")))
         mesh, start, tokenizer, text = _claimed(config, workdir, say, watch, allow_changes, lock)
         checkpoints = opened.enter_context(
             contextlib.closing(
@@ -126,7 +126,7 @@ def _claimed(
     with distributed.together():
         metrics.check(watch, config.train.steps)
         changes = claim(workdir, config, allow_changes)
-        if workdir.exists():
+        if workdir.exists() and jax.process_index() == 0:
             lock.take()
     set_aside_damaged(workdir / "checkpoints", say)
     with distributed.together():
@@ -141,7 +141,7 @@ def _claimed(
     with distributed.together():
         if jax.process_index() == 0:
             files.make_directory(workdir)
-        lock.take()
+            lock.take()
         if newest_checkpoint(workdir / "checkpoints") != newest:
             raise InputError(f"another run has been in {workdir} meanwhile: start this one again")
         if changes:

@@ -34,8 +34,7 @@ from finermoe_jax.data.tokenizers import check_kept
 from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params, with_shapes
-from finermoe_jax.runtime.directories import new_directory
-from finermoe_jax.runtime.files import commit
+from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy, orbax_files

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.directories import new_directory, refuse_occupied
+from finermoe_jax.runtime.files import new_directory, refuse_occupied
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
