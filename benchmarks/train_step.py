@@ -24,9 +24,9 @@ from flax import nnx
 
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.parse import preset
-from finermoe_jax.config.published import QWEN2P5
-from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config
+from finermoe_jax.config.parse import preset, run_config
+from finermoe_jax.config.presets import QWEN2P5
+from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import Placement

@@ -11,7 +11,7 @@ tokens; docs/results.md says what came out. Further variants: docs/architectures
 from ml_collections import ConfigDict
 
 from finermoe_jax import default_config
-from finermoe_jax.config.architectures import apply_variant
+from finermoe_jax.config.presets import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -12,6 +12,7 @@ import pytest
 
 from finermoe_jax.analysis import aot, candidates, report, topology
 from finermoe_jax.analysis.hlo_costs import Costs
+from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from tests.compilers import interpreter
@@ -48,6 +49,8 @@ def test_state_is_what_the_compiler_takes_as_arguments(compiled):
     batch = 4 * 33  # one row of each device
     assert figures["argument_bytes"] == step.state_bytes + batch
     assert figures["fits"] and figures["matmul_flops"] > 0
+    length = step.config.data.sequence_length
+    assert figures["model_flops_per_token"] == training_flops(step.model, length)
     assert {"all-gather", "all-to-all"} <= figures["sent_bytes"].keys()
 
 

@@ -16,9 +16,11 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.config.architectures import ARCHITECTURES, architecture
-from finermoe_jax.config.model import MoEConfig, UpcycleConfig
-from finermoe_jax.config.run import MeshConfig, default_config, run_config
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.parse import default_config, run_config
+from finermoe_jax.config.presets import ARCHITECTURES, architecture
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import finermoe_jax as fm
-from finermoe_jax.config.run import run_config
+from finermoe_jax.config.parse import run_config
 from finermoe_jax.data.text import TextFile
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.evaluation.evaluate import perplexity

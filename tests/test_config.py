@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.parse import preset
-from finermoe_jax.config.published import QWEN2P5
-from finermoe_jax.config.run import default_config, run_config
+from finermoe_jax.config.parse import default_config, preset, run_config
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -14,7 +14,7 @@ from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.config.flops import forward_flops, training_flops
 from finermoe_jax.config.hardware import CHIPS, peak_flops
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers.sharding import Placement

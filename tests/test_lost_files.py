@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.generation import text as completion
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.checkpoints import logged_bytes
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log, claim, prepare
 from finermoe_jax.weights import checkpoint, integrity
+from finermoe_jax.weights import source as model_source
 from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import write_hf
@@ -162,8 +162,8 @@ def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd)
 
 def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, capfd):
     steps, save = training
-    loads = _first(completion.load_tokenizer, save)
-    monkeypatch.setattr(completion, "load_tokenizer", loads)
+    loads = _first(model_source.load_tokenizer, save)
+    monkeypatch.setattr(model_source, "load_tokenizer", loads)
     source, _, ends = open_with_tokenizer(steps.parent)
     assert source.files == steps / "2" / "tokenizer" and ends
     save()

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.config.architectures import ARCHITECTURES
-from finermoe_jax.config.model import MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.presets import ARCHITECTURES
 from finermoe_jax.config.run import DataConfig, MeshConfig
+from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder, parameter_shapes

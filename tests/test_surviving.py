@@ -25,7 +25,8 @@ from benchmarks.kill_campaign import (
     logged,
     straight,
 )
-from finermoe_jax.config.run import MeshConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.data import batches as data
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.tokenizers import load_tokenizer

@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import MeshConfig, RunConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import MeshConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.rows import Mixture, Packed
 from finermoe_jax.data.token_files import TokenStream

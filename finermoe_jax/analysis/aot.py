@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 from finermoe_jax.analysis import report
 from finermoe_jax.analysis.hlo_costs import analyse
-from finermoe_jax.analysis.params import run_model, true_counts
+from finermoe_jax.analysis.params import run_model
 from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.flops import forward_flops, training_flops
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
@@ -169,40 +170,27 @@ def compile_step(
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(step, target)
     figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
-    figures |= report.roofline(costs, target, figures["tokens_per_step"], model_flops(step))
+    frozen = step.config.optimizer.freeze_backbone
+    needed = training_flops(step.model, step.config.data.sequence_length, frozen)
+    figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)
     return figures
-
-
-def model_flops(step: Step) -> float:
-    """FLOPs per token that the model's arithmetic needs, for model FLOPs utilisation.
-
-    6 per active parameter, the input embedding's rows apart, and 12 L N H T of attention (Chowdhery
-    et al., PaLM, appendix B): recomputation does not count.
-    """
-    model, length = step.model, step.config.data.sequence_length
-    active = true_counts(model).active
-    if not model.tie_word_embeddings:
-        active -= model.vocab_size * model.hidden_size
-    heads = model.num_attention_heads * model.attention_head_dim
-    return 6.0 * active + 12.0 * model.num_hidden_layers * heads * length
 
 
 def attention_flops(step: Step, target: Target) -> float:
     """FLOPs of causal attention per device and step; its library kernels state none.
 
-    Products of N H T^2 FLOPs a sequence and layer, the masked half left out: two forward, two more
-    where they are recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
+    Products without their masked half (config/flops.py): two forward, two more where they are
+    recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
     """
-    model, data = step.model, step.config.data
+    data = step.config.data
     backward = 7 if target.platform == "tpu" else 5
     products = 2 + backward + (0 if step.config.train.remat == "none" else 2)
-    heads = model.num_attention_heads * model.attention_head_dim
     parts = sharding.batch_parts(step.mesh)
     tensor = step.mesh.shape["tensor"]
-    if model.num_attention_heads % tensor == 0:
+    if step.model.num_attention_heads % tensor == 0:
         parts *= tensor
-    sequences = data.global_batch_size / parts
-    return products * heads * data.sequence_length**2 * model.num_hidden_layers * sequences
+    scores = forward_flops(step.model, data.sequence_length)["scores"]
+    return products / 2 * scores * data.sequence_length * data.global_batch_size / parts
 
 
 def out_of_memory(message: str) -> float:

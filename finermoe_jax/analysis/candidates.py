@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.presets import LEAN_STATE
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
@@ -62,10 +63,12 @@ def _moments(config: RunConfig, target: Target) -> RunConfig | None:
 
 
 def _lean(config: RunConfig, target: Target) -> RunConfig | None:
-    if config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16":
-        return None
-    changed = dataclasses.replace(config.optimizer, name="adafactor", moment_dtype="float32")
-    return _train(dataclasses.replace(config, optimizer=changed), param_dtype="bfloat16")
+    changed = {
+        group: dataclasses.replace(getattr(config, group), **values)
+        for group, values in LEAN_STATE.items()
+    }
+    lean = dataclasses.replace(config, **changed)
+    return None if lean == config else lean
 
 
 def _shorter(config: RunConfig, target: Target) -> RunConfig | None:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import with_shapes

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finermoe_jax.cli.flags import Command, Flags
-from finermoe_jax.config.model import PUBLISHED_START, MoEConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_START
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.json_files import to_json

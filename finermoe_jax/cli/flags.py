@@ -14,8 +14,8 @@ from absl import flags
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from finermoe_jax.config.parse import find_config, preset
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import find_config, preset, run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local, local_list

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax.config.run import from_dict
+from finermoe_jax.config.parse import from_dict
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import read_json, to_json

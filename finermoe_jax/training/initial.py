@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig
+from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
+from finermoe_jax.config.upcycle import PUBLISHED_START
 from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import has_tokenizer
 from finermoe_jax.errors import InputError, refuse_differences

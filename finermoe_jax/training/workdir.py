@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from finermoe_jax.config.arguments import check_path
 from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.config.run import from_dict
+from finermoe_jax.config.parse import from_dict
 from finermoe_jax.data.tokenizers import check_kept
 from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.layers import sharding

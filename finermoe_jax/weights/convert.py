@@ -6,7 +6,8 @@ from typing import Literal
 import jax
 from tqdm import tqdm
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import new_directory, refuse_occupied

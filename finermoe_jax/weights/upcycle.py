@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.arguments import check_key, check_type
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.layers.basic import normal
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params

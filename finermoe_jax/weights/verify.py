@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
 from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime.paths import local

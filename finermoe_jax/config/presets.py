@@ -1,4 +1,6 @@
-"""Every architecture of the paper, by name: what `--config=configs/NAME.py:ARCHITECTURE` picks.
+"""What presets are made of: every architecture of the paper by name, and dense shapes of Qwen's.
+
+`--config=configs/NAME.py:ARCHITECTURE` picks one.
 
 An architecture is a set of changes to MoEConfig's and UpcycleConfig's defaults, which are the
 published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). A
@@ -11,7 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finermoe_jax.config.model import PUBLISHED_START, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.parse import default_config
+from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
 from finermoe_jax.errors import InputError, near_misses
 
 
@@ -87,17 +91,22 @@ STARTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# The least memory that a weight takes: bfloat16, with Adafactor's factored second moments.
+LEAN_STATE: Mapping[str, Mapping[str, Any]] = {
+    "optimizer": dict(name="adafactor", moment_dtype="float32"),
+    "train": dict(param_dtype="bfloat16"),
+}
+
+
 def _lean(config: Any) -> None:
-    config.optimizer.name = "adafactor"
+    """For one device of 16 GB: one short sequence a step, so that no gradients are summed."""
+    for group, values in LEAN_STATE.items():
+        config[group].update(values)
     config.data.global_batch_size = 1
     config.data.sequence_length = min(config.data.sequence_length, 2048)
-    config.train.update(
-        param_dtype="bfloat16", remat="full", grad_accumulation=1, loss_chunk_tokens=512
-    )
+    config.train.update(remat="full", grad_accumulation=1, loss_chunk_tokens=512)
 
 
-# "lean" is for one device of 16 GB: Adafactor, bfloat16 weights, one sequence of at most 2048
-# tokens a step, so that no gradients are summed in float32.
 RECIPES = {"lean": _lean}
 
 
@@ -151,3 +160,52 @@ def apply_variant(config: Any, variant: str) -> None:
         config.upcycle.update(dataclasses.asdict(one.upcycle))
     for start in starts:
         config.upcycle.update(start)
+
+
+# --- dense models and the paper's recipe ----------------------------------------------------
+
+_QWEN: Any = dict(rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
+
+QWEN2P5 = {
+    "0.5B": ModelConfig(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "1.5B": ModelConfig(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "7B": ModelConfig(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False, **_QWEN,
+    ),
+}  # fmt: skip
+
+# Not of the paper.
+QWEN3 = {
+    "0.6B": ModelConfig(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        attention_bias=False, qk_norm=True, **_QWEN | {"max_position_embeddings": 40960},
+    ),
+}  # fmt: skip
+
+# Global batch 2048 sequences of 8192 tokens, 50 B tokens.
+_STEPS = round(50e9 / (2048 * 8192))
+
+
+def qwen_config(name: str, variant: str) -> Any:
+    """The run that made FineRMoE from a dense model: name is Qwen2.5-0.5B, or Qwen3-0.6B.
+
+    Granularities, optimizer, schedule and batch are the defaults (config/run.py, Table 5).
+    `apply_variant` says what variants there are.
+    """
+    family, size = name.split("-")
+    shape = dataclasses.asdict({"Qwen2.5": QWEN2P5, "Qwen3": QWEN3}[family][size])
+    del shape["moe"]
+    config = default_config()
+    config.init_from = f"Qwen/{name}"
+    config.model = type(config)(shape)
+    config.train.update(steps=_STEPS, grad_accumulation=64)
+    apply_variant(config, variant)
+    return config
