@@ -8,6 +8,7 @@ directory, and reads global batches of them in this process: row by row as train
 by copying as many bytes from one memory-mapped file. Medians of five.
 """
 
+import argparse
 import hashlib
 import json
 import statistics
@@ -19,7 +20,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 
 from finermoe_jax.config.run import DataConfig
 from finermoe_jax.data.batches import Batches, split_held_out
@@ -35,7 +35,6 @@ from finermoe_jax.data.token_files import (
     shard_name,
 )
 
-_TOKENS = flags.DEFINE_integer("tokens", 1 << 27, "of each source")
 _SHARDS = 4
 _BATCH_TOKENS = 1 << 20
 _VOCABULARY = 151_936
@@ -86,13 +85,16 @@ def _speed(read, first: int, count: int) -> float:
     return statistics.median(speeds)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints one line per way of reading."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=1 << 27, help="of each source")
+    arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        _prepared(place / "ours", rng, _TOKENS.value)
-        _megatron(place / "theirs", rng, _TOKENS.value)
+        _prepared(place / "ours", rng, arguments.tokens)
+        _megatron(place / "theirs", rng, arguments.tokens)
         sources = [open_prepared(place / "ours", "", None), open_megatron(place / "theirs")]
         mapped = sources[1].tokens.arrays[0]
         for tokens in (a for s in sources for a in s.tokens.arrays):
@@ -147,4 +149,4 @@ def _filled(mixture: Mixture) -> float:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

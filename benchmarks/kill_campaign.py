@@ -14,6 +14,7 @@ each line of metrics.jsonl but its times, each array of the last checkpoint. In 
 
 import argparse
 import json
+import logging
 import os
 import random
 import shlex
@@ -30,7 +31,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from tqdm import tqdm
 
 from finermoe_jax.training.monitor import MEASURED
@@ -163,7 +163,7 @@ def arrays(workdir: Path) -> list[np.ndarray]:
     """Weights and optimizer state of the newest checkpoint."""
     step = workdir / "checkpoints" / str(saved_steps(workdir / "checkpoints")[-1])
     leaves: list[np.ndarray] = []
-    logging.set_verbosity("error")  # of files that only Orbax's own manager writes
+    logging.getLogger("absl").setLevel("ERROR")  # of files that only Orbax's own manager writes
     with ocp.PyTreeCheckpointer() as reader:
         for item in ("params", "optimizer"):
             arguments = jax.tree.map(

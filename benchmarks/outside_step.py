@@ -9,6 +9,7 @@ logging, the start of saves. Held-out scores are neither, and are left out. On a
 work competes with the step for the cores: the CPU time of the loop's thread is given beside.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import queue
@@ -19,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
-from finermoe_jax.cli import commands
-from finermoe_jax.training import monitor as metrics
-from finermoe_jax.training import run as training
+from finermoe_jax.config.parse import preset
+from finermoe_jax.config.run import run_config
+from finermoe_jax.training import loop, monitor, run
 
 EVERY = 20
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -97,8 +97,11 @@ class Watched:
 
 def main() -> None:
     """Measures and prints."""
-    steps = flags.FLAGS.steps
-    config = commands.read_config()
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--config", default="demo", help="a preset or a config file")
+    parser.add_argument("--steps", type=int, default=60, help="how many")
+    arguments = parser.parse_args()
+    config, steps = run_config(preset(arguments.config).to_dict()), arguments.steps
     config = dataclasses.replace(
         config,
         prompts=(),
@@ -115,38 +118,38 @@ def main() -> None:
         )
     )
 
-    def jit_step(*arguments: Any, inner: Any = training.jit_step) -> Any:
+    def jit_step(*arguments: Any, inner: Any = loop.jit_step) -> Any:
         step, places = inner(*arguments)
         found["step"] = TimedStep(step)
         return found["step"], places
 
-    def waiting(self: Any, inner: Any = metrics.Monitor.waiting) -> Any:
+    def waiting(self: Any, inner: Any = monitor.Monitor.waiting) -> Any:
         stack = contextlib.ExitStack()
         stack.enter_context(inner(self))
         stack.enter_context(watched.timing("input"))
         return stack
 
-    training.jit_step = jit_step
-    metrics.Monitor.waiting = waiting
-    watched.wrap(metrics.Monitor, "step", "logging")
-    watched.wrap(training.TrainingCheckpoints, "save", "start of saves")
-    watched.wrap(training, "held_out_loss", "held-out scores")
+    loop.jit_step = jit_step
+    monitor.Monitor.waiting = waiting
+    watched.wrap(monitor.Monitor, "step", "logging")
+    watched.wrap(run.TrainingCheckpoints, "save", "start of saves")
+    watched.wrap(run, "held_out_loss", "held-out scores")
     with tempfile.TemporaryDirectory() as place:
         workdir = Path(place) / "run"
-        loop = training._loop
+        steps_of_a_run = loop.Loop.run
         marks: dict[str, float] = {}
         spent: dict[str, float] = {}
 
         def timed_loop(*arguments: Any) -> Any:
             watched.seconds.clear()
             watched.cpu.clear()
-            result = loop(*arguments)
+            result = steps_of_a_run(*arguments)
             marks["end"] = time.perf_counter()
             spent.update(watched.seconds)
             return result
 
-        training._loop = timed_loop
-        training.train(config, workdir, say=lambda _: None)
+        loop.Loop.run = timed_loop
+        run.train(config, workdir, say=lambda _: None)
     step = found["step"]
     # From the second step on: the first one also warms up the allocator.
     total = marks["end"] - step.ended[0] - spent.get("held-out scores", 0.0)
@@ -165,10 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-
-    def define() -> None:
-        """The flags."""
-        commands.define_config("configs/demo.py")
-        commands.define_flag(flags.DEFINE_integer, "steps", 60, "how many")
-
-    commands.run(__doc__, define, main)
+    main()

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError
-from pallas_kernels.platform import Implementation
+from pallas_kernels.platform import Implementation, platform
 
 # Logical axis → mesh axes, outer first. Parameters, then activations.
 RULES: dict[str, tuple[str, ...]] = {
@@ -62,6 +62,19 @@ class Placement(NamedTuple):
 
 
 ONE_DEVICE = Placement()
+
+
+def kernel_named(name: str) -> Implementation | None:
+    """The implementation that train.kernel names; None, by the platform, for "auto".
+
+    Raises InputError for a kernel of another platform than this one.
+    """
+    if name in ("tpu", "gpu") and name != platform():
+        raise InputError(
+            f"train.kernel={name!r} runs on a {name} and the devices here are {platform()}: "
+            'set train.kernel="auto"'
+        )
+    return None if name == "auto" else cast(Implementation, name)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

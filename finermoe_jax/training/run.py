@@ -50,7 +50,6 @@ from finermoe_jax.training.workdir import (
 )
 from finermoe_jax.weights.checkpoint import abstract_params, newest_checkpoint
 from finermoe_jax.weights.integrity import set_aside_damaged
-from pallas_kernels.platform import Implementation, platform
 
 
 def train(
@@ -163,7 +162,7 @@ def _checked(
     """All that is read; nothing is written, and nothing said to other processes."""
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
-    kernel = _kernel(config)
+    kernel = sharding.kernel_named(config.train.kernel)
     newest = newest_checkpoint(workdir / "checkpoints")
     start = fresh_start(config) if newest is None else restart(config, newest, workdir)
     start.model.placement = Placement(mesh, kernel)
@@ -283,16 +282,3 @@ def _placed(start: Start, placement: Placement) -> Decoder:
     with distributed.together():
         params = start.place(shardings)
     return rebuild(nnx.split(start.model)[0], params)
-
-
-def _kernel(config: RunConfig) -> Implementation | None:
-    """The implementation of the experts that train.kernel names; None: by the platform."""
-    kernel = config.train.kernel
-    if kernel == "auto":
-        return None
-    if kernel in ("tpu", "gpu") and kernel != platform():
-        raise InputError(
-            f"train.kernel={kernel!r} runs on a {kernel} and the devices here are {platform()}: "
-            'set train.kernel="auto"'
-        )
-    return kernel
