@@ -17,7 +17,7 @@ from finermoe_jax.config.presets import apply_variant
 def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "models/smollm2_135m"
-    config.model = ConfigDict(
+    config.dense = ConfigDict(
         dict(
             vocab_size=49152,
             hidden_size=576,

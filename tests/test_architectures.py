@@ -224,7 +224,7 @@ def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
 
     monkeypatch.setattr(starts, "drop", counted)
     found = architecture("du")
-    convert(str(dense), tmp_path / "du", "orbax", found.moe, start=found.upcycle, seed=0)
+    convert(str(dense), tmp_path / "du", "orbax", found.moe, upcycling=found.upcycle, seed=0)
     converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(tmp_path / "du")))
     for name in ("gate_up", "down"):
         array = converted["runs"][0][0]["moe"][name]

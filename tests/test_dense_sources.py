@@ -118,7 +118,7 @@ def test_qwen3_0p6b():
     # The published file of weights states 596,049,920 parameters.
     assert true_counts(QWEN3["0.6B"]).total == 596_049_920
     config = _preset("qwen3_0p6b")
-    assert config.model == QWEN3["0.6B"] and config.moe == fm.MoEConfig(32, 2, 1, 2, 1)
+    assert config.dense == QWEN3["0.6B"] and config.moe == fm.MoEConfig(32, 2, 1, 2, 1)
     assert _preset("qwen3_0p6b", "ct").moe is None
     model = dataclasses.replace(QWEN3["0.6B"], moe=config.moe, tie_word_embeddings=False)
     mesh = dataclasses.replace(config, mesh=MeshConfig(1, 2, 2, 2))

@@ -28,7 +28,7 @@ from tests.test_config import SMALL
 def program_flops(model, rows, length):
     """Of the compiled loss and its gradients, on one device, without recomputation."""
     config = RunConfig(
-        model=dataclasses.replace(model, moe=None),
+        dense=dataclasses.replace(model, moe=None),
         train=TrainConfig(remat="none", loss_chunk_tokens=rows * length),
     )
     decoder = with_shapes(model)

@@ -17,7 +17,7 @@ from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.checkpoints import logged_bytes
 from finermoe_jax.training.run import train
-from finermoe_jax.training.workdir import Log, claim, prepare
+from finermoe_jax.training.workdir import Log, claim, fill_workdir
 from finermoe_jax.weights import checkpoint, integrity
 from finermoe_jax.weights import source as model_source
 from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
@@ -52,12 +52,12 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(finished, tmp_path):  # noq
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_blocks_nothing(tmp_path):
-    prepare(tmp_path, _tiny(steps=9), find("demo/model"))
+    fill_workdir(tmp_path, _tiny(steps=9), find("demo/model"))
     (tmp_path / "tokenizer" / "merges.txt").write_text("of another tokenizer")
     (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir()
     Log(tmp_path).evaluation("step 0", 0, 1.0)
     assert claim(tmp_path, _tiny(steps=4)) == {}
-    prepare(tmp_path, _tiny(steps=4), find("demo/model"))
+    fill_workdir(tmp_path, _tiny(steps=4), find("demo/model"))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 4
     assert not (tmp_path / "tokenizer" / "merges.txt").exists()
 

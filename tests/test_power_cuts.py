@@ -210,7 +210,7 @@ def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, 
 
 def test_a_conversion_is_there_whole_or_not_at_all(disk):
     config, tokenizer = _tiny(), find("demo/model")
-    sizes = dataclasses.replace(config.model, moe=config.moe)
+    sizes = dataclasses.replace(config.dense, moe=config.moe)
     model = Decoder(sizes, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, disk.root / "new" / "orbax", tokenizer=tokenizer)
     save_hf(model, disk.root / "new" / "hf", tokenizer=tokenizer)

@@ -40,14 +40,14 @@ from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.training.workdir import claim, prepare
+from finermoe_jax.training.workdir import claim, fill_workdir
 from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.test_config import SMALL
 from tests.test_training import MOE, _batch, _model, _run
 
 TINY = {
-    "model": dataclasses.asdict(SMALL)
+    "dense": dataclasses.asdict(SMALL)
     | {"vocab_size": 2048, "num_hidden_layers": 1, "initializer_range": 0.1},
     "data": {
         "tokenizer": "demo/model", "path": "demo/LICENSE.pydoc.txt", "sequence_length": 16,
@@ -295,7 +295,7 @@ def _claim(tmp_path, config, *allow):
     workdir = tmp_path / "run"
     if not workdir.exists():
         workdir.mkdir()
-        prepare(workdir, _tiny(), find("demo/model"))
+        fill_workdir(workdir, _tiny(), find("demo/model"))
         (workdir / "checkpoints" / "0").mkdir()
     return claim(workdir, config, allow)
 
@@ -318,11 +318,11 @@ def test_changes_are_refused_field_by_field_unless_allowed(tmp_path):
 
 
 def test_what_a_checkpoint_is_made_of_cannot_change(tmp_path):
-    wider = dataclasses.replace(_tiny(), model=dataclasses.replace(_tiny().model, vocab_size=4096))
-    with pytest.raises(InputError, match=r"model.vocab_size: 2048 there.*cannot change") as refused:
+    wider = dataclasses.replace(_tiny(), dense=dataclasses.replace(_tiny().dense, vocab_size=4096))
+    with pytest.raises(InputError, match=r"dense.vocab_size: 2048 there.*cannot change") as refused:
         _claim(tmp_path, wider)
     assert "--allow_changes" not in str(refused.value)
-    for name in ("model", "model.vocab_size", "optimizer.name", "train.param_dtype"):
+    for name in ("dense", "dense.vocab_size", "optimizer.name", "train.param_dtype"):
         with pytest.raises(InputError, match=f"--allow_changes={name}: it cannot change"):
             _claim(tmp_path, wider, name)
     with pytest.raises(InputError, match=r"no such field. Did you mean train.steps"):
@@ -438,7 +438,7 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     model = load_checkpoint(_saved(tmp_path / "sound", config))
     model.embed.weight[...] = model.embed.weight[...].at[token].set(jnp.inf)
     save_checkpoint(model, tmp_path / "poisoned", tokenizer=find("demo/model"))
-    config = dataclasses.replace(config, model=None, init_from=str(tmp_path / "poisoned"))
+    config = dataclasses.replace(config, dense=None, init_from=str(tmp_path / "poisoned"))
     said, workdir = [], tmp_path / "run"
     with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:") as ended:
         train(config, workdir, say=said.append)
@@ -481,6 +481,6 @@ def _saved(path, config):
     """A checkpoint of a model as training from scratch draws it."""
     from finermoe_jax.model.decoder import Decoder
 
-    model = Decoder(config.model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    model = Decoder(config.dense, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, path)
     return path

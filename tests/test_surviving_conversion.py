@@ -246,7 +246,7 @@ def measure(source, folder, moe, start, pipe):
     jax.devices()
     before = anonymous()
     threading.Thread(target=watch, daemon=True).start()
-    convert(str(source), folder / "orbax", "orbax", moe, start=start, seed=0)
+    convert(str(source), folder / "orbax", "orbax", moe, upcycling=start, seed=0)
     there, most[0] = most[0], 0
     convert(str(folder / "orbax"), folder / "hf", "hf", None, seed=0)
     going.set()

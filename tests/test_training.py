@@ -53,7 +53,7 @@ def _batch(rows, length=17):
 
 
 def _run(rows, **train_settings):
-    values = dict(model=dataclasses.asdict(SMALL), moe=None)
+    values = dict(dense=dataclasses.asdict(SMALL), moe=None)
     config = run_config(values)
     settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
     return dataclasses.replace(

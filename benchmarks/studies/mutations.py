@@ -49,7 +49,7 @@ class Mutation:
 
 ROUTING = "finermoe_jax/moe/routing.py"
 UPCYCLE = "finermoe_jax/weights/upcycle.py"
-STARTS = "finermoe_jax/weights/upcycle_variants.py"
+VARIANTS = "finermoe_jax/weights/upcycle_variants.py"
 DISPATCH = "finermoe_jax/moe/dispatch.py"
 EXCHANGE = "finermoe_jax/moe/exchange.py"
 LOSSES = "finermoe_jax/model/losses.py"
@@ -157,18 +157,18 @@ MUTATIONS = (
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
-        'start.function_preserving and name[2] == "down"',
-        'start.function_preserving and name[2] == "gate"',
+        'upcycling.function_preserving and name[2] == "down"',
+        'upcycling.function_preserving and name[2] == "gate"',
         "tests/test_starts.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(
-        "drop-upcycling: another set of channels for each matrix", STARTS,
+        "drop-upcycling: another set of channels for each matrix", VARIANTS,
         "channels = sampling.permutation(width)",
         "channels = matrices[first].permutation(width)",
         "tests/test_starts.py -k channels", OF_UPCYCLING,
     ),
     Mutation(
-        "virtual groups: rows shared by the copies of a slice", STARTS,
+        "virtual groups: rows shared by the copies of a slice", VARIANTS,
         "np.arange(moe.num_experts) // slices * slices",
         "np.arange(moe.num_experts) % slices",
         "tests/test_starts.py -k virtual", OF_UPCYCLING,

@@ -59,7 +59,7 @@ class Step:
         return self.parameter_bytes + self.optimizer_bytes
 
 
-def prepare(config: RunConfig, target: Target) -> Step:
+def abstract_step(config: RunConfig, target: Target) -> Step:
     """The train step of a config on a target's mesh. Allocates nothing.
 
     Raises InputError: a mesh that does not multiply, or a microbatch that its devices do not share.
@@ -129,15 +129,7 @@ def compile_step(
         "optimizer_bytes": step.optimizer_bytes,
         "tokens_per_step": step.config.data.global_batch_size * step.config.data.sequence_length,
     }
-    try:
-        lowered = step.lower()
-    except RuntimeError as error:
-        if "cuDNN" not in str(error):
-            raise
-        raise InputError(
-            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
-            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
-        ) from None
+    lowered = _lowered(step)
     say(f"traced in {time.perf_counter() - began:.0f} s, compiling …")
     try:
         compiled = lowered.compile()
@@ -147,22 +139,8 @@ def compile_step(
         figures["largest"] = largest_allocations(str(error))
         figures["fits"] = False
         return figures
-    memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    figures |= {
-        "compile_seconds": time.perf_counter() - began,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "peak_bytes": peak,
-        "fits": peak <= target.chip.memory,
-    }
+    figures |= {"compile_seconds": time.perf_counter() - began, **_memory(compiled)}
+    figures["fits"] = figures["peak_bytes"] <= target.chip.memory
     slices = [target.slice_of(device) for device in step.mesh.devices.flat]
     text = compiled.as_text()
     if hlo:
@@ -174,6 +152,34 @@ def compile_step(
     needed = training_flops(step.model, step.config.data.sequence_length, frozen)
     figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)
     return figures
+
+
+def _lowered(step: Step) -> Any:
+    """The traced step. Raises InputError where cuDNN is missing."""
+    try:
+        return step.lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise InputError(
+            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
+            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
+        ) from None
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """What a compiled program takes of a device, in bytes."""
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+    }
 
 
 def attention_flops(step: Step, target: Target) -> float:

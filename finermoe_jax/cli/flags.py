@@ -206,7 +206,8 @@ def _take_config(values: FlagValues) -> str | None:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
-            rest.append(argument)
+            # The former name of config.dense.
+            rest.append(re.sub(r"^(--?config\.)model\b", r"\1dense", argument))
         elif not (given := value if equals else next(arguments, "")):
             raise InputError("--config needs a value: a preset, such as demo, or a config file")
     sys.argv = rest

@@ -22,7 +22,7 @@ from finermoe_jax.runtime.paths import local
 def default_config() -> Any:
     """An ml_collections ConfigDict holding every field of RunConfig at its default.
 
-    `moe` holds the published settings; `config.moe = None` gives a dense run. `model` is None.
+    `moe` holds the published settings; `config.moe = None` gives a dense run. `dense` is None.
     """
     from ml_collections import ConfigDict  # the library itself runs without it
 
@@ -48,7 +48,16 @@ def run_config(values: Any) -> RunConfig:
         values = values.to_dict()
     if not isinstance(values, Mapping):
         raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
-    return from_dict(RunConfig, values, "config")
+    return from_dict(RunConfig, _renamed(values), "config")
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields by today's names: `dense` was called `model`."""
+    if "model" not in values:
+        return values
+    if values.get("dense") is not None:
+        raise InputError("config.model is the former name of config.dense: leave one of them out")
+    return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
 
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -135,7 +144,7 @@ def preset(name: str) -> Any:
             f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
             "change and return the one that finermoe_jax.default_config() gives"
         )
-    return config
+    return ConfigDict(_renamed(config), type_safe=False)
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:

@@ -3,8 +3,8 @@
 `--config=configs/NAME.py:ARCHITECTURE` picks one.
 
 An architecture is a set of changes to MoEConfig's and UpcycleConfig's defaults, which are the
-published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). A
-start changes the upcycling alone, and a recipe the training alone; they are combined with an
+published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). Another
+upcycling may be chosen alone, and a recipe the training alone; they are combined with an
 architecture, or with the preset's own, by "+": `c32a2+lean`. docs/architectures.md describes them.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.parse import default_config
-from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, near_misses
 
 
@@ -25,7 +25,7 @@ class Architecture:
 
     about: str
     moe: MoEConfig | None
-    upcycle: UpcycleConfig = PUBLISHED_START
+    upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
 
 
 def _moe(g_i: int, g_o: int, r_i: int, r_o: int, t_i: int = 1, *, shared: bool = True) -> MoEConfig:
@@ -85,8 +85,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-# A start that goes with every architecture that has a shared expert.
-STARTS: Mapping[str, Mapping[str, Any]] = {
+# Another upcycling, that goes with every architecture that has a shared expert.
+UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "function_preserving": dict(function_preserving=True),
 }
 
@@ -125,11 +125,11 @@ def architecture(name: str) -> Architecture:
                 "G_I,G_O,R_I,R_O[,T_I]"
             )
         return Architecture("", _moe(*numbers))
-    known = (*ARCHITECTURES, *STARTS, *RECIPES)
+    known = (*ARCHITECTURES, *UPCYCLE_VARIANTS, *RECIPES)
     raise InputError(
         f"unknown variant {name!r}. {near_misses(name, known)} Four or five numbers are "
         "G_I,G_O,R_I,R_O[,T_I]; + combines an architecture with "
-        f"{' and '.join((*STARTS, *RECIPES))}."
+        f"{' and '.join((*UPCYCLE_VARIANTS, *RECIPES))}."
     )
 
 
@@ -141,12 +141,12 @@ def apply_variant(config: Any, variant: str) -> None:
     for two architectures in one variant.
     """
     chosen: list[str] = []
-    starts: list[Mapping[str, Any]] = []
+    changes: list[Mapping[str, Any]] = []
     for name in variant.split("+") if variant else ():
         if name in RECIPES:
             RECIPES[name](config)
-        elif name in STARTS:
-            starts.append(STARTS[name])
+        elif name in UPCYCLE_VARIANTS:
+            changes.append(UPCYCLE_VARIANTS[name])
         else:
             architecture(name)
             chosen.append(name)
@@ -158,8 +158,8 @@ def apply_variant(config: Any, variant: str) -> None:
         one = architecture(chosen[0])
         config.moe = one.moe and type(config)(dataclasses.asdict(one.moe), type_safe=False)
         config.upcycle.update(dataclasses.asdict(one.upcycle))
-    for start in starts:
-        config.upcycle.update(start)
+    for change in changes:
+        config.upcycle.update(change)
 
 
 # --- dense models and the paper's recipe ----------------------------------------------------
@@ -205,7 +205,7 @@ def qwen_config(name: str, variant: str) -> Any:
     del shape["moe"]
     config = default_config()
     config.init_from = f"Qwen/{name}"
-    config.model = type(config)(shape)
+    config.dense = type(config)(shape)
     config.train.update(steps=_STEPS, grad_accumulation=64)
     apply_variant(config, variant)
     return config

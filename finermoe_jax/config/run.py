@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import operator
+from collections.abc import Iterable
 from typing import Literal
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
-from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.paths import local, local_list
 
@@ -115,11 +117,11 @@ class RunConfig:
     """Everything train.py needs; configs/*.py make one through `default_config`."""
 
     # The dense architecture. With init_from it must agree with the source; None: as the source.
-    model: ModelConfig | None = None
+    dense: ModelConfig | None = None
     # How the FFNs become experts; None trains the model as init_from holds it.
     moe: MoEConfig | None = None
     # What those experts start from.
-    upcycle: UpcycleConfig = PUBLISHED_START
+    upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
     # HF directory, hub id or checkpoint of ours to start from; empty: random weights.
     init_from: str = ""
     # Prompts whose continuations are shown before and after training.
@@ -134,53 +136,29 @@ class RunConfig:
         for group in (self, self.data, self.optimizer, self.mesh, self.train):
             check_fields(group)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
-        if self.model is None and not self.init_from:
-            raise InputError("a run needs init_from (weights to start from) or model (a shape)")
-        if self.model is not None and self.model.moe is not None:
-            raise InputError("config.model states the dense shape; the experts go into config.moe")
-        if self.moe is not None and self.model is not None:
-            dataclasses.replace(self.model, moe=self.moe)  # divisibility, before any work
+        if self.dense is None and not self.init_from:
+            raise InputError("a run needs init_from (weights to start from) or dense (a shape)")
+        if self.dense is not None and self.dense.moe is not None:
+            raise InputError("config.dense states the dense shape; the experts go into config.moe")
+        if self.moe is not None and self.dense is not None:
+            dataclasses.replace(self.dense, moe=self.moe)  # divisibility, before any work
         self.upcycle.check(self.moe)
-        data, train, optimizer = self.data, self.train, self.optimizer
-        for name, value in (
-            ("data.sequence_length", data.sequence_length),
-            ("data.global_batch_size", data.global_batch_size),
-            ("data.eval_windows", data.eval_windows),
-            ("prompt_tokens", self.prompt_tokens),
-            ("train.steps", train.steps),
-            ("train.grad_accumulation", train.grad_accumulation),
-            ("train.scan_unroll", train.scan_unroll),
-            ("train.loss_chunk_tokens", train.loss_chunk_tokens),
-            ("train.log_every", train.log_every),
-            ("train.load_every", train.load_every),
-            ("train.eval_every", train.eval_every),
-            ("train.checkpoint_every", train.checkpoint_every),
-            ("train.keep_checkpoints", train.keep_checkpoints),
-            ("train.max_skipped_steps", train.max_skipped_steps),
-        ):
+        for name, value in _named(self, _AT_LEAST_ONE):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        for (name, value), (low, high) in zip(_named(self, _RANGES), _RANGES.values(), strict=True):
+            if not low <= value <= high:  # also refuses NaN
+                raise InputError(f"{name}={value} must lie between {low} and {high}")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        """Raises InputError for fields that are right alone, and not together."""
+        data, train, optimizer = self.data, self.train, self.optimizer
         if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
             raise InputError(
                 f"optimizer.moment_dtype={optimizer.moment_dtype} is AdamW's, and optimizer.name="
                 f"{optimizer.name} keeps no first moment: leave it at float32"
             )
-        for name, number, low, high in (
-            ("data.eval_fraction", data.eval_fraction, 0, 0.999),
-            ("data.seed", data.seed, 0, 2**32 - 1),
-            ("train.seed", train.seed, 0, 2**32 - 1),
-            ("train.keep_best", train.keep_best, 0, 1e6),
-            ("train.aux_loss_weight", train.aux_loss_weight, 0, 1e6),
-            ("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1),
-            ("optimizer.beta1", optimizer.beta1, 0, 0.999999),
-            ("optimizer.beta2", optimizer.beta2, 0, 0.999999),
-            ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e6),
-            ("optimizer.clip_norm", optimizer.clip_norm, 1e-12, 1e12),
-            ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e6),
-            ("optimizer.final_learning_rate", optimizer.final_learning_rate, 0, 1e6),
-        ):
-            if not low <= number <= high:  # also refuses NaN
-                raise InputError(f"{name}={number} must lie between {low} and {high}")
         if train.keep_best and not (data.eval_fraction or data.eval_path):
             raise InputError(
                 f"train.keep_best={train.keep_best} ranks by held-out loss, and data.eval_fraction="
@@ -198,3 +176,41 @@ class RunConfig:
                 f"data.global_batch_size={data.global_batch_size} must be a multiple of "
                 f"train.grad_accumulation={train.grad_accumulation}"
             )
+
+
+# The smallest values, and the ranges, of the fields of a RunConfig.
+_AT_LEAST_ONE = (
+    "data.sequence_length",
+    "data.global_batch_size",
+    "data.eval_windows",
+    "prompt_tokens",
+    "train.steps",
+    "train.grad_accumulation",
+    "train.scan_unroll",
+    "train.loss_chunk_tokens",
+    "train.log_every",
+    "train.load_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_skipped_steps",
+)
+_RANGES = {
+    "data.eval_fraction": (0, 0.999),
+    "data.seed": (0, 2**32 - 1),
+    "train.seed": (0, 2**32 - 1),
+    "train.keep_best": (0, 1e6),
+    "train.aux_loss_weight": (0, 1e6),
+    "optimizer.warmup_fraction": (0, 1),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.weight_decay": (0, 1e6),
+    "optimizer.clip_norm": (1e-12, 1e12),
+    "optimizer.learning_rate": (0, 1e6),
+    "optimizer.final_learning_rate": (0, 1e6),
+}
+
+
+def _named(config: RunConfig, names: Iterable[str]) -> list[tuple[str, float]]:
+    """The values of fields, with their dotted names."""
+    return [(name, operator.attrgetter(name)(config)) for name in names]

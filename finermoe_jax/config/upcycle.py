@@ -87,4 +87,4 @@ class UpcycleConfig:
                 )
 
 
-PUBLISHED_START = UpcycleConfig()
+PUBLISHED_UPCYCLING = UpcycleConfig()

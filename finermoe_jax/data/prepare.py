@@ -44,7 +44,7 @@ from finermoe_jax.data.token_files import (
     shard_files,
     tokenizer_hash,
 )
-from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer
+from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer, vocabulary
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory
@@ -84,8 +84,8 @@ def prepare(
     target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
     sources = [local(source) for source in sources]
     tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
-    vocab_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
     found = expand(sources, split, text_field)
+    vocab_size = vocabulary(tokenizer)
     settings = Settings(
         tokenizer=tokenizer_hash(tokenizer_files),
         vocab_size=vocab_size,
@@ -97,11 +97,7 @@ def prepare(
         sources=tuple(source.name for source in found),
         source_bytes=tuple(source.size for source in found),
     )
-    filled = (
-        f"{target} cannot be written: No space is left on its disk; make room and start the same "
-        "command again, and it goes on behind the last complete shard"
-    )
-    with disk.refusing_full(filled), _alone(target):
+    with _alone(target):
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
@@ -170,11 +166,18 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Makes the target, and keeps other processes from writing it until done."""
+    """Makes the target, and keeps other processes from writing it until done.
+
+    Raises InputError for a file, for a second writer and where the disk fills up.
+    """
     if target.exists() and not target.is_dir():
         raise InputError(f"--target={target} is a file; give a directory")
-    make_directory(target)
-    with contextlib.closing(Lock(target, "--target")) as lock:
+    filled = (
+        f"{target} cannot be written: No space is left on its disk; make room and start the same "
+        "command again, and it goes on behind the last complete shard"
+    )
+    with disk.refusing_full(filled), contextlib.closing(Lock(target, "--target")) as lock:
+        make_directory(target)
         lock.take()
         try:
             yield

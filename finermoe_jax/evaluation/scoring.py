@@ -155,13 +155,16 @@ def _log_likelihoods(
     pad = -len(places) % _CHUNK
     chunks = [np.pad(x, (0, pad)).astype(np.int32).reshape(-1, _CHUNK) for x in (places, targets)]
     # All are under way before the first is waited for.
-    found = [_score(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
+    found = [
+        _chunk_log_likelihoods(hidden, model.head[...], *chunk)
+        for chunk in zip(*chunks, strict=True)
+    ]
     log_p, likeliest = (np.concatenate(x) for x in zip(*jax.device_get(found), strict=True))
     return log_p[: len(places)], likeliest[: len(places)]
 
 
 @jax.jit
-def _score(
+def _chunk_log_likelihoods(
     hidden: Float[Array, "B T D"],
     weight: Any,
     places: Int[Array | np.ndarray, " M"],

@@ -213,7 +213,7 @@ class Saves:
             raise self._ended(error) from error
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def ending_when_full(self) -> Iterator[None]:
         """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
         try:
             yield

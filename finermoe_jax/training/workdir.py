@@ -26,7 +26,7 @@ _PARTIAL = ".config.json.partial"  # of files.write
 
 # What a checkpoint's arrays are: no flag changes it in the middle of a run.
 _FIXED = {
-    "model": "the weights in the checkpoint have these shapes",
+    "dense": "the weights in the checkpoint have these shapes",
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
     "optimizer.name": "the checkpoint holds the other optimizer's state",
     "optimizer.moment_dtype": "the checkpoint's moments are stored so",
@@ -129,7 +129,7 @@ def _ended_before_saving(workdir: Path) -> bool:
     return True
 
 
-def prepare(
+def fill_workdir(
     workdir: Path, config: RunConfig, tokenizer_files: Path, ends_files: Path | None = None
 ) -> None:
     """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses.

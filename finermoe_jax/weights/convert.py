@@ -1,5 +1,7 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.upcycle import PUBLISHED_START, UpcycleConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import new_directory, refuse_occupied
@@ -16,8 +18,8 @@ from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
-from finermoe_jax.weights.source import open_model
-from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.upcycle import upcycled
 
 # As a shell tells of Ctrl-C.
 _INTERRUPTED = 130
@@ -29,15 +31,15 @@ def convert(
     to: Literal["orbax", "hf"],
     moe: MoEConfig | None,
     *,
-    start: UpcycleConfig = PUBLISHED_START,
+    upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
     seed: int,
     dtype: str | None = None,
     stated: bool = False,
 ) -> ModelConfig:
     """Writes `target`, a new or empty directory that appears only when complete.
 
-    To "orbax", a dense source is upcycled as `moe` and `start` say (moe None: imported as it is)
-    and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
+    To "orbax", a dense source is upcycled as `moe` and `upcycling` say (moe None: imported as it
+    is) and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
     casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
     source has to be one of these experts already.
 
@@ -52,26 +54,16 @@ def convert(
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
-    if dtype is None and len(model.stored) > 1:
-        raise InputError(
-            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
-            "dtype: say which by --dtype"
-        )
-    if to == "orbax" and moe is not None and config.moe is None:
-        config, weights = upcycle_weights(config, weights, moe, jax.random.key(seed), start)
-    elif to == "orbax" and moe is not None and stated:
-        refuse_other_experts(source, config, moe, start)
+    _refuse_mixed(source, model, dtype)
     if to == "hf":
         model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
+    else:
+        key = jax.random.key(seed)
+        config, weights = upcycled(source, config, weights, moe, key, upcycling, stated)
     size = sum(array.nbytes for array in weights.values())
-    _refuse_large(target, size)
-    filled = (
-        f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "
-        "of it is left; make room, or give a directory elsewhere"
-    )
     with (
         stop_requests() as stopped,
-        disk.refusing_full(filled),
+        _room(target, size),
         new_directory(target) as directory,
         tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
     ):
@@ -93,11 +85,27 @@ def convert(
     return config
 
 
-def _refuse_large(target: Path, size: int) -> None:
-    """Raises InputError for a disk with less room than the weights need."""
+def _refuse_mixed(source: str, model: ModelSource, dtype: str | None) -> None:
+    """Raises InputError for weights of several dtypes where none is asked for."""
+    if dtype is None and len(model.stored) > 1:
+        raise InputError(
+            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
+            "dtype: say which by --dtype"
+        )
+
+
+@contextlib.contextmanager
+def _room(target: Path, size: int) -> Iterator[None]:
+    """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not disk.has_room(place, size):
         raise InputError(
             f"{target} would take {disk.text(size)}, and its disk has "
             f"{disk.text(disk.free(place))} free: make room, or give a directory elsewhere"
         )
+    filled = (
+        f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "
+        "of it is left; make room, or give a directory elsewhere"
+    )
+    with disk.refusing_full(filled):
+        yield
