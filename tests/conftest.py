@@ -32,15 +32,10 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(
 # Before anything of the package is imported: every annotated shape is checked at each call.
 install_import_hook("finermoe_jax", "beartype.beartype").__enter__()
 
+# A failed assertion of a helper shows its values, too.
+pytest.register_assert_rewrite("tests.support")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """Vectors computed with the authors' published model; tests/data/golden/README.md."""
-    from pathlib import Path
-
-    return Path(__file__).parent / "data" / "golden"
 
 
 @pytest.fixture(autouse=True)

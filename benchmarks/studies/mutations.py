@@ -59,14 +59,16 @@ DATA = "finermoe_jax/data/batches.py"
 TRAINING = "finermoe_jax/training/run.py"
 LOOP = "finermoe_jax/training/loop.py"
 
-LAYER = "tests/test_moe.py"
-OF_ROUTING = "tests/test_routing.py tests/test_moe.py tests/test_parity.py"
+LAYER = "tests/moe/test_layer.py"
+OF_ROUTING = "tests/moe/test_routing.py tests/moe/test_layer.py tests/end_to_end/test_parity.py"
 OF_UPCYCLING = (
-    "tests/test_moe.py tests/test_starts.py tests/test_architectures.py "
-    "tests/test_dense_sources.py tests/test_parity.py tests/test_verify.py"
+    "tests/moe/test_layer.py tests/weights/test_upcycle_variants.py "
+    "tests/config/test_architectures.py tests/model/test_decoder.py "
+    "tests/end_to_end/test_parity.py tests/weights/test_verify.py"
 )
-OF_STEPS = "tests/test_training.py tests/test_optim.py tests/test_surviving.py"
-OF_RUNS = "tests/test_surviving.py tests/test_training.py tests/test_metrics.py"
+INTERRUPTED = "tests/end_to_end/test_interrupted_runs.py"
+OF_STEPS = f"tests/training/test_run.py tests/training/test_optimizer.py {INTERRUPTED}"
+OF_RUNS = f"{INTERRUPTED} tests/training/test_run.py tests/training/test_monitor.py"
 
 MUTATIONS = (
     # --- routing ---------------------------------------------------------------------------
@@ -74,13 +76,13 @@ MUTATIONS = (
         "a group's score sums its marked logits alone", ROUTING,
         "grouped.sum(axis=-1)",
         "jnp.take_along_axis(grouped, marked, axis=-1).sum(axis=-1)",
-        "tests/test_routing.py", OF_ROUTING,
+        "tests/moe/test_routing.py", OF_ROUTING,
     ),
     Mutation(
         "weights are a softmax in the activations' dtype", ROUTING,
         "by_logit, axis=-1).astype(jnp.float32)",
         "by_logit, axis=-1).astype(weight_dtype)",
-        "tests/test_routing.py -k rounded", OF_ROUTING,
+        "tests/moe/test_routing.py -k rounded", OF_ROUTING,
     ),
     Mutation(
         "a slot's factor goes to another slot", ROUTING,
@@ -98,13 +100,13 @@ MUTATIONS = (
         "Eq. 11 counts a token once per expert, not per active expert", ROUTING,
         "num_experts / (active * length)",
         "num_experts / length",
-        "tests/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_routing.py -k aux", OF_ROUTING,
     ),
     Mutation(
         "Eq. 11 is averaged over rows of padding, too", ROUTING,
         "/ jnp.maximum(holds_token.sum(), 1)",
         "/ holds_token.size",
-        "tests/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_routing.py -k aux", OF_ROUTING,
     ),
     Mutation(
         "the router computes in the activations' dtype", "finermoe_jax/moe/layer.py",
@@ -117,19 +119,20 @@ MUTATIONS = (
         "the routers of all layers are drawn from one key", UPCYCLE,
         "keys[moe_layers.index(layer) * len(drawn) + place]",
         "keys[place]",
-        "tests/test_starts.py -k key", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k key", OF_UPCYCLING,
     ),
     Mutation(
         "router and shared gate are drawn from one key", UPCYCLE,
         "keys[moe_layers.index(layer) * len(drawn) + place]",
         "keys[moe_layers.index(layer) * len(drawn)]",
-        "tests/test_starts.py -k key", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k key", OF_UPCYCLING,
     ),
     Mutation(
         "train.seed draws nothing", "finermoe_jax/training/initial.py",
         "key = jax.random.key(config.train.seed)",
         "key = jax.random.key(0)",
-        "tests/test_starts.py -k seed", f"{OF_UPCYCLING} tests/test_training.py",
+        "tests/weights/test_upcycle_variants.py -k seed",
+        f"{OF_UPCYCLING} tests/training/test_run.py",
     ),
     Mutation(
         "an expert's slot goes by its candidate", UPCYCLE,
@@ -147,204 +150,206 @@ MUTATIONS = (
         "an untied lm_head becomes the embedding", UPCYCLE,
         'weights.get(path, weights["embed", "weight"])',
         'weights["embed", "weight"] if path[0] == "lm_head" else weights[path]',
-        "tests/test_parity.py -k test_upcycled_weights", OF_UPCYCLING,
+        "tests/end_to_end/test_parity.py -k test_upcycled_weights", OF_UPCYCLING,
     ),
     Mutation(
         "a run of layers begins with the first ones", UPCYCLE,
         "stack[slice(layers[i], layers[i] + 1), *rest][0]",
         "stack[slice(i, i + 1), *rest][0]",
-        "tests/test_starts.py -k some_layers", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k some_layers", OF_UPCYCLING,
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
         'upcycling.function_preserving and name[2] == "down"',
         'upcycling.function_preserving and name[2] == "gate"',
-        "tests/test_starts.py -k preserving", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(
         "drop-upcycling: another set of channels for each matrix", VARIANTS,
         "channels = sampling.permutation(width)",
         "channels = matrices[first].permutation(width)",
-        "tests/test_starts.py -k channels", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k channels", OF_UPCYCLING,
     ),
     Mutation(
         "virtual groups: rows shared by the copies of a slice", VARIANTS,
         "np.arange(moe.num_experts) // slices * slices",
         "np.arange(moe.num_experts) % slices",
-        "tests/test_starts.py -k virtual", OF_UPCYCLING,
+        "tests/weights/test_upcycle_variants.py -k virtual", OF_UPCYCLING,
     ),
     # --- dispatch and exchange -------------------------------------------------------------
     Mutation(
         "a token's gradient is the mean of its copies'", DISPATCH,
         "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
         "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
-        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
+        f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
     ),
     Mutation(
         "gradients are permuted as the rows were, not back", DISPATCH,
         "lambda inverse, g: (g[inverse], None, None),",
         "lambda inverse, g: (g[inverse_of(inverse)], None, None),",
-        f"{LAYER}::test_gradients[published]", "tests/test_parity.py",
+        f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
     ),
     Mutation(
         "buffers hold four times the balanced share", EXCHANGE,
         "min(rows, -(-2 * rows // devices))",
         "min(rows, -(-4 * rows // devices))",
-        "tests/test_expert_parallel.py -k buffer", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k buffer", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "the forward pass leaves out the last round", EXCHANGE,
         "lax.fori_loop(1, plan.rounds, lambda i, out:",
         "lax.fori_loop(1, plan.rounds - 1, lambda i, out:",
-        "tests/test_expert_parallel.py -k dropped", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k dropped", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "later rounds' experts are the first round's", EXCHANGE,
         "place = step * self.quota + jnp.arange(self.quota)",
         "place = jnp.arange(self.quota)",
-        "tests/test_expert_parallel.py -k one_devices_result", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k one_devices_result", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "of the experts' gradients the last round's is kept", EXCHANGE,
         "dgate_up + more_gate_up,",
         "more_gate_up,",
-        "tests/test_expert_parallel.py -k one_devices_result", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k one_devices_result", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "a round after a pair's last one moves a negative number of rows", EXCHANGE,
         "jnp.clip(self.counts - step * self.quota, 0, self.quota)",
         "jnp.minimum(self.counts - step * self.quota, self.quota)",
-        "tests/test_expert_parallel.py -k ragged", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k ragged", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "a round after a pair's last one begins behind the rows", EXCHANGE,
         "return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))",
         "return begin",
-        "tests/test_expert_parallel.py -k ragged", "tests/test_expert_parallel.py",
+        "tests/moe/test_exchange.py -k ragged", "tests/moe/test_exchange.py",
     ),
     # --- losses ----------------------------------------------------------------------------
     Mutation(
         "targets that are not counted have a gradient", LOSSES,
         "jnp.where(real[:, None], jnp.exp(log_p) - chosen, 0.0)",
         "(jnp.exp(log_p) - chosen)",
-        "tests/test_training.py -k packed_documents", "tests/test_training.py",
+        "tests/training/test_run.py -k packed_documents", "tests/training/test_run.py",
     ),
     Mutation(
         "the head's gradient is summed in bfloat16", LOSSES,
         "start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)",
         "start = jnp.float32(0), jnp.zeros(whole.shape, whole.dtype)",
-        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
+        "tests/training/test_step.py -k activations", f"{OF_STEPS} tests/end_to_end/test_parity.py",
     ),
     Mutation(
         "logits of the loss are rounded to bfloat16", LOSSES,
         'logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)',
         'logits = jnp.einsum("MD,VD->MV", h, weight).astype(jnp.float32)',
-        "tests/test_step.py -k activations", f"{OF_STEPS} tests/test_parity.py",
+        "tests/training/test_step.py -k activations", f"{OF_STEPS} tests/end_to_end/test_parity.py",
     ),
     # --- step ------------------------------------------------------------------------------
     Mutation(
         "the non-finite check does not look at the loss", STEP,
         'finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])',
         "finite = jnp.isfinite(norm)",
-        "tests/test_surviving.py -k balance", OF_STEPS,
+        f"{INTERRUPTED} -k balance", OF_STEPS,
     ),
     Mutation(
         "the balancing losses are averaged over layers", STEP,
         "config.train.aux_loss_weight * features.aux_loss.sum()",
         "config.train.aux_loss_weight * features.aux_loss.mean()",
-        "tests/test_step.py -k balancing", OF_STEPS,
+        "tests/training/test_step.py -k balancing", OF_STEPS,
     ),
     Mutation(
         "microbatches of packed rows count as much each", STEP,
         "jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts",
         "jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0)",
-        "tests/test_training.py -k packed_documents", OF_STEPS,
+        "tests/training/test_run.py -k packed_documents", OF_STEPS,
     ),
     Mutation(
         "bfloat16 gradients of microbatches are summed in bfloat16", STEP,
         "jnp.zeros(p.shape, jnp.float32), free)",
         "jnp.zeros(p.shape, p.dtype), free)",
-        "tests/test_step.py -k microbatches", OF_STEPS,
+        "tests/training/test_step.py -k microbatches", OF_STEPS,
     ),
     Mutation(
         "bfloat16 weights are rounded by the same draw in every step", STEP,
         "jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))",
         "jax.random.key(config.train.seed)",
-        "tests/test_step.py -k rounded", OF_STEPS,
+        "tests/training/test_step.py -k rounded", OF_STEPS,
     ),
     Mutation(
         "the rate goes down to zero, not to the final rate", OPTIM,
         "end_value=config.final_learning_rate,",
         "end_value=0.0,",
-        "tests/test_optim.py -k adamws", OF_STEPS,
+        "tests/training/test_optimizer.py -k adamws", OF_STEPS,
     ),
     Mutation(
         "gradients are not clipped", OPTIM,
         "optax.chain(optax.clip_by_global_norm(config.clip_norm), second)",
         "optax.chain(optax.identity(), second)",
-        "tests/test_optim.py -k adamws", OF_STEPS,
+        "tests/training/test_optimizer.py -k adamws", OF_STEPS,
     ),
     Mutation(
         "AdamW's second mean has Optax's default rate", OPTIM,
         "b2=config.beta2,",
         "b2=0.999,",
-        "tests/test_optim.py -k adamws", OF_STEPS,
+        "tests/training/test_optimizer.py -k adamws", OF_STEPS,
     ),
     # --- data order ------------------------------------------------------------------------
     Mutation(
         "every source is shuffled by one seed", DATA,
         ".seed(_seed(seed, part)).shuffle()",
         ".seed(seed).shuffle()",
-        "tests/test_data.py -k one_size", "tests/test_data.py",
+        "tests/data/test_batches.py -k one_size", "tests/data/test_batches.py",
     ),
     Mutation(
         "data.seed orders the first source alone", DATA,
         "np.random.SeedSequence([seed, part])",
         "np.random.SeedSequence([part])",
-        "tests/test_data.py -k one_size", "tests/test_data.py",
+        "tests/data/test_batches.py -k one_size", "tests/data/test_batches.py",
     ),
     Mutation(
         "held-out windows begin inside the training text", DATA,
         "return first, Windows(source.tokens, length, cut, total)",
         "return first, Windows(source.tokens, length, cut - length, total)",
-        "tests/test_data.py -k held_out", "tests/test_data.py tests/test_token_files.py",
+        "tests/data/test_batches.py -k held_out",
+        "tests/data/test_batches.py tests/data/test_token_files.py",
     ),
     Mutation(
         "a left-out batch is told with the epoch of its first row", DATA,
         "epoch = rows.turn(first + row)[1]",
         "epoch = rows.turn(first)[1]",
-        "tests/test_data.py -k known_by_its_step", "tests/test_data.py tests/test_surviving.py",
+        "tests/data/test_batches.py -k known_by_its_step",
+        f"tests/data/test_batches.py {INTERRUPTED}",
     ),
     Mutation(
         "packed documents share their positions", "finermoe_jax/data/packing.py",
         '"position_ids": slots - first,',
         '"position_ids": slots,',
-        "tests/test_data.py -k every_target_once", "tests/test_data.py",
+        "tests/data/test_batches.py -k every_target_once", "tests/data/test_batches.py",
     ),
     # --- resume ----------------------------------------------------------------------------
     Mutation(
         "a run that goes on begins the data anew", LOOP,
-        "batches = _global_batches(config, self.rows, first,",
-        "batches = _global_batches(config, self.rows, 0,",
-        "tests/test_surviving.py -k killed_and_stopped", OF_RUNS,
+        "_global_batches(setup.config, setup.data.train, first,",
+        "_global_batches(setup.config, setup.data.train, 0,",
+        f"{INTERRUPTED} -k killed_and_stopped", OF_RUNS,
     ),
     Mutation(
         "a run that goes on forgets the steps left out", TRAINING,
-        "guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)",
-        "guard = Guard(config, windows, workdir, 0, say)",
-        "tests/test_surviving.py -k poisoned", OF_RUNS,
+        "guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)",
+        "guard = Guard(config, rows, workdir, 0, say)",
+        f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
     Mutation(
         "a run that goes on logs the steps since its checkpoint twice", TRAINING,
         "log.cut(-1 if first is None else first)",
         "log.cut(-1 if first is None else first + 1)",
-        "tests/test_surviving.py -k goes_on", OF_RUNS,
+        f"{INTERRUPTED} -k goes_on", OF_RUNS,
     ),
     Mutation(
         "steps left out long ago count as in a row", "finermoe_jax/training/nonfinite.py",
         'if not metrics["skipped"]:\n            self.in_a_row = 0',
         'if not metrics["skipped"]:\n            self.in_a_row += 0',
-        "tests/test_surviving.py -k poisoned", OF_RUNS,
+        f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
 )  # fmt: skip
 

@@ -144,7 +144,9 @@ def preset(name: str) -> Any:
             f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
             "change and return the one that finermoe_jax.default_config() gives"
         )
-    return ConfigDict(_renamed(config), type_safe=False)
+    if "model" in config:
+        config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
+    return config
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:

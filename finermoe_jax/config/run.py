@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
@@ -211,6 +211,6 @@ _RANGES = {
 }
 
 
-def _named(config: RunConfig, names: Iterable[str]) -> list[tuple[str, float]]:
+def _named(config: RunConfig, names: Iterable[str]) -> list[tuple[str, Any]]:
     """The values of fields, with their dotted names."""
     return [(name, operator.attrgetter(name)(config)) for name in names]

@@ -1,0 +1,185 @@
+"""The train step compiled for hardware that is not there, and what is said of it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from finermoe_jax.analysis import aot, candidates, report, topology
+from finermoe_jax.analysis.hlo_costs import Costs
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.run import MeshConfig, OptimizerConfig
+from finermoe_jax.errors import InputError
+from tests.support import ROOT, load_preset
+from tests.support.interpreters import interpreter
+
+
+def _target(devices=8, memory=1e9):
+    chip = topology.CHIPS["v5e"]._replace(memory=memory)
+    return topology.Target("v5e:2x4", chip, "cpu", tuple(jax.devices()[:devices]), 1, 4)
+
+
+def _config(**mesh):
+    config = load_preset("demo")
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(**mesh),
+        data=dataclasses.replace(config.data, sequence_length=32, global_batch_size=8),
+        train=dataclasses.replace(config.train, kernel="cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    target = _target()
+    step = aot.abstract_step(_config(data=1, fsdp=2, expert=4), target)
+    return step, target, aot.compile_step(step, target, say=lambda _: None)
+
+
+@pytest.mark.slow
+def test_state_is_what_the_compiler_takes_as_arguments(compiled):
+    step, _, figures = compiled
+    batch = 4 * 33  # one row of each device
+    assert figures["argument_bytes"] == step.state_bytes + batch
+    assert figures["fits"] and figures["matmul_flops"] > 0
+    length = step.config.data.sequence_length
+    assert figures["model_flops_per_token"] == training_flops(step.model, length)
+    assert {"all-gather", "all-to-all"} <= figures["sent_bytes"].keys()
+
+
+@pytest.mark.slow
+def test_the_report_names_every_assumption(compiled):
+    _, target, figures = compiled
+    text = report.text(figures, target)
+    for words in (
+        "compiler estimate", "nothing measured", "197.0 TFLOP/s", "819 GB/s", "200 GB/s", "FITS",
+        "MFU at most", "tokens/s/device",
+    ):  # fmt: skip
+        assert words in text, words
+    json.dumps(figures)
+
+
+def test_the_roofline_is_the_slowest_resource():
+    costs = Costs(98e12, 49e12, 50e12, 819e9 / 2, {"all-gather": 200e9 / 4}, {})
+    bounds = report.roofline(costs, _target(), 8000, 197e9)["bounds"]
+    assert bounds["overlapped"]["seconds"] == pytest.approx(1.0)
+    assert bounds["serial"]["seconds"] == pytest.approx(1.25)
+    assert bounds["overlapped"]["tokens_per_second_per_device"] == pytest.approx(1000)
+    assert bounds["overlapped"]["mfu"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "gibibytes"),
+    [
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory in memory space hbm. "
+         "Used 24.05G of 15.75G hbm. Exceeded hbm capacity by 8.30G.", 24.05),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+         "required for HLO temporaries (33.90G) exceeds available HBM (15.75G).", 33.90),
+        ("RESOURCE_EXHAUSTED: CompileTimeHbmOom: Used 512.5M of 15.75G hbm.", 512.5 / 1024),
+    ],
+)  # fmt: skip
+def test_the_size_of_what_did_not_fit_is_read(message, gibibytes):
+    assert aot.out_of_memory(message) == pytest.approx(gibibytes * 2**30)
+
+
+def test_another_failure_is_the_users_to_see():
+    with pytest.raises(InputError, match="INTERNAL: Mosaic failed"):
+        aot.out_of_memory("INTERNAL: Mosaic failed to compile TPU kernel\n…")
+
+
+def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
+    config = dataclasses.replace(
+        _config(),
+        train=dataclasses.replace(_config().train, loss_chunk_tokens=1024),
+        data=dataclasses.replace(_config().data, global_batch_size=64, sequence_length=8192),
+        optimizer=OptimizerConfig(),
+    )
+    found = list(candidates.combinations(config, _target()))
+    names = [name for name, _ in found]
+    alone = names[: next(i for i, name in enumerate(names) if " + " in name)]
+    assert alone == [change.flag for change in candidates.LADDER]
+    last = found[-1][1]
+    assert (last.mesh.fsdp, last.train.grad_accumulation, last.train.remat) == (8, 8, "full")
+    assert (last.optimizer.name, last.train.param_dtype) == ("adafactor", "bfloat16")
+    assert last.data.sequence_length == 2048
+
+
+def test_what_does_not_fit_gets_a_change_that_may():
+    config = _config(data=8)
+    step = aot.abstract_step(config, _target())
+    state = step.state_bytes + step.gradient_bytes
+    said = []
+    rows = candidates.search(
+        config, _target(memory=0.4 * state), aot.abstract_step, None, said.append
+    )
+    first = next(row for row in rows if row["possible"])
+    assert first["change"] == "mesh.data to mesh.fsdp"
+    assert first["floor_bytes"] < state / 4
+    assert said[-1].endswith("beginning with: mesh.data to mesh.fsdp")
+    candidates.search(config, _target(memory=1e3), aot.abstract_step, None, said.append)
+    assert "larger slice" in said[-1]
+
+
+@pytest.mark.slow
+def test_changes_are_compiled_until_one_fits():
+    config = _config(data=8)
+    whole = aot.compile_step(aot.abstract_step(config, _target()), _target(), say=lambda _: None)
+    target = _target(memory=0.7 * whole["peak_bytes"])
+    rows = candidates.search(config, target, aot.abstract_step, aot.compile_step, lambda _: None)
+    assert rows[-1]["fits"] and not any(row.get("fits") for row in rows[:-1])
+    assert rows[-1]["compiled_bytes"] <= target.chip.memory
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "words"),
+    [
+        ("v5:2x4", 1, "Did you mean"),
+        ("v5e", 1, "a chip and a shape"),
+        ("", 1, "v5e:16x16"),
+        ("h100:9", 1, "GPUs of one node"),
+        ("h100:8", 2, "num_slices=2"),
+        ("v5e:2x4", 0, "num_slices=0"),
+    ],
+)
+def test_unknown_topologies_are_refused(name, slices, words):
+    with pytest.raises(InputError, match=words):
+        topology.describe(name, slices)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("v5e:2x4", "libtpu", "compile-tpu"), ("h100:8", "jax_cuda13_plugin", "compile-cuda")],
+)
+def test_a_missing_compiler_is_named_with_its_extra(name, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(InputError, match=extra):
+        topology.describe(name)
+
+
+@pytest.mark.slow
+def test_a_tpu_slice(tmp_path):
+    """In a process of its own, with the environment that can compile for TPUs."""
+    python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
+    command = [
+        python, "-m", "finermoe_jax", "aot", "--config=configs/demo.py", "--topology=v5e:2x4",
+        "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
+        "--config.data.global_batch_size=8", "--config.train.compute_dtype=bfloat16",
+        f"--output={tmp_path / 'figures.json'}",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FITS" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    state = figures["parameter_bytes"] + figures["optimizer_bytes"]
+    assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
+    assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
+    assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
+    loops = [note for note in figures["counting_notes"] if "known only at run time" in note]
+    assert all("shard_map" in note for note in loops)  # the exchange's further rounds alone

@@ -1,0 +1,251 @@
+"""The paper's architectures by name, and the settings that contradict their starts."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import finermoe_jax as fm
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.parse import default_config, run_config
+from finermoe_jax.config.presets import ARCHITECTURES, architecture
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.upcycle import UpcycleConfig
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import init_optimizer, jit_step
+from finermoe_jax.weights import upcycle_variants as starts
+from finermoe_jax.weights.convert import convert
+from tests.support import ROOT, SMALL, load_preset
+
+# G_I, G_O, R_I, R_O, T_I, whether there is a shared expert, the experts that a token uses.
+NUMBERS = {
+    "c32a2": (1, 1, 32, 1, 2, False, 2),
+    "s16a4": (16, 1, 1, 1, 4, False, 4),
+    "du": (1, 1, 8, 1, 2, False, 2),
+    "nvshard": (8, 1, 8, 1, 8, False, 8),
+    "no_fg": (1, 1, 1, 2, 1, True, 1),
+    "inter_fg": (32, 1, 1, 2, 1, True, 1),
+    "out_fg": (1, 2, 1, 2, 1, True, 2),
+    "inter_out_fg": (32, 2, 1, 2, 1, True, 2),
+    "separate_routers": (32, 2, 1, 2, 1, True, 2),
+    "add_concat_proj": (32, 2, 1, 2, 1, True, 2),
+    "no_shared_expert": (32, 2, 1, 2, 1, False, 2),
+}
+
+
+def _numbers(moe):
+    return dataclasses.astuple(moe)[:5]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_name_is_the_papers_architecture_in_every_preset(name):
+    qwen, demo = load_preset("qwen1p5b", name), load_preset("demo", name)
+    assert (demo.moe, demo.upcycle) == (qwen.moe, qwen.upcycle)
+    if name in ("pt", "ct"):
+        assert qwen.moe is None
+        return
+    *numbers, shared, active = NUMBERS[name]
+    assert _numbers(qwen.moe) == tuple(numbers) and qwen.moe.num_active == active
+    assert (qwen.moe.shared_expert_intermediate_size is None) == shared
+    # One logit's softmax is constant: its router would never learn.
+    assert qwen.moe.pre_softmax == (active == 1)
+    assert qwen.moe.plain_top_k == (name in ("no_fg", "inter_fg"))
+    assert qwen.moe.separate_routers == (name == "separate_routers")
+    assert qwen.moe.concat_proj == ("routed" if name == "add_concat_proj" else "none")
+    drop, groups = 0.5 * (name == "du"), name == "nvshard"
+    assert qwen.upcycle == UpcycleConfig(drop_ratio=drop, virtual_groups=groups)
+
+
+def test_numbers_are_architectures_and_variants_combine():
+    assert load_preset("demo", "32,2,4,2").moe == MoEConfig(32, 2, 4, 2, 1)
+    assert load_preset("qwen7b", "32,2,1,2,4").moe == MoEConfig(32, 2, 1, 2, 4)
+    lean = load_preset("qwen0p5b", "c32a2+lean")
+    assert lean == load_preset("qwen0p5b", "lean+c32a2")
+    assert lean.moe == ARCHITECTURES["c32a2"].moe and lean.optimizer.name == "adafactor"
+    # A start keeps the preset's own granularities.
+    demo = load_preset("demo", "function_preserving")
+    assert demo.upcycle.function_preserving and demo.moe == load_preset("demo").moe
+    assert _numbers(demo.moe) == (8, 2, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("c32a", ["'c32a'", "Did you mean c32a2?"]),
+        ("du+nvshard", ["du", "nvshard"]),
+        ("32,2,1,2+16,2,1,2", ["32,2,1,2", "16,2,1,2"]),
+        ("du+", ["''"]),
+        ("32,2,1", ["32,2,1", "3 numbers", "T_I"]),
+        ("4,2,1,2,5", ["active_per_group=5", "4 experts"]),
+        ("32,2,0,2", ["intermediate_expansion=0"]),
+        ("ct+function_preserving", ["function_preserving=True", "moe=None"]),
+        ("c32a2+function_preserving", ["function_preserving=True", "size=0"]),
+    ],
+)
+def test_variants_that_cannot_be_are_named(variant, words):
+    with pytest.raises(InputError) as error:
+        load_preset("demo", variant)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("upcycle", "moe", "words"),
+    [
+        (dict(drop_ratio=1.5), {}, ["drop_ratio=1.5"]),
+        (dict(drop_ratio=float("nan")), {}, ["drop_ratio=nan"]),
+        (dict(concat_proj_std=-1.0), {}, ["concat_proj_std=-1.0"]),
+        (dict(concat_proj_std=0.0), {}, ["concat_proj_std=0.0", "concat_proj=none"]),
+        (dict(drop_ratio=0.5, function_preserving=True), {}, ["drop_ratio=0.5", "=True"]),
+        (
+            dict(concat_proj_std=0.0, function_preserving=True),
+            dict(concat_proj="routed"),
+            ["concat_proj_std=0.0", "function_preserving=True"],
+        ),
+        (dict(function_preserving=True), dict(concat_proj="all"), ["=True", "concat_proj=all"]),
+        (dict(virtual_groups=True), {}, ["virtual_groups=True", "size=None"]),
+        (
+            dict(virtual_groups=True),
+            dict(shared_expert_intermediate_size=0),
+            ["virtual_groups=True", "output_granularity=2"],
+        ),
+        (
+            dict(virtual_groups=True),
+            dict(shared_expert_intermediate_size=0, output_granularity=1),
+            ["active_per_group=1", "intermediate_granularity=32"],
+        ),
+    ],
+)
+def test_starts_that_do_not_go_with_the_experts_are_refused(upcycle, moe, words):
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["upcycle"] |= upcycle
+    values["moe"] |= moe
+    with pytest.raises(InputError) as error:
+        run_config(values)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense model's HF directory."""
+    path = tmp_path_factory.mktemp("dense") / "model"
+    config = dataclasses.replace(SMALL, num_hidden_layers=2, initializer_range=0.3)
+    fm.save_hf(Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def _upcycled(name, dense):
+    one = ARCHITECTURES[name]
+    return fm.upcycle_model(fm.load_hf(dense), one.moe, jax.random.key(0), one.upcycle)
+
+
+@pytest.mark.parametrize(
+    "name", ["c32a2", "du", "nvshard", "no_fg", "separate_routers", "add_concat_proj"]
+)
+def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dense):
+    config = load_preset("demo", name)
+    # Without the balancing loss: what moves a router is the text alone.
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, global_batch_size=4, sequence_length=16),
+        optimizer=dataclasses.replace(config.optimizer, warmup_fraction=0.0),
+        train=dataclasses.replace(config.train, remat="none", aux_loss_weight=0.0),
+    )
+    model = _upcycled(name, dense)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    shardings, _ = sharding.param_shardings(model, mesh)
+    graphdef, state = nnx.split(model)
+    params = jax.device_put(nnx.to_pure_dict(state), shardings)
+    tx = optimizer(config.optimizer, config.train.steps)
+    opt_state = init_optimizer(tx, params, shardings, mesh)
+    step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
+    params, opt_state = jax.device_put((params, opt_state), places)
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
+    batch = jax.device_put(Batch(jnp.asarray(tokens)), sharding.batch_sharding(mesh))
+    losses = []
+    for _ in range(5):
+        params, opt_state, metrics = step(params, opt_state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    # Adam's mean of the gradients; one active expert has one because its weight is pre_softmax's.
+    learned = optax.tree.get(opt_state, "mu")["runs"][0][0]["moe"]
+    assert {"router", "gate_up", "down"} <= learned.keys()
+    for path, mean in jax.tree_util.tree_leaves_with_path(learned):
+        assert float(jnp.abs(mean).max()) > 0, path
+
+
+def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
+    target = tmp_path / "du"
+    command = [
+        sys.executable, "convert_hf.py", f"--source={dense}", f"--target={target}",
+        "--config=configs/demo.py:du",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(target)))["runs"][0][0]["moe"]
+    upcycled = nnx.to_pure_dict(nnx.state(_upcycled("du", dense)))["runs"][0][0]["moe"]
+    for name in ("gate_up", "down"):
+        np.testing.assert_array_equal(converted[name], upcycled[name])
+    # Drawn by compiled code, which the tests do not optimise.
+    np.testing.assert_allclose(converted["router"], upcycled["router"], rtol=1e-5)
+
+
+def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
+    """Blocks are made by threads; those of one expert wait for the one that makes it."""
+    monkeypatch.setattr("finermoe_jax.weights.lazy.BLOCK_BYTES", 1024)
+    wanted = nnx.to_pure_dict(nnx.state(_upcycled("du", dense)))["runs"][0][0]["moe"]
+    calls, running, most, lock, drop = [], 0, 0, threading.Lock(), starts.drop
+
+    def counted(name, *rest):
+        nonlocal running, most
+        with lock:
+            calls.append(name)
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        made = drop(name, *rest)
+        with lock:
+            running -= 1
+        return made
+
+    monkeypatch.setattr(starts, "drop", counted)
+    found = architecture("du")
+    convert(str(dense), tmp_path / "du", "orbax", found.moe, upcycling=found.upcycle, seed=0)
+    converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(tmp_path / "du")))
+    for name in ("gate_up", "down"):
+        array = converted["runs"][0][0]["moe"][name]
+        layers, experts, *shape = array.shape
+        assert math.prod(shape) * array.dtype.itemsize > 2 * 1024, "blocks cut this expert"
+        # Threads may have gone on to the next expert before its last block was read.
+        assert layers * experts <= calls.count(name) <= 1.5 * layers * experts
+        np.testing.assert_array_equal(array, wanted[name])
+    assert most == 1
+
+
+@pytest.mark.slow
+def test_a_run_starts_as_its_variant_says(tmp_path):
+    config = load_preset("demo", "function_preserving")
+    config = dataclasses.replace(
+        config,
+        prompts=(),
+        data=dataclasses.replace(
+            config.data, global_batch_size=8, sequence_length=32, eval_windows=8
+        ),
+        train=dataclasses.replace(config.train, steps=1),
+    )
+    train(config, tmp_path / "run", say=lambda _: None)
+    losses = {e["name"]: e["loss"] for e in read_lines(tmp_path / "run" / "evals.jsonl")}
+    assert abs(losses["step 0"] - losses["dense base"]) < 1e-4

@@ -1,0 +1,155 @@
+"""Validation and derived sizes of configs; the preset files."""
+
+import dataclasses
+
+import pytest
+
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.parse import default_config, preset, run_config
+from finermoe_jax.config.presets import QWEN2P5
+from finermoe_jax.errors import InputError
+from tests.support import SMALL, load_preset
+
+
+@pytest.mark.parametrize("size", ["0.5B", "1.5B", "7B"])
+def test_published_presets_state_the_papers_recipe(size):
+    config = load_preset("qwen" + size.replace(".", "p").lower())
+    assert config.init_from == f"Qwen/Qwen2.5-{size}"
+    assert config.dense == QWEN2P5[size]
+    assert config.moe == MoEConfig(32, 2, 1, 2, 1)
+    assert config.moe.num_experts == 128 and config.moe.num_active == 2
+    assert (config.data.sequence_length, config.data.global_batch_size) == (8192, 2048)
+    tokens = config.train.steps * 8192 * 2048
+    assert abs(tokens / 50e9 - 1) < 0.001
+    o = config.optimizer
+    assert (o.learning_rate, o.final_learning_rate, o.warmup_fraction) == (1e-5, 1e-7, 0.01)
+    assert (o.beta1, o.beta2, o.weight_decay, o.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert config.train.aux_loss_weight == 0.001 and config.train.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen0p5b", "qwen7b"])
+def test_lean_variant_is_for_one_small_device(name):
+    config = load_preset(name, "lean")
+    assert config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16"
+    assert (config.data.global_batch_size, config.train.grad_accumulation) == (1, 1)
+    assert config.data.sequence_length <= 2048 and config.train.remat == "full"
+    assert config.moe is not None
+
+
+def test_moment_dtype_is_adamws():
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["optimizer"] |= {"name": "adafactor", "moment_dtype": "bfloat16"}
+    with pytest.raises(InputError, match="leave it at float32"):
+        run_config(values)
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2_135m", "qwen0p5b", "qwen1p5b", "qwen7b"])
+def test_ct_variant_is_dense_and_unknown_variants_are_refused(name):
+    assert load_preset(name, "ct").moe is None
+    with pytest.raises(InputError, match=r"unknown variant 'cx'.*c32a2, ct"):
+        load_preset(name, "cx")
+
+
+@pytest.mark.parametrize(
+    ("moe", "kinds", "runs"),
+    [
+        (None, ["dense"] * 4, (((("dense",)), 4),)),
+        (dict(), ["moe"] * 4, ((("moe",), 4),)),
+        (dict(decoder_sparse_step=2), ["dense", "moe"] * 2, ((("dense", "moe"), 2),)),
+        (
+            dict(mlp_only_layers=(1,)),
+            ["moe", "dense", "moe", "moe"],
+            ((("moe", "dense"), 1), (("moe",), 2)),
+        ),
+        (dict(decoder_sparse_step=5), ["dense"] * 4, ((("dense",), 4),)),
+    ],
+)
+def test_layers_fall_into_scanned_runs(moe, kinds, runs):
+    moe = None if moe is None else MoEConfig(4, 2, 1, 2, 1, **moe)
+    config = dataclasses.replace(SMALL, moe=moe)
+    assert list(config.layer_kinds) == kinds
+    flat = [k for pattern, repeats in config.layer_runs for k in pattern * repeats]
+    assert flat == kinds
+    if kinds != ["moe", "dense", "moe", "moe"]:
+        assert config.layer_runs == runs
+
+
+def test_compiled_pieces_do_not_grow_with_depth():
+    for step in (1, 2, 3):
+        moe = MoEConfig(4, 2, 1, 2, 1, decoder_sparse_step=step)
+        sizes = {
+            sum(
+                len(pattern)
+                for pattern, _ in dataclasses.replace(
+                    SMALL, moe=moe, num_hidden_layers=layers
+                ).layer_runs
+            )
+            for layers in (12, 24, 48)
+        }
+        assert sizes == {step}
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        (dict(intermediate_size=66, moe=MoEConfig(4, 2, 1, 2, 1)), ["66", "4"]),
+        (dict(hidden_size=40, moe=MoEConfig(4, 16, 1, 2, 1)), ["hidden_size=40", "16"]),
+        (dict(num_key_value_heads=3), ["4", "3"]),
+        (dict(hidden_size=34), ["34", "4"]),
+        (dict(vocab_size=0), ["vocab_size=0"]),
+        (dict(moe=MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(9,))), ["9", "num_hidden_layers=4"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes, values):
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(SMALL, **changes)
+    assert all(value in str(error.value) for value in values), error.value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("train.step", 3, ["train has no field 'step'", "steps"]),
+        ("train.steps", "many", ["train.steps='many'", "int"]),
+        ("train.steps", True, ["train.steps=True"]),
+        ("train.remat", "ful", ["full"]),
+        ("data.eval_fraction", 1.5, ["1.5"]),
+        ("train.grad_accumulation", 3, ["2048", "3"]),
+        ("init_from", "", ["init_from", "dense"]),
+    ],
+)
+def test_bad_fields_are_named(path, value, words):
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    *groups, field = path.split(".")
+    target = values
+    for group in groups:
+        target = target[group]
+    target[field] = value
+    with pytest.raises(InputError) as error:
+        run_config(values)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_presets_by_name():
+    assert run_config(preset("configs/demo.py:ct").to_dict()).moe is None
+    assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"
+    with pytest.raises(InputError, match=r"configs/dmo\.py does not exist"):
+        preset("configs/dmo.py")
+
+
+def test_the_former_name_of_dense_is_read(tmp_path):
+    values = default_config().to_dict()
+    shape = dataclasses.asdict(SMALL)
+    assert run_config(values | {"model": shape}).dense == SMALL
+    assert run_config({"model": None, "init_from": "x"}).dense is None  # a config.json of before
+    with pytest.raises(InputError, match=r"former name of config\.dense"):
+        run_config(values | {"model": shape, "dense": shape})
+    path = tmp_path / "run.py"
+    path.write_text(
+        "import finermoe_jax as fm\n"
+        "def get_config():\n"
+        "    config = fm.default_config()\n"
+        f"    config.model = {dict(shape, moe=None)!r}\n"
+        "    return config\n"
+    )
+    assert run_config(preset(str(path))).dense == SMALL

@@ -1,0 +1,131 @@
+"""Routing against the published code's decisions, and the ways it can be asked wrong."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.moe.routing import load_balancing_loss, route
+from tests.support import GOLDEN
+
+
+def _cases():
+    return json.loads((GOLDEN / "router_unit" / "golden.json").read_text())
+
+
+def _moe(case, **variants):
+    return MoEConfig(case["G_I"], case["G_O"], case["R_I"], case["R_O"], case["T_I"], **variants)
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_published_model(index):
+    case = _cases()[index]
+    data = load_file(GOLDEN / "router_unit" / "golden.safetensors")
+    routing, slot_order = route(jnp.asarray(data[f"{index}.logits"]), _moe(case), jnp.float32)
+    np.testing.assert_array_equal(
+        np.sort(routing.experts, -1), np.sort(data[f"{index}.selected_experts"], -1)
+    )
+    order = np.argsort(data[f"{index}.selected_experts"], -1)
+    ours = np.argsort(np.asarray(routing.experts), -1)
+    np.testing.assert_allclose(
+        np.take_along_axis(np.asarray(routing.weights), ours, -1),
+        np.take_along_axis(data[f"{index}.weights"], order, -1),
+        rtol=1e-4,
+    )
+    logits = np.take_along_axis(data[f"{index}.logits"], np.asarray(routing.experts), -1)
+    assert (np.diff(logits) <= 0).all(), "experts are reported by falling logit"
+    in_slots = np.take_along_axis(np.asarray(routing.experts), np.asarray(slot_order), -1)
+    per_slot = case["num_experts"] // case["G_O"]
+    slots = np.repeat(np.arange(case["G_O"]), case["T_I"])
+    np.testing.assert_array_equal(in_slots // per_slot, np.broadcast_to(slots, in_slots.shape))
+
+
+@pytest.mark.parametrize("index", [6, 7, 8])
+def test_published_training_code(index):
+    case = _cases()[index]
+    data = load_file(GOLDEN / "router_unit" / "golden.safetensors")
+    moe = _moe(case, plain_top_k=True, pre_softmax=case["megatron_pre_softmax"])
+    routing, _ = route(jnp.asarray(data[f"{index}.logits"]), moe, jnp.float32)
+    dense = np.zeros_like(data[f"{index}.logits"])
+    np.put_along_axis(dense, np.asarray(routing.experts), np.asarray(routing.weights), -1)
+    wanted = data[f"{index}.megatron_dense_weights"]
+    np.testing.assert_array_equal(dense != 0, wanted != 0)
+    np.testing.assert_allclose(dense, wanted, rtol=1e-4)
+
+
+def test_ties_take_the_lowest_index():
+    moe = MoEConfig(4, 2, 1, 2, 2)
+    routing, _ = route(jnp.zeros((1, 16)), moe, jnp.float32)
+    np.testing.assert_array_equal(np.sort(routing.experts[0]), [0, 1, 8, 9])
+    np.testing.assert_array_equal(routing.experts[0], [0, 1, 8, 9])
+
+
+def test_weights_are_rounded_once():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, (500, 16)), jnp.float32)
+    moe = MoEConfig(4, 2, 1, 2, 1)
+    exact, rounded = (route(logits, moe, dtype)[0].weights for dtype in (jnp.float32, jnp.bfloat16))
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+
+
+def test_candidates_are_chosen_by_the_sum_of_all_raw_logits():
+    # The second candidate holds the largest logit; the first has the larger sum.
+    logits = jnp.asarray([[1.0, 1.0, 1.5, -3.0]])
+    routing, _ = route(logits, MoEConfig(2, 1, 1, 2, 1), jnp.float32)
+    assert routing.experts.tolist() == [[0]]
+
+
+def test_one_active_expert_has_weight_one_and_no_gradient():
+    moe = MoEConfig(8, 1, 1, 1, 1)
+
+    def weight(logits):
+        return route(logits, moe, jnp.float32)[0].weights.sum()
+
+    logits = jnp.arange(8.0)[None]
+    assert weight(logits) == 1
+    np.testing.assert_array_equal(jax.grad(weight)(logits), 0)
+
+
+def test_aux_loss_of_uniform_routing_is_one_and_ignores_padding():
+    experts = jnp.arange(8).reshape(1, 4, 2)
+    logits = jnp.zeros((1, 4, 8))
+    mask = jnp.ones((1, 4), bool)
+    assert load_balancing_loss(logits, experts, mask) == pytest.approx(1.0)
+    padded = (
+        jnp.pad(logits, ((0, 1), (0, 3), (0, 0)), constant_values=7.0),
+        jnp.pad(experts, ((0, 1), (0, 3), (0, 0))),
+        jnp.pad(mask, ((0, 1), (0, 3))),
+    )
+    assert load_balancing_loss(*padded) == pytest.approx(1.0)
+
+
+def test_aux_loss_gradient_flows_through_the_probabilities_only():
+    logits = jnp.asarray([[[2.0, 0.0], [1.0, 0.0]]])
+    experts = jnp.zeros((1, 2, 1), jnp.int32)
+    grad = jax.grad(load_balancing_loss)(logits, experts, jnp.ones((1, 2), bool))
+    p = jax.nn.softmax(logits, -1)
+    # d/dlogit of f_0 * mean(p_0), with f_0 = 2 / (1 * 2) * 2 = 2 held fixed.
+    slope = 2 * p[..., 0] * p[..., 1] / 2
+    np.testing.assert_allclose(grad, jnp.stack([slope, -slope], -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [
+        (dict(output_expansion=0), ["output_expansion=0", "at least 1"]),
+        (dict(intermediate_expansion=0), ["intermediate_expansion=0"]),
+        (dict(active_per_group=33), ["active_per_group=33", "32"]),
+        (dict(plain_top_k=True), ["output_granularity=1", "2"]),
+        (dict(pre_softmax=True, norm_topk_prob=True), ["pre_softmax", "norm_topk_prob"]),
+        (dict(shared_expert_intermediate_size=-1), ["-1"]),
+        (dict(decoder_sparse_step=0), ["decoder_sparse_step=0"]),
+    ],
+)
+def test_bad_settings(settings, values):
+    with pytest.raises(InputError) as error:
+        MoEConfig(**settings)
+    assert all(value in str(error.value) for value in values), error.value

@@ -1,0 +1,206 @@
+"""Paths as users name them: `~` is expanded, addresses are refused before any work."""
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import finermoe_jax as fm
+from finermoe_jax.cli.flags import Flags
+from finermoe_jax.cli.main import COMMANDS
+from finermoe_jax.cli.similarity import labelled
+from finermoe_jax.config.run import DataConfig, RunConfig
+from finermoe_jax.data import token_files
+from finermoe_jax.data.prepare import prepare
+from finermoe_jax.data.text import TextFile
+from finermoe_jax.evaluation.evaluate import Tasks, evaluate
+from finermoe_jax.runtime.paths import local, local_list
+from finermoe_jax.training import plot
+from finermoe_jax.training.run import train
+from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.hf_weights import resolve_source
+from finermoe_jax.weights.source import load_model, open_model
+from finermoe_jax.weights.verify import verify
+from tests.support import GOLDEN, ROOT, invoke
+
+MIXTURE = GOLDEN / "e_conv_split"
+BUCKET = "gs://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty working directory, which stays empty: nothing called `gs:` is made."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", "/home/user")
+    yield tmp_path / "here"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("gs://b/x", ["gs://b/x", "gcloud storage cp -r", "mount"]),
+        ("GS://b/x", ["gcloud storage cp -r"]),
+        ("s3://b/x", ["aws s3 cp --recursive"]),
+        ("az://b/x", ["az://b/x", "copy the files", "local directory"]),
+        ("hdfs:///x", ["hdfs:///x is an address"]),
+        ("abfs+x.y-z://b", ["is an address"]),
+        (Path("gs://b/x"), ["gs://b/x", "gcloud"]),
+        (Path("hf://o/n"), ["give o/n"]),
+        ("file:///data/x.txt", ["give the path alone, /data/x.txt"]),
+        ("file://localhost/data/x", ["give the path alone, /data/x"]),
+        ("hf://owner/name", ["give owner/name", "hf download owner/name"]),
+        ("hf://datasets/owner/name", ["give owner/name"]),
+        ("https://huggingface.co/owner/na.me-1", ["give owner/na.me-1"]),
+        ("https://huggingface.co/owner/name/tree/main", ["give owner/name;"]),
+        ("http://hf.co/datasets/owner/name", ["give owner/name"]),
+        ("https://huggingface.co/", ["is an address", "copy the files"]),
+        ("https://example.org/owner/name", ["is an address", "copy the files"]),
+    ],
+)
+def test_an_address_is_refused_with_the_way_out(address, words):
+    with pytest.raises(fm.InputError) as error:
+        local(address, "data.path")
+    assert str(error.value).startswith("data.path: ")
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "demo/model", "Qwen/Qwen2.5-0.5B", "/a/b", "a:b/c", "./gs:/b", "C:/x", "x/y://z",
+     "a~b", "./~"],
+)  # fmt: skip
+def test_a_path_stays(path):
+    assert local(path) == path
+
+
+def test_the_home_directory():
+    assert local("~/a") == local(Path("~/a")) == "/home/user/a"
+    assert local_list("~/a:1, ~/b:2,c") == "/home/user/a:1, /home/user/b:2,c"
+    with pytest.raises(fm.InputError, match="gs://b/c:2"):
+        local_list("~/a:1, gs://b/c:2")
+
+
+# --- every way in ---------------------------------------------------------------------------
+
+# Of the flags that take text, those that name no path.
+NO_PATHS = {"wandb", "profile_steps", "to", "dtype", "prompt", "system", "topology", "text_field",
+            "split", "config"}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_path_flag(command, monkeypatch):
+    """A new flag that takes text is either a path's or stands in NO_PATHS."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    defined = Flags()
+    importlib.import_module(f"finermoe_jax.cli.{command}").COMMAND.define(defined)
+    for name in set(defined.values) - NO_PATHS:
+        flag = defined.values[name]
+        if type(flag) is not flags.Flag or flag.flag_type() != "string":
+            continue
+        with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*gcloud"):
+            flag.parse(BUCKET)
+        flag.parse("~/x")
+        assert flag.value == "/home/user/x"
+
+
+PATH_FIELDS = {"init_from", "data.path", "data.tokenizer", "data.eval_path"}
+
+
+def test_every_field_of_a_config():
+    """A new field of type str is either a path's or fails here."""
+    run = dataclasses.asdict(RunConfig(init_from="x"))
+    run = {k: v for k, v in run.items() if k != "upcycle"}
+    text = {name for name, value in run.items() if isinstance(value, str)}
+    text |= {f"data.{name}" for name, v in run["data"].items() if isinstance(v, str)}
+    assert text - {"data.packing"} == PATH_FIELDS
+    for name in PATH_FIELDS:
+        field = name.removeprefix("data.")
+
+        def made(value, field=field, name=name):
+            if name == "init_from":
+                return RunConfig(init_from=value).init_from
+            return getattr(DataConfig(**{field: value}), field)
+
+        assert made("~/x") == "/home/user/x"
+        with pytest.raises(fm.InputError, match=f"^{name}: {BUCKET} .*gcloud"):
+            made(BUCKET)
+    assert DataConfig(path="~/a:1,~/b:2").path == "/home/user/a:1,/home/user/b:2"
+    with pytest.raises(fm.InputError, match=r"data\.path: s3://b/c:2 "):
+        DataConfig(path="~/a:1,s3://b/c:2")
+
+
+@pytest.mark.parametrize("address", [BUCKET, Path(BUCKET)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        fm.load_hf,
+        fm.load_checkpoint,
+        load_model,
+        open_model,
+        resolve_source,
+        lambda path: fm.save_hf(fm.load_hf(MIXTURE), path),
+        lambda path: fm.save_hf(fm.load_hf(MIXTURE), "out", tokenizer=path),
+        lambda path: fm.save_checkpoint(fm.load_hf(MIXTURE), path),
+        lambda path: fm.save_checkpoint(fm.load_hf(MIXTURE), "out", tokenizer=path),
+    ],
+)
+def test_every_call(call, address):
+    with pytest.raises(fm.InputError, match=r"gs://bucket/run.*gcloud"):
+        call(address)
+
+
+OUT = Path("out")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fm.preset(BUCKET),
+        lambda: plot.draw(Path(BUCKET)),
+        lambda: TextFile(Path(BUCKET)),
+        lambda: token_files.verify(Path(BUCKET)),
+        lambda: train(RunConfig(init_from="x"), Path(BUCKET)),
+        lambda: convert(str(MIXTURE), Path(BUCKET), "orbax", None, seed=0),
+        lambda: convert(BUCKET, OUT, "orbax", None, seed=0),
+        lambda: verify(str(MIXTURE), Path(BUCKET), None, None),
+        lambda: evaluate(BUCKET),
+        lambda: evaluate("x", text=Path(BUCKET)),
+        lambda: evaluate("x", tasks=Tasks(["arc_easy"], data_dir=Path(BUCKET))),
+        lambda: prepare(["x"], Path(BUCKET), OUT),
+        lambda: prepare(["x"], OUT, Path(BUCKET)),
+        lambda: prepare([BUCKET], OUT, OUT),
+    ],
+)
+def test_every_call_of_a_command(call):
+    with pytest.raises(fm.InputError, match=r"gs://bucket/run.*gcloud"):
+        call()
+
+
+@pytest.mark.parametrize("argument", [BUCKET, f"label={BUCKET}", f"{BUCKET}=x"])
+def test_similarity_and_plot(argument, capsys):
+    assert invoke("similarity", argument) == 2
+    assert "gcloud" in capsys.readouterr().err
+    assert invoke("similarity", MIXTURE, f"--output={BUCKET}.png") == 2
+    assert "gcloud" in capsys.readouterr().err
+    assert invoke("plot", argument) == 2
+    assert labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
+
+
+@pytest.mark.slow  # a process of its own: it is the command line that is tested
+def test_nothing_is_left_of_a_run(place):
+    flags = [f"--workdir={BUCKET}", "--config.train.steps=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        capture_output=True, text=True, cwd=place, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("error: ") == 1 and "gcloud" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,177 @@
+"""Adafactor beside AdamW: its state's shardings, its arithmetic, and bfloat16 weights."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from finermoe_jax.analysis.params import run_model
+from finermoe_jax.config.run import MeshConfig, OptimizerConfig
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers import sharding
+from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, round_at_random
+from finermoe_jax.training.plot import read_lines
+from finermoe_jax.training.run import train
+from finermoe_jax.training.step import abstract_optimizer
+from finermoe_jax.weights.checkpoint import abstract_params
+from tests.support import load_preset
+from tests.support.training import assert_same_steps, demo_run, small_run, take_steps
+
+ADAFACTOR = OptimizerConfig(name="adafactor", learning_rate=1e-2, warmup_fraction=0.0)
+
+
+def test_rows_and_columns_are_split_as_their_parameter():
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 4, 1))
+    config = load_preset("qwen0p5b", "lean")
+    model = with_shapes(run_model(config))
+    shardings, _ = sharding.param_shardings(model, mesh)
+    params = abstract_params(model.config, "bfloat16", shardings)
+    state = abstract_optimizer(optimizer(ADAFACTOR, 10), params, shardings, mesh)
+    factored = next(
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "v_row"))
+        if hasattr(leaf, "v_row")
+    )
+    for name, entries in (("gate_up", (0, 1, 2, 3)), ("down", (0, 1, 2, 3))):
+        place = shardings["runs"][0][0]["moe"][name].spec
+        place = (*place, *(None for _ in entries[len(place) :]))
+        moe = (s["runs"][0][0]["moe"][name] for s in (factored.v_row, factored.v_col, factored.v))
+        row, col, unused = moe
+        shape = params["runs"][0][0]["moe"][name].shape
+        small, large = np.argsort(shape)[-2:]
+        for leaf, dropped in ((row, large), (col, small)):
+            assert leaf.shape == tuple(np.delete(shape, dropped))
+            kept = [entry for axis, entry in enumerate(place) if axis != dropped]
+            assert leaf.sharding.spec == P(*kept)
+            assert leaf.dtype == jnp.float32
+        assert unused.shape == (1,) and unused.sharding.is_fully_replicated
+    # The unfactored: the whole second moment, split as the parameter.
+    query = factored.v["runs"][0][0]["attention"]["query"]
+    assert query.sharding.spec == shardings["runs"][0][0]["attention"]["query"].spec
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_one_devices_result():
+    config = dataclasses.replace(small_run(8), optimizer=ADAFACTOR)
+    reference = take_steps(config, MeshConfig(1, 1, 1, 1))
+    assert reference[0][-1, 0] < reference[0][0, 0]
+    for mesh in (MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 4, 1)):
+        assert_same_steps(take_steps(config, mesh), reference)
+
+
+def test_the_step_is_adafactors():
+    """One step by hand: the gradient over its factored root mean square, then rate and decay."""
+    rng = np.random.default_rng(0)
+    w, g = (rng.standard_normal((200, 300)).astype(np.float32) for _ in range(2))
+    g *= 1e-3
+    config = dataclasses.replace(ADAFACTOR, clip_norm=1e6, weight_decay=0.1)
+    tx = optimizer(config, 10)
+    params = {"weight": jnp.asarray(w)}
+    updates, _ = tx.update({"weight": jnp.asarray(g)}, tx.init(params), params)
+    square = g.astype(np.float64) ** 2
+    row, col = square.mean(1, keepdims=True), square.mean(0, keepdims=True)
+    step = g / np.sqrt(row * col / row.mean())
+    step /= max(1.0, np.sqrt((step**2).mean()))
+    np.testing.assert_allclose(updates["weight"], -1e-2 * (step + 0.1 * w), rtol=1e-4, atol=1e-6)
+
+
+def test_the_step_is_adamws():
+    """Three steps by hand: clipping, both means and their corrections, decay, and the rate."""
+    config = OptimizerConfig(
+        learning_rate=1e-2, final_learning_rate=1e-3, warmup_fraction=0.0, beta1=0.8, beta2=0.9,
+        weight_decay=0.1, clip_norm=2.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    exact = {"weight": rng.standard_normal((5, 7)), "scale": rng.standard_normal(7)}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
+    tx = optimizer(config, 3)
+    state = tx.init(params)
+    means = {name: (0.0, 0.0) for name in exact}
+    for step, size in enumerate((0.01, 1.0, 30.0)):  # the last two are clipped
+        grads = {name: size * rng.standard_normal(value.shape) for name, value in exact.items()}
+        given = {name: jnp.asarray(grad, jnp.float32) for name, grad in grads.items()}
+        updates, state = tx.update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
+        assert (norm > 2.0) == (step > 0)
+        rate = 1e-3 + (1e-2 - 1e-3) * (1 + np.cos(np.pi * step / 3)) / 2
+        for name, grad in grads.items():
+            grad = grad * min(1.0, 2.0 / norm)
+            first, second = means[name]
+            means[name] = first, second = 0.8 * first + 0.2 * grad, 0.9 * second + 0.1 * grad**2
+            move = first / (1 - 0.8 ** (step + 1))
+            move /= np.sqrt(second / (1 - 0.9 ** (step + 1))) + 1e-8
+            exact[name] = exact[name] - rate * (move + 0.1 * exact[name] * (name == "weight"))
+            np.testing.assert_allclose(params[name], exact[name], rtol=1e-5, atol=1e-6)
+
+
+def test_state_in_float32_whatever_the_weights():
+    tx = in_float32(optax.scale_by_factored_rms())
+    params = {"a": jnp.ones((256, 256), jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {
+        jnp.dtype("float32"), jnp.dtype("int32"),
+    }  # fmt: skip
+
+
+def test_small_updates_of_bfloat16_weights_arrive_on_average():
+    x = jnp.full(200_000, 0.02, jnp.bfloat16)
+    update = jnp.full(200_000, -1e-5, jnp.float32)
+    moved = apply_updates({"w": x}, {"w": update}, jax.random.key(0))["w"]
+    assert moved.dtype == jnp.bfloat16 and (x + update.astype(jnp.bfloat16) == x).all()
+    mean = float((moved.astype(jnp.float32) - x.astype(jnp.float32)).mean())
+    assert mean == pytest.approx(-1e-5, rel=0.05)
+    for exact in (0.0, -1.5, jnp.inf, -jnp.inf):
+        assert round_at_random(jnp.float32(exact), jax.random.key(1)) == exact
+    assert jnp.isnan(round_at_random(jnp.float32(jnp.nan), jax.random.key(1)))
+
+
+def test_float32_weights_are_updated_as_by_optax():
+    rng = np.random.default_rng(0)
+    w, u = ({"w": jnp.asarray(rng.standard_normal(50), jnp.float32)} for _ in range(2))
+    found = apply_updates(w, u, jax.random.key(0))
+    np.testing.assert_array_equal(found["w"], optax.apply_updates(w, u)["w"])
+
+
+def test_the_first_moment_in_bfloat16():
+    config = OptimizerConfig(moment_dtype="bfloat16")
+    params = {"w": jnp.ones(3)}
+    (adam, *_), *_ = optimizer(config, 10).init(params)[1:]
+    assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.slow
+def test_a_lean_run_resumes(tmp_path):
+    """bfloat16 weights, Adafactor's state and the rounding's keys go on where they were."""
+
+    def config(steps):
+        tiny = demo_run(steps, param_dtype="bfloat16")
+        adafactor = dataclasses.replace(tiny.optimizer, name="adafactor", learning_rate=1e-2)
+        return dataclasses.replace(tiny, prompts=(), optimizer=adafactor)
+
+    train(config(4), tmp_path / "straight", say=lambda _: None)
+    # As if it had been broken off after step 2.
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    said = []
+    train(config(4), tmp_path / "resumed", say=said.append)
+    assert any("resumed from step 2 of 4" in message for message in said)
+    ours, theirs = (read_lines(tmp_path / n / "metrics.jsonl") for n in ("resumed", "straight"))
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def test_unknown_optimizers_are_refused():
+    from finermoe_jax.config.parse import default_config, run_config
+
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["optimizer"]["name"] = "sgd"
+    with pytest.raises(InputError, match="adamw, adafactor"):
+        run_config(values)
