@@ -108,9 +108,7 @@ def verify(
         key = jax.random.key(seed or 0)
         wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
-    _check_tokenizers(given.files, made.files)
-    if to == "hf":
-        _check_beside_the_weights(given, target, str(stored))
+    _check_files(given, made.files, to, str(stored))
     anew = bool(upcycling.drop_ratio or upcycling.function_preserving)
     report = _compared(given, made, again, seed is not None, anew, f"verifying {target.name}")
     for model in (given, made):
@@ -176,27 +174,24 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
         )
 
 
-def _check_tokenizers(given: Path, made: Path) -> None:
+def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
+    """Compares what lies beside the weights: the tokenizer and, of an export, all that loads it."""
     exported = (made / "config.json").is_file()
-    for name, content in kept_files(given).items():
-        # An export says anew where text ends.
-        if exported and name == GENERATION_FILE:
-            continue
-        if not (made / name).is_file() or (made / name).read_bytes() != content:
-            raise InputError(f"{made / name} is missing or not what {given} has: convert it anew")
-
-
-def _check_beside_the_weights(given: ModelSource, target: Path, dtype: str) -> None:
-    """What an export consists of beside weights and tokenizer: without it nothing loads it."""
+    # An export says anew where text ends.
     wanted = {
-        name: text.encode() for name, text in json_files(given.config, dtype, given.files).items()
+        name: content
+        for name, content in kept_files(given.files).items()
+        if not (exported and name == GENERATION_FILE)
     }
-    if given.config.moe is not None:
-        wanted |= {file.name: file.read_bytes() for file in model_code()}
+    if to == "hf":
+        texts = json_files(given.config, dtype, given.files)
+        wanted |= {name: text.encode() for name, text in texts.items()}
+        if given.config.moe is not None:
+            wanted |= {file.name: file.read_bytes() for file in model_code()}
     for name, content in wanted.items():
-        if not (target / name).is_file() or (target / name).read_bytes() != content:
+        if not (made / name).is_file() or (made / name).read_bytes() != content:
             raise InputError(
-                f"{target / name} is missing or not what this export has: make it anew"
+                f"{made / name} is missing or not what {given.files} implies: make it anew"
             )
 
 
