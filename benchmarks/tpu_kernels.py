@@ -454,7 +454,8 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
         return y, pull(dy)
 
     with tpu_compiler.chip(job["chip"]) as placed:
-        formats = sharding.row_major(state, jax.tree.map(lambda _: placed, state))
+        everywhere = jax.tree.map(lambda _: placed, state)
+        formats = sharding.row_major(state, everywhere, nnx.merge(graphdef, state))
         shaped = jax.tree.map(
             lambda a, f: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=f), state, formats
         )

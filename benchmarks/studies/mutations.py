@@ -48,9 +48,9 @@ class Mutation:
 
 
 ROUTING = "finermoe_jax/moe/routing.py"
+BALANCE = "finermoe_jax/moe/balance.py"
 UPCYCLE = "finermoe_jax/weights/upcycle.py"
 VARIANTS = "finermoe_jax/weights/upcycle_variants.py"
-DISPATCH = "finermoe_jax/moe/dispatch.py"
 EXCHANGE = "finermoe_jax/moe/exchange.py"
 LOSSES = "finermoe_jax/model/losses.py"
 STEP = "finermoe_jax/training/step.py"
@@ -60,7 +60,10 @@ TRAINING = "finermoe_jax/training/run.py"
 LOOP = "finermoe_jax/training/loop.py"
 
 LAYER = "tests/moe/test_layer.py"
-OF_ROUTING = "tests/moe/test_routing.py tests/moe/test_layer.py tests/end_to_end/test_parity.py"
+OF_ROUTING = (
+    "tests/moe/test_routing.py tests/moe/test_balance.py tests/moe/test_layer.py "
+    "tests/end_to_end/test_parity.py"
+)
 OF_UPCYCLING = (
     "tests/moe/test_layer.py tests/weights/test_upcycle_variants.py "
     "tests/config/test_architectures.py tests/model/test_decoder.py "
@@ -97,16 +100,16 @@ MUTATIONS = (
         f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
     ),
     Mutation(
-        "Eq. 11 counts a token once per expert, not per active expert", ROUTING,
+        "Eq. 11 counts a token once per expert, not per active expert", BALANCE,
         "num_experts / (active * length)",
         "num_experts / length",
-        "tests/moe/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(
-        "Eq. 11 is averaged over rows of padding, too", ROUTING,
+        "Eq. 11 is averaged over rows of padding, too", BALANCE,
         "/ jnp.maximum(holds_token.sum(), 1)",
         "/ holds_token.size",
-        "tests/moe/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(
         "the router computes in the activations' dtype", "finermoe_jax/moe/layer.py",
@@ -178,13 +181,13 @@ MUTATIONS = (
     ),
     # --- dispatch and exchange -------------------------------------------------------------
     Mutation(
-        "a token's gradient is the mean of its copies'", DISPATCH,
+        "a token's gradient is the mean of its copies'", EXCHANGE,
         "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
         "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
         f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
     ),
     Mutation(
-        "gradients are permuted as the rows were, not back", DISPATCH,
+        "gradients are permuted as the rows were, not back", EXCHANGE,
         "lambda inverse, g: (g[inverse], None, None),",
         "lambda inverse, g: (g[inverse_of(inverse)], None, None),",
         f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",

@@ -32,6 +32,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.runtime import files
@@ -72,7 +73,7 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
     model.placement = Placement(mesh, None if kernel == "auto" else kernel)
     shardings, notes = sharding.param_shardings(model, mesh)
     params = abstract_params(model.config, config.train.param_dtype, shardings)
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     state = abstract_optimizer(tx, params, shardings, mesh)
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)

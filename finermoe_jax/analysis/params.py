@@ -18,7 +18,8 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.model.decoder import parameter_shapes, with_shapes
+from finermoe_jax.layers.parameters import axes_of
+from finermoe_jax.model.decoder import parameter_kinds, parameter_shapes, with_shapes
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights.hf_weights import read_config, resolve_source
 from finermoe_jax.weights.upcycle import upcycled_config
@@ -60,7 +61,7 @@ def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> s
         total += size
         lines.append(
             f"{'/'.join(map(str, path)):<36} {'x'.join(map(str, variable.shape)):<18} "
-            f"{' '.join(variable.get_metadata()['out_sharding']):<36} "
+            f"{' '.join(axes_of(variable)):<36} "
             f"{_partition(placed[path].spec):<34} {size:>15,}"
         )
     head = f"mesh {sizes} · {config.train.param_dtype} · the last column: bytes per device"
@@ -80,10 +81,11 @@ def true_counts(config: ModelConfig) -> Counts:
     Active counts A of the N routed experts of each MoE layer.
     """
     total = active = 0
+    kinds = parameter_kinds(config)
     for path, shape in parameter_shapes(config).items():
         size = math.prod(shape)
         total += size
-        if path[-2:] in (("moe", "gate_up"), ("moe", "down")):
+        if kinds[path].bank:
             assert config.moe is not None
             size = size // config.moe.num_experts * config.moe.num_active
         active += size

@@ -288,12 +288,12 @@ def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) 
         targets += int(np.asarray(counted(part)).sum())
         missing = ((0, size - len(part.tokens)), (0, 0))
         batch = jax.tree.map(functools.partial(np.pad, pad_width=missing), part)
-        total += float(_summed_cross_entropy(graphdef, state, batch, real, chunk_tokens))
+        total += float(_summed_loss(graphdef, state, batch, real, chunk_tokens))
     return total / max(1, targets)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
-def _summed_cross_entropy(
+def _summed_loss(
     graphdef: Any, state: Any, batch: Batch, real: Array, chunk_tokens: int
 ) -> Float[Array, ""]:
     """Summed cross-entropy of the counted targets of a batch's real rows."""

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from finermoe_jax.errors import InputError
@@ -24,19 +25,34 @@ _RETRY_SECONDS = 0.3
 _GRACE_SECONDS = 3.0
 
 
-def meet(address: str, bind: str, index: int, processes: int, seconds: float) -> None:
-    """Returns in all processes once all are there.
+@dataclass(frozen=True)
+class Member:
+    """One process of a run, and where it meets the others.
 
-    Args:
+    Attributes:
       address: host:port of process 0, as all reach it.
       bind: host:port at which process 0 listens; an empty host means all interfaces.
       index, processes: this process's, and how many there are.
-      seconds: how long to wait for the others.
+      index_name, processes_name: the environment variables that say so.
+      port_name: the one that gives all processes another port.
+    """
+
+    address: str
+    bind: str
+    index: int
+    processes: int
+    index_name: str = "JAX_PROCESS_ID"
+    processes_name: str = "JAX_NUM_PROCESSES"
+    port_name: str = "JAX_COORDINATOR_ADDRESS"
+
+
+def meet(member: Member, seconds: float) -> None:
+    """Returns in all processes once all are there; waits so many seconds for them.
 
     Raises InputError, in all that are there: the port is in use, an index is given twice, the
     processes disagree on their number, or not all came in time.
     """
-    asyncio.run(_meet(address, bind, index, processes, seconds))
+    asyncio.run(_meet(member, seconds))
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:
@@ -67,24 +83,24 @@ def bind_address(address: str, environment: Mapping[str, str]) -> str:
     return address
 
 
-async def _meet(address: str, bind: str, index: int, processes: int, seconds: float) -> None:
-    if index:
-        message = await _ask(address, index, processes, seconds)
+async def _meet(member: Member, seconds: float) -> None:
+    if member.index:
+        message = await _ask(member, seconds)
     else:
-        host, port = split_address(bind, "JAX_COORDINATOR_BIND_ADDRESS")
-        register = _Register(address, processes, seconds)
+        host, port = split_address(member.bind, "JAX_COORDINATOR_BIND_ADDRESS")
+        register = _Register(member, seconds)
         try:
             server = await asyncio.start_server(
                 register.receive, None if host in ("", "::", "0.0.0.0") else host, port
             )
         except OSError as error:
             raise InputError(
-                f"process 0 cannot listen on {bind} ({os.strerror(error.errno or 0)}): end what "
-                "uses the port, or give all processes another one in JAX_COORDINATOR_ADDRESS"
+                f"process 0 cannot listen on {member.bind} ({os.strerror(error.errno or 0)}): end "
+                f"what uses the port, or give all processes another one in {member.port_name}"
             ) from None
         # Process 0 asks at the common address, too: a second process 0, on another machine, is
         # then told by the first.
-        message = await _ask(address, 0, processes, seconds)
+        message = await _ask(member, seconds)
         await register.all_told()
         server.close()
     if message:
@@ -94,22 +110,23 @@ async def _meet(address: str, bind: str, index: int, processes: int, seconds: fl
 class _Register:
     """Process 0's list of who is there, and its answer to all of them."""
 
-    def __init__(self, address: str, processes: int, seconds: float):
+    def __init__(self, member: Member, seconds: float):
         loop = asyncio.get_running_loop()
-        self.processes = processes
+        self.member = member
         self.present: dict[int, str] = {}  # index → host
         self.telling: set[asyncio.Task] = set()
         self.verdict: asyncio.Future[str] = loop.create_future()
-        loop.call_later(seconds, self._give_up, address, seconds)
+        loop.call_later(seconds, self._give_up, seconds)
 
     def _decide(self, message: str) -> None:
         if not self.verdict.done():
             self.verdict.set_result(message)
 
-    def _give_up(self, address: str, seconds: float) -> None:
-        missing = [str(p) for p in range(self.processes) if p not in self.present]
+    def _give_up(self, seconds: float) -> None:
+        address, processes = self.member.address, self.member.processes
+        missing = [str(p) for p in range(processes) if p not in self.present]
         self._decide(
-            f"process {' and '.join(missing)} of {self.processes} did not come to {address} within "
+            f"process {' and '.join(missing)} of {processes} did not come to {address} within "
             f"{seconds:g} s: see why it has not started, or wait longer with --start_timeout"
         )
 
@@ -143,19 +160,22 @@ class _Register:
 
     def _enter(self, index: int, processes: int, host: str) -> None:
         """Adds a process; decides when the list is complete, or cannot be."""
-        if processes != self.processes:
+        ours = self.member
+        if processes != ours.processes:
             self._decide(
-                f"process {index} (host {host}) was started with JAX_NUM_PROCESSES={processes}, "
-                f"process 0 with {self.processes}: give all the same"
+                f"process {index} (host {host}) was started with {ours.processes_name}={processes},"
+                f" process 0 with {ours.processes}: give all the same, and each run its own port "
+                f"({ours.port_name})"
             )
         elif index in self.present:
             self._decide(
-                f"JAX_PROCESS_ID={index} was given to two processes, on {self.present[index]} and "
-                f"on {host}: each needs its own of 0 … {self.processes - 1}"
+                f"{ours.index_name}={index} was given to two processes, on {self.present[index]} "
+                f"and on {host}: each needs its own of 0 … {processes - 1}, and each run its own "
+                f"port ({ours.port_name})"
             )
         else:
             self.present[index] = host
-            if len(self.present) == self.processes:
+            if len(self.present) == processes:
                 self._decide("")
 
     async def all_told(self) -> None:
@@ -164,13 +184,13 @@ class _Register:
             await asyncio.wait(self.telling, timeout=_GRACE_SECONDS)
 
 
-async def _ask(address: str, index: int, processes: int, seconds: float) -> str:
+async def _ask(member: Member, seconds: float) -> str:
     """Returns process 0's answer: "" when all are there. Without one, says who is missing."""
-    host, port = split_address(address, "JAX_COORDINATOR_ADDRESS")
+    host, port = split_address(member.address, "JAX_COORDINATOR_ADDRESS")
     hello = {
         "from": _GREETING,
-        "index": index,
-        "processes": processes,
+        "index": member.index,
+        "processes": member.processes,
         "host": socket.gethostname(),
     }
     seen, end = "no answer", time.monotonic() + seconds
@@ -190,9 +210,15 @@ async def _ask(address: str, index: int, processes: int, seconds: float) -> str:
                 except (OSError, ValueError) as error:
                     seen = str(getattr(error, "strerror", None) or error)
                 await asyncio.sleep(_RETRY_SECONDS)
+    if not member.index:
+        return (
+            f"process 0, on {socket.gethostname()}, cannot reach itself at {member.address} "
+            f"({seen}): give all processes its address in JAX_COORDINATOR_ADDRESS"
+        )
     return (
-        f"process {index} of {processes} has not found process 0 at {address} within {seconds:g} s "
-        f"({seen}): see why that one has not started, or wait longer with --start_timeout"
+        f"process {member.index} of {member.processes} has not found process 0 at {member.address} "
+        f"within {seconds:g} s ({seen}): see why that one has not started, or wait longer with "
+        "--start_timeout"
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from finermoe_jax.errors import RunEnded, first_line
-from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, distributed
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.weights import lazy, orbax_files
@@ -99,7 +99,7 @@ class TrainingCheckpoints:
         config = described(model.config, model.dtype, model.embed.weight.dtype)
         items = {
             CONFIG: ocp.args.JsonSave(config | {"step": step, "logged": dict(logged or {})}),
-            PARAMS: ocp.args.PyTreeSave(params, save_args=jax.tree.map(_chunks, params)),
+            PARAMS: ocp.args.PyTreeSave(params, save_args=_chunks(model, params)),
             TOKENIZER: TokenizerSave(tokenizer),
             OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
@@ -156,12 +156,18 @@ def _held_out_loss(metrics: dict[str, float]) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
-    """How an array of weights is cut on the disk."""
-    # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax cuts
-    # these axes to the last row whatever the size: that is one expert.
-    outer = (0, 1) if leaf.ndim == 4 and leaf.shape[1] * leaf.shape[0] > 1 else ()
-    return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
+def _chunks(model: Decoder, params: dict) -> Any:
+    """How the arrays of weights are cut on the disk."""
+    kinds = parameter_kinds(model.config)
+
+    def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+        # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
+        # cuts these axes to the last row whatever the size: that is one expert.
+        bank = kinds[tuple(key.key for key in path)].bank
+        outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
+        return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
+
+    return jax.tree_util.tree_map_with_path(chunks, params)
 
 
 def logged_bytes(checkpoint: Path) -> dict[str, int]:

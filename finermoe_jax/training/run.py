@@ -19,6 +19,7 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.generation.text import complete
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
@@ -217,7 +218,7 @@ def _train(
         )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     report = functools.partial(_report, setup, monitor)
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     if first is None:
         params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
         first = 0

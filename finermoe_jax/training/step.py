@@ -13,6 +13,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
@@ -42,7 +43,7 @@ def train_step(
     they are and `skipped` is 1: the schedule and the rounding, which go by the optimizer's count,
     take the next step as if this one had not been.
     """
-    free = trained(params, config.optimizer)
+    free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
     metrics, grads = _gradients(graphdef, config, params, free, batch)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
@@ -172,9 +173,11 @@ def jit_step(
 
     Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
     """
+    model = rebuild(graphdef, params)
+    of_state = sharding.like_params(opt_state, params, shardings, mesh)
     places = (
-        sharding.row_major(params, shardings),
-        sharding.row_major(opt_state, sharding.like_params(opt_state, params, shardings, mesh)),
+        sharding.row_major(params, shardings, model),
+        sharding.row_major(opt_state, of_state, model),
     )
     step = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.data.tokenizers import end_tokens, load_tokenizer
 from finermoe_jax.errors import InputError
+from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import State, state
 from finermoe_jax.runtime.json_files import read_json
@@ -138,7 +138,7 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
 
 
 def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    dtype = "float32" if jax.default_backend() == "cpu" else source.dtype
+    dtype = cpu.activation_dtype(source.dtype)
     with readable(Path(path)):
         return assembled(source.config, source.weights, dtype, mesh)
 

@@ -17,7 +17,13 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.layers.basic import normal
-from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
+from finermoe_jax.model.decoder import (
+    LOAD_A_MODEL,
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+)
 from finermoe_jax.weights import lazy, upcycle_variants
 from finermoe_jax.weights.hf_names import run_layers
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
@@ -117,11 +123,11 @@ def upcycle_weights(
         raise InputError("the source is a mixture of experts already; upcycling needs a dense one")
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
-    shapes = parameter_shapes(config)
+    shapes, kinds = parameter_shapes(config), parameter_kinds(config)
     # Of a dense model all layers lie in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
-    drawn = [name for name in _DRAWN if any(path[-2:] == ("moe", name) for path in shapes)]
+    drawn = [name for name in _DRAWN if any(path[-1] == name for path in shapes)]
     # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
     drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
@@ -136,9 +142,9 @@ def upcycle_weights(
             whole = _restacked(stacks["mlp", name[2]], layers)
             scaled = upcycling.function_preserving and name[2] == "down"
             return _scaled(whole, upcycle_variants.SHARED_SCALE) if scaled else whole
-        if name == ("moe", "down") and upcycling.function_preserving:
+        if kinds[path].bank and name[1] == "down" and upcycling.function_preserving:
             return _zeros(shape, stacks["mlp", "down"].dtype)
-        if name in (("moe", "gate_up"), ("moe", "down")):
+        if kinds[path].bank:
             return _experts(config, stacks, layers, shape, name[1], upcycling, drop_key)
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]

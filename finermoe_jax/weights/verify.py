@@ -20,6 +20,7 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_names import Parts, parts, run_layers
@@ -134,7 +135,7 @@ def _compared(
     if given.stored != made.stored:
         stored = made.weights["embed", "weight"].dtype
         report.cast = f" after casting {'/'.join(given.stored)} to {stored}"
-    table = parts(made.config, list(made.weights))
+    table, kinds = parts(made.config, list(made.weights)), parameter_kinds(made.config)
     size = sum(array.nbytes for array in made.weights.values())
     with tqdm(total=size, desc=title, unit="B", unit_scale=True) as bar:
         for path, array in made.weights.items():
@@ -153,14 +154,13 @@ def _compared(
             kind = "copied"
             if new_experts:
                 kind = "drawn" if drawn else "anew" if anew else "copied"
-                kind = "slices" if kind == "copied" and path[3:] in _EXPERTS else kind
+                kind = "slices" if kind == "copied" and kinds[path].bank else kind
             tensors = sum(1 for _ in table[path].shapes(array.shape))
             setattr(report, kind, getattr(report, kind) + tensors)
     report.digest = digest.hexdigest()
     return report
 
 
-_EXPERTS = (("moe", "gate_up"), ("moe", "down"))
 _DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
@@ -223,7 +223,7 @@ def _expected(given: ModelSource, made: ModelConfig, path: ParamPath) -> Expecte
     if path[0] != "runs":
         return weights.get(path, weights["embed", "weight"]).__getitem__
     layers, name = run_layers(made, path[1], path[2]), path[3:]
-    if name in _EXPERTS:
+    if parameter_kinds(made)[path].bank:
         return _slices(given, made, layers, name[1])
     if name[-1] in _DRAWN:
         return None

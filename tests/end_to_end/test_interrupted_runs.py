@@ -31,6 +31,7 @@ from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.preemption import stop_requests
@@ -343,7 +344,7 @@ def _after(name, dtype, infinite=None):
     if infinite is not None:
         params["embed"]["weight"] = params["embed"]["weight"].at[infinite].set(jnp.inf)
     params = jax.device_put(params, shardings)
-    tx = optimizer(config.optimizer, 10)
+    tx = optimizer(config.optimizer, 10, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
 

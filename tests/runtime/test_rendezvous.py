@@ -7,7 +7,7 @@ import time
 import pytest
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.rendezvous import bind_address, meet, split_address
+from finermoe_jax.runtime.rendezvous import Member, bind_address, meet, split_address
 
 SECONDS = 1.5
 
@@ -18,14 +18,17 @@ def free_port():
         return free.getsockname()[1]
 
 
-def meeting(*members, port=None, seconds=20.0):
+SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "JAX_COORDINATOR_PORT")
+
+
+def meeting(*members, port=None, seconds=20.0, names=()):
     """What each (index, number of processes, delay) is told; "" where all have met."""
     address, told = f"127.0.0.1:{port or free_port()}", {}
 
     def take_part(number, index, processes, delay):
         time.sleep(delay)
         try:
-            meet(address, bind_address(address, {}), index, processes, seconds)
+            meet(Member(address, bind_address(address, {}), index, processes, *names), seconds)
             told[number] = ""
         except InputError as error:
             told[number] = str(error)
@@ -67,16 +70,29 @@ def test_all_that_are_there_hear_who_is_missing():
     assert messages[0] == messages[1] and messages[0].startswith("process 1 of 3 did not come")
 
 
-def test_an_index_given_twice():
-    messages = meeting((0, 3, 0), (1, 3, 0), (1, 3, 0))
+@pytest.mark.parametrize("names", [(), SLURM])
+def test_an_index_given_twice(names):
+    index, _, port = names or ("JAX_PROCESS_ID", "", "JAX_COORDINATOR_ADDRESS")
     host = socket.gethostname()
-    for message in messages:
-        assert f"JAX_PROCESS_ID=1 was given to two processes, on {host} and on {host}" in message
+    for message in meeting((0, 3, 0), (1, 3, 0), (1, 3, 0), names=names):
+        assert f"{index}=1 was given to two processes, on {host} and on {host}" in message
+        assert message.endswith(f"each run its own port ({port})")
 
 
-def test_another_number_of_processes():
-    for message in meeting((0, 2, 0), (1, 3, 0.3)):
-        assert "JAX_NUM_PROCESSES=3, process 0 with 2" in message
+@pytest.mark.parametrize("names", [(), SLURM])
+def test_another_number_of_processes(names):
+    _, number, port = names or ("", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS")
+    for message in meeting((0, 2, 0), (1, 3, 0.3), names=names):
+        assert f"{number}=3, process 0 with 2" in message
+        assert message.endswith(f"each run its own port ({port})")
+
+
+def test_an_address_that_is_another_machine():
+    """Where mpirun runs on a machine without processes, JAX takes that for the coordinator."""
+    listens, elsewhere = free_port(), free_port()
+    member = Member(f"127.0.0.1:{elsewhere}", f"127.0.0.1:{listens}", 0, 2)
+    with pytest.raises(InputError, match=r"cannot reach itself at .* in JAX_COORDINATOR_ADDRESS"):
+        meet(member, 0.5)
 
 
 @pytest.mark.parametrize("index", [0, 1])
