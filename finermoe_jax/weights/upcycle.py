@@ -277,8 +277,8 @@ def upcycle_model(
     check_type("start", start, UpcycleConfig, "UpcycleConfig() is the published one")
     check_key(key)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
-    config, upcycled = upcycle_weights(dense.config, weights, moe, key, start)
-    return with_params(config, lazy.in_memory(upcycled), dtype=dense.dtype)
+    config, made = upcycle_weights(dense.config, weights, moe, key, start)
+    return with_params(config, lazy.in_memory(made), dtype=dense.dtype)
 
 
 def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
