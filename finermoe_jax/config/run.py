@@ -86,7 +86,7 @@ class TrainConfig:
     # Activations' and master weights' dtypes.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Implementation of the experts (pallas_kernels) and of attention (flash.py: "cpu" and
+    # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
     # "reference" take blocks of queries); "auto" goes by the platform.
     kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
     # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,

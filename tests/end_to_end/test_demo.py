@@ -14,20 +14,26 @@ from flax import nnx
 import finermoe_jax as fm
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.weights.source import load_model
-from tests.support import ROOT
+from tests.support import ROOT, processes
 
 DEMO = ROOT / "finermoe_jax" / "demo"
 
 pytestmark = pytest.mark.slow
 
 
-def run(command, *arguments, cwd, **env):
-    """Runs a script of the repository; its stdout, or a failed test with its stderr."""
+def run(script, *arguments, cwd, new=False, **env):
+    """Runs a script of the repository; its stdout, or a failed test with its stderr.
+
+    new: by an interpreter that has imported nothing, as a user's.
+    """
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | env
-    done = subprocess.run(
-        [sys.executable, str(ROOT / command), *arguments],
-        cwd=cwd, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, str(ROOT / script), *arguments]
+    if new:
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        )
+    else:
+        done = processes.run(command, cwd=cwd, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -46,7 +52,7 @@ def workdir(place):
         "train.py", f"--config={ROOT}/configs/demo.py", "--workdir=run",
         f"--config.data.path={text}", "--config.train.steps=3", "--config.prompt_tokens=3",
         "--config.data.sequence_length=64", "--config.data.eval_windows=4",
-        cwd=place,
+        cwd=place, new=True,
     )  # fmt: skip
     return place / "run"
 
@@ -130,7 +136,7 @@ def test_hub_ids_come_from_the_cache_when_offline(place):
     offline = dict(HF_HUB_CACHE=str(place / "cache"), HF_HUB_OFFLINE="1")
     run(
         "convert_hf.py", "--source=someone/tiny", "--target=upcycled",
-        f"--config={ROOT}/configs/demo.py", cwd=place, **offline,
+        f"--config={ROOT}/configs/demo.py", cwd=place, new=True, **offline,
     )  # fmt: skip
     moe = fm.load_checkpoint(place / "upcycled")
     dense = fm.load_hf(DEMO / "model")

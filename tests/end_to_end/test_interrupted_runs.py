@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import kill_campaign
 from benchmarks.kill_campaign import (
     arrays,
     assert_same,
@@ -43,6 +45,7 @@ from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
 from finermoe_jax.training.workdir import claim, fill_workdir
 from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
+from tests.support.processes import Process
 from tests.support.training import (
     MOE,
     TINY,
@@ -58,8 +61,11 @@ from tests.support.training import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes are started, with one cache of compiled programs."""
-    return tmp_path_factory.mktemp("killed")
+    """Where processes are started, as forks, with one cache of compiled programs."""
+    starts = SimpleNamespace(**vars(subprocess) | {"Popen": Process})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kill_campaign, "subprocess", starts)
+        yield tmp_path_factory.mktemp("killed")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The evaluation harness on our models: requests, tasks with local rows, what is refused."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 import finermoe_jax as fm
@@ -38,6 +40,22 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def harness(tokenizer):
     return HarnessModel(fm.load_hf(DEMO), tokenizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_harness_reads_its_tasks_once():
+    """Thousands of files for all of them, hundreds for the ten benchmarks."""
+    read = functools.cache(
+        lambda paths, defaults: TaskManager(include_path=list(paths), include_defaults=defaults)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "finermoe_jax.evaluation.tasks.TaskManager",
+            lambda include_path=(), include_defaults=True: read(
+                tuple(include_path), include_defaults
+            ),
+        )
+        yield
 
 
 def _write(path, rows):

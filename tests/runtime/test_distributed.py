@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.rendezvous import Member, meet
 from finermoe_jax.training.plot import read_lines
 from tests.support import ROOT
+from tests.support.processes import Process
 
 HEARTBEAT = 6
 
@@ -86,11 +86,10 @@ def start(place, workdir, *flags, processes, last=None):
             "JAX_NUM_PROCESSES": str(processes),
         }
     return [
-        subprocess.Popen(
+        Process(
             [sys.executable, str(ROOT / "train.py"), f"--heartbeat_seconds={HEARTBEAT}", *flags],
             cwd=last if last and i == processes - 1 else place,
             env=shared | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(processes)
     ]  # fmt: skip
@@ -256,10 +255,9 @@ def test_processes_that_do_not_come_together(place):
         ]  # fmt: skip
         flags = ["--start_timeout=2", f"--config={place / 'tiny.py'}", "--workdir=apart"]
         started = [
-            subprocess.Popen(
+            Process(
                 [sys.executable, str(ROOT / "train.py"), *flags],
                 cwd=place, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for environment, _ in cases
         ]  # fmt: skip

@@ -22,6 +22,7 @@ from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
 from finermoe_jax.weights.source import load_model
 from tests.support import load_preset
+from tests.support.training import tiny_run
 
 MOE = MoEConfig(2, 2, 1, 2, 1)  # 8 experts: groups of 2, two candidates in each of two slots
 
@@ -128,17 +129,14 @@ class Run:
 
     def __init__(self, workdir):
         self.workdir, self.compiled, self.seen = workdir, [], 0
-        config = load_preset("demo")
+        tiny = tiny_run(steps=6, eval_every=2, checkpoint_every=2, load_every=4, remat="dots")
         self.config = dataclasses.replace(
-            config,
+            tiny,
+            model=dataclasses.replace(tiny.model, num_hidden_layers=4),
+            moe=MoEConfig(4, 2, 1, 2, 1),
             prompts=("Return the",),
             prompt_tokens=2,
-            data=dataclasses.replace(
-                config.data, sequence_length=32, global_batch_size=8, eval_windows=4
-            ),
-            train=dataclasses.replace(
-                config.train, steps=6, eval_every=2, checkpoint_every=2, load_every=4
-            ),
+            data=dataclasses.replace(tiny.data, sequence_length=32),
         )
         everything = Telemetry(True, "test", profile_steps=(3, 4), peak_flops=1e12)
         finished = metrics.Monitor.step
