@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.layers.basic import MLP
 from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.runtime import host_memory

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.moe.exchange import Exchange, quota
 from finermoe_jax.moe.routing import route
 

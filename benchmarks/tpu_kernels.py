@@ -435,7 +435,7 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
     from flax import nnx
 
     from finermoe_jax.config.model import MoEConfig
-    from finermoe_jax.config.published import QWEN2P5
+    from finermoe_jax.config.presets import QWEN2P5
     from finermoe_jax.layers import sharding
     from finermoe_jax.moe.layer import FineRMoE
     from finermoe_jax.weights.upcycle import upcycled_config

@@ -50,7 +50,7 @@ class Mutation:
 ROUTING = "finermoe_jax/moe/routing.py"
 BALANCE = "finermoe_jax/moe/balance.py"
 UPCYCLE = "finermoe_jax/weights/upcycle.py"
-STARTS = "finermoe_jax/weights/upcycle_variants.py"
+VARIANTS = "finermoe_jax/weights/upcycle_variants.py"
 EXCHANGE = "finermoe_jax/moe/exchange.py"
 LOSSES = "finermoe_jax/model/losses.py"
 STEP = "finermoe_jax/training/step.py"
@@ -163,18 +163,18 @@ MUTATIONS = (
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
-        'start.function_preserving and name[2] == "down"',
-        'start.function_preserving and name[2] == "gate"',
+        'upcycling.function_preserving and name[2] == "down"',
+        'upcycling.function_preserving and name[2] == "gate"',
         "tests/weights/test_upcycle_variants.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(
-        "drop-upcycling: another set of channels for each matrix", STARTS,
+        "drop-upcycling: another set of channels for each matrix", VARIANTS,
         "channels = sampling.permutation(width)",
         "channels = matrices[first].permutation(width)",
         "tests/weights/test_upcycle_variants.py -k channels", OF_UPCYCLING,
     ),
     Mutation(
-        "virtual groups: rows shared by the copies of a slice", STARTS,
+        "virtual groups: rows shared by the copies of a slice", VARIANTS,
         "np.arange(moe.num_experts) // slices * slices",
         "np.arange(moe.num_experts) % slices",
         "tests/weights/test_upcycle_variants.py -k virtual", OF_UPCYCLING,
@@ -332,14 +332,14 @@ MUTATIONS = (
     # --- resume ----------------------------------------------------------------------------
     Mutation(
         "a run that goes on begins the data anew", LOOP,
-        "batches = _global_batches(config, self.rows, first,",
-        "batches = _global_batches(config, self.rows, 0,",
+        "_global_batches(setup.config, setup.data.train, first,",
+        "_global_batches(setup.config, setup.data.train, 0,",
         f"{INTERRUPTED} -k killed_and_stopped", OF_RUNS,
     ),
     Mutation(
         "a run that goes on forgets the steps left out", TRAINING,
-        "guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)",
-        "guard = Guard(config, windows, workdir, 0, say)",
+        "guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)",
+        "guard = Guard(config, rows, workdir, 0, say)",
         f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
     Mutation(

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import axes_of
@@ -34,11 +34,11 @@ class Counts:
 
 
 def run_model(config: RunConfig) -> ModelConfig:
-    """The model that a run trains: of config.model, or of what init_from holds, upcycled."""
+    """The model that a run trains: of config.dense, or of what init_from holds, upcycled."""
     if not config.init_from:
-        assert config.model is not None
-        return dataclasses.replace(config.model, moe=config.moe)
-    model = config.model or read_config(resolve_source(find(config.init_from)))
+        assert config.dense is not None
+        return dataclasses.replace(config.dense, moe=config.moe)
+    model = config.dense or read_config(resolve_source(find(config.init_from)))
     if config.moe and model.moe is None:
         model = upcycled_config(model, config.moe)
     return model

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import Source, open_model
 from finermoe_jax.weights.hf_names import run_layers
 from finermoe_jax.weights.lazy import LazyArray, ParamPath
+from finermoe_jax.weights.source import ModelSource, open_model
 
 # Values that are made float64 at a time.
 _CHUNK = 1 << 20
@@ -53,7 +53,7 @@ def expert_similarity(source: str) -> Similarity:
     return _of_model(_open(source), source, lambda size: None)
 
 
-def _open(source: str) -> Source:
+def _open(source: str) -> ModelSource:
     model = open_model(source)
     if model.config.moe is None:
         raise InputError(f"{source} is a dense model; only experts are compared")
@@ -62,7 +62,7 @@ def _open(source: str) -> Source:
     return model
 
 
-def _of_model(model: Source, name: str, read: Callable[[int], None]) -> Similarity:
+def _of_model(model: ModelSource, name: str, read: Callable[[int], None]) -> Similarity:
     """read(bytes) is told of each block of weights."""
     assert model.config.moe is not None
     found: dict[int, float] = {}
@@ -75,7 +75,7 @@ def _of_model(model: Source, name: str, read: Callable[[int], None]) -> Similari
     return Similarity(model.config.moe.num_experts, layers, tuple(found[i] for i in layers))
 
 
-def _banks(model: Source) -> list[ParamPath]:
+def _banks(model: ModelSource) -> list[ParamPath]:
     """The experts' parameters, those of a layer side by side."""
     return [path for path, kind in parameter_kinds(model.config).items() if kind.bank]
 

@@ -27,7 +27,7 @@ from finermoe_jax.layers.stored import OfLayer, quantize
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from tests.support import command
 from tests.support.training import MOE

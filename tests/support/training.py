@@ -9,7 +9,8 @@ import optax
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
@@ -36,7 +37,7 @@ def random_tokens(rows, length=17):
 
 
 def small_run(rows, **train_settings):
-    values = dict(model=dataclasses.asdict(SMALL), moe=None)
+    values = dict(dense=dataclasses.asdict(SMALL), moe=None)
     config = run_config(values)
     settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
     return dataclasses.replace(
@@ -124,7 +125,7 @@ def demo_run(steps, **settings):
 
 
 TINY = {
-    "model": dataclasses.asdict(SMALL)
+    "dense": dataclasses.asdict(SMALL)
     | {"vocab_size": 2048, "num_hidden_layers": 1, "initializer_range": 0.1},
     "data": {
         "tokenizer": "demo/model", "path": "demo/LICENSE.pydoc.txt", "sequence_length": 16,

@@ -171,7 +171,7 @@ def test_a_lean_run_resumes(tmp_path):
 
 
 def test_unknown_optimizers_are_refused():
-    from finermoe_jax.config.run import default_config, run_config
+    from finermoe_jax.config.parse import default_config, run_config
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"
