@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 from finermoe_jax.analysis.paper_tables import ROWS
 from finermoe_jax.analysis.params import true_counts
-from finermoe_jax.config.architectures import ARCHITECTURES, architecture
 from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.presets import ARCHITECTURES, architecture
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.weights.hf_weights import read_config
@@ -71,7 +71,7 @@ def run(name: str, source: Path, dense: ModelConfig, workdir: Path) -> str:
         [
             sys.executable, str(find("train.py")), f"--config=configs/smollm2_135m.py:{name}",
             f"--workdir={workdir}", f"--config.init_from={source}", "--config.prompts=()",
-            f"--config.model.num_hidden_layers={dense.num_hidden_layers}",
+            f"--config.dense.num_hidden_layers={dense.num_hidden_layers}",
             "--config.data.sequence_length=128", "--config.data.eval_windows=4",
             "--config.train.steps=5", "--config.train.eval_every=5",
             "--config.train.checkpoint_every=5", "--config.optimizer.name=adafactor",

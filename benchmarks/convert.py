@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.model.decoder import parameter_shapes
 from finermoe_jax.runtime.files import forget
 from finermoe_jax.weights.hf_config import model_config_to_hf

@@ -18,14 +18,14 @@ import numpy as np
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.layers.basic import MLP
 from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.runtime import host_memory
 from finermoe_jax.weights.upcycle import upcycled_config
 from pallas_kernels.expert_ffn import expert_ffn
 
-M, D, F, W, E = 2048, 896, 152, 448, 128
+D, F, W, E = 896, 152, 448, 128
 
 
 def by_ragged_dot(
@@ -52,7 +52,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--rows", type=int, default=2048, help="of all experts together")
+    arguments = parser.parse_args()
+    repeats, M = arguments.repeats, arguments.rows
     host_memory.keep_freed()
     rng = np.random.default_rng(0)
 

@@ -8,38 +8,31 @@ Prints a table; OUT keeps the runs, and runs that are there already are not made
 the first seed's losses over the steps, with the dense rival.
 """
 
+import argparse
 import dataclasses
-import importlib.util
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import preset, run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import draw_loss, read_lines
 from finermoe_jax.training.run import train
-from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled_config
 
-SEEDS = (1, 2, 3)
 
-
-def preset(variant: str, seed: int) -> RunConfig:
+def demo(variant: str, seed: int, steps: int = 150) -> RunConfig:
     """configs/demo.py with another seed, without samples."""
-    path = Path(__file__).parent.parent / "configs" / "demo.py"
-    spec = importlib.util.spec_from_file_location("demo", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = run_config(module.get_config(variant).to_dict())
+    config = run_config(preset(f"demo:{variant}").to_dict())
     return dataclasses.replace(
         config,
         prompts=(),
         data=dataclasses.replace(config.data, seed=seed),
-        train=dataclasses.replace(config.train, seed=seed),
+        train=dataclasses.replace(config.train, seed=seed, steps=steps),
     )
 
 
@@ -51,11 +44,11 @@ def at_equal_flops(config: RunConfig, dense: ModelConfig) -> int:
     return -int(-config.train.steps * flops // training_flops(dense, length))
 
 
-def runs(seed: int) -> dict[str, RunConfig]:
+def runs(seed: int, steps: int) -> dict[str, RunConfig]:
     """The three runs of a seed, by name."""
-    upcycled, dense = preset("", seed), preset("ct", seed)
-    steps = at_equal_flops(upcycled, open_model(find(upcycled.init_from)).config)
-    longer = dataclasses.replace(dense, train=dataclasses.replace(dense.train, steps=steps))
+    upcycled, dense = demo("", seed, steps), demo("ct", seed, steps)
+    longest = at_equal_flops(upcycled, open_model(find(upcycled.init_from)).config)
+    longer = dataclasses.replace(dense, train=dataclasses.replace(dense.train, steps=longest))
     return {"finermoe": upcycled, "dense": dense, "dense at equal FLOPs": longer}
 
 
@@ -68,27 +61,29 @@ def held_out(config: RunConfig, workdir: Path) -> float:
     return scored[-1]["loss"]
 
 
-def main(argv: list[str]) -> int:
+def main() -> None:
     """Trains all three for every seed; prints the held-out losses and how far apart they are."""
-    if len(argv) not in (2, 3):
-        print(__doc__, file=sys.stderr)
-        return 2
-    out, rows = Path(argv[1]), []
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="keeps the runs")
+    parser.add_argument("picture", type=Path, nargs="?", help="of the first seed's losses")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--steps", type=int, default=150)
+    arguments = parser.parse_args()
+    seeds, steps, rows = [*map(int, arguments.seeds.split(","))], arguments.steps, []
     print("seed   FineRMoE    dense  difference   dense at equal FLOPs  difference")
-    for seed in SEEDS:
+    for seed in seeds:
         losses = []
-        for name, config in runs(seed).items():
-            workdir = out / f"{name.replace(' ', '_')}-{seed}"
+        for name, config in runs(seed, steps).items():
+            workdir = arguments.out / f"{name.replace(' ', '_')}-{seed}"
             losses.append(held_out(config, workdir))
         rows.append(losses)
         print(_row(str(seed), losses), flush=True)
     print(_row("mean", [statistics.mean(column) for column in zip(*rows, strict=True)]))
-    steps = [config.train.steps for config in runs(SEEDS[0]).values()]
-    print(f"steps: {steps}")
-    if len(argv) == 3:
-        first, rival = (out / f"{name}-{SEEDS[0]}" for name in ("finermoe", "dense"))
-        shutil.copyfile(draw_loss(first, rival), argv[2])
-    return 0
+    made = [config.train.steps for config in runs(seeds[0], steps).values()]
+    print(f"steps: {made}")
+    if arguments.picture:
+        first, rival = (arguments.out / f"{name}-{seeds[0]}" for name in ("finermoe", "dense"))
+        shutil.copyfile(draw_loss(first, rival), arguments.picture)
 
 
 def _row(name: str, losses: list[float]) -> str:
@@ -100,4 +95,4 @@ def _row(name: str, losses: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    main()

@@ -1,13 +1,14 @@
 """What the exchange of rows between experts' devices moves, counted from its send sizes.
 
-    python benchmarks/exchange.py
+    python benchmarks/exchange.py [--tokens=8192]
 
-Tokens are routed by the layer's own rule (moe/routing.py) from normal logits, 8192 on each
-device; nothing is timed and nothing is sent. "limit" is G_O * T_I * h + T_I * h values a token;
-"stay" the share of rows whose expert is on their own device; "copies" how often a token is sent to
-a device that it goes to already.
+Tokens are routed by the layer's own rule (moe/routing.py) from normal logits, so many on
+each device; nothing is timed and nothing is sent. "limit" is G_O * T_I * h + T_I * h values a
+token; "stay" the share of rows whose expert is on their own device; "copies" how often a token is
+sent to a device that it goes to already.
 """
 
+import argparse
 import dataclasses
 from typing import NamedTuple
 
@@ -16,17 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.moe.exchange import Exchange, quota
 from finermoe_jax.moe.routing import route
 
-TOKENS = 8192
 
-
-def routed(moe: MoEConfig, devices: int, skew: str) -> np.ndarray:
-    """The experts [devices, TOKENS, A] of every token."""
+def routed(moe: MoEConfig, devices: int, tokens: int, skew: str) -> np.ndarray:
+    """The experts [devices, tokens, A] of every token."""
     key = jax.random.key(0)
-    logits = jax.random.normal(key, (devices, TOKENS, moe.num_experts))
+    logits = jax.random.normal(key, (devices, tokens, moe.num_experts))
     if skew == "uneven":  # a load as of an untrained router: a few experts are much liked
         logits += jax.random.normal(jax.random.key(1), (moe.num_experts,))
     experts = np.asarray(route(logits, moe, jnp.float32)[0].experts)
@@ -54,8 +53,8 @@ class Counts(NamedTuple):
     stay: float
 
 
-def count(model: ModelConfig, exchange: Exchange) -> Counts:
-    """What the exchange moves (finermoe_jax/moe/exchange.py)."""
+def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
+    """What the exchange moves (moe/exchange.py) for so many tokens on all devices together."""
     moe = model.moe
     assert moe is not None
     devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)
@@ -64,7 +63,6 @@ def count(model: ModelConfig, exchange: Exchange) -> Counts:
     wide, narrow = model.hidden_size, model.expert_output_size
     places = devices**2 * exchange.quota  # of one round
     sizes = devices * exchange.sizes.size
-    tokens = devices * TOKENS
     forward = rows * (wide + narrow) + rounds * places + sizes
     # Later rounds send their rows and weights once more.
     backward = rows * (narrow + wide) + again * wide + (2 * rounds - 1) * places + sizes
@@ -75,6 +73,9 @@ def count(model: ModelConfig, exchange: Exchange) -> Counts:
 
 def main() -> None:
     """Prints the tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192, help="on each device")
+    tokens = parser.parse_args().tokens
     print("| from | devices | load | rounds | forward, values per token | forward / limit "
           "| backward / limit | padded / limit | stay | buffer / balanced |")  # fmt: skip
     print("|" + "---|" * 10)
@@ -85,9 +86,9 @@ def main() -> None:
         limit = (moe.num_active + moe.active_per_group) * model.hidden_size
         for devices in (2, 8, 32):
             for load in ("even", "uneven", "one"):
-                exchange = plan(routed(moe, devices, load), moe.num_experts)
-                counts = count(model, exchange)
-                rows = TOKENS * moe.num_active
+                exchange = plan(routed(moe, devices, tokens, load), moe.num_experts)
+                counts = count(model, exchange, devices * tokens)
+                rows = tokens * moe.num_active
                 print(f"| {size} | {devices} | {load} | {int(exchange.rounds)} | "
                       f"{counts.forward:.0f} | {counts.forward / limit:.4f} | "
                       f"{counts.backward / limit:.4f} | {counts.padded / limit:.2f} | "
@@ -97,7 +98,7 @@ def main() -> None:
     print("|" + "---|" * (1 + len(counts_of_devices)))
     for active in (1, 2, 4):
         moe = MoEConfig(active_per_group=active)
-        experts = routed(moe, 1, "even")[0]
+        experts = routed(moe, 1, tokens, "even")[0]
         shares = []
         for devices in counts_of_devices:
             homes = np.sort(experts // (moe.num_experts // devices), axis=1)

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ROOT / "finermoe_jax" / "targets"
+TARGETS = ROOT / "finermoe_jax" / "analysis" / "targets"
 EXPERTS = 128
 # D and F of the published sizes; W = D / 2.
 SIZES = {"0.5B": (896, 152), "1.5B": (1536, 280), "7B": (3584, 592)}
@@ -189,6 +189,7 @@ def count_bytes(d: int, f: int, w: int, rows: int) -> list[tuple[int, int, int]]
     Balanced groups of a multiple of eight rows, two-byte elements. The bound reads rows, cotangent
     and weights once and writes output and gradients once.
     """
+    from pallas_kernels import hopper
     from pallas_kernels.expert_ffn import mosaic_gpu as ffn
     from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
 
@@ -206,21 +207,21 @@ def count_bytes(d: int, f: int, w: int, rows: int) -> list[tuple[int, int, int]]
 
     def product(k: int, n: int) -> tuple[int, int]:
         columns = matmul.tile_columns(n)
-        tiles = EXPERTS * -(-rows // matmul.TILE_ROWS) * -(-n // columns)
+        tiles = EXPERTS * -(-rows // hopper.TILE_ROWS) * -(-n // columns)
         weights_k = k  # with the rows' padding: TMA fills it, and copies nothing for it
-        return m * k + EXPERTS * weights_k * n + m * n, tiles * k * (matmul.TILE_ROWS + columns)
+        return m * k + EXPERTS * weights_k * n + m * n, tiles * k * (hopper.TILE_ROWS + columns)
 
     def gradient(k: int, k_wide: int, n: int) -> tuple[int, int]:
         columns = matmul.tile_columns(n)
-        tiles = -(-k_wide // matmul.TILE_ROWS) * -(-n // columns) * EXPERTS
-        depth = -(-rows // matmul.STEP) * matmul.STEP
-        return m * (k_wide + n) + EXPERTS * k * n, tiles * depth * (matmul.TILE_ROWS + columns)
+        tiles = -(-k_wide // hopper.TILE_ROWS) * -(-n // columns) * EXPERTS
+        depth = -(-rows // hopper.STEP) * hopper.STEP
+        return m * (k_wide + n) + EXPERTS * k * n, tiles * depth * (hopper.TILE_ROWS + columns)
 
     bound = 2 * (m * d + weights) + m * w
-    tiles = EXPERTS * -(-rows // matmul.TILE_ROWS)
+    tiles = EXPERTS * -(-rows // hopper.TILE_ROWS)
     fused_hbm = m * (d + w) + weights + 3 * m * f_padded
-    fused_copies = f_blocks * (matmul.TILE_ROWS + 2 * ffn.BLOCK) * d
-    fused_copies += f_blocks * (matmul.TILE_ROWS + ffn.BLOCK) * w
+    fused_copies = f_blocks * (hopper.TILE_ROWS + 2 * ffn.BLOCK) * d
+    fused_copies += f_blocks * (hopper.TILE_ROWS + ffn.BLOCK) * w
     others = (
         product(2 * f_padded, d),
         gradient(2 * f, 2 * f_padded, d),

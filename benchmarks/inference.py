@@ -35,9 +35,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from finermoe_jax.config.architectures import ARCHITECTURES
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import ARCHITECTURES, QWEN2P5
 from finermoe_jax.generation.decode import (
     _decode,
     _prefill,

@@ -58,7 +58,7 @@ def _prepared(place: Path, rng: np.random.Generator, total: int) -> None:
         np.save(documents, np.cumsum(lengths) - lengths)
         none = hashlib.sha256().hexdigest()  # not read here
         shards.append(
-            Shard(name, len(tokens), len(lengths), _VOCABULARY - 1, (), none, none, (0, 0), False)
+            Shard(name, len(tokens), len(lengths), int(tokens.max()), (), none, none, (0, 0), False)
         )
     settings = Settings("", _VOCABULARY, None, "uint32", "text", "train", total // _SHARDS, (), ())
     (place / MANIFEST).write_text(json.dumps(asdict(Manifest.of(settings, shards))))

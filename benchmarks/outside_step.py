@@ -21,8 +21,7 @@ from typing import Any
 
 import jax
 
-from finermoe_jax.config.parse import preset
-from finermoe_jax.config.run import run_config
+from finermoe_jax.config.parse import preset, run_config
 from finermoe_jax.training import loop, monitor, run
 
 EVERY = 20

@@ -435,7 +435,7 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
     from flax import nnx
 
     from finermoe_jax.config.model import MoEConfig
-    from finermoe_jax.config.published import QWEN2P5
+    from finermoe_jax.config.presets import QWEN2P5
     from finermoe_jax.layers import sharding
     from finermoe_jax.moe.layer import FineRMoE
     from finermoe_jax.weights.upcycle import upcycled_config
@@ -454,7 +454,8 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
         return y, pull(dy)
 
     with tpu_compiler.chip(job["chip"]) as placed:
-        formats = sharding.row_major(state, jax.tree.map(lambda _: placed, state))
+        everywhere = jax.tree.map(lambda _: placed, state)
+        formats = sharding.row_major(state, everywhere, nnx.merge(graphdef, state))
         shaped = jax.tree.map(
             lambda a, f: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=f), state, formats
         )

@@ -24,11 +24,12 @@ from flax import nnx
 
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.parse import preset
-from finermoe_jax.config.published import QWEN2P5
-from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config
+from finermoe_jax.config.parse import preset, run_config
+from finermoe_jax.config.presets import QWEN2P5
+from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import host_memory
@@ -41,11 +42,11 @@ def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
     """The FineRMoE's shape, and a run of it: of a config file, or the widths of Qwen2.5-0.5B."""
     if arguments.config:
         run = run_config(preset(arguments.config).to_dict())
-        assert run.model is not None and run.moe is not None
-        shape = upcycled_config(run.model, run.moe)
+        assert run.dense is not None and run.moe is not None
+        shape = upcycled_config(run.dense, run.moe)
     else:
         run = RunConfig(
-            model=QWEN2P5["0.5B"],
+            dense=QWEN2P5["0.5B"],
             data=DataConfig(sequence_length=256, global_batch_size=2),
             train=TrainConfig(compute_dtype="float32", remat=arguments.remat or "none"),
         )
@@ -81,9 +82,9 @@ class Stepper:
         batch, length = config.data.global_batch_size, config.data.sequence_length
         self.flops = training_flops(shape, length) * batch * length
         params = jax.device_put(nnx.to_pure_dict(state), shardings)
+        tx = optimizer(config.optimizer, config.train.steps, kinds(model))
         del state, model
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        tx = optimizer(config.optimizer, config.train.steps)
         opt_state = init_optimizer(tx, params, shardings, mesh)
         self._step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
         self._held = list(jax.device_put((params, opt_state), places, donate=True))
@@ -135,7 +136,7 @@ def main() -> None:
     shape, config = settings(arguments)
     model = Stepper(shape, config)
     dense = Stepper(
-        dataclasses.replace(shape, moe=None, tie_word_embeddings=config.model.tie_word_embeddings),
+        dataclasses.replace(shape, moe=None, tie_word_embeddings=config.dense.tie_word_embeddings),
         config,
     )
     variants: dict[str, Callable[[], Any]] = {

@@ -12,7 +12,7 @@ granularities are the published ones scaled down. README.md says what to expect.
 from ml_collections import ConfigDict
 
 from finermoe_jax import default_config
-from finermoe_jax.config.architectures import apply_variant
+from finermoe_jax.config.presets import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:

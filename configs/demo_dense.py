@@ -15,7 +15,7 @@ from finermoe_jax import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.moe = None
-    config.model = ConfigDict(
+    config.dense = ConfigDict(
         dict(
             vocab_size=2048,
             hidden_size=128,

@@ -10,8 +10,8 @@ finermoe params --config=configs/qwen3_0p6b.py
 
 from ml_collections import ConfigDict
 
-from finermoe_jax.config.published import qwen3_config
+from finermoe_jax.config.presets import qwen_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return qwen3_config("0.6B", variant)
+    return qwen_config("Qwen3-0.6B", variant)

@@ -11,8 +11,8 @@ finermoe params --config=configs/qwen7b.py
 
 from ml_collections import ConfigDict
 
-from finermoe_jax.config.published import qwen_config
+from finermoe_jax.config.presets import qwen_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return qwen_config("7B", variant)
+    return qwen_config("Qwen2.5-7B", variant)

@@ -11,13 +11,13 @@ tokens; docs/results.md says what came out. Further variants: docs/architectures
 from ml_collections import ConfigDict
 
 from finermoe_jax import default_config
-from finermoe_jax.config.architectures import apply_variant
+from finermoe_jax.config.presets import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "models/smollm2_135m"
-    config.model = ConfigDict(
+    config.dense = ConfigDict(
         dict(
             vocab_size=49152,
             hidden_size=576,

@@ -7,6 +7,7 @@ it. A link to a file that is not there fails the build.
 import json
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,15 @@ def _notebook(path: Path) -> str:
     return "\n\n".join(s if kind == "markdown" else f"```python\n{s}\n```" for kind, s in cells)
 
 
+# Pages of their own kinds: what they link to is linked on the site, too.
+_TEXTS: dict[str, Callable[[Path], str]] = {".ipynb": _notebook, ".md": Path.read_text}
+
+
 def _page(path: str) -> str:
     """What a site's page shows of a file or a folder."""
     file = ROOT / path
-    if file.suffix == ".ipynb":
-        return _relinked(_notebook(file), path, f"source/{path}.md")
+    if file.suffix in _TEXTS:
+        return _relinked(_TEXTS[file.suffix](file), path, f"source/{path}.md")
     if file.is_dir():
         names = sorted(p.name for p in file.iterdir() if not p.name.startswith("_"))
         return f"# {path}\n\n" + "".join(f"- `{name}`\n" for name in names)
@@ -62,8 +67,9 @@ def on_files(files: Any, *, config: Any) -> Any:
     wanted: set[str] = set()
     for page in files.documentation_pages():
         wanted |= _links((Path(config.docs_dir) / page.src_uri).read_text(), f"docs/{page.src_uri}")
-    for path in [path for path in wanted if path.endswith(".ipynb")]:
-        wanted |= _links(_notebook(ROOT / path), path)
+    for path in list(wanted):
+        if (file := ROOT / path).suffix in _TEXTS:
+            wanted |= _links(_TEXTS[file.suffix](file), path)
     for path in sorted(wanted):
         files.append(File.generated(config, f"source/{path}.md", content=_page(path)))
     return files

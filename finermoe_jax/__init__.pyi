@@ -1,10 +1,10 @@
 from .config.model import ModelConfig as ModelConfig
 from .config.model import MoEConfig as MoEConfig
-from .config.model import UpcycleConfig as UpcycleConfig
+from .config.parse import default_config as default_config
 from .config.parse import preset as preset
+from .config.parse import run_config as run_config
 from .config.run import RunConfig as RunConfig
-from .config.run import default_config as default_config
-from .config.run import run_config as run_config
+from .config.upcycle import UpcycleConfig as UpcycleConfig
 from .errors import InputError as InputError
 from .generation.decode import generate as generate
 from .model.decoder import Decoder as Decoder

@@ -45,6 +45,12 @@ def import_of_data(package: str, who: str) -> Any:
         ) from None
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what another library says, without TensorStore's specification."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0].partition(" [tensorstore_spec")[0]
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A `Did you mean …?` sentence for `name`, or all of `known` when nothing is close."""
     known = sorted(known)

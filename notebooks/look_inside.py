@@ -67,7 +67,7 @@ import finermoe_jax as fm
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.run import train
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 
 if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("checkpoints/*")):
     config = fm.preset("configs/demo.py")

@@ -145,7 +145,7 @@ display(Image(workdir / "load.png", width=1000))
 
 # %%
 from finermoe_jax.data.tokenizers import load_tokenizer
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 
 model, files = load_model(workdir)
 tokenizer = load_tokenizer(files, model.config.vocab_size)

@@ -48,9 +48,9 @@ class Mutation:
 
 
 ROUTING = "finermoe_jax/moe/routing.py"
+BALANCE = "finermoe_jax/moe/balance.py"
 UPCYCLE = "finermoe_jax/weights/upcycle.py"
-STARTS = "finermoe_jax/weights/upcycle_variants.py"
-DISPATCH = "finermoe_jax/moe/dispatch.py"
+VARIANTS = "finermoe_jax/weights/upcycle_variants.py"
 EXCHANGE = "finermoe_jax/moe/exchange.py"
 LOSSES = "finermoe_jax/model/losses.py"
 STEP = "finermoe_jax/training/step.py"
@@ -60,7 +60,10 @@ TRAINING = "finermoe_jax/training/run.py"
 LOOP = "finermoe_jax/training/loop.py"
 
 LAYER = "tests/moe/test_layer.py"
-OF_ROUTING = "tests/moe/test_routing.py tests/moe/test_layer.py tests/end_to_end/test_parity.py"
+OF_ROUTING = (
+    "tests/moe/test_routing.py tests/moe/test_balance.py tests/moe/test_layer.py "
+    "tests/end_to_end/test_parity.py"
+)
 OF_UPCYCLING = (
     "tests/moe/test_layer.py tests/weights/test_upcycle_variants.py "
     "tests/config/test_architectures.py tests/model/test_decoder.py "
@@ -97,16 +100,16 @@ MUTATIONS = (
         f"{LAYER}::test_gradients[separate_routers]", OF_ROUTING,
     ),
     Mutation(
-        "Eq. 11 counts a token once per expert, not per active expert", ROUTING,
+        "Eq. 11 counts a token once per expert, not per active expert", BALANCE,
         "num_experts / (active * length)",
         "num_experts / length",
-        "tests/moe/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(
-        "Eq. 11 is averaged over rows of padding, too", ROUTING,
+        "Eq. 11 is averaged over rows of padding, too", BALANCE,
         "/ jnp.maximum(holds_token.sum(), 1)",
         "/ holds_token.size",
-        "tests/moe/test_routing.py -k aux", OF_ROUTING,
+        "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(
         "the router computes in the activations' dtype", "finermoe_jax/moe/layer.py",
@@ -160,31 +163,31 @@ MUTATIONS = (
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
-        'start.function_preserving and name[2] == "down"',
-        'start.function_preserving and name[2] == "gate"',
+        'upcycling.function_preserving and name[2] == "down"',
+        'upcycling.function_preserving and name[2] == "gate"',
         "tests/weights/test_upcycle_variants.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(
-        "drop-upcycling: another set of channels for each matrix", STARTS,
+        "drop-upcycling: another set of channels for each matrix", VARIANTS,
         "channels = sampling.permutation(width)",
         "channels = matrices[first].permutation(width)",
         "tests/weights/test_upcycle_variants.py -k channels", OF_UPCYCLING,
     ),
     Mutation(
-        "virtual groups: rows shared by the copies of a slice", STARTS,
+        "virtual groups: rows shared by the copies of a slice", VARIANTS,
         "np.arange(moe.num_experts) // slices * slices",
         "np.arange(moe.num_experts) % slices",
         "tests/weights/test_upcycle_variants.py -k virtual", OF_UPCYCLING,
     ),
     # --- dispatch and exchange -------------------------------------------------------------
     Mutation(
-        "a token's gradient is the mean of its copies'", DISPATCH,
+        "a token's gradient is the mean of its copies'", EXCHANGE,
         "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
         "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
         f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
     ),
     Mutation(
-        "gradients are permuted as the rows were, not back", DISPATCH,
+        "gradients are permuted as the rows were, not back", EXCHANGE,
         "lambda inverse, g: (g[inverse], None, None),",
         "lambda inverse, g: (g[inverse_of(inverse)], None, None),",
         f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
@@ -329,14 +332,14 @@ MUTATIONS = (
     # --- resume ----------------------------------------------------------------------------
     Mutation(
         "a run that goes on begins the data anew", LOOP,
-        "batches = _global_batches(config, self.rows, first,",
-        "batches = _global_batches(config, self.rows, 0,",
+        "_global_batches(setup.config, setup.data.train, first,",
+        "_global_batches(setup.config, setup.data.train, 0,",
         f"{INTERRUPTED} -k killed_and_stopped", OF_RUNS,
     ),
     Mutation(
         "a run that goes on forgets the steps left out", TRAINING,
-        "guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)",
-        "guard = Guard(config, windows, workdir, 0, say)",
+        "guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)",
+        "guard = Guard(config, rows, workdir, 0, say)",
         f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
     Mutation(

@@ -24,13 +24,15 @@ from jax.sharding import Mesh
 
 from finermoe_jax.analysis import report
 from finermoe_jax.analysis.hlo_costs import analyse
-from finermoe_jax.analysis.params import run_model, true_counts
+from finermoe_jax.analysis.params import run_model
 from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.flops import forward_flops, training_flops
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.runtime import files
@@ -58,7 +60,7 @@ class Step:
         return self.parameter_bytes + self.optimizer_bytes
 
 
-def prepare(config: RunConfig, target: Target) -> Step:
+def abstract_step(config: RunConfig, target: Target) -> Step:
     """The train step of a config on a target's mesh. Allocates nothing.
 
     Raises InputError: a mesh that does not multiply, or a microbatch that its devices do not share.
@@ -71,7 +73,7 @@ def prepare(config: RunConfig, target: Target) -> Step:
     model.placement = Placement(mesh, None if kernel == "auto" else kernel)
     shardings, notes = sharding.param_shardings(model, mesh)
     params = abstract_params(model.config, config.train.param_dtype, shardings)
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     state = abstract_optimizer(tx, params, shardings, mesh)
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
@@ -128,15 +130,7 @@ def compile_step(
         "optimizer_bytes": step.optimizer_bytes,
         "tokens_per_step": step.config.data.global_batch_size * step.config.data.sequence_length,
     }
-    try:
-        lowered = step.lower()
-    except RuntimeError as error:
-        if "cuDNN" not in str(error):
-            raise
-        raise InputError(
-            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
-            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
-        ) from None
+    lowered = _lowered(step)
     say(f"traced in {time.perf_counter() - began:.0f} s, compiling …")
     try:
         compiled = lowered.compile()
@@ -146,22 +140,8 @@ def compile_step(
         figures["largest"] = largest_allocations(str(error))
         figures["fits"] = False
         return figures
-    memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    figures |= {
-        "compile_seconds": time.perf_counter() - began,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "peak_bytes": peak,
-        "fits": peak <= target.chip.memory,
-    }
+    figures |= {"compile_seconds": time.perf_counter() - began, **_memory(compiled)}
+    figures["fits"] = figures["peak_bytes"] <= target.chip.memory
     slices = [target.slice_of(device) for device in step.mesh.devices.flat]
     text = compiled.as_text()
     if hlo:
@@ -169,40 +149,55 @@ def compile_step(
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(step, target)
     figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
-    figures |= report.roofline(costs, target, figures["tokens_per_step"], model_flops(step))
+    frozen = step.config.optimizer.freeze_backbone
+    needed = training_flops(step.model, step.config.data.sequence_length, frozen)
+    figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)
     return figures
 
 
-def model_flops(step: Step) -> float:
-    """FLOPs per token that the model's arithmetic needs, for model FLOPs utilisation.
+def _lowered(step: Step) -> Any:
+    """The traced step. Raises InputError where cuDNN is missing."""
+    try:
+        return step.lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise InputError(
+            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
+            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
+        ) from None
 
-    6 per active parameter, the input embedding's rows apart, and 12 L N H T of attention (Chowdhery
-    et al., PaLM, appendix B): recomputation does not count.
-    """
-    model, length = step.model, step.config.data.sequence_length
-    active = true_counts(model).active
-    if not model.tie_word_embeddings:
-        active -= model.vocab_size * model.hidden_size
-    heads = model.num_attention_heads * model.attention_head_dim
-    return 6.0 * active + 12.0 * model.num_hidden_layers * heads * length
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """What a compiled program takes of a device, in bytes."""
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+    }
 
 
 def attention_flops(step: Step, target: Target) -> float:
     """FLOPs of causal attention per device and step; its library kernels state none.
 
-    Products of N H T^2 FLOPs a sequence and layer, the masked half left out: two forward, two more
-    where they are recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
+    Products without their masked half (config/flops.py): two forward, two more where they are
+    recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
     """
-    model, data = step.model, step.config.data
+    data = step.config.data
     backward = 7 if target.platform == "tpu" else 5
     products = 2 + backward + (0 if step.config.train.remat == "none" else 2)
-    heads = model.num_attention_heads * model.attention_head_dim
     parts = sharding.batch_parts(step.mesh)
     tensor = step.mesh.shape["tensor"]
-    if model.num_attention_heads % tensor == 0:
+    if step.model.num_attention_heads % tensor == 0:
         parts *= tensor
-    sequences = data.global_batch_size / parts
-    return products * heads * data.sequence_length**2 * model.num_hidden_layers * sequences
+    scores = forward_flops(step.model, data.sequence_length)["scores"]
+    return products / 2 * scores * data.sequence_length * data.global_batch_size / parts
 
 
 def out_of_memory(message: str) -> float:

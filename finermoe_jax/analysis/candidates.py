@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.presets import LEAN_STATE
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
@@ -62,10 +63,12 @@ def _moments(config: RunConfig, target: Target) -> RunConfig | None:
 
 
 def _lean(config: RunConfig, target: Target) -> RunConfig | None:
-    if config.optimizer.name == "adafactor" and config.train.param_dtype == "bfloat16":
-        return None
-    changed = dataclasses.replace(config.optimizer, name="adafactor", moment_dtype="float32")
-    return _train(dataclasses.replace(config, optimizer=changed), param_dtype="bfloat16")
+    changed = {
+        group: dataclasses.replace(getattr(config, group), **values)
+        for group, values in LEAN_STATE.items()
+    }
+    lean = dataclasses.replace(config, **changed)
+    return None if lean == config else lean
 
 
 def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
@@ -103,22 +106,22 @@ def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunCo
 def search(
     config: RunConfig,
     target: Target,
-    prepare: Callable[[RunConfig, Target], Any],
+    abstract_step: Callable[[RunConfig, Target], Any],
     compile_step: Callable[..., dict[str, Any]] | None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Prints and returns the changes, with the bytes of state and gradients that each leaves.
 
-    Those are counted from the shapes of aot.prepare; activations and the compiler's own buffers
-    come on top. With aot.compile_step, changes whose state and gradients leave room are compiled,
-    in order, until one fits.
+    Those are counted from the shapes of aot.abstract_step; activations and the compiler's own
+    buffers come on top. With aot.compile_step, changes whose state and gradients leave room are
+    compiled, in order, until one fits.
     """
     limit = target.chip.memory
     rows: list[dict[str, Any]] = []
     say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
     for name, changed in combinations(config, target):
         try:
-            step = prepare(changed, target)
+            step = abstract_step(changed, target)
         except InputError:
             continue  # a batch that this mesh cannot share
         floor = step.state_bytes + step.gradient_bytes

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.layers.parameters import axes_of
+from finermoe_jax.model.decoder import parameter_kinds, parameter_shapes, with_shapes
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights.hf_weights import read_config, resolve_source
 from finermoe_jax.weights.upcycle import upcycled_config
@@ -32,18 +33,12 @@ class Counts:
     active: int
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape (stacked over its run's layers)."""
-    state = nnx.to_flat_state(nnx.state(with_shapes(config), nnx.Param))
-    return {"/".join(map(str, path)): tuple(variable.shape) for path, variable in state}
-
-
 def run_model(config: RunConfig) -> ModelConfig:
-    """The model that a run trains: of config.model, or of what init_from holds, upcycled."""
+    """The model that a run trains: of config.dense, or of what init_from holds, upcycled."""
     if not config.init_from:
-        assert config.model is not None
-        return dataclasses.replace(config.model, moe=config.moe)
-    model = config.model or read_config(resolve_source(find(config.init_from)))
+        assert config.dense is not None
+        return dataclasses.replace(config.dense, moe=config.moe)
+    model = config.dense or read_config(resolve_source(find(config.init_from)))
     if config.moe and model.moe is None:
         model = upcycled_config(model, config.moe)
     return model
@@ -66,7 +61,7 @@ def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> s
         total += size
         lines.append(
             f"{'/'.join(map(str, path)):<36} {'x'.join(map(str, variable.shape)):<18} "
-            f"{' '.join(variable.get_metadata()['out_sharding']):<36} "
+            f"{' '.join(axes_of(variable)):<36} "
             f"{_partition(placed[path].spec):<34} {size:>15,}"
         )
     head = f"mesh {sizes} · {config.train.param_dtype} · the last column: bytes per device"
@@ -86,10 +81,11 @@ def true_counts(config: ModelConfig) -> Counts:
     Active counts A of the N routed experts of each MoE layer.
     """
     total = active = 0
-    for name, shape in parameter_shapes(config).items():
+    kinds = parameter_kinds(config)
+    for path, shape in parameter_shapes(config).items():
         size = math.prod(shape)
         total += size
-        if name.endswith(("moe/gate_up", "moe/down")):
+        if kinds[path].bank:
             assert config.moe is not None
             size = size // config.moe.num_experts * config.moe.num_active
         active += size

@@ -151,7 +151,7 @@ def _times(figures: dict[str, Any], target: Target) -> list[str]:
             f"{bound['mfu']:.1%}"
         )
     lines.append(
-        f"  MFU by {figures['model_flops_per_token'] / 1e9:.3f} GFLOP a token: 6 per active "
-        "parameter and 12 L N H T of attention, without recomputation"
+        f"  MFU by {figures['model_flops_per_token'] / 1e9:.3f} GFLOP a token, as a run counts "
+        "it: causal scores, without recomputation"
     )
     return lines

@@ -11,16 +11,18 @@ formed: the mean is (|Σ û|² − N) / (N (N − 1)). Experts are read a few at
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import Source, open_model
 from finermoe_jax.weights.hf_names import run_layers
-from finermoe_jax.weights.lazy import LazyArray
+from finermoe_jax.weights.lazy import LazyArray, ParamPath
+from finermoe_jax.weights.source import ModelSource, open_model
 
 # Values that are made float64 at a time.
 _CHUNK = 1 << 20
@@ -51,7 +53,7 @@ def expert_similarity(source: str) -> Similarity:
     return _of_model(_open(source), source, lambda size: None)
 
 
-def _open(source: str) -> Source:
+def _open(source: str) -> ModelSource:
     model = open_model(source)
     if model.config.moe is None:
         raise InputError(f"{source} is a dense model; only experts are compared")
@@ -60,29 +62,32 @@ def _open(source: str) -> Source:
     return model
 
 
-def _of_model(model: Source, name: str, read: Callable[[int], None]) -> Similarity:
+def _of_model(model: ModelSource, name: str, read: Callable[[int], None]) -> Similarity:
     """read(bytes) is told of each block of weights."""
     assert model.config.moe is not None
     found: dict[int, float] = {}
-    for path, gate_up in model.weights.items():
-        if path[-2:] != ("moe", "gate_up"):
-            continue
-        down = model.weights[*path[:-1], "down"]
-        for place, layer in enumerate(run_layers(model.config, path[1], path[2])):
-            of_layer = f"{name}: layer {layer}"
-            found[layer] = _of_layer(gate_up.row(place), down.row(place), of_layer, read)
+    for (_, run, place), banks in itertools.groupby(_banks(model), lambda path: path[:3]):
+        arrays = [model.weights[path] for path in banks]
+        for repeat, layer in enumerate(run_layers(model.config, run, place)):
+            of_layer = [array.row(repeat) for array in arrays]
+            found[layer] = _of_layer(of_layer, f"{name}: layer {layer}", read)
     layers = tuple(sorted(found))
     return Similarity(model.config.moe.num_experts, layers, tuple(found[i] for i in layers))
 
 
-def _of_layer(gate_up: LazyArray, down: LazyArray, name: str, read: Callable[[int], None]) -> float:
-    """A layer's similarity from [E, 2F, D] and [E, F, W]."""
-    count = gate_up.shape[0]
-    sums = [np.zeros(array.shape[1:]).reshape(-1) for array in (gate_up, down)]
+def _banks(model: ModelSource) -> list[ParamPath]:
+    """The experts' parameters, those of a layer side by side."""
+    return [path for path, kind in parameter_kinds(model.config).items() if kind.bank]
+
+
+def _of_layer(banks: list[LazyArray], name: str, read: Callable[[int], None]) -> float:
+    """A layer's similarity from its experts' arrays, [E, …] each."""
+    count = banks[0].shape[0]
+    sums = [np.zeros(array.shape[1:]).reshape(-1) for array in banks]
     # As they are stored, so that no block is read twice.
-    step = max(lazy.block_shape(array)[0] for array in (gate_up, down))
+    step = max(lazy.block_shape(array)[0] for array in banks)
     for start in range(0, count, step):
-        parts = [array[start : start + step] for array in (gate_up, down)]
+        parts = [array[start : start + step] for array in banks]
         for expert in range(len(parts[0])):
             matrices = [part[expert].reshape(-1) for part in parts]
             square = sum(_dot(matrix) for matrix in matrices)
@@ -126,12 +131,7 @@ def similarities(sources: dict[str, str]) -> dict[str, Similarity]:
     Raises InputError as `expert_similarity` does, before any weight is read.
     """
     models = {label: _open(source) for label, source in sources.items()}
-    size = sum(
-        array.nbytes
-        for model in models.values()
-        for path, array in model.weights.items()
-        if path[-2:] in (("moe", "gate_up"), ("moe", "down"))
-    )
+    size = sum(model.weights[path].nbytes for model in models.values() for path in _banks(model))
     with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
         return {
             label: _of_model(model, sources[label], bar.update) for label, model in models.items()

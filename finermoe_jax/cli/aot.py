@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finermoe_jax.analysis import candidates, report
-from finermoe_jax.analysis.aot import compile_step, prepare
+from finermoe_jax.analysis.aot import abstract_step, compile_step
 from finermoe_jax.analysis.topology import describe
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
@@ -39,13 +39,13 @@ def main(flags: Flags) -> int:
         return 0
     output, hlo = (_writable(flags, name) for name in ("output", "hlo"))
     target = describe(flags.topology, flags.num_slices)
-    step = prepare(config, target)
+    step = abstract_step(config, target)
     print(report.heading(step.mesh, target, config, step.notes), flush=True)
     figures = compile_step(step, target, hlo=hlo)
     print(report.text(figures, target))
     if not figures["fits"]:
         figures["changes"] = candidates.search(
-            config, target, prepare, compile_step if flags.suggest else None
+            config, target, abstract_step, compile_step if flags.suggest else None
         )
     if output:
         write(output, to_json(figures, indent=2) + "\n")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finermoe_jax.cli.flags import Command, Flags
-from finermoe_jax.config.model import PUBLISHED_START, MoEConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.json_files import to_json
@@ -50,7 +51,7 @@ def main(flags: Flags) -> None:
 
     asked: dict[str, Any] = {
         "moe": config.moe if config else MoEConfig(),
-        "start": config.upcycle if config else PUBLISHED_START,
+        "upcycling": config.upcycle if config else PUBLISHED_UPCYCLING,
         "seed": config.train.seed if config else 0,
         "dtype": flags.dtype or None,
         "stated": config is not None,

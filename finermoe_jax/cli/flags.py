@@ -14,8 +14,8 @@ from absl import flags
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from finermoe_jax.config.parse import find_config, preset
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import find_config, preset, run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local, local_list
@@ -206,7 +206,8 @@ def _take_config(values: FlagValues) -> str | None:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
-            rest.append(argument)
+            # The former name of config.dense.
+            rest.append(re.sub(r"^(--?config\.)model\b", r"\1dense", argument))
         elif not (given := value if equals else next(arguments, "")):
             raise InputError("--config needs a value: a preset, such as demo, or a config file")
     sys.argv = rest

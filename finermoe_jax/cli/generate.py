@@ -47,7 +47,7 @@ def main(flags: Flags) -> None:
     from finermoe_jax.generation.sampling import Sampling
     from finermoe_jax.generation.text import check_prompt, complete, conversation
     from finermoe_jax.model.quantize import int8_weights
-    from finermoe_jax.weights.checkpoint import open_with_tokenizer, read_model
+    from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
     sampling = Sampling(*(getattr(flags, name) for name in Sampling._fields))
     sampling.check()

@@ -4,7 +4,6 @@ import math
 
 from finermoe_jax.analysis import paper_tables
 from finermoe_jax.analysis.params import (
-    parameter_shapes,
     published_models,
     run_model,
     sharding_table,
@@ -12,6 +11,7 @@ from finermoe_jax.analysis.params import (
 )
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
+from finermoe_jax.model.decoder import parameter_shapes
 
 
 def define(flags: Flags) -> None:
@@ -45,8 +45,10 @@ def main(flags: Flags) -> None:
     if flags.shardings:
         print(sharding_table(config, model, flags.devices))
         return
-    for name, shape in parameter_shapes(model).items():
-        print(f"{name:<40}{'x'.join(map(str, shape)):>24}{math.prod(shape):>16,}")
+    for path, shape in parameter_shapes(model).items():
+        print(
+            f"{'/'.join(map(str, path)):<40}{'x'.join(map(str, shape)):>24}{math.prod(shape):>16,}"
+        )
     print(table({"this config": model}))
 
 

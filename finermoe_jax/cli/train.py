@@ -46,29 +46,29 @@ def main(flags: Flags) -> None:
     if flags.print_config:
         print_config(config)
         return
-    heartbeat, start_timeout = flags.heartbeat_seconds, flags.start_timeout
-    if not 1 <= heartbeat <= 3600:
-        raise InputError(f"--heartbeat_seconds={heartbeat} must lie in 1 … 3600")
+    silence, start_timeout = flags.heartbeat_seconds, flags.start_timeout
+    if not 1 <= silence <= 3600:
+        raise InputError(f"--heartbeat_seconds={silence} must lie in 1 … 3600")
     if not 1 <= start_timeout <= 86400:
         raise InputError(f"--start_timeout={start_timeout} must lie in 1 … 86400")
-    from finermoe_jax.runtime import distributed, host_memory
+    from finermoe_jax.runtime import distributed, heartbeat, host_memory
     from finermoe_jax.training import monitor, run
     from finermoe_jax.training.workdir import way_on
 
-    watch = monitor.Watch(
+    telemetry = monitor.Telemetry(
         flags.tensorboard,
         flags.wandb,
         monitor.read_steps(flags.profile_steps),
         None if flags.peak_tflops is None else flags.peak_tflops * 1e12,
     )
     host_memory.keep_freed()
-    distributed.initialize(heartbeat, start_timeout)
+    distributed.initialize(silence, start_timeout)
     workdir = flags.workdir
     if not workdir:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         workdir = distributed.exchange(f"runs/{flags.config_name}-{stamp}")[0]
-    with distributed.watched(heartbeat, lambda: way_on(Path(workdir))):
-        run.train(config, Path(workdir), watch=watch, allow_changes=flags.allow_changes)
+    with heartbeat.heartbeats(silence, lambda: way_on(Path(workdir))):
+        run.train(config, Path(workdir), telemetry=telemetry, allow_changes=flags.allow_changes)
 
 
 COMMAND = Command("--config=configs/demo.py [--workdir=DIR]", define, main)

@@ -1,17 +1,115 @@
-"""Config files: the presets of configs/ by name, and files of the user's own by path."""
+"""Configs from defaults, from mappings and from files: the presets of configs/, and users' own."""
 
+import dataclasses
 import inspect
 import os
 import re
 import runpy
 import traceback
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, near_misses
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.paths import local
+
+
+def default_config() -> Any:
+    """An ml_collections ConfigDict holding every field of RunConfig at its default.
+
+    `moe` holds the published settings; `config.moe = None` gives a dense run. `dense` is None.
+    """
+    from ml_collections import ConfigDict  # the library itself runs without it
+
+    config = ConfigDict(
+        {
+            field.name: dataclasses.asdict(field.default)  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(field.default)
+            else field.default
+            for field in dataclasses.fields(RunConfig)
+        },
+        type_safe=False,
+    )
+    config.moe = ConfigDict(dataclasses.asdict(MoEConfig()), type_safe=False)
+    return config
+
+
+def run_config(values: Any) -> RunConfig:
+    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
+
+    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
+    """
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if not isinstance(values, Mapping):
+        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
+    return from_dict(RunConfig, _renamed(values), "config")
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields by today's names: `dense` was called `model`."""
+    if "model" not in values:
+        return values
+    if values.get("dense") is not None:
+        raise InputError("config.model is the former name of config.dense: leave one of them out")
+    return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
+
+
+def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"{where} has no field {key!r}. {near_misses(key, hints)}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - kwargs.keys()):
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or InputError. Ints serve as floats, lists as tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = (arg for arg in args if arg is not type(None))
+        return _coerce(hint, value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise InputError(f"{where}={value!r} must be one of {', '.join(map(str, args))}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}={value!r} must be a list")
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}={value!r} must be a group of fields")
+        return from_dict(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**1000:
+            raise InputError(f"{where}={value!r} is too large")
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where}={value!r} must be of type {hint.__name__}")
+    if hint is int and abs(value) >= 1 << 63:
+        raise InputError(f"{where} has {len(str(abs(value)))} digits; it must fit 64 bits")
+    return value
+
+
+# --- config files ---------------------------------------------------------------------------
 
 
 def preset(name: str) -> Any:
@@ -46,6 +144,8 @@ def preset(name: str) -> Any:
             f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
             "change and return the one that finermoe_jax.default_config() gives"
         )
+    if "model" in config:
+        config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
     return config
 
 

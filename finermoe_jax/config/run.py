@@ -2,19 +2,13 @@
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from finermoe_jax.config.model import (
-    PUBLISHED_START,
-    ModelConfig,
-    MoEConfig,
-    UpcycleConfig,
-    check_fields,
-)
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
+from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.paths import local, local_list
 
 
@@ -92,7 +86,7 @@ class TrainConfig:
     # Activations' and master weights' dtypes.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Implementation of the experts (pallas_kernels) and of attention (flash.py: "cpu" and
+    # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
     # "reference" take blocks of queries); "auto" goes by the platform.
     kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
     # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,
@@ -123,11 +117,11 @@ class RunConfig:
     """Everything train.py needs; configs/*.py make one through `default_config`."""
 
     # The dense architecture. With init_from it must agree with the source; None: as the source.
-    model: ModelConfig | None = None
+    dense: ModelConfig | None = None
     # How the FFNs become experts; None trains the model as init_from holds it.
     moe: MoEConfig | None = None
     # What those experts start from.
-    upcycle: UpcycleConfig = PUBLISHED_START
+    upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
     # HF directory, hub id or checkpoint of ours to start from; empty: random weights.
     init_from: str = ""
     # Prompts whose continuations are shown before and after training.
@@ -142,53 +136,29 @@ class RunConfig:
         for group in (self, self.data, self.optimizer, self.mesh, self.train):
             check_fields(group)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
-        if self.model is None and not self.init_from:
-            raise InputError("a run needs init_from (weights to start from) or model (a shape)")
-        if self.model is not None and self.model.moe is not None:
-            raise InputError("config.model states the dense shape; the experts go into config.moe")
-        if self.moe is not None and self.model is not None:
-            dataclasses.replace(self.model, moe=self.moe)  # divisibility, before any work
+        if self.dense is None and not self.init_from:
+            raise InputError("a run needs init_from (weights to start from) or dense (a shape)")
+        if self.dense is not None and self.dense.moe is not None:
+            raise InputError("config.dense states the dense shape; the experts go into config.moe")
+        if self.moe is not None and self.dense is not None:
+            dataclasses.replace(self.dense, moe=self.moe)  # divisibility, before any work
         self.upcycle.check(self.moe)
-        data, train, optimizer = self.data, self.train, self.optimizer
-        for name, value in (
-            ("data.sequence_length", data.sequence_length),
-            ("data.global_batch_size", data.global_batch_size),
-            ("data.eval_windows", data.eval_windows),
-            ("prompt_tokens", self.prompt_tokens),
-            ("train.steps", train.steps),
-            ("train.grad_accumulation", train.grad_accumulation),
-            ("train.scan_unroll", train.scan_unroll),
-            ("train.loss_chunk_tokens", train.loss_chunk_tokens),
-            ("train.log_every", train.log_every),
-            ("train.load_every", train.load_every),
-            ("train.eval_every", train.eval_every),
-            ("train.checkpoint_every", train.checkpoint_every),
-            ("train.keep_checkpoints", train.keep_checkpoints),
-            ("train.max_skipped_steps", train.max_skipped_steps),
-        ):
+        for name, value in _named(self, _AT_LEAST_ONE):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        for (name, value), (low, high) in zip(_named(self, _RANGES), _RANGES.values(), strict=True):
+            if not low <= value <= high:  # also refuses NaN
+                raise InputError(f"{name}={value} must lie between {low} and {high}")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        """Raises InputError for fields that are right alone, and not together."""
+        data, train, optimizer = self.data, self.train, self.optimizer
         if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
             raise InputError(
                 f"optimizer.moment_dtype={optimizer.moment_dtype} is AdamW's, and optimizer.name="
                 f"{optimizer.name} keeps no first moment: leave it at float32"
             )
-        for name, number, low, high in (
-            ("data.eval_fraction", data.eval_fraction, 0, 0.999),
-            ("data.seed", data.seed, 0, 2**32 - 1),
-            ("train.seed", train.seed, 0, 2**32 - 1),
-            ("train.keep_best", train.keep_best, 0, 1e6),
-            ("train.aux_loss_weight", train.aux_loss_weight, 0, 1e6),
-            ("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1),
-            ("optimizer.beta1", optimizer.beta1, 0, 0.999999),
-            ("optimizer.beta2", optimizer.beta2, 0, 0.999999),
-            ("optimizer.weight_decay", optimizer.weight_decay, 0, 1e6),
-            ("optimizer.clip_norm", optimizer.clip_norm, 1e-12, 1e12),
-            ("optimizer.learning_rate", optimizer.learning_rate, 0, 1e6),
-            ("optimizer.final_learning_rate", optimizer.final_learning_rate, 0, 1e6),
-        ):
-            if not low <= number <= high:  # also refuses NaN
-                raise InputError(f"{name}={number} must lie between {low} and {high}")
         if train.keep_best and not (data.eval_fraction or data.eval_path):
             raise InputError(
                 f"train.keep_best={train.keep_best} ranks by held-out loss, and data.eval_fraction="
@@ -208,82 +178,39 @@ class RunConfig:
             )
 
 
-def default_config() -> Any:
-    """An ml_collections ConfigDict holding every field of RunConfig at its default.
-
-    `moe` holds the published settings; `config.moe = None` gives a dense run. `model` is None.
-    """
-    from ml_collections import ConfigDict  # the library itself runs without it
-
-    config = ConfigDict(
-        {
-            field.name: dataclasses.asdict(field.default)  # type: ignore[arg-type]
-            if dataclasses.is_dataclass(field.default)
-            else field.default
-            for field in dataclasses.fields(RunConfig)
-        },
-        type_safe=False,
-    )
-    config.moe = ConfigDict(dataclasses.asdict(MoEConfig()), type_safe=False)
-    return config
-
-
-def run_config(values: Any) -> RunConfig:
-    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
-
-    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
-    """
-    if hasattr(values, "to_dict"):
-        values = values.to_dict()
-    if not isinstance(values, Mapping):
-        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
-    return from_dict(RunConfig, values, "config")
-
-
-def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise InputError(f"{where} has no field {key!r}. {near_misses(key, hints)}")
-        kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - kwargs.keys()):
-        raise InputError(f"{where} lacks {', '.join(missing)}")
-    return cls(**kwargs)
+# The smallest values, and the ranges, of the fields of a RunConfig.
+_AT_LEAST_ONE = (
+    "data.sequence_length",
+    "data.global_batch_size",
+    "data.eval_windows",
+    "prompt_tokens",
+    "train.steps",
+    "train.grad_accumulation",
+    "train.scan_unroll",
+    "train.loss_chunk_tokens",
+    "train.log_every",
+    "train.load_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_skipped_steps",
+)
+_RANGES = {
+    "data.eval_fraction": (0, 0.999),
+    "data.seed": (0, 2**32 - 1),
+    "train.seed": (0, 2**32 - 1),
+    "train.keep_best": (0, 1e6),
+    "train.aux_loss_weight": (0, 1e6),
+    "optimizer.warmup_fraction": (0, 1),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.weight_decay": (0, 1e6),
+    "optimizer.clip_norm": (1e-12, 1e12),
+    "optimizer.learning_rate": (0, 1e6),
+    "optimizer.final_learning_rate": (0, 1e6),
+}
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, or InputError. Ints serve as floats, lists as tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (hint,) = (arg for arg in args if arg is not type(None))
-        return _coerce(hint, value, where)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise InputError(f"{where}={value!r} must be one of {', '.join(map(str, args))}")
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}={value!r} must be a list")
-        return tuple(_coerce(args[0], item, where) for item in value)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{where}={value!r} must be a group of fields")
-        return from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 2**1000:
-            raise InputError(f"{where}={value!r} is too large")
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{where}={value!r} must be of type {hint.__name__}")
-    if hint is int and abs(value) >= 1 << 63:
-        raise InputError(f"{where} has {len(str(abs(value)))} digits; it must fit 64 bits")
-    return value
+def _named(config: RunConfig, names: Iterable[str]) -> list[tuple[str, Any]]:
+    """The values of fields, with their dotted names."""
+    return [(name, operator.attrgetter(name)(config)) for name in names]

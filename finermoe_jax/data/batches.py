@@ -22,7 +22,7 @@ from finermoe_jax.data.text import KNOWN, TextFile, text_kind, tokenize
 from finermoe_jax.data.token_files import (
     MANIFEST,
     PARTIAL,
-    Source,
+    Corpus,
     TokenStream,
     open_prepared,
     tokenizer_hash,
@@ -98,7 +98,7 @@ def _place(name: str) -> Path:
 def open_source(
     name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, vocab_size: int,
     show_progress: bool,
-) -> Source:  # fmt: skip
+) -> Corpus:  # fmt: skip
     """What a path of data.path or data.eval_path names, by what lies there.
 
     Raises InputError for what is none of the known kinds, and whatever is wrong with it.
@@ -138,13 +138,23 @@ def open_source(
         "tokens": len(stream),
         "max_id": int(tokens.ids.max(initial=0)),
     }
-    return Source(str(path), stream, ((tokens.starts, 0),), identity)
+    return Corpus(str(path), stream, ((tokens.starts, 0),), identity)
+
+
+def _refuse_mixture(eval_path: str) -> None:
+    """Raises InputError where data.eval_path looks like several sources, or one with a weight."""
+    name, colon, _ = eval_path.rpartition(":")
+    if not _lies_there(eval_path) and ("," in eval_path or (colon and _lies_there(name))):
+        raise InputError(
+            f"data.eval_path={eval_path} must name one source, without a weight: only data.path "
+            "takes a mixture"
+        )
 
 
 # --- rows ----------------------------------------------------------------------------------
 
 
-def split_held_out(sources: Sequence[tuple[Source, Fraction]], config: DataConfig) -> tuple[
+def split_held_out(sources: Sequence[tuple[Corpus, Fraction]], config: DataConfig) -> tuple[
     Mixture, Mixture | None
 ]:  # fmt: skip
     """Training rows and held-out rows; the latter come from the end of each source.
@@ -180,7 +190,7 @@ def split_held_out(sources: Sequence[tuple[Source, Fraction]], config: DataConfi
     return train, Mixture(held_out, names, weights)
 
 
-def _rows(source: Source, config: DataConfig, held_out: float) -> tuple[Rows, Rows]:
+def _rows(source: Corpus, config: DataConfig, held_out: float) -> tuple[Rows, Rows]:
     """The rows of a source, those of its last `held_out` of tokens (whole documents) apart."""
     total, length = len(source.tokens), config.sequence_length
     cut = total - round(total * held_out)
@@ -225,16 +235,9 @@ def open_data(
             "Megatron pair"
         )
     mixture = parse_mixture(config.path)
-    name, colon, _ = config.eval_path.rpartition(":")
-    if not _lies_there(config.eval_path) and (
-        "," in config.eval_path or (colon and _lies_there(name))
-    ):
-        raise InputError(
-            f"data.eval_path={config.eval_path} must name one source, without a weight: only "
-            "data.path takes a mixture"
-        )
+    _refuse_mixture(config.eval_path)
 
-    def opened(name: str) -> Source:
+    def opened(name: str) -> Corpus:
         source = open_source(name, tokenizer, files, vocab_size, show_progress)
         return dataclasses.replace(source, path=name)  # as the config says it, on every process
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from finermoe_jax.data.token_files import Source, TokenStream, id_range, map_file, scan_bar
+from finermoe_jax.data.token_files import Corpus, TokenStream, id_range, map_file, scan_bar
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
 
@@ -23,7 +23,7 @@ def megatron_prefix(path: Path) -> Path | None:
     return None
 
 
-def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
+def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
     """A .bin/.idx pair as Megatron-Core's IndexedDataset writes it, memory-mapped.
 
     All tokens are read once, for the largest and the smallest id and a hash of them: the format
@@ -82,4 +82,4 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Source:
         "tokens": total,
         "max_id": high,
     }
-    return Source(str(prefix), TokenStream([tokens]), ((starts[marks[:-1]], 0),), identity)
+    return Corpus(str(prefix), TokenStream([tokens]), ((starts[marks[:-1]], 0),), identity)

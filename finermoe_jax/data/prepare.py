@@ -13,8 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import glob
 import itertools
 import multiprocessing
@@ -46,12 +44,13 @@ from finermoe_jax.data.token_files import (
     shard_files,
     tokenizer_hash,
 )
-from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer
+from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer, vocabulary
 from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory
+from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
 
-_LOCK = ".lock"
 _AHEAD = 4  # batches of text under way for each process
 
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
@@ -85,8 +84,8 @@ def prepare(
     target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
     sources = [local(source) for source in sources]
     tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
-    vocab_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
     found = expand(sources, split, text_field)
+    vocab_size = vocabulary(tokenizer)
     settings = Settings(
         tokenizer=tokenizer_hash(tokenizer_files),
         vocab_size=vocab_size,
@@ -98,7 +97,7 @@ def prepare(
         sources=tuple(source.name for source in found),
         source_bytes=tuple(source.size for source in found),
     )
-    with _room(target), _alone(target):
+    with _alone(target):
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
@@ -166,35 +165,25 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
 
 
 @contextlib.contextmanager
-def _room(target: Path) -> Iterator[None]:
-    """Says what to do when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"{target} cannot be written: {error.strerror}; make room and start the same command "
-            "again, and it goes on behind the last complete shard"
-        ) from None
-
-
-@contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Makes the target, and keeps other processes from writing it until done."""
+    """Makes the target, and keeps other processes from writing it until done.
+
+    Raises InputError for a file, for a second writer and where the disk fills up.
+    """
     if target.exists() and not target.is_dir():
         raise InputError(f"--target={target} is a file; give a directory")
-    make_directory(target)
-    with (target / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {target}") from None
+    filled = (
+        f"{target} cannot be written: No space is left on its disk; make room and start the same "
+        "command again, and it goes on behind the last complete shard"
+    )
+    with disk.refusing_full(filled), contextlib.closing(Lock(target, "--target")) as lock:
+        make_directory(target)
+        lock.take()
         try:
             yield
         finally:
             if (target / MANIFEST).is_file():
-                (target / _LOCK).unlink(missing_ok=True)
+                lock.path.unlink(missing_ok=True)
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
@@ -208,7 +197,7 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
             if shard_damage(target, shard, DTYPES[settings.dtype]):
                 break
             shards.append(shard)
-    elif others := [p.name for p in target.iterdir() if p not in (target / _LOCK, begins)]:
+    elif others := [p.name for p in target.iterdir() if p not in (target / LOCK_FILE, begins)]:
         raise InputError(
             f"--target={target} holds {others[0]} and no prepared data: give a new directory"
         )

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finermoe_jax.config.run import from_dict
+from finermoe_jax.config.parse import from_dict
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -68,7 +68,7 @@ class TokenStream:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Corpus:
     """Tokens to train on, and where their documents begin.
 
     Attributes:
@@ -214,7 +214,7 @@ def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
 def open_prepared(
     directory: Path, tokenizer: str, eos_id: int | None, vocab_size: int = 1 << 32,
     show_progress: bool = False,
-) -> Source:  # fmt: skip
+) -> Corpus:  # fmt: skip
     """A prepared directory, checked against its manifest by size and by the largest token.
 
     Args:
@@ -228,31 +228,17 @@ def open_prepared(
     size than the manifest says, tokens beyond the vocabulary.
     """
     manifest = read_manifest(directory / MANIFEST)
-    settings = manifest.settings
     for what, theirs, ours in (
-        ("tokenizer", settings.tokenizer, tokenizer),
-        ("end-of-text token", settings.eos_id, eos_id),
+        ("tokenizer", manifest.settings.tokenizer, tokenizer),
+        ("end-of-text token", manifest.settings.eos_id, eos_id),
     ):
         if theirs != ours:
             raise InputError(
                 f"{directory} was prepared with {what} {theirs}, and the run's is {ours}: set "
                 "data.tokenizer to the one it was prepared with, or prepare the text anew"
             )
-    empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
-    if empty or not manifest.shards:
-        what = f"shard {empty[0]}" if empty else "the list of shards"
-        raise InputError(f"{directory}: {what} is empty; prepare it anew")
-    if manifest != Manifest.of(settings, manifest.shards):
-        raise InputError(
-            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
-            "documents, which is not the sum of its shards; prepare it anew"
-        )
-    if settings.dtype not in DTYPES:
-        raise InputError(
-            f"{directory}: dtype {settings.dtype!r} must be one of {', '.join(DTYPES)}; prepare it "
-            "anew"
-        )
-    dtype = DTYPES[settings.dtype]
+    _check_manifest(directory, manifest)
+    dtype = DTYPES[manifest.settings.dtype]
     _allow_files(len(manifest.shards))
     arrays: list[np.ndarray] = []
     documents: list[tuple[Path, int]] = []
@@ -278,7 +264,24 @@ def open_prepared(
         "tokens": manifest.tokens,
         "max_id": max(shard.max_id for shard in manifest.shards),
     }
-    return Source(str(directory), TokenStream(arrays), tuple(documents), identity)
+    return Corpus(str(directory), TokenStream(arrays), tuple(documents), identity)
+
+
+def _check_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raises InputError for a manifest that contradicts itself."""
+    empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
+    if empty or not manifest.shards:
+        what = f"shard {empty[0]}" if empty else "the list of shards"
+        raise InputError(f"{directory}: {what} is empty; prepare it anew")
+    if manifest != Manifest.of(manifest.settings, manifest.shards):
+        raise InputError(
+            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
+            "documents, which is not the sum of its shards; prepare it anew"
+        )
+    if (dtype := manifest.settings.dtype) not in DTYPES:
+        raise InputError(
+            f"{directory}: dtype {dtype!r} must be one of {', '.join(DTYPES)}; prepare it anew"
+        )
 
 
 def _allow_files(count: int) -> None:

@@ -54,13 +54,18 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
         if path.suffix in (".json", ".txt", ".jinja") and path.is_file():
             refuse_pointer(path)
     tokenizer = _from_transformers(directory)
-    largest = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
+    largest = vocabulary(tokenizer)
     if largest > vocab_size:
         raise InputError(
             f"the tokenizer in {directory} has {largest} tokens, the model's vocab_size is "
             f"{vocab_size}; its ids would not fit the embedding: use the model's own tokenizer"
         )
     return tokenizer
+
+
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many ids a tokenizer needs: one more than its largest."""
+    return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
 _SAVE_ONCE = (

@@ -29,7 +29,7 @@ from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.paths import local
-from finermoe_jax.weights.checkpoint import open_with_tokenizer, read_model
+from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +90,10 @@ def evaluate(
     pieces = list(file.pieces()) if file else []
     selection: Any = _select(tasks) if tasks else None
     if text:
-        sequence_length = sequence_length or min(limit, 2048)
-        stride = stride or max(1, sequence_length // 2)
-        if not 1 <= sequence_length <= limit:
-            raise InputError(
-                f"--sequence_length={sequence_length} must lie in 1 … {limit}, the model's limit"
-            )
-        if not 1 <= stride <= sequence_length:
-            raise InputError(f"--stride={stride} must lie in 1 … {sequence_length}, a window")
+        sequence_length, stride = _window(sequence_length, stride, limit)
     if tasks:
         _check_tasks(tasks, selection, tokenizer, limit)
-    documents = _documents(pieces, tokenizer, show_progress)
-    if text and not sum(map(len, documents)):
-        raise InputError(f"{text} has no token that could be scored")
+    documents = _documents(pieces, tokenizer, show_progress, text)
     spread = jax.device_count() > 1 and not int8
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1)) if spread else None
     model = read_model(source, checkpoint, mesh)
@@ -116,6 +107,17 @@ def evaluate(
         harness = dict(ends=ends, **options)
         results |= _run(model, tokenizer, tasks, selection, harness)
     return results
+
+
+def _window(length: int, stride: int, limit: int) -> tuple[int, int]:
+    """A window's length and stride, defaults in place of 0. Raises InputError beyond the limit."""
+    length = length or min(limit, 2048)
+    stride = stride or max(1, length // 2)
+    if not 1 <= length <= limit:
+        raise InputError(f"--sequence_length={length} must lie in 1 … {limit}, the model's limit")
+    if not 1 <= stride <= length:
+        raise InputError(f"--stride={stride} must lie in 1 … {length}, a window")
+    return length, stride
 
 
 def perplexity(
@@ -135,11 +137,13 @@ class Document(NamedTuple):
         return len(self.ids)
 
 
-def _documents(pieces: list[Piece], tokenizer: Any, show_progress: bool) -> list[Document]:
+def _documents(
+    pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
+) -> list[Document]:
     """The documents' tokens, without the end-of-text tokens that training puts between them.
 
     A tokenizer without special tokens has nothing for a document's first token to follow: it is
-    not scored.
+    not scored. Raises InputError for a text without any token to score.
     """
     ids, starts = tokenize(pieces, tokenizer, show_progress and bool(pieces))
     ends = [*starts[1:], len(ids)] if len(starts) else []
@@ -151,6 +155,8 @@ def _documents(pieces: list[Piece], tokenizer: Any, show_progress: bool) -> list
             documents.append(Document(prefix, own))
         elif len(own):
             documents.append(Document(int(own[0]), own[1:]))
+    if text and not sum(map(len, documents)):
+        raise InputError(f"{text} has no token that could be scored")
     return documents
 
 
@@ -282,12 +288,12 @@ def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) 
         targets += int(np.asarray(counted(part)).sum())
         missing = ((0, size - len(part.tokens)), (0, 0))
         batch = jax.tree.map(functools.partial(np.pad, pad_width=missing), part)
-        total += float(_score(graphdef, state, batch, real, chunk_tokens))
+        total += float(_summed_loss(graphdef, state, batch, real, chunk_tokens))
     return total / max(1, targets)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
-def _score(
+def _summed_loss(
     graphdef: Any, state: Any, batch: Batch, real: Array, chunk_tokens: int
 ) -> Float[Array, ""]:
     """Summed cross-entropy of the counted targets of a batch's real rows."""

@@ -21,6 +21,7 @@ from finermoe_jax.generation.decode import bucket
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.basic import project
 from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.model.losses import log_likelihood
 
 BATCH_TOKENS = 2048  # of one device; more gains nothing on a CPU
 _CHUNK = 256  # scored positions whose logits exist at one time
@@ -155,13 +156,13 @@ def _log_likelihoods(
     pad = -len(places) % _CHUNK
     chunks = [np.pad(x, (0, pad)).astype(np.int32).reshape(-1, _CHUNK) for x in (places, targets)]
     # All are under way before the first is waited for.
-    found = [_score(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
+    found = [_of_chunk(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
     log_p, likeliest = (np.concatenate(x) for x in zip(*jax.device_get(found), strict=True))
     return log_p[: len(places)], likeliest[: len(places)]
 
 
 @jax.jit
-def _score(
+def _of_chunk(
     hidden: Float[Array, "B T D"],
     weight: Any,
     places: Int[Array | np.ndarray, " M"],
@@ -169,8 +170,7 @@ def _score(
 ) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
     h = hidden.reshape(-1, hidden.shape[-1])[places]
     logits = project("MD,VD->MV", h, weight, jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
+    log_p, _ = log_likelihood(logits, jnp.asarray(targets))
     return log_p, jnp.argmax(logits, axis=-1) == targets
 
 

@@ -96,24 +96,17 @@ def select(
             "(best in a container without network), add --allow_code_execution; otherwise name the "
             "other tasks"
         )
-    local: dict[str, dict[str, Any]] = {}
-    skipped: list[str] = []
+    local: dict[str, dict] | None = None
+    missing: dict[str, Path] = {}
     if data_dir is not None:
         local, missing = _find_rows(leaves, index, data_dir, num_fewshot)
-        if missing and not skip_missing:
-            raise InputError(
-                "\n  ".join([f"--data_dir={data_dir} has no rows for", *_summary(missing)])
-                + "\ndocs/evaluation.md states the layout; --skip_missing leaves such tasks out"
-            )
-        skipped = list(missing)
-        if not local:
-            raise InputError(f"--data_dir={data_dir} holds no rows of {', '.join(names)}")
+        _check_rows(data_dir, names, local, {} if skip_missing else missing)
     objects: list[Any] = []
     with own_code_eval() if unsafe else contextlib.nullcontext():
         for name in wanted:
             # GPQA's choices are shuffled when it is loaded.
             random.seed(0)
-            objects += _build(name, manager, local if data_dir is not None else None)
+            objects += _build(name, manager, local)
     _refuse_duplicates(objects)
     built = {one.name if isinstance(one, Group) else one.task_name for one in objects}
     if ALL_TEN in names and not built & TEN.keys():
@@ -122,7 +115,7 @@ def select(
             "no mean: leave that name out"
         )
     tasks = [task for one in objects for task in _tasks(one)]
-    return Selection(objects, tasks, skipped)
+    return Selection(objects, tasks, list(missing))
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
@@ -255,6 +248,19 @@ def _summary(missing: dict[str, Path]) -> list[str]:
         f"{folder}: {', '.join(of[:2])}" + (f" and {len(of) - 2} more" if len(of) > 2 else "")
         for folder, of in folders.items()
     ]
+
+
+def _check_rows(
+    data_dir: Path, names: Sequence[str], local: dict[str, dict], missing: dict[str, Path]
+) -> None:
+    """Raises InputError where a directory lacks rows that are needed, or holds none."""
+    if missing:
+        raise InputError(
+            "\n  ".join([f"--data_dir={data_dir} has no rows for", *_summary(missing)])
+            + "\ndocs/evaluation.md states the layout; --skip_missing leaves such tasks out"
+        )
+    if not local:
+        raise InputError(f"--data_dir={data_dir} holds no rows of {', '.join(names)}")
 
 
 def _find_rows(

@@ -25,8 +25,9 @@ from finermoe_jax.config.arguments import (
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.generation.sampling import NO_TOKEN, Sampling, choose
-from finermoe_jax.layers.attention import KVCache, init_cache
-from finermoe_jax.layers.stored import apart
+from finermoe_jax.layers import cpu
+from finermoe_jax.layers.kv_cache import KVCache, init_cache
+from finermoe_jax.layers.parameters import LAYER, axes_of, kind_of
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder
 
 SMALLEST_BUCKET = 32
@@ -141,7 +142,7 @@ def experts_row_major(state: nnx.State) -> nnx.State:
 
     def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
-        if not isinstance(value, jax.Array) or value.ndim != 4 or "moe" not in path:
+        if not isinstance(value, jax.Array) or not kind_of(axes_of(variable, path)).bank:
             return variable
         if next(iter(value.devices())).platform != "tpu":
             return variable
@@ -152,12 +153,12 @@ def experts_row_major(state: nnx.State) -> nnx.State:
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """The state with the layers' weights as a decoding step reads them best (weights.Apart)."""
+    """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        if path[0] != "runs":
+        if LAYER not in axes_of(variable, path):
             return variable
-        return variable.replace(jax.tree.map(apart, variable.get_value()))
+        return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
 
     return nnx.map_state(cut, state)
 

@@ -1,91 +1,14 @@
-"""Grouped-query attention and its KV cache. Axis letters: config/model.py."""
+"""Grouped-query attention as a module. Axis letters: config/model.py."""
 
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.layers.basic import RMSNorm, normal, param, project, rotate
-from finermoe_jax.layers.causal import causal_attention
+from finermoe_jax.layers.causal import attend_one, causal_attention
+from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
-from pallas_kernels.platform import platform
-
-
-class LayerCache(NamedTuple):
-    """Keys (rotated) and values of a stack of layers; each head's slots lie side by side."""
-
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
-
-    def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "LayerCache":
-        """With k, v [B, T, K, H] of one layer in the slots from `slot` on."""
-        zero = jnp.int32(0)
-        at = (layer, zero, zero, slot, zero)
-        new = (jnp.einsum("BTKH->BKTH", x).astype(self.keys.dtype)[None] for x in (k, v))
-        return LayerCache(
-            *(jax.lax.dynamic_update_slice(a, n, at) for a, n in zip(self, new, strict=True))
-        )
-
-
-class KVCache(NamedTuple):
-    """Preallocated cache of S slots; the first `length` are written.
-
-    valid marks slots that hold a real token, positions is each row's next position.
-    """
-
-    layers: tuple[tuple[LayerCache, ...], ...]
-    valid: Bool[Array, "B S"]
-    length: Int[Array, ""]
-    positions: Int[Array, " B"]
-
-
-class CacheUse(NamedTuple):
-    """What one layer needs of the cache: its stack and place there, the next slot, and which slots
-    its token sees."""
-
-    stack: LayerCache
-    layer: Int[Array, ""]
-    slot: Int[Array, ""]
-    visible: Bool[Array, "B S"]
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-    shape = (batch, config.num_key_value_heads, slots, config.attention_head_dim)
-    layers = tuple(
-        tuple(
-            LayerCache(jnp.zeros((repeats, *shape), dtype), jnp.zeros((repeats, *shape), dtype))
-            for _ in pattern
-        )
-        for pattern, repeats in config.layer_runs
-    )
-    return KVCache(
-        layers, jnp.zeros((batch, slots), bool), jnp.int32(0), jnp.zeros(batch, jnp.int32)
-    )
-
-
-def attend_one(
-    q: Float[Array, "B 1 N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    visible: Bool[Array, "B S"],
-) -> Float[Array, "B 1 N H"]:
-    """softmax(q k^T / sqrt(H)) v of one query a row over the visible slots; in float32."""
-    batch, _, heads, width = q.shape
-    kv_heads = keys.shape[1]
-    f32 = jnp.float32
-    if platform() == "cpu":  # its small products of bfloat16 are slow
-        keys, values = keys.astype(f32), values.astype(f32)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(keys.dtype)
-    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, keys, preferred_element_type=f32)
-    scores = jnp.where(visible[:, None, None], scores / width**0.5, jnp.finfo(f32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    y = jnp.einsum("BKGS,BKSH->BKGH", probabilities, values)
-    return y.reshape(q.shape).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -122,7 +45,7 @@ class Attention(nnx.Module):
         placement: Placement = ONE_DEVICE,
         cache: CacheUse | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends causally within segments (flash.causal_attention, which also says where).
+        """Attends causally within segments (causal.causal_attention, which also says where).
 
         With a cache k and v are also written there, and a single token attends to what it holds;
         several must be its first.
@@ -137,13 +60,9 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        written = None
-        if cache is not None:
-            written = cache.stack.write(cache.layer, cache.slot, k, v)
+        written = None if cache is None else cache.stack.write(cache.layer, cache.slot, k, v)
         if cache is None or written is None or x.shape[1] > 1:
             y = causal_attention(q, k, v, segment_ids, placement)
         else:
-            keys = jax.lax.dynamic_index_in_dim(written.keys, cache.layer, keepdims=False)
-            values = jax.lax.dynamic_index_in_dim(written.values, cache.layer, keepdims=False)
-            y = attend_one(q, keys, values, cache.visible)
+            y = attend_one(q, *written.read(cache.layer), cache.visible)
         return project("BTNH,DNH->BTD", y, self.out[...]), written

@@ -7,7 +7,6 @@ every published size, and conversion is a copy. Axis letters: config/model.py.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.model import ModelConfig, RopeScaling
-from finermoe_jax.layers import sharding
-from finermoe_jax.layers.cpu import FEW_ROWS, few_rows
+from finermoe_jax.layers import cpu, sharding
+from finermoe_jax.layers.parameters import kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import Quantized, Weight
-from pallas_kernels.platform import platform
 
 _ACTIVATION = ("batch", "sequence", "width")
 
@@ -34,8 +32,13 @@ def param(
     dtype: DTypeLike,
     init: Callable[..., Array],
 ) -> nnx.Param:
-    """A parameter: its shape, logical axis names (layers/sharding.py), dtype and start."""
+    """A parameter: its shape, logical axis names, dtype and start.
+
+    The axes say where it lies on a mesh (sharding.RULES) and how it is trained and stored
+    (parameters.KINDS). Raises InputError for axes that are of no kind.
+    """
     assert len(shape) == len(axes), (shape, axes)
+    kind_of(axes)
     value = init(rngs.params(), tuple(shape), dtype)
     # The mesh is applied to whole states, outside; a module can be built without one.
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
@@ -59,8 +62,8 @@ def project(
     """jnp.einsum(equation, x, weight) with operands in x's dtype: every product with a weight.
 
     The summed axes are the last of both. Accumulated in float32 where the platform can, returned in
-    out_dtype (default: x's). On a CPU few rows are multiplied in float32, whatever the weight is
-    stored in: its products of few bfloat16 rows run far below the speed of its memory.
+    out_dtype (default: x's). On a CPU few rows take a form of their own (layers/cpu.py), in float32
+    whatever the weight is stored in.
     """
     out_dtype = out_dtype or x.dtype
     if isinstance(weight, Quantized):
@@ -70,7 +73,7 @@ def project(
     of_x, of_weight = equation.partition("->")[0].replace("...", "").split(",")
     summed = len({*of_x} & {*of_weight})
     leading = x.shape[: x.ndim - summed]
-    few = math.prod(leading) <= FEW_ROWS and platform() == "cpu"
+    few = cpu.has_form_for(math.prod(leading))
     if not few and isinstance(weight, Array) and weight.dtype != jnp.int8:
         return _project(equation, x, weight, out_dtype)
     # As a matrix: cut out of a stack with several output or input axes, a CPU would transpose it.
@@ -78,7 +81,7 @@ def project(
     matrix = weight.reshape(math.prod(outputs), -1)
     rows = x.reshape(-1, matrix.shape[1])
     if few:
-        y = few_rows(rows.astype(jnp.float32), matrix)
+        y = cpu.few_rows(rows.astype(jnp.float32), matrix)
     else:
         y = _project("MK,NK->MN", rows, matrix.astype(x.dtype), out_dtype)
     return y.reshape(*leading, *outputs).astype(out_dtype)
@@ -88,11 +91,7 @@ def project(
 def _project(
     equation: str, x: Float[Array, "..."], weight: Float[Array, "..."], out_dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """`project`; its backward pass holds x and the cotangent as arrays of their own.
-
-    XLA on a CPU would otherwise fuse the element-wise work that made them into the transposes that
-    the weight gradient needs, which is several times slower than either.
-    """
+    """`project`; on a CPU its backward pass holds x and the cotangent as arrays of their own."""
     return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=out_dtype)
 
 
@@ -100,7 +99,7 @@ def _project_backward(
     equation: str, _: DTypeLike, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, weight = saved
-    x, dy = materialized((x, dy.astype(x.dtype)))
+    x, dy = cpu.materialized((x, dy.astype(x.dtype)))
     _, vjp = jax.vjp(lambda x, w: jnp.einsum(equation, x, w.astype(x.dtype)), x, weight)
     return vjp(dy)
 
@@ -108,13 +107,6 @@ def _project_backward(
 _project.defvjp(
     lambda equation, x, w, out: (_project(equation, x, w, out), (x, w)), _project_backward
 )
-
-
-def materialized(arrays: Any) -> Any:
-    """The arrays, on a CPU as arrays of their own: what made them is not fused into their use."""
-    return jax.lax.platform_dependent(
-        arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays
-    )
 
 
 class RMSNorm(nnx.Module):
@@ -262,10 +254,18 @@ class Embedding(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The dense FFN and the shared expert."""
 
-    def __init__(self, width: int, hidden: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = param(rngs, (hidden, width), ("mlp", "embed"), dtype, normal(std))
-        self.up = param(rngs, (hidden, width), ("mlp", "embed"), dtype, normal(std))
-        self.down = param(rngs, (width, hidden), ("embed", "mlp"), dtype, normal(std))
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        std: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        hidden_axis: str = "mlp",
+    ):
+        self.gate = param(rngs, (hidden, width), (hidden_axis, "embed"), dtype, normal(std))
+        self.up = param(rngs, (hidden, width), (hidden_axis, "embed"), dtype, normal(std))
+        self.down = param(rngs, (width, hidden), ("embed", hidden_axis), dtype, normal(std))
 
     def __call__(
         self, x: Float[Array, "B T D"], placement: Placement = ONE_DEVICE

@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences, on no platform with all scores in memory at once.
+"""Causal attention: over whole sequences, without all scores in memory at once, and of one query.
 
 What a token sees: itself and what came before it in its own segment. Padding is a segment of its
 own, wherever it lies.
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from pallas_kernels.platform import Implementation, choose
 
@@ -175,6 +175,25 @@ def attend(
     y = jnp.einsum("BKQS,BKSH->BKQH", probabilities, v)
     y = y.reshape(batch, kv_heads, heads // kv_heads, tokens, width)
     return jnp.einsum("BKGTH->BTKGH", y).reshape(batch, tokens, heads, width)
+
+
+def attend_one(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """softmax(q k^T / sqrt(H)) v of one query a row over the visible slots; in float32."""
+    batch, _, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    f32 = jnp.float32
+    keys, values = cpu.widened(keys), cpu.widened(values)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(keys.dtype)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, keys, preferred_element_type=f32)
+    scores = jnp.where(visible[:, None, None], scores / width**0.5, jnp.finfo(f32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    y = jnp.einsum("BKGS,BKSH->BKGH", probabilities, values)
+    return y.reshape(q.shape).astype(q.dtype)
 
 
 def _even_blocks(tokens: int, most: int, multiple: int = 1) -> tuple[int, int]:

@@ -1,18 +1,30 @@
-"""Products of a few rows with a weight on a CPU, in the forms that XLA runs near memory's speed.
+"""Everything that exists only for XLA on a CPU. On another platform nothing here changes a program.
 
-Decoding reads every weight for one row, or a few. XLA on a CPU has a fast product of a float32
-matrix and one vector; its other small products run several times, those of bfloat16 up to thirty
-times, below the speed of the memory. benchmarks/inference.py measures what comes of it.
+The model calls these functions on every platform, and reads without a branch for a CPU.
+
+* Few rows (`few_rows`): decoding reads every weight for one row, or a few. XLA on a CPU has a fast
+  product of a float32 matrix and one vector; its other small products run several times, those of
+  bfloat16 up to thirty times, below the speed of the memory (`widened`, `activation_dtype`).
+* Layers apart (`apart`): a layer cut out of its stack is copied, at every token.
+* Arrays of their own (`materialized`): what made an operand would be fused into its transpose.
+
+benchmarks/inference.py and benchmarks/train_step.py measure what comes of it. The kernels' CPU
+forms are pallas_kernels' own (cpu.py, blocks.py, written_out.py).
 """
 
+import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from finermoe_jax.layers.stored import OfLayer
+from pallas_kernels.platform import platform
 from pallas_kernels.written_out import partial_sums, row_products
 
 FEW_ROWS = 16  # up to which a product is bound by reading the weight
@@ -20,6 +32,11 @@ FEW_ROWS = 16  # up to which a product is bound by reading the weight
 _BLOCK_BYTES = 2 * 2**20
 # So much of the partial sums of one row.
 _SUMS_BYTES = 8 * 2**20
+
+
+def has_form_for(rows: int) -> bool:
+    """Says that products of so many rows are `few_rows` on the platform compiled for."""
+    return rows <= FEW_ROWS and platform() == "cpu"
 
 
 def few_rows(x: Float[Array, "M K"], weight: Array | OfLayer) -> Float[Array, "M N"]:
@@ -75,3 +92,46 @@ def _multiplies_bfloat16() -> bool:
     except OSError:  # no Linux
         return False
     return "avx512_bf16" in features or "amx_bf16" in features
+
+
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x in float32 on a CPU, whose small products of bfloat16 are slow; elsewhere x."""
+    return x.astype(jnp.float32) if platform() == "cpu" else x
+
+
+def activation_dtype(stored: DTypeLike) -> DTypeLike:
+    """Returns the dtype of the activations of a model whose own is `stored`.
+
+    It is float32 on a CPU, since products of few bfloat16 rows run far below the memory's bandwidth
+    there, and elsewhere `stored`.
+    """
+    return jnp.dtype(jnp.float32) if platform() == "cpu" else stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """All layers of a stack, each an array of its own."""
+
+    layers: tuple[Array, ...]
+
+
+def apart(stack: Array) -> Array | Apart:
+    """Returns the layers in the memory of their stack on a CPU; elsewhere the stack.
+
+    Layers whose size is no multiple of 64 bytes, which are small, are copied.
+    """
+    if len(stack.devices()) > 1 or next(iter(stack.devices())).platform != "cpu":
+        return stack
+    return Apart(tuple(jax.device_put(layer, may_alias=True) for layer in np.asarray(stack)))
+
+
+def materialized(arrays: Any) -> Any:
+    """Returns the arrays, on a CPU as arrays of their own.
+
+    XLA on a CPU would otherwise fuse the element-wise work that made them into the transposes that
+    a weight's gradient needs, which is several times slower than either.
+    """
+    return jax.lax.platform_dependent(
+        arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays
+    )

@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.layers.parameters import Path, axes_of, kind_of, kinds, of_one_layer
 from pallas_kernels.platform import Implementation, platform
 
 # Logical axis → mesh axes, outer first. Parameters, then activations.
@@ -37,6 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "shared_mlp": ("tensor",),
+    "gate_in": (),
     "router": (),
     "expert": ("expert", "fsdp"),
     "expert_mlp": (),
@@ -57,7 +60,7 @@ class Placement(NamedTuple):
     """Where and how a model is computed."""
 
     mesh: Mesh | None = None  # None: one device
-    # Of the experts (pallas_kernels.expert_ffn) and of attention (flash.py); None: by the platform.
+    # Of the experts (pallas_kernels.expert_ffn) and of attention (causal.py); None: the platform's.
     kernel: Implementation | None = None
 
 
@@ -193,10 +196,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict,
     shardings = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = "/".join(map(str, path))
-        axes = variable.get_metadata().get("out_sharding")
-        if axes is None:
-            raise InputError(f"parameter {name} declares no logical axes")
-        partition, left_whole = spec(axes, variable.shape, mesh, name)
+        partition, left_whole = spec(axes_of(variable, path), variable.shape, mesh, name)
         shardings[path] = NamedSharding(mesh, partition)
         notes += left_whole
     return nnx.traversals.unflatten_mapping(shardings), notes
@@ -215,7 +215,7 @@ def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nn
 
     Cast first, so that half as much travels for bfloat16; their gradients are reduced and
     scattered in the same dtype. The router keeps its own. Expert weights are left as they are:
-    expert_parallel gathers them.
+    exchange.py gathers them.
     """
     mesh = placement.mesh
     if mesh is None or mesh.size == 1:
@@ -223,8 +223,8 @@ def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nn
 
     def use(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         x = variable[...]
-        axes = variable.get_metadata()["out_sharding"][-x.ndim :]
-        if "expert" in axes:
+        axes = of_one_layer(axes_of(variable, path))
+        if kind_of(axes).bank:
             return variable
         name = "/".join(map(str, path))
         stored, used = (
@@ -259,18 +259,27 @@ def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) 
     return x
 
 
-def row_major(tree: Any, shardings: Any) -> Any:
-    """A Format per leaf: its sharding and, for stacked expert weights, row-major memory.
+def row_major(tree: Any, shardings: Any, model: nnx.Module) -> Any:
+    """A Format per leaf: its sharding and, for banks of experts, row-major memory.
 
-    Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in the minor axis, because
-    its width of 448 is no multiple of 128; every call of a kernel then begins with a copy.
+    tree holds parameters of the model, or an optimizer's state, whose leaves lie as the parameter
+    that they are of. Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in the
+    minor axis, because its width of 448 is no multiple of 128; every call of a kernel then begins
+    with a copy.
     """
+    shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    banks = {path: shapes[path] for path, kind in kinds(model).items() if kind.bank}
 
     def place(path: tuple, leaf: Any, sharding: NamedSharding) -> Format:
-        experts = leaf.ndim == 4 and jax.tree_util.DictKey("moe") in path
-        return Format(Layout(tuple(range(leaf.ndim))) if experts else None, sharding)
+        whole_bank = leaf.shape == banks.get(_parameter_path(path))
+        return Format(Layout(tuple(range(leaf.ndim))) if whole_bank else None, sharding)
 
     return jax.tree_util.tree_map_with_path(place, tree, shardings)
+
+
+def _parameter_path(path: tuple) -> Path:
+    """The parameter's path that the path of a leaf, in any tree of parameters, ends in."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -298,7 +307,7 @@ def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh) -> Any:
     shapes = {path: p.shape for path, p in nnx.traversals.flatten_mapping(params).items()}
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        keys = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        keys = _parameter_path(path)
         if keys not in placed:
             return replicated(mesh)
         shape, entries = shapes[keys], placed[keys].spec

@@ -2,8 +2,8 @@
 
 Generation reads every weight once per token, so that a copy would double its time, and a scan over
 a stack of layers hands out copies. `OfLayer` leaves a layer in its stack: accelerators fuse the
-cutting into the product, and kernels take the stack. XLA on a CPU copies there too; for it `Apart`
-holds the layers as arrays of their own, in the memory of the stack.
+cutting into the product, and kernels take the stack. XLA on a CPU copies there too; for it
+layers/cpu.py holds the layers as arrays of their own.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -58,24 +57,6 @@ class OfLayer:
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is ... else self.whole()[index]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Apart:
-    """All layers of a stack."""
-
-    layers: tuple[Array, ...]
-
-
-def apart(stack: Array) -> Array | Apart:
-    """The layers in the memory of their stack, on a CPU; elsewhere the stack.
-
-    Layers whose size is no multiple of 64 bytes, which are small, are copied.
-    """
-    if len(stack.devices()) > 1 or next(iter(stack.devices())).platform != "cpu":
-        return stack
-    return Apart(tuple(jax.device_put(layer, may_alias=True) for layer in np.asarray(stack)))
 
 
 @jax.tree_util.register_dataclass

@@ -5,11 +5,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
-from finermoe_jax.layers.attention import Attention, CacheUse, LayerCache
+from finermoe_jax.layers.attention import Attention
 from finermoe_jax.layers.basic import MLP, RMSNorm
+from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.moe.balance import expert_tokens
 from finermoe_jax.moe.layer import FineRMoE
-from finermoe_jax.moe.routing import Routing, expert_tokens
+from finermoe_jax.moe.routing import Routing
 
 
 class Block(nnx.Module):

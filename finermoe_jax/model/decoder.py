@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 from finermoe_jax.config.arguments import check_ids, check_mask, check_type, rectangular
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers.attention import KVCache
 from finermoe_jax.layers.basic import Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.layers.causal import segments
+from finermoe_jax.layers.kv_cache import KVCache
+from finermoe_jax.layers.parameters import Kind, Path, kinds
 from finermoe_jax.layers.sharding import ONE_DEVICE
 from finermoe_jax.model.stack import Pass, Traces, run_layers, stacked_blocks
 from finermoe_jax.moe.layer import FineRMoE
@@ -140,8 +141,7 @@ class Decoder(nnx.Module):
         segment_ids = segments(attention_mask, segment_ids)
         slot, visible = jnp.int32(0), real
         if cache is not None:
-            slot = cache.length
-            visible = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
+            slot, visible = cache.length, cache.visible(real)
         angles = rotary_angles(position_ids, self.config)
 
         shared = Pass(
@@ -155,10 +155,7 @@ class Decoder(nnx.Module):
             x, written, of_moe = run_layers(run, x, of_run, shared)
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
-        new_cache = None
-        if cache is not None:
-            advanced = first + real.sum(axis=1, dtype=jnp.int32)
-            new_cache = KVCache(tuple(caches), visible, cache.length + tokens, advanced)
+        new_cache = None if cache is None else cache.advanced(tuple(caches), real)
         return Features(self.final_norm(x), *_records(traces), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -197,6 +194,16 @@ def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
 def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
+    """Every parameter's path and kind, for weights that are known by their paths alone."""
+    return dict(_parameter_kinds(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
+    return kinds(with_shapes(config))
 
 
 def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:

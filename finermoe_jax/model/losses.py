@@ -1,4 +1,8 @@
-"""Cross-entropy from hidden states, in chunks, so that [tokens, vocabulary] never exists whole."""
+"""Log-likelihoods and cross-entropy, in chunks, so that [tokens, vocabulary] never exists whole.
+
+`log_likelihood` is the one formula: of training and the held-out loss through `cross_entropy_sum`,
+of perplexity and the evaluation harness through evaluation/scoring.py.
+"""
 
 import functools
 
@@ -8,9 +12,17 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from finermoe_jax.layers import sharding
-from finermoe_jax.layers.basic import materialized
+from finermoe_jax.layers import cpu, sharding
+from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.decoder import Decoder
+
+
+def log_likelihood(
+    logits: Float[Array, "M V"], targets: Int[Array, " M"]
+) -> tuple[Float[Array, " M"], Float[Array, "M V"]]:
+    """log p of each target and of every word, in nats, from float32 logits."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0], log_p
 
 
 def cross_entropy_sum(
@@ -31,9 +43,7 @@ def cross_entropy_sum(
         return _chunked(hidden, weight, targets, mask, chunk_tokens, None)
     axes = ("batch", "routed_sequence", "width")
     tokens, _ = sharding.spec(axes, hidden.shape, mesh, "hidden")
-    stored, _ = sharding.spec(
-        model.head.get_metadata()["out_sharding"], weight.shape, mesh, "lm_head"
-    )
+    stored, _ = sharding.spec(axes_of(model.head), weight.shape, mesh, "lm_head")
 
     def local(hidden: Array, weight: Array, targets: Array, mask: Array) -> Array:
         return _chunked(hidden, weight, targets, mask, chunk_tokens, stored)[None, None]
@@ -53,7 +63,7 @@ def _chunked(
     hidden: Array, weight: Array, targets: Array, mask: Array, chunk: int, stored: P | None
 ) -> Array:
     def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + _score(piece, whole)[0], None
+        return total + _chunk_loss(piece, whole)[0], None
 
     whole = _whole(weight, hidden, stored)
     return lax.scan(body, jnp.float32(0), _pieces(hidden, targets, mask, chunk))[0]
@@ -68,10 +78,10 @@ def _chunked_forward(
     def body(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple:
         total, dweight = carry
         h, target, real = piece
-        loss, log_p = _score(piece, whole)
+        loss, log_p = _chunk_loss(piece, whole)
         chosen = jnp.arange(whole.shape[0])[None] == target[:, None]
         dlogits = jnp.where(real[:, None], jnp.exp(log_p) - chosen, 0.0).astype(h.dtype)
-        h, dlogits = materialized((h, dlogits))
+        h, dlogits = cpu.materialized((h, dlogits))
         dh = jnp.einsum("MV,VD->MD", dlogits, whole)
         dweight += jnp.einsum("MV,MD->VD", dlogits, h, preferred_element_type=jnp.float32)
         return (total + loss, dweight), dh
@@ -112,12 +122,11 @@ def _pieces(hidden: Array, targets: Array, mask: Array, chunk: int) -> tuple[Arr
     return cut(hidden), cut(targets), cut(mask)
 
 
-def _score(
+def _chunk_loss(
     piece: tuple[Array, Array, Array], weight: Float[Array, "V D"]
 ) -> tuple[Float[Array, ""], Float[Array, "M V"]]:
     """A chunk's summed loss, and log p of every word."""
     h, target, real = piece
     logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(log_p, target[:, None], axis=-1)[:, 0]
+    chosen, log_p = log_likelihood(logits, target)
     return -jnp.where(real, chosen, 0.0).sum(), log_p

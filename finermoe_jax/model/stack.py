@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.attention import CacheUse, LayerCache
+from finermoe_jax.layers.cpu import Apart
+from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.layers.stored import Apart, OfLayer
+from finermoe_jax.layers.stored import OfLayer
 from finermoe_jax.model.block import Block
 from finermoe_jax.moe.routing import Routing
 

@@ -1,8 +1,13 @@
-"""Experts spread over the mesh's expert axis: rows travel to their expert's device, and back.
+"""Routed rows on their way to their experts and back, on one device or over a mesh.
 
-All but `routed_experts` runs inside shard_map. Each device holds R routed rows, sorted by expert,
-and E / P of the experts, P the size of the axis. Devices are numbered along the axis; s is a
-source, p a destination.
+**Sorting.** Each token's row is copied for each of its active experts, the copies are sorted by
+expert, and what the experts return is put back in the tokens' order. Both maps are permutations
+(one after a repeat), so their transposes are gathers too. Left to JAX they would be scatter-adds,
+which are slow everywhere and have been miscompiled inside scans (openxla/xla issue 49143).
+
+**The exchange.** Experts may be spread over the mesh's expert axis. All but `routed_experts` then
+runs inside shard_map. Each device holds R routed rows, sorted by expert, and E / P of the experts,
+P the size of the axis. Devices are numbered along the axis; s is a source, p a destination.
 
 **Dropless in bounded memory.** A pair (s, p) exchanges at most `quota` rows at once, about twice
 the balanced share, so that a device never buffers more than twice its own rows. What is left goes
@@ -31,7 +36,6 @@ from jaxtyping import Array, Float, Int
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.layers.stored import Quantized, Weight, in_stack
-from finermoe_jax.moe.dispatch import dispatch, inverse_of, permute
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from pallas_kernels.platform import Implementation, platform
 
@@ -54,7 +58,7 @@ def routed_experts(
       experts: the active experts of each token.
       weights: their routing weights.
       gate_up: [E, 2F, D], all experts'; as down. Weights are not cast here: only those of an expert
-        that owns a row are read, also where they lie in a stack of layers (weights.OfLayer).
+        that owns a row are read, also where they lie in a stack of layers (stored.OfLayer).
       down: [E, F, W].
       placement: mesh and kernel.
     """
@@ -125,6 +129,43 @@ def _local_ffn(
     return expert_ffn_of_stack(
         rows, w_in.stack, w_out.stack, sizes, row_weights, w_in.layer, scales, kernel
     )
+
+
+def inverse_of(order: Int[Array, " M"]) -> Int[Array, " M"]:
+    """The permutation that undoes `order`."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+
+
+@jax.custom_vjp
+def permute(
+    x: Float[Array, "M *C"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M *C"]:
+    """x[order], for a permutation and its inverse."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def dispatch(
+    x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
+) -> Float[Array, "M D"]:
+    """Each token's row `active` times, in the given order of the M = T * active copies."""
+    return x[order // active]
+
+
+dispatch.defvjp(
+    lambda x, order, inverse, active: (dispatch(x, order, inverse, active), inverse),
+    lambda active, inverse, g: (
+        g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),
+        None,
+        None,
+    ),
+)
 
 
 class Exchange(NamedTuple):

@@ -1,7 +1,7 @@
-"""The FineRMoE layer: parameters, dispatch, expert compute, combine (paper §3).
+"""The FineRMoE layer: route, exchange, experts, combine (paper §3).
 
 Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
-their slots (finermoe_jax/moe/exchange.py). Letters: config/model.py.
+their slots (moe/exchange.py). Letters: config/model.py.
 """
 
 import jax
@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.layers.basic import MLP, normal, param, project
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
+from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.moe.exchange import routed_experts
-from finermoe_jax.moe.routing import Routing, load_balancing_loss, route
+from finermoe_jax.moe.routing import Routing, route
 
 
 class FineRMoE(nnx.Module):
@@ -36,8 +37,9 @@ class FineRMoE(nnx.Module):
         )
         self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
         if config.shared_expert_size:
-            self.shared = MLP(d, config.shared_expert_size, config.initializer_range, dtype, rngs)
-            self.shared_gate = param(rngs, (d,), ("norm",), dtype, init)
+            std, width = config.initializer_range, config.shared_expert_size
+            self.shared = MLP(d, width, std, dtype, rngs, hidden_axis="shared_mlp")
+            self.shared_gate = param(rngs, (d,), ("gate_in",), dtype, init)
         if moe.concat_proj != "none":
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
 
@@ -52,14 +54,19 @@ class FineRMoE(nnx.Module):
         mask marks real tokens; it touches the loss only. placement says on which devices, and
         by which kernel, the experts are computed.
         """
-        routing, slot_order = self.route(x)
-        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)
-        y = self._routed(x, routing, slot_order, placement)
+        routing, slot_order = self.route(x)  # Algorithm 1
+        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
+        experts, weights = (
+            jnp.take_along_axis(chosen, slot_order, axis=-1)
+            for chosen in (routing.experts, routing.weights)
+        )
+        # The exchange, and the experts with their weights: [B, T, A, W].
+        y = routed_experts(x, experts, weights, self.gate_up[...], self.down[...], placement)
+        y = self._combine(y)  # Eq. 7
         if self.moe.concat_proj == "routed":
             y = self._project(y)
         if hasattr(self, "shared"):
-            gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
-            y += jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
+            y += self._gated_shared(x, placement)
         if self.moe.concat_proj == "all":
             y = self._project(y)
         return y, routing, aux_loss
@@ -84,19 +91,18 @@ class FineRMoE(nnx.Module):
         candidates = logits(self.group_router) if self.moe.separate_routers else None
         return route(logits(self.router), self.moe, x.dtype, candidates)
 
-    def _routed(
-        self,
-        x: Float[Array, "B T D"],
-        routing: Routing,
-        slot_order: Int[Array, "B T A"],
-        placement: Placement,
-    ) -> Float[Array, "B T D"]:
+    def _combine(self, y: Float[Array, "B T A W"]) -> Float[Array, "B T D"]:
         """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
-        experts = jnp.take_along_axis(routing.experts, slot_order, axis=-1)
-        weights = jnp.take_along_axis(routing.weights, slot_order, axis=-1)
-        y = routed_experts(x, experts, weights, self.gate_up[...], self.down[...], placement)
         slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
-        return y.reshape(*x.shape[:2], slots, per_slot, -1).sum(axis=3).reshape(x.shape)
+        tokens = y.shape[:2]
+        return y.reshape(*tokens, slots, per_slot, -1).sum(axis=3).reshape(*tokens, -1)
+
+    def _gated_shared(
+        self, x: Float[Array, "B T D"], placement: Placement
+    ) -> Float[Array, "B T D"]:
+        """The shared expert times a gate of each token's own."""
+        gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
+        return jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
 
     def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return project("BTC,DC->BTD", y, self.concat_proj[...])

@@ -1,4 +1,4 @@
-"""Bi-level routing and the load-balancing loss: pure functions of arrays.
+"""Bi-level routing: pure functions of arrays.
 
 One router drives both levels (paper §3, Algorithm 1). The sparse sum layer marks the T_I best
 experts inside every group; the sparse concatenation layer keeps one group per output slot.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.model import MoEConfig
 
@@ -97,33 +97,3 @@ def _select_in_groups(
     probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     scale = jnp.take_along_axis(probabilities, chosen[..., None], axis=-1)
     return experts, jnp.repeat(scale[..., 0], moe.active_per_group, axis=-1)
-
-
-def expert_tokens(
-    experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], num_experts: int
-) -> Float[Array, "B E"]:
-    """How many real tokens of each sequence selected each expert: whole numbers, no gradient."""
-    real = mask.astype(jnp.float32)
-    counts = jax.vmap(lambda e, r: jnp.zeros(num_experts).at[e].add(r[:, None]))(experts, real)
-    return jax.lax.stop_gradient(counts)
-
-
-def load_balancing_loss(
-    logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
-) -> Float[Array, ""]:
-    """Sequence-level load-balancing loss, weight not applied (paper Eq. 11, after DeepSeek-V2).
-
-    Per sequence of L real tokens: sum over experts of f_i * P_i, P_i the mean over tokens of the
-    softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
-    sequences that hold a real token. A sequence is a row of the batch, also where documents are
-    packed into it. f carries no gradient.
-    """
-    num_experts, active = logits.shape[-1], experts.shape[-1]
-    real = mask.astype(jnp.float32)
-    length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
-    fraction = expert_tokens(experts, mask, num_experts) * num_experts / (active * length)
-    per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
-    holds_token = mask.any(axis=1)
-    return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)

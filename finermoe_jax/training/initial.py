@@ -9,21 +9,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig
+from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import has_tokenizer
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model, read_description
+from finermoe_jax.weights.checkpoint import read_description
 from finermoe_jax.weights.lazy import Weights
-from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+from finermoe_jax.weights.source import open_model
+from finermoe_jax.weights.upcycle import upcycled
 
 
 @dataclasses.dataclass
-class Start:
+class InitialModel:
     """What a run begins with.
 
     `model` has shapes in place of arrays; `place` makes its weights, on shardings like its
@@ -36,10 +38,10 @@ class Start:
     place: Callable[[dict], dict]
     tokenizer_files: Path
     ends_files: Path | None = None
-    dense: "Start | None" = None
+    dense: "InitialModel | None" = None
 
 
-def fresh_start(config: RunConfig) -> Start:
+def initial_model(config: RunConfig) -> InitialModel:
     """The model before training: upcycled from init_from, taken as it is, or random."""
     compute, stored = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.param_dtype)
     key = jax.random.key(config.train.seed)
@@ -47,37 +49,36 @@ def fresh_start(config: RunConfig) -> Start:
     if not config.init_from:
         if tokenizer is None:
             raise InputError("training from scratch needs data.tokenizer, a directory with one")
-        assert config.model is not None
-        if config.upcycle != PUBLISHED_START:
+        assert config.dense is not None
+        if config.upcycle != PUBLISHED_UPCYCLING:
             raise InputError(
                 f"init_from is empty: random weights are not upcycled, and {config.upcycle} would "
                 "do nothing; leave config.upcycle alone, or name a dense model in init_from"
             )
-        model_config = dataclasses.replace(config.model, moe=config.moe)
+        model_config = dataclasses.replace(config.dense, moe=config.moe)
 
         def build() -> dict:
             rngs = nnx.Rngs(params=key)
             decoder = Decoder(model_config, dtype=compute, param_dtype=stored, rngs=rngs)
             return nnx.to_pure_dict(nnx.state(decoder))
 
-        return Start(
+        return InitialModel(
             with_shapes(model_config, compute),
             lambda shardings: jax.jit(build, out_shardings=shardings)(),
             tokenizer,
         )
     source = open_model(find(config.init_from), stored)
-    if config.model is not None:
+    if config.dense is not None:
         _check_agreement(config, source.config)
     files = tokenizer or source.files
     ends = source.files if _same_tokenizer(files, source.files) else files
-    given = _lazy_start(source.config, source.weights, compute, files, ends)
-    if config.moe is None:
+    given = _lazy_model(source.config, source.weights, compute, files, ends)
+    model, weights = upcycled(
+        config.init_from, source.config, source.weights, config.moe, key, config.upcycle
+    )
+    if weights is source.weights:
         return given
-    if source.config.moe is not None:
-        refuse_other_experts(config.init_from, source.config, config.moe, config.upcycle)
-        return given
-    upcycled = upcycle_weights(source.config, source.weights, config.moe, key, config.upcycle)
-    return dataclasses.replace(_lazy_start(*upcycled, compute, files, ends), dense=given)
+    return dataclasses.replace(_lazy_model(model, weights, compute, files, ends), dense=given)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
@@ -87,14 +88,14 @@ def _same_tokenizer(one: Path, other: Path) -> bool:
     return tokenizer_hash(one) == tokenizer_hash(other)
 
 
-def _lazy_start(
+def _lazy_model(
     config: ModelConfig, weights: Weights, compute: DTypeLike, files: Path, ends: Path
-) -> Start:
+) -> InitialModel:
     model = with_shapes(config, compute)
-    return Start(model, lambda shardings: lazy.placed(weights, shardings), files, ends)
+    return InitialModel(model, lambda shardings: lazy.placed(weights, shardings), files, ends)
 
 
-def restart(config: RunConfig, checkpoint: Path, workdir: Path) -> Start:
+def resumed_model(config: RunConfig, checkpoint: Path, workdir: Path) -> InitialModel:
     """What a resumed run begins with: the tokenizer that the workdir keeps, and no weights yet."""
     model_config, _, _ = read_description(checkpoint)
     model = with_shapes(model_config, config.train.compute_dtype)
@@ -102,22 +103,22 @@ def restart(config: RunConfig, checkpoint: Path, workdir: Path) -> Start:
     def restored(shardings: dict) -> dict:
         raise AssertionError("a resumed run's weights are restored together with its optimizer")
 
-    return Start(model, restored, workdir / "tokenizer")
+    return InitialModel(model, restored, workdir / "tokenizer")
 
 
 def _check_agreement(config: RunConfig, source: ModelConfig) -> None:
     found = dataclasses.asdict(source)
-    assert config.model is not None
-    stated = dataclasses.asdict(config.model)
+    assert config.dense is not None
+    stated = dataclasses.asdict(config.dense)
     for free in ("moe", "initializer_range"):
         found.pop(free), stated.pop(free)
     found["head_dim"] = source.attention_head_dim
-    stated["head_dim"] = config.model.attention_head_dim
+    stated["head_dim"] = config.dense.attention_head_dim
     if source.moe is not None:
         found.pop("tie_word_embeddings"), stated.pop("tie_word_embeddings")
     refuse_differences(
-        f"{config.init_from} is not the model that config.model states",
+        f"{config.init_from} is not the model that config.dense states",
         found,
         stated,
-        "set config.model to the source's sizes, or to None to take them over",
+        "set config.dense to the source's sizes, or to None to take them over",
     )

@@ -15,36 +15,50 @@ from jaxtyping import Array
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
+from finermoe_jax.data.batches import RunData
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.rows import Mixture
 from finermoe_jax.errors import RunEnded
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import batch_sharding
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.preemption import EXIT_CODE
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
+from finermoe_jax.training.initial import InitialModel
 from finermoe_jax.training.monitor import Monitor
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.step import jit_step, rebuild
 from finermoe_jax.training.workdir import way_on
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints
 
 
 @dataclasses.dataclass
-class Loop:
-    """What the steps of one run need. Every process holds one."""
+class RunSetup:
+    """One run: what was asked for, and what has been read and checked of it."""
 
     config: RunConfig
     workdir: Path
     mesh: Mesh
-    model: Decoder  # shapes alone
+    initial: InitialModel
+    tokenizer: Any
+    data: RunData
+    say: Callable[[str], None]  # what is told along the way
+
+
+@dataclasses.dataclass
+class Loop:
+    """The steps of one run. Every process holds one.
+
+    `report` scores a model, by name, after a step; `must_stop` says whether a run ends after one.
+    """
+
+    setup: RunSetup
     shardings: dict
     tx: optax.GradientTransformation
-    rows: Mixture
     checkpoints: TrainingCheckpoints
     monitor: Monitor
     guard: Guard
     report: Callable[[str, Decoder, int], float | None]
     must_stop: Callable[[int], bool]
-    say: Callable[[str], None]
+    under_way: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
 
     def run(self, first: int, params: dict, opt_state: Any) -> dict:
         """Steps first + 1 … steps, and the parameters after them.
@@ -55,77 +69,88 @@ class Loop:
 
         Raises RunEnded when it is asked to stop, the disk is full, or steps are not finite.
         """
-        config, monitor, mesh = self.config, self.monitor, self.mesh
-        settings, steps = config.train, config.train.steps
+        setup, monitor, steps = self.setup, self.monitor, self.setup.config.train.steps
         if first == steps:
             return params
-        graphdef, _ = nnx.split(self.model)
-        step_fn, places = jit_step(
-            graphdef, config, self.tx, params, opt_state, self.shardings, mesh
-        )
-        params, opt_state = jax.device_put((params, opt_state), places, donate=True)
-        batches = _global_batches(config, self.rows, first, sharding.batch_sharding(mesh))
+        batches = _global_batches(setup.config, setup.data.train, first, batch_sharding(setup.mesh))
         batch = next(batches)
-        began = time.perf_counter()
-        run_step = step_fn.lower(params, opt_state, batch).compile()
-        self.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+        run_step, params, opt_state = self._compiled(params, opt_state, batch)
         # A log with steps and no checkpoint then means that checkpoints were lost (workdir.claim).
         self.checkpoints.wait()
-        under_way: list[tuple[int, dict]] = []
         saved = first - self.guard.skipped  # updates in the newest checkpoint
-
-        def finish() -> None:
-            """Waits for the steps under way, and tells of them."""
-            for step, told in under_way:
-                values = jax.device_get(told)
-                try:
-                    self.guard.check(step, values)
-                finally:
-                    monitor.step(step, values | {"skipped": self.guard.skipped})
-            under_way.clear()
-
         monitor.show_progress(first)
         for step in range(first + 1, steps + 1):
             if monitor.profile_begins(step):
-                finish()
+                self._finish()
                 with monitor.pause():
                     monitor.start_profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 params, opt_state, told = run_step(params, opt_state, batch)
-            finish()
-            under_way.append((step, told))
+            self._finish()
+            self.under_way.append((step, told))
             self.checkpoints.check()
             if step < steps:
                 with monitor.waiting():
                     batch = next(batches)
             stop = self.must_stop(step) and step < steps
-            saves = step % settings.checkpoint_every == 0 or step == steps or stop
-            scores = step % settings.eval_every == 0 or step == steps
-            if saves or scores or monitor.profile_ends(step):
-                finish()
-            if monitor.profile_ends(step):
-                with monitor.pause():
-                    monitor.stop_profile()
-            loss = None
-            if scores:
-                with monitor.pause():
-                    loss = self.report(f"step {step}", rebuild(graphdef, params), step)
-            # Saved when scored and logged, so that a run that goes on from here has both. Not when
-            # all steps since the last save were left out: the same weights would displace others.
-            updates = step - self.guard.skipped
-            if saves and (updates > saved or stop or step == steps):
-                saved = updates
-                with monitor.pause():
-                    tokenizer, logged = self.workdir / "tokenizer", monitor.log.sync()
-                    self.checkpoints.save(
-                        step, self.model, params, opt_state, tokenizer, loss, logged
-                    )
+            saved = self._after(step, params, opt_state, stop, saved)
             if stop:
                 self.checkpoints.wait()
                 raise RunEnded(
-                    f"stopped on request after step {step}. {way_on(self.workdir)}", EXIT_CODE
+                    f"stopped on request after step {step}. {way_on(setup.workdir)}", EXIT_CODE
                 )
         return params
+
+    def _compiled(
+        self, params: dict, opt_state: Any, batch: Batch
+    ) -> tuple[Callable[..., Any], dict, Any]:
+        """The compiled step, and parameters and optimizer state where it wants them."""
+        setup = self.setup
+        graphdef, _ = nnx.split(setup.initial.model)
+        step, places = jit_step(
+            graphdef, setup.config, self.tx, params, opt_state, self.shardings, setup.mesh
+        )
+        params, opt_state = jax.device_put((params, opt_state), places, donate=True)
+        began = time.perf_counter()
+        compiled = step.lower(params, opt_state, batch).compile()
+        setup.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+        return compiled, params, opt_state
+
+    def _finish(self) -> None:
+        """Waits for the steps under way, and tells of them."""
+        for step, told in self.under_way:
+            values = jax.device_get(told)
+            try:
+                self.guard.check(step, values)
+            finally:
+                self.monitor.step(step, values | {"skipped": self.guard.skipped})
+        self.under_way.clear()
+
+    def _after(self, step: int, params: dict, opt_state: Any, stop: bool, saved: int) -> int:
+        """Profile, held-out score and save after a step; returns the updates saved so far."""
+        monitor, model = self.monitor, self.setup.initial.model
+        settings = self.setup.config.train
+        last = step == settings.steps
+        saves = step % settings.checkpoint_every == 0 or last or stop
+        scores = step % settings.eval_every == 0 or last
+        if saves or scores or monitor.profile_ends(step):
+            self._finish()
+        if monitor.profile_ends(step):
+            with monitor.pause():
+                monitor.stop_profile()
+        loss = None
+        if scores:
+            with monitor.pause():
+                loss = self.report(f"step {step}", rebuild(nnx.split(model)[0], params), step)
+        # Saved when scored and logged, so that a run that goes on from here has both. Not when all
+        # steps since the last save were left out: the same weights would displace others.
+        updates = step - self.guard.skipped
+        if not saves or not (updates > saved or stop or last):
+            return saved
+        with monitor.pause():
+            tokenizer, logged = self.setup.workdir / "tokenizer", monitor.log.sync()
+            self.checkpoints.save(step, model, params, opt_state, tokenizer, loss, logged)
+        return updates
 
 
 def _global_batches(

@@ -43,7 +43,7 @@ MEASURED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class Telemetry:
     """What is asked for beyond the workdir's JSON-lines files; nothing of it changes the run."""
 
     tensorboard: bool = False
@@ -52,7 +52,7 @@ class Watch:
     peak_flops: float | None = None  # of one device, FLOP/s; None: by its kind
 
 
-NOTHING_MORE = Watch()
+NOTHING_MORE = Telemetry()
 
 
 def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | None:
@@ -68,14 +68,14 @@ def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | No
     return int(first), int(last)
 
 
-def check(watch: Watch, steps: int) -> None:
+def check(telemetry: Telemetry, steps: int) -> None:
     """Raises InputError for what cannot be told of a run of so many steps.
 
     That is: a package that is not installed, steps that are not run, a peak that is no rate.
     """
     for asked, package, flag in (
-        (watch.tensorboard, "tensorboardX", "--tensorboard"),
-        (bool(watch.wandb), "wandb", f"--wandb={watch.wandb}"),
+        (telemetry.tensorboard, "tensorboardX", "--tensorboard"),
+        (bool(telemetry.wandb), "wandb", f"--wandb={telemetry.wandb}"),
     ):
         found = importlib.util.find_spec(package) if asked else None
         # Any folder of that name would be found, but has no origin.
@@ -85,12 +85,12 @@ def check(watch: Watch, steps: int) -> None:
                 f"{flag} needs {package}, which is not installed: pip install "
                 f"'finermoe-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
             )
-    if watch.profile_steps:
-        begin, end = watch.profile_steps
+    if telemetry.profile_steps:
+        begin, end = telemetry.profile_steps
         if not 0 < begin <= end <= steps:
             raise InputError(f"--profile_steps={begin}:{end}: this run makes steps 1 to {steps}")
-    if watch.peak_flops is not None and not 0 < watch.peak_flops < math.inf:
-        raise InputError(f"--peak_tflops={watch.peak_flops / 1e12:g} must be positive")
+    if telemetry.peak_flops is not None and not 0 < telemetry.peak_flops < math.inf:
+        raise InputError(f"--peak_tflops={telemetry.peak_flops / 1e12:g} must be positive")
 
 
 # --- load of the experts --------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Monitor:
         workdir: Path,
         config: RunConfig,
         model: ModelConfig,
-        watch: Watch,
+        telemetry: Telemetry,
         first: int,
         devices: int,
     ):
@@ -193,11 +193,15 @@ class Monitor:
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
         self.profile: tuple[int, int] | None = None
         # A resumed run traces what is left: the same command must go on.
-        if watch.profile_steps and watch.profile_steps[1] > first and jax.process_index() == 0:
-            begin, end = watch.profile_steps
+        if (
+            telemetry.profile_steps
+            and telemetry.profile_steps[1] > first
+            and jax.process_index() == 0
+        ):
+            begin, end = telemetry.profile_steps
             self.profile = max(begin, first + 1), end
         self.profile_directory = workdir / "profile"
-        peak = watch.peak_flops or peak_flops(jax.devices()[0].device_kind)
+        peak = telemetry.peak_flops or peak_flops(jax.devices()[0].device_kind)
         frozen = config.optimizer.freeze_backbone
         needed = training_flops(model, config.data.sequence_length, frozen)
         self.mfu_per_speed = None if peak is None else needed / (devices * peak)
@@ -207,10 +211,10 @@ class Monitor:
         self.line: dict[str, Any] | None = None  # the last one of metrics.jsonl
         self.tracing = False
         if jax.process_index() == 0:
-            if watch.tensorboard:
+            if telemetry.tensorboard:
                 self.writers.append(TensorBoard(workdir, first))
-            if watch.wandb:
-                self.writers.append(WeightsAndBiases(watch.wandb, workdir, config))
+            if telemetry.wandb:
+                self.writers.append(WeightsAndBiases(telemetry.wandb, workdir, config))
         self.begin(first)
 
     # --- time -------------------------------------------------------------------------------

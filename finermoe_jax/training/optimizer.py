@@ -1,5 +1,7 @@
 """AdamW with the paper's schedule, and Adafactor where memory is short, from Optax."""
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,11 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from finermoe_jax.config.run import OptimizerConfig
+from finermoe_jax.layers.parameters import Kind, Path
 
-# Parameters that are not decayed: norms and biases.
-_NOT_DECAYED = ("scale", "query_bias", "key_bias", "value_bias")
-# With freeze_backbone: what stands still, but for norms, as the dense model left it.
-_BACKBONE = ("attention", "mlp", "lm_head")
+# Every parameter's kind (parameters.kinds).
+type Kinds = Mapping[Path, Kind]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -29,14 +30,14 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def decayed(params: Any) -> Any:
+def decayed(params: Any, kinds: Kinds) -> Any:
     """True at every parameter that weight decay acts on: all but norms and biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+        lambda path, _: kinds[tuple(key.key for key in path)].decayed, params
     )
 
 
-def trained(params: dict, config: OptimizerConfig) -> dict:
+def trained(params: dict, config: OptimizerConfig, kinds: Kinds) -> dict:
     """The part of a nested dict of parameters that training changes.
 
     All of it, or with freeze_backbone what the published training code leaves free beside a frozen
@@ -46,7 +47,7 @@ def trained(params: dict, config: OptimizerConfig) -> dict:
         return params
     flat = nnx.traversals.flatten_mapping(params)
     return nnx.traversals.unflatten_mapping(
-        {p: leaf for p, leaf in flat.items() if p[-1] == "scale" or not {*p} & {*_BACKBONE}}
+        {path: leaf for path, leaf in flat.items() if not kinds[path].backbone}
     )
 
 
@@ -56,31 +57,37 @@ def completed(params: dict, part: dict) -> dict:
     return nnx.traversals.unflatten_mapping(flatten(params) | flatten(part))
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Table 5) or Adafactor; weight decay times the rate.
 
-    It keeps its state, and takes gradients, for `trained(params)` alone.
+    It keeps its state, and takes gradients, for `trained(params)` alone. kinds: of the model's
+    parameters.
     """
+    mask = functools.partial(decayed, kinds=kinds)
     if config.name == "adafactor":
-        second = _adafactor(config, steps)
+        second = _adafactor(config, steps, mask)
     else:
         second = optax.adamw(
             learning_rate(config, steps),
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=decayed,
+            mask=mask,
             mu_dtype=config.moment_dtype,
         )
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(grads, state, trained(params, config))
+        return tx.update(grads, state, trained(params, config, kinds))
 
-    return optax.GradientTransformation(lambda params: tx.init(trained(params, config)), update)
+    return optax.GradientTransformation(
+        lambda params: tx.init(trained(params, config, kinds)), update
+    )
 
 
-def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def _adafactor(
+    config: OptimizerConfig, steps: int, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     """Adafactor (Shazeer and Stern, 2018) with AdamW's schedule and decay.
 
     Not optax.adafactor: that one multiplies each rate by the parameter's own root mean square, so
@@ -90,7 +97,7 @@ def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
     return optax.chain(
         in_float32(optax.scale_by_factored_rms()),
         optax.clip_by_block_rms(1.0),  # the paper's d = 1
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 

@@ -113,6 +113,20 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     top.set_ylabel("loss (nats per token)")
     # Above the curves, which may be anywhere.
     top.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _draw_rates(metrics, rate, norm, speed)
+    for axes in (top, rate, norm, speed):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
+    figure.suptitle(workdir.absolute().name)
+    path = workdir / "loss.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
+    """Learning rate, gradient norm and speed over the run's steps."""
     for axes, name, label in (
         (rate, "learning_rate", "learning rate"),
         (norm, "grad_norm", "gradient norm"),
@@ -130,15 +144,6 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     speed.set_xlabel("step")
-    for axes in (top, rate, norm, speed):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.align_ylabels()
-    figure.suptitle(workdir.absolute().name)
-    path = workdir / "loss.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
 
 
 def _draw_held_out(axes: Any, evals: list[dict], name: str, line: str, colour: str) -> None:

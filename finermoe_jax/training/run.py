@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
@@ -18,16 +19,19 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.generation.text import complete
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
 from finermoe_jax.runtime.json_files import to_json
+from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training import plot
-from finermoe_jax.training.initial import Start, fresh_start, restart
-from finermoe_jax.training.loop import Loop
+from finermoe_jax.training.checkpoints import TrainingCheckpoints, logged_bytes
+from finermoe_jax.training.initial import InitialModel, initial_model, resumed_model
+from finermoe_jax.training.loop import Loop, RunSetup
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import (
@@ -38,21 +42,15 @@ from finermoe_jax.training.step import (
     updates_made,
 )
 from finermoe_jax.training.workdir import (
-    Lock,
     Log,
     claim,
     claim_data,
+    fill_workdir,
     find_shared,
-    prepare,
     record_data,
     way_on,
 )
-from finermoe_jax.weights.checkpoint import (
-    TrainingCheckpoints,
-    abstract_params,
-    logged_bytes,
-    newest_checkpoint,
-)
+from finermoe_jax.weights.checkpoint import abstract_params, newest_checkpoint
 from finermoe_jax.weights.integrity import set_aside_damaged
 
 
@@ -60,14 +58,14 @@ def train(
     config: RunConfig,
     workdir: Path,
     say: Callable[[str], None] = print,
-    watch: metrics.Watch = metrics.NOTHING_MORE,
+    telemetry: metrics.Telemetry = metrics.NOTHING_MORE,
     allow_changes: Sequence[str] = (),
 ) -> None:
     """Runs or resumes the training that `config` describes, in `workdir`.
 
     Writes config.json, data.json, metrics.jsonl, expert_load.jsonl, evals.jsonl, samples.jsonl,
-    checkpoints/, tokenizer/, loss.png and load.png; and what `watch` asks for. A resumed run needs
-    the workdir and the data, not init_from.
+    checkpoints/, tokenizer/, loss.png and load.png; and what `telemetry` asks for. A resumed run
+    needs the workdir and the data, not init_from.
 
     With several processes all of them call this, with the same arguments and a workdir that they
     share; the first one writes and speaks.
@@ -76,7 +74,7 @@ def train(
       config: the run.
       workdir: a new directory, or that of a run to go on with.
       say: what is told along the way.
-      watch: what else is told, and where to.
+      telemetry: what else is told, and where to.
       allow_changes: fields of the config (dotted, or groups) that may differ from the run's.
 
     Raises InputError for whatever is wrong with the input, before the first step, and on every
@@ -90,18 +88,15 @@ def train(
     stated = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
     distributed.same(stated, "was started with another config or --workdir than process 0")
     with contextlib.ExitStack() as opened:
-        lock = opened.enter_context(contextlib.closing(Lock(workdir)))
-        mesh, start, tokenizer, text = _claimed(config, workdir, say, watch, allow_changes, lock)
-        checkpoints = opened.enter_context(
-            contextlib.closing(
-                TrainingCheckpoints(
-                    workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
-                )
-            )
+        lock = opened.enter_context(contextlib.closing(Lock(workdir, "--workdir")))
+        setup = _claimed(config, workdir, say, telemetry, allow_changes, lock)
+        checkpoints = TrainingCheckpoints(
+            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
         )
+        opened.enter_context(contextlib.closing(checkpoints))
         try:
-            with checkpoints.disk.watched():
-                _run(config, workdir, mesh, start, tokenizer, text, checkpoints, say, watch, opened)
+            with checkpoints.saves.ending_when_full():
+                _train(setup, checkpoints, telemetry, opened)
         except OSError as error:
             # Not the user's input any more: a file system that fails, mostly.
             raise RunEnded(f"{error}. {way_on(workdir)}", alone=True) from error
@@ -121,154 +116,121 @@ def _claimed(
     config: RunConfig,
     workdir: Path,
     say: Callable[[str], None],
-    watch: metrics.Watch,
+    telemetry: metrics.Telemetry,
     allow_changes: Sequence[str],
     lock: Lock,
-) -> tuple[Mesh, Start, Any, data.RunData]:
+) -> RunSetup:
     """All that is read, checked, and then the workdir, taken and prepared."""
+    first, steps = jax.process_index() == 0, workdir / "checkpoints"
     with distributed.together():
-        metrics.check(watch, config.train.steps)
+        metrics.check(telemetry, config.train.steps)
         changes = claim(workdir, config, allow_changes)
-        if workdir.exists():
+        if first and workdir.exists():
             lock.take()
-    set_aside_damaged(workdir / "checkpoints", say)
+    set_aside_damaged(steps, say)
     with distributed.together():
-        mesh, start, tokenizer, text = _checked(config, workdir, allow_changes)
-    distributed.same(to_json(text.identity), "reads other data than process 0")
+        setup = _checked(config, workdir, say, allow_changes)
+    distributed.same(to_json(setup.data.identity), "reads other data than process 0")
+    newest = newest_checkpoint(steps)
     distributed.same(
-        str(newest_checkpoint(workdir / "checkpoints")),
+        str(newest),
         f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
         "that all processes share",
     )
-    newest = newest_checkpoint(workdir / "checkpoints")
     with distributed.together():
-        if jax.process_index() == 0:
+        if first:
             files.make_directory(workdir)
-        lock.take()
-        if newest_checkpoint(workdir / "checkpoints") != newest:
+            lock.take()
+        if newest_checkpoint(steps) != newest:
             raise InputError(f"another run has been in {workdir} meanwhile: start this one again")
         if changes:
             step = newest.name if newest else "0"
             Log(workdir).config_changes(int(step), changes)
             for name, (old, new) in changes.items():
                 say(f"from step {step} on, {name} is {new!r}; it was {old!r}")
-        prepare(workdir, config, start.tokenizer_files, start.ends_files)
-        record_data(workdir, text.identity)
+        fill_workdir(workdir, config, setup.initial.tokenizer_files, setup.initial.ends_files)
+        record_data(workdir, setup.data.identity)
     with distributed.together():
         find_shared(workdir)
-    start.tokenizer_files = workdir / "tokenizer"
-    return mesh, start, tokenizer, text
+    setup.initial.tokenizer_files = workdir / "tokenizer"
+    return setup
 
 
 def _checked(
-    config: RunConfig, workdir: Path, allow_changes: Sequence[str]
-) -> tuple[Mesh, Start, Any, data.RunData]:
+    config: RunConfig, workdir: Path, say: Callable[[str], None], allow_changes: Sequence[str]
+) -> RunSetup:
     """All that is read; nothing is written, and nothing said to other processes."""
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     kernel = sharding.kernel_named(config.train.kernel)
     newest = newest_checkpoint(workdir / "checkpoints")
-    start = fresh_start(config) if newest is None else restart(config, newest, workdir)
-    start.model.placement = Placement(mesh, kernel)
-    model_config = start.model.config
+    initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
+    initial.model.placement = Placement(mesh, kernel)
+    model = initial.model.config
     length = config.data.sequence_length
-    if length > model_config.context_length:
+    if length > model.context_length:
         raise InputError(
             f"data.sequence_length={length} exceeds the model's context of "
-            f"{model_config.context_length} tokens"
+            f"{model.context_length} tokens"
         )
-    tokenizer = load_tokenizer(start.tokenizer_files, model_config.vocab_size)
+    place, first = initial.tokenizer_files, jax.process_index() == 0
+    tokenizer = load_tokenizer(place, model.vocab_size)
     if newest is None:
-        check_kept(start.tokenizer_files)
-    text = data.open_data(
-        config.data,
-        tokenizer,
-        start.tokenizer_files,
-        model_config.vocab_size,
-        show_progress=jax.process_index() == 0,
-    )
+        check_kept(place)
+    found = data.open_data(config.data, tokenizer, place, model.vocab_size, show_progress=first)
     if newest is not None:
         if int(newest.name) > config.train.steps:
             raise InputError(
                 f"train.steps={config.train.steps}, but {workdir} is at step {newest.name}: give "
                 "more steps, or a new --workdir with init_from set to the checkpoint wanted"
             )
-        claim_data(workdir, text.identity, allow_changes)
+        claim_data(workdir, found.identity, allow_changes)
     for prompt in config.prompts:
-        complete(start.model, tokenizer, prompt, config.prompt_tokens)  # checks it
-    return mesh, start, tokenizer, text
+        complete(initial.model, tokenizer, prompt, config.prompt_tokens)  # checks it
+    return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
 
 
-def _run(
-    config: RunConfig,
-    workdir: Path,
-    mesh: Mesh,
-    start: Start,
-    tokenizer: Any,
-    text: data.RunData,
+def _train(
+    setup: RunSetup,
     checkpoints: TrainingCheckpoints,
-    say: Callable[[str], None],
-    watch: metrics.Watch,
+    telemetry: metrics.Telemetry,
     opened: contextlib.ExitStack,
 ) -> None:
     """Everything between checked input and the last checkpoint."""
-    log, (windows, held_out, _) = Log(workdir), text
-    shardings, notes = sharding.param_shardings(start.model, mesh)
+    config, workdir, model, say = setup.config, setup.workdir, setup.initial.model, setup.say
+    shardings, notes = sharding.param_shardings(model, setup.mesh)
     for note in notes:
         say(note)
-    graphdef, state = nnx.split(start.model)
-    tx = optimizer(config.optimizer, config.train.steps)
+    graphdef, state = nnx.split(model)
+    rows, held_out = setup.data.train, setup.data.held_out or ()
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     say(
-        f"{count:,} parameters · {len(windows):,} training and {len(held_out or ())} held-out "
-        f"rows of {windows.length} tokens · mesh {dict(mesh.shape)} · {workdir}"
+        f"{count:,} parameters · {len(rows):,} training and {len(held_out)} held-out rows of "
+        f"{rows.length} tokens · mesh {dict(setup.mesh.shape)} · {workdir}"
     )
-
-    def report(name: str, model: Decoder, step: int) -> float | None:
-        loss = None
-        if held_out:
-            loss = held_out_loss(
-                model, held_out, config.data.eval_windows, config.train.loss_chunk_tokens
-            )
-            monitor.evaluation(name, step, loss)
-            say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
-        for prompt in config.prompts:
-            words = "".join(complete(model, tokenizer, prompt, config.prompt_tokens))
-            log.sample(name, step, prompt, words)
-            say(f"  {prompt!r} → {words!r}")
-        return loss
-
-    first = checkpoints.latest_step()
+    log, first = Log(workdir), checkpoints.latest_step()
     log.cut(-1 if first is None else first)
     if first is not None and (lost := log.lost(logged_bytes(workdir / "checkpoints" / f"{first}"))):
         say(lost)
     with distributed.together():
-        monitor = metrics.Monitor(workdir, config, start.model.config, watch, first or 0, mesh.size)
+        monitor = metrics.Monitor(
+            workdir, config, model.config, telemetry, first or 0, setup.mesh.size
+        )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
+    report = functools.partial(_report, setup, monitor)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     if first is None:
-        if start.dense is not None:
-            report("dense base", _placed(start.dense, start.model.placement), 0)
-        start.dense = None
-        with distributed.together():
-            params = start.place(shardings)
-        opt_state = init_optimizer(tx, params, shardings, mesh)
-        loss = report("step 0", rebuild(graphdef, params), 0)
-        logged = log.sync()
-        checkpoints.save(0, start.model, params, opt_state, start.tokenizer_files, loss, logged)
+        params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
         first = 0
     else:
-        target = abstract_params(start.model.config, config.train.param_dtype, shardings)
+        target = abstract_params(model.config, config.train.param_dtype, shardings)
         params, opt_state = checkpoints.restore(
-            first, target, abstract_optimizer(tx, target, shardings, mesh)
+            first, target, abstract_optimizer(tx, target, shardings, setup.mesh)
         )
         say(f"resumed from step {first} of {config.train.steps}")
-
-    guard = Guard(config, windows, workdir, first - int(updates_made(opt_state)), say)
+    guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)
     with stop_requests() as must_stop:
-        loop = Loop(
-            config, workdir, mesh, start.model, shardings, tx, windows, checkpoints, monitor,
-            guard, report, must_stop, say,
-        )  # fmt: skip
+        loop = Loop(setup, shardings, tx, checkpoints, monitor, guard, report, must_stop)
         params = loop.run(first, params, opt_state)
         # Scored already, unless train.steps was lowered to a step that was not. All go by what the
         # first process finds: it may already be writing when another one looks.
@@ -278,11 +240,51 @@ def _run(
         checkpoints.wait()  # here, so that a request to stop does not cut the last save off
 
 
-def _placed(start: Start, placement: Placement) -> Decoder:
+def _report(
+    setup: RunSetup, monitor: metrics.Monitor, name: str, model: Decoder, step: int
+) -> float | None:
+    """Scores a model and lets it continue the prompts; returns the held-out loss, if any."""
+    config, held_out, loss = setup.config, setup.data.held_out, None
+    if held_out:
+        loss = held_out_loss(
+            model, held_out, config.data.eval_windows, config.train.loss_chunk_tokens
+        )
+        monitor.evaluation(name, step, loss)
+        setup.say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
+    for prompt in config.prompts:
+        words = "".join(complete(model, setup.tokenizer, prompt, config.prompt_tokens))
+        monitor.log.sample(name, step, prompt, words)
+        setup.say(f"  {prompt!r} → {words!r}")
+    return loss
+
+
+def _begin(
+    setup: RunSetup,
+    checkpoints: TrainingCheckpoints,
+    shardings: dict,
+    tx: optax.GradientTransformation,
+    report: Callable[[str, Decoder, int], float | None],
+    log: Log,
+) -> tuple[dict, Any]:
+    """Parameters and optimizer state of a new run, scored and saved as step 0."""
+    initial = setup.initial
+    if initial.dense is not None:
+        report("dense base", _placed(initial.dense, initial.model.placement), 0)
+    initial.dense = None
+    with distributed.together():
+        params = initial.place(shardings)
+    opt_state = init_optimizer(tx, params, shardings, setup.mesh)
+    loss = report("step 0", rebuild(nnx.split(initial.model)[0], params), 0)
+    logged = log.sync()
+    checkpoints.save(0, initial.model, params, opt_state, initial.tokenizer_files, loss, logged)
+    return params, opt_state
+
+
+def _placed(initial: InitialModel, placement: Placement) -> Decoder:
     """The model with its weights over the mesh."""
     assert placement.mesh is not None
-    start.model.placement = placement
-    shardings, _ = sharding.param_shardings(start.model, placement.mesh)
+    initial.model.placement = placement
+    shardings, _ = sharding.param_shardings(initial.model, placement.mesh)
     with distributed.together():
-        params = start.place(shardings)
-    return rebuild(nnx.split(start.model)[0], params)
+        params = initial.place(shardings)
+    return rebuild(nnx.split(initial.model)[0], params)

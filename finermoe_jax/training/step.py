@@ -13,6 +13,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
@@ -42,8 +43,40 @@ def train_step(
     they are and `skipped` is 1: the schedule and the rounding, which go by the optimizer's count,
     take the next step as if this one had not been.
     """
+    free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
+    metrics, grads = _gradients(graphdef, config, params, free, batch)
+    metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
+    metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
+        updates_made(opt_state)
+    )
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
+
+    def update(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, free)
+        # A key per update, by the optimizer's count: a resumed run rounds as the straight one.
+        key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))
+        return apply_updates(free, updates, key), opt_state
+
+    def keep(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
+        return free, opt_state
+
+    # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
+    # on a CPU, and half a copy of the weights.
+    free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
+    segments, size = batch.segment_ids, batch.tokens[:, 1:].size
+    tokens = (
+        jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
+    )
+    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": tokens}
+    return completed(params, free), opt_state, metrics
+
+
+def _gradients(
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+) -> tuple[dict[str, Array], dict]:
+    """The loss of a global batch, as `batch_loss` tells it, and its gradients by `free`."""
     parts = config.train.grad_accumulation
-    free = trained(params, config.optimizer)
     targets = None
     if batch.segment_ids is not None:
         targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
@@ -73,31 +106,7 @@ def train_step(
         (grads, metrics), tokens = jax.lax.scan(body, zeros, pieces)
         metrics["expert_tokens"] = tokens.sum(axis=0)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
-    metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
-    metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
-        updates_made(opt_state)
-    )
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
-
-    def update(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
-        updates, opt_state = tx.update(grads, opt_state, free)
-        # A key per update, by the optimizer's count: a resumed run rounds as the straight one.
-        key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))
-        return apply_updates(free, updates, key), opt_state
-
-    def keep(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
-        return free, opt_state
-
-    # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
-    # on a CPU, and half a copy of the weights.
-    free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
-    segments, size = batch.segment_ids, batch.tokens[:, 1:].size
-    tokens = (
-        jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
-    )
-    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": tokens}
-    return completed(params, free), opt_state, metrics
+    return metrics, grads
 
 
 def updates_made(opt_state: Any) -> Int[Array, ""]:
@@ -164,9 +173,11 @@ def jit_step(
 
     Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
     """
+    model = rebuild(graphdef, params)
+    of_state = sharding.like_params(opt_state, params, shardings, mesh)
     places = (
-        sharding.row_major(params, shardings),
-        sharding.row_major(opt_state, sharding.like_params(opt_state, params, shardings, mesh)),
+        sharding.row_major(params, shardings, model),
+        sharding.row_major(opt_state, of_state, model),
     )
     step = jax.jit(
         lambda p, o, b: train_step(graphdef, config, tx, p, o, b),

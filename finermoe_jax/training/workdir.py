@@ -2,34 +2,31 @@
 
 import contextlib
 import dataclasses
-import datetime
-import fcntl
-import os
 import shutil
-import socket
-import sys
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
+from finermoe_jax.runtime.locks import LOCK_FILE
 from finermoe_jax.training import plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 from finermoe_jax.weights.hf_weights import copy_tokenizer
 from finermoe_jax.weights.integrity import saved_steps
 
-_LOCK, _PARTIAL = ".lock", ".config.json.partial"  # of files.write
+_PARTIAL = ".config.json.partial"  # of files.write
 
 # What a checkpoint's arrays are: no flag changes it in the middle of a run.
 _FIXED = {
-    "model": "the weights in the checkpoint have these shapes",
+    "dense": "the weights in the checkpoint have these shapes",
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
     "optimizer.name": "the checkpoint holds the other optimizer's state",
     "optimizer.moment_dtype": "the checkpoint's moments are stored so",
@@ -110,7 +107,7 @@ def _unfinished(workdir: Path) -> bool:
     """Whether nothing is there but what a run killed at its very beginning leaves."""
     names = {path.name for path in workdir.iterdir()}
     checkpoints = workdir / "checkpoints"
-    return names <= {_LOCK, _PARTIAL, "checkpoints"} and not (
+    return names <= {LOCK_FILE, _PARTIAL, "checkpoints"} and not (
         checkpoints.exists() and any(checkpoints.iterdir())
     )
 
@@ -132,54 +129,7 @@ def _ended_before_saving(workdir: Path) -> bool:
     return True
 
 
-class Lock:
-    """Keeps a second run out of a workdir while this one lives; held by the first process.
-
-    The operating system holds it and drops it with the process, however that ends: there are no
-    stale locks. On NFS it holds between machines too, where the server supports locks.
-    """
-
-    def __init__(self, workdir: Path):
-        self.path = workdir / _LOCK
-        self.stream: IO[str] | None = None
-
-    def take(self) -> None:
-        """Takes the lock unless it is held already, or is not this process's to hold.
-
-        Raises InputError when another run has it.
-        """
-        if jax.process_index() != 0 or self.stream is not None:
-            return
-        stream = self.path.open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            stream.close()
-            raise InputError(
-                f"{self.path.parent} is in use by {holder}: wait until that run has ended, end it, "
-                "or give another --workdir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            stream.close()
-            print(f"WARNING: {self.path} cannot be locked ({error.strerror}): make sure that no "
-                  "other run uses this workdir", file=sys.stderr)  # fmt: skip
-            return
-        stream.truncate(0)
-        since = datetime.datetime.now().isoformat(" ", "seconds")
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
-        stream.flush()
-        self.stream = stream
-
-    def close(self) -> None:
-        """Lets others in."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-
-
-def prepare(
+def fill_workdir(
     workdir: Path, config: RunConfig, tokenizer_files: Path, ends_files: Path | None = None
 ) -> None:
     """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses.

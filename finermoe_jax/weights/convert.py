@@ -1,7 +1,6 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -9,16 +8,18 @@ from typing import Literal
 import jax
 from tqdm import tqdm
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
-from finermoe_jax.runtime.directories import new_directory, refuse_occupied
+from finermoe_jax.runtime import disk
+from finermoe_jax.runtime.files import new_directory, refuse_occupied
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
-from finermoe_jax.weights.checkpoint import open_model, write_checkpoint
-from finermoe_jax.weights.disk import out_of_space
+from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
-from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.upcycle import upcycled
 
 # As a shell tells of Ctrl-C.
 _INTERRUPTED = 130
@@ -30,15 +31,15 @@ def convert(
     to: Literal["orbax", "hf"],
     moe: MoEConfig | None,
     *,
-    start: UpcycleConfig = PUBLISHED_START,
+    upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
     seed: int,
     dtype: str | None = None,
     stated: bool = False,
 ) -> ModelConfig:
     """Writes `target`, a new or empty directory that appears only when complete.
 
-    To "orbax", a dense source is upcycled as `moe` and `start` say (moe None: imported as it is)
-    and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
+    To "orbax", a dense source is upcycled as `moe` and `upcycling` say (moe None: imported as it
+    is) and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
     casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
     source has to be one of these experts already.
 
@@ -53,17 +54,12 @@ def convert(
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
-    if dtype is None and len(model.stored) > 1:
-        raise InputError(
-            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
-            "dtype: say which by --dtype"
-        )
-    if to == "orbax" and moe is not None and config.moe is None:
-        config, weights = upcycle_weights(config, weights, moe, jax.random.key(seed), start)
-    elif to == "orbax" and moe is not None and stated:
-        refuse_other_experts(source, config, moe, start)
+    _refuse_mixed(source, model, dtype)
     if to == "hf":
         model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
+    else:
+        key = jax.random.key(seed)
+        config, weights = upcycled(source, config, weights, moe, key, upcycling, stated)
     size = sum(array.nbytes for array in weights.values())
     with (
         stop_requests() as stopped,
@@ -89,26 +85,27 @@ def convert(
     return config
 
 
+def _refuse_mixed(source: str, model: ModelSource, dtype: str | None) -> None:
+    """Raises InputError for weights of several dtypes where none is asked for."""
+    if dtype is None and len(model.stored) > 1:
+        raise InputError(
+            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
+            "dtype: say which by --dtype"
+        )
+
+
 @contextlib.contextmanager
 def _room(target: Path, size: int) -> Iterator[None]:
-    """Refuses a disk with less room than the weights need; one message where it fills up later."""
-
-    def text(number: int) -> str:
-        return tqdm.format_sizeof(number, "B")
-
+    """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if size > free:
+    if not disk.has_room(place, size):
         raise InputError(
-            f"{target} would take {text(size)}, and its disk has {text(free)} free: make room, or "
-            "give a directory elsewhere"
+            f"{target} would take {disk.text(size)}, and its disk has "
+            f"{disk.text(disk.free(place))} free: make room, or give a directory elsewhere"
         )
-    try:
+    filled = (
+        f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "
+        "of it is left; make room, or give a directory elsewhere"
+    )
+    with disk.refusing_full(filled):
         yield
-    except Exception as error:
-        if not out_of_space(error):
-            raise
-        raise InputError(
-            f"{target} takes {text(size)}, and its disk was full before it was written. Nothing of "
-            "it is left; make room, or give a directory elsewhere"
-        ) from None

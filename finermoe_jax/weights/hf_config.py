@@ -98,19 +98,7 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
             f"{', '.join(SUPPORTED_TYPES)}"
         )
     family = _FAMILIES[kind]
-    activation = values.get("hidden_act", "silu")
-    for key, value, unsupported in (
-        ("hidden_act", activation, activation not in ("silu", "swish")),  # two names of one
-        ("mlp_bias", True, fields.flag("mlp_bias", False)),
-    ):
-        if unsupported:
-            raise InputError(f"{where}: {key}={value!r} is not supported")
-    _refuse_windows(fields, kind)
-    # Of Qwen2 the key is not read: it has biases always, and never on o_proj.
-    if kind != "qwen2" and fields.flag("attention_bias", False):
-        raise InputError(
-            f"{where}: attention_bias=True is not supported: with it o_proj has a bias, too"
-        )
+    _refuse_unsupported(fields, kind)
     theta, scaling = _rope(fields)
     heads = fields.integer("num_attention_heads")
     kv_heads = heads
@@ -143,6 +131,23 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
                 f"{config.expert_intermediate_size}"
             )
     return config
+
+
+def _refuse_unsupported(fields: _Fields, kind: str) -> None:
+    """Raises InputError for features that this decoder does not compute."""
+    activation = fields.values.get("hidden_act", "silu")
+    for key, value, unsupported in (
+        ("hidden_act", activation, activation not in ("silu", "swish")),  # two names of one
+        ("mlp_bias", True, fields.flag("mlp_bias", False)),
+    ):
+        if unsupported:
+            raise InputError(f"{fields.where}: {key}={value!r} is not supported")
+    _refuse_windows(fields, kind)
+    # Of Qwen2 the key is not read: it has biases always, and never on o_proj.
+    if kind != "qwen2" and fields.flag("attention_bias", False):
+        raise InputError(
+            f"{fields.where}: attention_bias=True is not supported: with it o_proj has a bias, too"
+        )
 
 
 def _refuse_windows(fields: _Fields, kind: str) -> None:
@@ -286,22 +291,7 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
         return _dense_to_hf(config, values)
-    inexpressible = [
-        f"{name}={getattr(moe, name)!r}"
-        for name, hf in (
-            ("plain_top_k", (False,)),
-            ("pre_softmax", (False,)),
-            ("separate_routers", (False,)),
-            ("concat_proj", ("none", "routed")),
-            ("router_dtype", ("float32",)),
-        )
-        if getattr(moe, name) not in hf
-    ]
-    if inexpressible:
-        raise InputError(
-            "the published HF model cannot express " + ", ".join(inexpressible) + "; keep the "
-            "checkpoint in Orbax form"
-        )
+    _refuse_inexpressible(moe)
     if not config.attention_bias:
         values["qkv_bias"] = False
     if config.qk_norm:
@@ -326,6 +316,26 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
+
+
+def _refuse_inexpressible(moe: MoEConfig) -> None:
+    """Raises InputError for variants that the published HF model has no keys for."""
+    inexpressible = [
+        f"{name}={getattr(moe, name)!r}"
+        for name, hf in (
+            ("plain_top_k", (False,)),
+            ("pre_softmax", (False,)),
+            ("separate_routers", (False,)),
+            ("concat_proj", ("none", "routed")),
+            ("router_dtype", ("float32",)),
+        )
+        if getattr(moe, name) not in hf
+    ]
+    if inexpressible:
+        raise InputError(
+            "the published HF model cannot express " + ", ".join(inexpressible) + "; keep the "
+            "checkpoint in Orbax form"
+        )
 
 
 def _dense_to_hf(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from finermoe_jax.data.tokenizers import (
 )
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
-from finermoe_jax.runtime.directories import new_directory
+from finermoe_jax.runtime.files import new_directory
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy

@@ -1,7 +1,7 @@
 """Arrays that are read, or made, only where they are indexed.
 
 A model's weights as `Weights` have their shapes and dtypes at once and their values block by block:
-from safetensors (hf_weights.py), from a checkpoint (lazy_checkpoint.py), from a dense model that is
+from safetensors (hf_weights.py), from a checkpoint (orbax_files.py), from a dense model that is
 being upcycled (upcycle.py), or from memory. Whoever writes or places them asks for blocks, so that
 no host ever holds more of a model than a few of those.
 """

@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,36 @@ import tensorstore
 from etils import epath
 from flax import nnx
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Concurrent writes: of blocks that are made for it, which bounds memory, and of what is in memory.
 _MADE_AT_A_TIME, _HELD_AT_A_TIME = 4, 32
+
+
+@contextlib.contextmanager
+def save_errors() -> Iterator[list[Exception]]:
+    """Collects the errors that Orbax's threads log, instead of showing their tracebacks.
+
+    Orbax raises an error of a background save only when it is next called, or with several
+    processes when a barrier's time is up. Its log has the error at once.
+    """
+    found: list[Exception] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if record.levelno < logging.ERROR or not isinstance(error, Exception):
+            return True
+        found.append(error)
+        return False
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(listen)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(listen)
 
 
 class _Parts(NamedTuple):
@@ -216,8 +241,7 @@ def _stored(store: tensorstore.TensorStore, name: str) -> LazyArray:
         try:
             return store[index].read().result()
         except (ValueError, OSError) as error:
-            first = str(error).splitlines()[0].partition(" [tensorstore_spec")[0]
-            raise InputError(f"{name} is damaged or cannot be read: {first}") from None
+            raise InputError(f"{name} is damaged or cannot be read: {first_line(error)}") from None
 
     return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read)
 

@@ -13,12 +13,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.arguments import check_key, check_type
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.layers.basic import normal
-from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
-from finermoe_jax.weights import lazy
-from finermoe_jax.weights import upcycle_variants as starts
+from finermoe_jax.model.decoder import (
+    LOAD_A_MODEL,
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+)
+from finermoe_jax.weights import lazy, upcycle_variants
 from finermoe_jax.weights.hf_names import run_layers
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
@@ -78,20 +84,20 @@ def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
 
 
 def refuse_other_experts(
-    source: str, found: ModelConfig, moe: MoEConfig, start: UpcycleConfig
+    source: str, found: ModelConfig, moe: MoEConfig, upcycling: UpcycleConfig
 ) -> None:
     """Raises InputError where a source that has experts already has others than `moe`'s, or where
-    `start`, which it cannot have any more, is not the default."""
+    `upcycling`, which it cannot have any more, is not the default."""
     refuse_differences(
         f"{source} is a mixture already and contradicts config.moe",
         dataclasses.asdict(found),
         dataclasses.asdict(upcycled_config(found, moe)),
         "change config.moe, or start from a dense model",
     )
-    if start != PUBLISHED_START:
+    if upcycling != PUBLISHED_UPCYCLING:
         raise InputError(
-            f"{source} is a mixture already, and {start} would do nothing: leave config.upcycle "
-            "alone, or start from a dense model"
+            f"{source} is a mixture already, and {upcycling} would do nothing: leave "
+            "config.upcycle alone, or start from a dense model"
         )
 
 
@@ -100,30 +106,31 @@ def upcycle_weights(
     weights: Weights,
     moe: MoEConfig,
     key: Array,
-    start: UpcycleConfig = PUBLISHED_START,
+    upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> tuple[ModelConfig, Weights]:
     """A FineRMoE's architecture and weights from a dense model's, made where they are indexed.
 
     Attention, norms and embedding are the dense ones; lm_head is the dense one or, where tied,
     the embedding; the shared expert is the whole dense FFN. Router, shared gate and concat_proj
     are drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
-    `start` says so (starts.py). Every draw has a key of its own layer, parameter and expert.
+    `upcycling` says so (upcycle_variants.py). Every draw has a key of its own layer, parameter and
+    expert.
 
     Raises InputError: the source has experts already, sizes that do not divide, or experts that
-    cannot start as `start` says.
+    cannot start as `upcycling` says.
     """
     if dense.moe is not None:
         raise InputError("the source is a mixture of experts already; upcycling needs a dense one")
-    start.check(moe)
+    upcycling.check(moe)
     config = upcycled_config(dense, moe)
-    shapes = parameter_shapes(config)
+    shapes, kinds = parameter_shapes(config), parameter_kinds(config)
     # Of a dense model all layers lie in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
-    drawn = [name for name in _DRAWN if any(path[-2:] == ("moe", name) for path in shapes)]
+    drawn = [name for name in _DRAWN if any(path[-1] == name for path in shapes)]
     # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
-    drop_key = jax.random.fold_in(key, starts.DROP_KEY)
+    drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
 
     def make(path: ParamPath, shape: tuple[int, ...]) -> LazyArray:
         if path[0] != "runs":
@@ -133,24 +140,45 @@ def upcycle_weights(
             return _restacked(stacks[name], layers)
         if name[:2] == ("moe", "shared"):
             whole = _restacked(stacks["mlp", name[2]], layers)
-            scaled = start.function_preserving and name[2] == "down"
-            return _scaled(whole, starts.SHARED_SCALE) if scaled else whole
-        if name == ("moe", "down") and start.function_preserving:
+            scaled = upcycling.function_preserving and name[2] == "down"
+            return _scaled(whole, upcycle_variants.SHARED_SCALE) if scaled else whole
+        if kinds[path].bank and name[1] == "down" and upcycling.function_preserving:
             return _zeros(shape, stacks["mlp", "down"].dtype)
-        if name in (("moe", "gate_up"), ("moe", "down")):
-            return _experts(config, stacks, layers, shape, name[1], start, drop_key)
+        if kinds[path].bank:
+            return _experts(config, stacks, layers, shape, name[1], upcycling, drop_key)
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
         dtype = weights["embed", "weight"].dtype
-        std = start.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
-        if not std or (name[1] == "shared_gate" and start.function_preserving):
+        std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
+        if not std or (name[1] == "shared_gate" and upcycling.function_preserving):
             return _zeros(shape, dtype)
         array = _drawn(of_layers, shape, dtype, std)
-        if start.virtual_groups and name[1] == "router":
-            return _changed_rows(array, starts.virtual_group_rows(moe))
+        if upcycling.virtual_groups and name[1] == "router":
+            return _changed_rows(array, upcycle_variants.virtual_group_rows(moe))
         return array
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
+
+
+def upcycled(
+    source: str,
+    config: ModelConfig,
+    weights: Weights,
+    moe: MoEConfig | None,
+    key: Array,
+    upcycling: UpcycleConfig,
+    stated: bool = True,
+) -> tuple[ModelConfig, Weights]:
+    """`upcycle_weights` of a dense model; the model itself where it has experts, or moe is None.
+
+    With `stated`, a model with experts has to have these. Raises InputError as
+    `refuse_other_experts` and `upcycle_weights` do.
+    """
+    if moe is not None and config.moe is None:
+        return upcycle_weights(config, weights, moe, key, upcycling)
+    if moe is not None and stated:
+        refuse_other_experts(source, config, moe, upcycling)
+    return config, weights
 
 
 # What upcycling draws, in the order in which a layer's keys are given out.
@@ -205,7 +233,7 @@ def _experts(
     layers: tuple[int, ...],
     shape: tuple[int, ...],
     name: str,
-    start: UpcycleConfig,
+    upcycling: UpcycleConfig,
     key: Array,
 ) -> LazyArray:
     """`gate_up` or `down` of all experts of these layers."""
@@ -218,9 +246,9 @@ def _experts(
             made = expert_gate_up(gate.row(layer), up.row(layer), moe, expert)
         else:
             made = expert_down(down.row(layer), moe, expert, shared)
-        if start.drop_ratio:
+        if upcycling.drop_ratio:
             own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
-            made = starts.drop(name, made, start.drop_ratio, own)
+            made = upcycle_variants.drop(name, made, upcycling.drop_ratio, own)
         return made
 
     # Each block of an expert that is read in several takes the whole of it to make.
@@ -236,7 +264,7 @@ def _experts(
 
 
 def upcycle_model(
-    dense: Decoder, moe: MoEConfig, key: Array, start: UpcycleConfig = PUBLISHED_START
+    dense: Decoder, moe: MoEConfig, key: Array, start: UpcycleConfig = PUBLISHED_UPCYCLING
 ) -> Decoder:
     """A FineRMoE decoder from a dense one, in the dense weights' dtype (`upcycle_weights`).
 
@@ -249,8 +277,8 @@ def upcycle_model(
     check_type("start", start, UpcycleConfig, "UpcycleConfig() is the published one")
     check_key(key)
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
-    config, upcycled = upcycle_weights(dense.config, weights, moe, key, start)
-    return with_params(config, lazy.in_memory(upcycled), dtype=dense.dtype)
+    config, made = upcycle_weights(dense.config, weights, moe, key, start)
+    return with_params(config, lazy.in_memory(made), dtype=dense.dtype)
 
 
 def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
@@ -269,7 +297,7 @@ def upcycle(
     active_per_group: int,
     shared_expert: bool = True,
     key: Array | None = None,
-    start: UpcycleConfig = PUBLISHED_START,
+    start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
     """`upcycle_model` with the paper's five numbers spelled out; key defaults to seed 0."""
     check_type("shared_expert", shared_expert, bool, "give True or False")

@@ -16,17 +16,19 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from finermoe_jax.config.model import PUBLISHED_START, ModelConfig, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
+from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import Source, open_model
 from finermoe_jax.weights.hf_names import Parts, parts, run_layers
 from finermoe_jax.weights.hf_weights import json_files, model_code
 from finermoe_jax.weights.lazy import Index, ParamPath, Weights
 from finermoe_jax.weights.safetensors_files import listing
-from finermoe_jax.weights.upcycle import refuse_other_experts, upcycle_weights
+from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.upcycle import upcycled
 
 # The values of a block as the source implies them; None where they are drawn at random.
 Expected = Callable[[Index], np.ndarray] | None
@@ -66,14 +68,14 @@ def verify(
     to: Literal["orbax", "hf"] | None,
     moe: MoEConfig | None,
     *,
-    start: UpcycleConfig = PUBLISHED_START,
+    upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
     seed: int | None = None,
     dtype: str | None = None,
     stated: bool = False,
 ) -> Report:
     """Whether `target` is what `convert` with the same arguments makes.
 
-    Source and target may be a HF directory or a checkpoint of ours; of the latter the files'
+    ModelSource and target may be a HF directory or a checkpoint of ours; of the latter the files'
     checksums are compared as well. Where the target was cast, the source's values are cast for
     comparison. A few blocks are in memory at a time.
 
@@ -81,8 +83,8 @@ def verify(
       source, target, moe, stated: as the conversion had them.
       to: as well; None takes a target in either form for what "orbax" makes, so that an export can
         be compared with the dense model where it all began.
-      start: what experts started from. Where that is not the dense FFN's slices, they are compared
-        with experts made anew.
+      upcycling: as the conversion had it. Where experts are not the dense FFN's slices, they are
+        compared with experts made anew.
       seed: of the conversion; what it drew is compared with what it draws again, to the last few
         bits, which are another CPU's own. None: what was drawn has to be finite only.
       dtype: the weights' in the target; None: the source's.
@@ -102,29 +104,44 @@ def verify(
             f"{target} stores {' and '.join(made.stored)}, not {' and '.join(asked)}"
             + ("" if dtype else f" as {source} does: give the conversion's --dtype")
         )
-    upcycled = to != "hf" and moe is not None and given.config.moe is None
-    wanted, again = given.config, Weights()
-    if upcycled:
-        assert moe is not None
+    wanted, again = given.config, given.weights
+    if to != "hf":
         key = jax.random.key(seed or 0)
-        wanted, again = upcycle_weights(given.config, given.weights, moe, key, start)
-    elif to != "hf" and moe is not None and stated:
-        refuse_other_experts(source, given.config, moe, start)
+        wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
-    _check_tokenizers(given.files, made.files)
-    if to == "hf":
-        _check_beside_the_weights(given, target, str(stored))
-    other_start = upcycled and bool(start.drop_ratio or start.function_preserving)
-    table = parts(made.config, list(made.weights))
-    size = sum(array.nbytes for array in made.weights.values())
+    _check_files(given, made.files, to, str(stored))
+    anew = bool(upcycling.drop_ratio or upcycling.function_preserving)
+    report = _compared(given, made, again, seed is not None, anew, f"verifying {target.name}")
+    for model in (given, made):
+        model.refuse_changed()
+    if report.differences:
+        raise InputError(
+            f"{target} is not what {source} becomes: {len(report.differences)} tensors differ:"
+            + listing(report.differences, 20)
+        )
+    return report
+
+
+def _compared(
+    given: ModelSource, made: ModelSource, again: Weights, draws: bool, anew: bool, title: str
+) -> Report:
+    """Compares all blocks of `made` with what the source implies.
+
+    `again` are the weights as upcycled anew: with `anew` experts are compared with these, with
+    `draws` what was drawn.
+    """
+    new_experts = again is not given.weights
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:
+        stored = made.weights["embed", "weight"].dtype
         report.cast = f" after casting {'/'.join(given.stored)} to {stored}"
-    with tqdm(total=size, desc=f"verifying {target.name}", unit="B", unit_scale=True) as bar:
+    table, kinds = parts(made.config, list(made.weights)), parameter_kinds(made.config)
+    size = sum(array.nbytes for array in made.weights.values())
+    with tqdm(total=size, desc=title, unit="B", unit_scale=True) as bar:
         for path, array in made.weights.items():
-            drawn = upcycled and path[-1] in _DRAWN
+            drawn = new_experts and path[-1] in _DRAWN
             expected: Expected = None
-            if other_start or (drawn and seed is not None):
+            if new_experts and (anew or (drawn and draws)):
                 expected = again[path].__getitem__
             elif not drawn:
                 expected = _expected(given, made.config, path)
@@ -134,27 +151,16 @@ def verify(
                 _compare(report, table[path], array.shape, index, values, expected, drawn)
                 digest.update(values.view(np.uint8).data)
                 bar.update(values.nbytes)
+            kind = "copied"
+            if new_experts:
+                kind = "drawn" if drawn else "anew" if anew else "copied"
+                kind = "slices" if kind == "copied" and kinds[path].bank else kind
             tensors = sum(1 for _ in table[path].shapes(array.shape))
-            if drawn:
-                report.drawn += tensors
-            elif other_start:
-                report.anew += tensors
-            elif path[3:] in _EXPERTS and upcycled:
-                report.slices += tensors
-            else:
-                report.copied += tensors
-    for model in (given, made):
-        model.refuse_changed()
+            setattr(report, kind, getattr(report, kind) + tensors)
     report.digest = digest.hexdigest()
-    if report.differences:
-        raise InputError(
-            f"{target} is not what {source} becomes: {len(report.differences)} tensors differ:"
-            + listing(report.differences, 20)
-        )
     return report
 
 
-_EXPERTS = (("moe", "gate_up"), ("moe", "down"))
 _DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
@@ -168,27 +174,24 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
         )
 
 
-def _check_tokenizers(given: Path, made: Path) -> None:
+def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
+    """Compares what lies beside the weights: the tokenizer and, of an export, all that loads it."""
     exported = (made / "config.json").is_file()
-    for name, content in kept_files(given).items():
-        # An export says anew where text ends.
-        if exported and name == GENERATION_FILE:
-            continue
-        if not (made / name).is_file() or (made / name).read_bytes() != content:
-            raise InputError(f"{made / name} is missing or not what {given} has: convert it anew")
-
-
-def _check_beside_the_weights(given: Source, target: Path, dtype: str) -> None:
-    """What an export consists of beside weights and tokenizer: without it nothing loads it."""
+    # An export says anew where text ends.
     wanted = {
-        name: text.encode() for name, text in json_files(given.config, dtype, given.files).items()
+        name: content
+        for name, content in kept_files(given.files).items()
+        if not (exported and name == GENERATION_FILE)
     }
-    if given.config.moe is not None:
-        wanted |= {file.name: file.read_bytes() for file in model_code()}
+    if to == "hf":
+        texts = json_files(given.config, dtype, given.files)
+        wanted |= {name: text.encode() for name, text in texts.items()}
+        if given.config.moe is not None:
+            wanted |= {file.name: file.read_bytes() for file in model_code()}
     for name, content in wanted.items():
-        if not (target / name).is_file() or (target / name).read_bytes() != content:
+        if not (made / name).is_file() or (made / name).read_bytes() != content:
             raise InputError(
-                f"{target / name} is missing or not what this export has: make it anew"
+                f"{made / name} is missing or not what {given.files} implies: make it anew"
             )
 
 
@@ -212,7 +215,7 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
     )
 
 
-def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
+def _expected(given: ModelSource, made: ModelConfig, path: ParamPath) -> Expected:
     """What the source implies of one parameter of the target."""
     weights = given.weights
     if given.config.moe is not None or made.moe is None:
@@ -220,7 +223,7 @@ def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
     if path[0] != "runs":
         return weights.get(path, weights["embed", "weight"]).__getitem__
     layers, name = run_layers(made, path[1], path[2]), path[3:]
-    if name in _EXPERTS:
+    if parameter_kinds(made)[path].bank:
         return _slices(given, made, layers, name[1])
     if name[-1] in _DRAWN:
         return None
@@ -234,7 +237,7 @@ def _expected(given: Source, made: ModelConfig, path: ParamPath) -> Expected:
     return copied
 
 
-def _slices(given: Source, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
+def _slices(given: ModelSource, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
     """The dense FFN's part that each expert has to be (Eq. 9-10), one expert after the other."""
     moe = made.moe
     assert moe is not None

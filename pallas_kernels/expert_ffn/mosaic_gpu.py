@@ -1,21 +1,50 @@
 """expert_ffn on Hopper GPUs: gate, up, activation, down and routing weight in one kernel.
 
 Letters: E experts, M rows, D model width, F intermediate, W output width; F' is F up to a multiple
-of 64. Tiles, rings and stores are those of grouped_matmul/mosaic_gpu.py, whose docstring also says
-what float32, Blackwell and older GPUs get: float32, and experts of more than MAX_FUSED_F, go
-through its grouped matmuls one after the other; Blackwell goes through cpu.py.
+of 64. hopper.py says how a block works: one warpgroup copies into a ring, two multiply out of it,
+who waits for whom, what a tile is. grouped_matmul/mosaic_gpu.py says what float32, Blackwell and
+older GPUs get: float32, and experts of more than MAX_FUSED_F, go through its grouped matmuls one
+after the other; Blackwell goes through cpu.py.
 
 **Forward.** Shared memory does not hold an expert, but it holds what a tile of R rows needs between
-the two products: the activated intermediate, [R, F'] in the dtype of rows. For 128 columns of F at
-a time, x and the gate and up weights stream through the ring and the activated result goes to
-shared memory; then the down weights stream. The intermediate never reaches HBM. R is 128 where
-[128, F'] leaves room for the ring (F' up to 384) and 64 otherwise; the two multiplying warpgroups
-share the rows of a tile of 128 and the columns of a tile of 64.
+the two products: `active`, the activated intermediate, [R, F'] in the dtype of rows. It never
+reaches HBM. An item is such a tile; its stages, in this order:
+
+    copies                                       multiply
+    1 for each chunk of 128 columns of F,        acc += x ring · (w ring)^T: 64 rows of gate and up
+      for each 64 of D:                          after the chunk's last step:
+      x ring ◀── x [R rows, 64]                    silu(gate) · up ──▶ active [.., the chunk]
+      w ring ◀── gate [128, 64], up [128, 64]
+    2 (goes on: the ring alone holds it back)    R = 64: waits at `both` for the other warpgroup,
+                                                 which made the other columns of active
+    3 for each tile of 128 columns of W,         acc += active [.., 64 of F] · w ring
+      for each 64 of F:                          after the tile's last step:
+      w ring ◀── down [64, 128]                    acc · routing weight ──▶ y, through the stage
+    4                                            R = 64: waits at `both`, so that neither writes
+                                                 active while the other still multiplies it
+
+R is 128 where [128, F'] leaves room for the ring (F' up to 384) and 64 otherwise. The warpgroups
+share the rows of a tile of 128 (each makes, and then multiplies, 64 rows of active) and the columns
+of a tile of 64 (each makes one of a chunk's two blocks, and one of the two of a tile of W).
 
 **Backward.** Nothing of size M x F is kept from the forward pass. One kernel recomputes gate and
 up, multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
 activated intermediate times the routing weight, and the gradient of the routing weight. Three
-grouped matmuls make the gradients of rows, gate_up and down of these.
+grouped matmuls make the gradients of rows, gate_up and down of these. An item of the kernel is a
+tile of 128 rows; a warpgroup has 64 of them. Its stages, for each block of 64 columns of F:
+
+    copies                                       multiply
+    1 for each 64 of D:                          acc  += x ring · (w ring)^T: gate and up
+      x ring ◀── x [128 rows, 64]
+      w ring ◀── gate [64, 64], up [64, 64]
+    2 for each 64 of W:                          dacc += x ring · (w ring)^T: gradient of active,
+      x ring ◀── dy [128 rows, 64]               before the routing weight
+      w ring ◀── down [64, 64]
+    3 (copies the next block)                    in registers: the three results of the block
+                                                 ──▶ dhidden, dhidden, active, through the stage;
+                                                 sums active · gradient over F for each row
+    after the last block                         that sum, the routing weight's gradient
+                                                 ──▶ dweights, through a stage of its own
 
 **Bytes.** With T tiles = sum over experts of ceil((rows + o) / R), o < 8 (see grouped_matmul), and
 elements of two bytes, the copies bring in, in elements,
@@ -35,8 +64,9 @@ reading rows, cotangent, gate and up twice, and the intermediates' round trips, 
 matrix products whose sums live in registers.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +74,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.expert_ffn import cpu
 from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
-from pallas_kernels.grouped_matmul.mosaic_gpu import ALL, STEP, WARPGROUP_ROWS, Interpret
+from pallas_kernels.hopper import (
+    ALL,
+    STEP,
+    TILE_ROWS,
+    WARPGROUP_ROWS,
+    Interpret,
+    Ring,
+    Scratch,
+    padded,
+)
 
 # Columns of F and of W come in blocks of this many; W in tiles of several.
 BLOCK = 64
@@ -86,7 +126,7 @@ def expert_ffn(
     Raises:
       NotImplementedError: a GPU older than Hopper.
     """
-    if not matmul.uses_wgmma(interpret):
+    if not hopper.uses_wgmma(interpret):
         return cpu.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
     if 0 in rows.shape or 0 in down.shape:
         return jnp.zeros((rows.shape[0], down.shape[2]), rows.dtype)
@@ -123,7 +163,7 @@ def _fused_backward(
     rows, gate_up, down, group_sizes, row_weights = saved
     (m, d), (experts, f, width) = rows.shape, down.shape
     x, w_in, w_out, weights = _prepare(rows, gate_up, down, row_weights)
-    dy = matmul.padded(dy)
+    dy = padded(dy)
     dhidden, active, dweights = _backward_kernel(
         x, w_in, w_out, dy, group_sizes, weights, interpret
     )
@@ -146,7 +186,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _prepare(
     rows: Array, gate_up: Array, down: Array, row_weights: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """What the kernels take: [M, D], [2E, F, D] and [E, F, W] padded for TMA, float32 weights.
+    """The kernels' arrays: [M, D], [2E, F, D] and [E, F, W] padded for TMA, float32 weights.
 
     A half of an expert's gate_up is an array of its own, so that the zeros with which TMA fills
     what lies past its F rows stand where the other half's would be.
@@ -154,9 +194,9 @@ def _prepare(
     experts, f, _ = down.shape
     halves = gate_up.astype(rows.dtype).reshape(2 * experts, f, -1)
     # A tile reads the weights of all its rows, also of those past the last.
-    weights = jnp.pad(row_weights.astype(jnp.float32), (0, 8 + matmul.TILE_ROWS))
-    w_out = matmul.padded(down.astype(rows.dtype))
-    return matmul.padded(rows), matmul.padded(halves), w_out, weights
+    weights = jnp.pad(row_weights.astype(jnp.float32), (0, 8 + TILE_ROWS))
+    w_out = padded(down.astype(rows.dtype))
+    return padded(rows), padded(halves), w_out, weights
 
 
 def _row_weights(weights: Any, first: Array) -> Array:
@@ -173,182 +213,113 @@ def _sigmoid(x: Array) -> Array:
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
+def _gate_and_up(
+    refs: "_ForwardRefs | _BackwardRefs", expert: Array, first: Array, blocks: int, depth: Any
+) -> list[tuple[Any, Any, Any]]:
+    """Copies of the gate rows of some blocks, the first at `first`, and behind them the up rows."""
+    rows = blocks * BLOCK
+    some_f = pl.ds(first, rows)
+    return [
+        (refs.w_in.at[2 * expert + half, some_f, depth], refs.w_ring, pl.ds(half * rows, rows))
+        for half in range(2)
+    ]
+
+
+def _gate_up_block(values: Array, block: int) -> tuple[Array, Array]:
+    """Gate and up of a block of a chunk, whose columns are all of gate, then all of up."""
+    at, up = block * BLOCK, values.shape[1] // 2
+    return values[:, at : at + BLOCK], values[:, up + at : up + at + BLOCK]
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
 def tile_rows(f: int) -> int:
     """Rows of a tile of the forward kernel."""
-    whole = matmul.TILE_ROWS * -(-f // BLOCK) * BLOCK * 2 <= _ACTIVE_BYTES
-    return matmul.TILE_ROWS if whole else WARPGROUP_ROWS
+    whole = TILE_ROWS * -(-f // BLOCK) * BLOCK * 2 <= _ACTIVE_BYTES
+    return TILE_ROWS if whole else WARPGROUP_ROWS
 
 
 def _forward_kernel(
     x: Array, w_in: Array, w_out: Array, group_sizes: Array, weights: Array, interpret: Interpret
 ) -> Array:
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
-    tile = tile_rows(f)
-    split = tile == WARPGROUP_ROWS  # the warpgroups share columns instead of rows
-    f_blocks = -(-f // BLOCK)
+    tile, f_blocks = tile_rows(f), -(-f // BLOCK)
+    split = tile == WARPGROUP_ROWS
     if split:
         f_blocks += f_blocks % 2  # each chunk of two has one for each warpgroup
-    w_tiles, d_steps = -(-width // (W_BLOCKS * BLOCK)), d // STEP
+    plan = _Forward(tile, split, f_blocks, d // STEP, -(-width // (W_BLOCKS * BLOCK)), width)
     slot_bytes = (tile + 4 * BLOCK) * STEP * 2
     slots = min(6, (_RING_AND_ACTIVE_BYTES - tile * f_blocks * BLOCK * 2) // slot_bytes)
-    table, count = matmul.work(group_sizes, m, tile)
+    table, count = hopper.work(group_sizes, m, tile)
+    active = plgpu.SMEM((tile, f_blocks * BLOCK), dtype, transforms=hopper.swizzled(dtype))
+    x_shape, w_shape = (tile, STEP), (4 * BLOCK, STEP)
+    return hopper.run(
+        "expert_ffn",
+        lambda *refs, **scratch: _forward_block(plan, _ForwardRefs(*refs, **scratch)),
+        (table, count, x, w_in, w_out, weights),
+        jax.ShapeDtypeStruct((m, width), dtype),
+        {"active": active, "both": plgpu.Barrier(num_arrivals=2)}
+        | hopper.ring_scratch(slots, dtype, arrivals=3, x_ring=x_shape, w_ring=w_shape)
+        | hopper.stage_scratch(dtype),
+        interpret,
+    )
 
-    def body(
-        table,
-        count,
-        x,
-        w_in,
-        w_out,
-        weights,
-        y,
-        x_ring,
-        w_ring,
-        active,
-        filled,
-        freed,
-        both,
-        **stage,
-    ):
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == 2)
-        def _copy():
-            plgpu.set_max_registers(matmul.COPY_REGISTERS, action="decrease")
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """How the forward kernel is cut, in numbers known when it is compiled."""
 
-            def one(index: Array, step: Array) -> Array:
-                expert = table[0, index]
-                some_rows = pl.ds(matmul.eights(table[1, index]), tile)
+    tile: int  # rows
+    split: bool  # the warpgroups share the columns of a tile instead of its rows
+    f_blocks: int  # blocks of F, two a chunk
+    d_steps: int  # steps of D
+    w_tiles: int  # tiles of W
+    width: int  # W, padded
 
-                def hidden(chunk: Array, blocks: int, step: Array) -> Array:
-                    def fetch(i: Array, _: None) -> None:
-                        depth = pl.ds(i * STEP, STEP)
-                        copies = [(x.at[some_rows, depth], x_ring, ALL)]
-                        copies += _gate_and_up(
-                            w_in, w_ring, expert, chunk * (2 * BLOCK), blocks, depth
-                        )
-                        matmul.fill(step + i, filled, freed, copies)
 
-                    lax.fori_loop(0, d_steps, fetch, None)
-                    return step + d_steps
+@dataclasses.dataclass(frozen=True)
+class _ForwardRefs(Scratch):
+    """What a block of the forward kernel reads, writes and works in."""
 
-                step = _chunks(f_blocks, hidden, step)
+    table: Any  # of hopper.work
+    count: Any
+    x: Any  # [M, D]
+    w_in: Any  # [2E, F, D]
+    w_out: Any  # [E, F, W]
+    weights: Any  # float32 [M and more]
+    y: Any  # [M, W]
+    _: dataclasses.KW_ONLY
+    w_ring: Any
+    active: Any  # [tile, F']
+    both: Any  # passes when both warpgroups have arrived
 
-                def fetch(i: Array, _: None) -> None:
-                    depth = pl.ds(lax.rem(i, jnp.int32(f_blocks)) * BLOCK, BLOCK)
-                    column = lax.div(i, jnp.int32(f_blocks)) * (W_BLOCKS * BLOCK)
-                    copies = [
-                        (
-                            w_out.at[expert, depth, pl.ds(column + b * BLOCK, BLOCK)],
-                            w_ring,
-                            pl.ds(b * BLOCK, BLOCK),
-                        )
-                        for b in range(W_BLOCKS)
-                    ]
-                    matmul.fill(step + i, filled, freed, copies)
-                    # A slot is full after three arrivals; here no rows of x are among them.
-                    plgpu.barrier_arrive(filled.at[lax.rem(step + i, jnp.int32(slots))])
+    @property
+    def ring(self) -> Ring:
+        """Slots of [tile, STEP] of x, and of gate, then up, or of down, [4 BLOCK, STEP]."""
+        return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
 
-                lax.fori_loop(0, f_blocks * w_tiles, fetch, None)
-                return step + f_blocks * w_tiles
 
-            matmul.each_of_mine(count[0], one)
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """What a warpgroup has of the forward kernel's tiles: 64 rows, of all columns or of half."""
 
-        @pl.when(warpgroup < 2)
-        def _multiply():
-            plgpu.set_max_registers(matmul.MULTIPLY_REGISTERS, action="increase")
-            offset = 0 if split else warpgroup * WARPGROUP_ROWS
-            my_rows = pl.ds(offset, WARPGROUP_ROWS)
+    warpgroup: Array
+    offset: Array | int  # its first row
 
-            def one(index: Array, step: Array) -> Array:
-                def hidden(chunk: Array, blocks: int, step: Array) -> Array:
-                    # In the ring: gate, then up. Whole rows take both at once; a half of the
-                    # columns takes its own block of each.
-                    width = BLOCK if split else 2 * blocks * BLOCK
-                    starts = [warpgroup * BLOCK, (warpgroup + 2) * BLOCK] if split else [0]
+    @property
+    def rows(self) -> Any:
+        """Of the tile."""
+        return pl.ds(self.offset, WARPGROUP_ROWS)
 
-                    def accumulate(*accs) -> list[Array]:
-                        def multiply(i: Array, slot: Array) -> None:
-                            for acc, start in zip(accs, starts, strict=True):
-                                w_tile = w_ring.at[slot].at[pl.ds(start, width)]
-                                x_tile = x_ring.at[slot].at[my_rows]
-                                plgpu.wgmma(acc, x_tile, w_tile.transpose((1, 0)))
 
-                        matmul.drain(step, d_steps, filled, freed, multiply, len(starts))
-                        return [acc[...] for acc in accs]
+def _forward_block(plan: _Forward, refs: _ForwardRefs) -> None:
+    def multiply(warpgroup: Array) -> Any:
+        half = _Half(warpgroup, 0 if plan.split else warpgroup * WARPGROUP_ROWS)
+        return functools.partial(_multiply_forward, plan, refs, half)
 
-                    accs = [plgpu.ACC((WARPGROUP_ROWS, width))] * len(starts)
-                    values = pl.run_scoped(accumulate, *accs)
-                    for b in range(1 if split else blocks):
-                        gate, up = values if split else _gate_up_block(values[0], b)
-                        column = (2 * chunk + (warpgroup if split else b)) * BLOCK
-                        result = gate * _sigmoid(gate) * up
-                        active[my_rows, pl.ds(column, BLOCK)] = result.astype(dtype)
-                    return step + d_steps
-
-                step = _chunks(f_blocks, hidden, step)
-                plgpu.commit_smem()
-                if split:  # the other half of the columns is the other warpgroup's
-                    plgpu.barrier_arrive(both)
-                    plgpu.barrier_wait(both)
-
-                first = matmul.eights(table[1, index]) + offset
-                own = matmul.own_rows((table[2, index], table[3, index]), offset)
-                scale = _row_weights(weights, first)
-                mine = W_BLOCKS // 2 if split else W_BLOCKS
-                my_first = warpgroup * mine if split else 0
-
-                def columns(w_tile: Array, step: Array) -> Array:
-                    def accumulate(*accs) -> list[Array]:
-                        def multiply(i: Array, slot: Array) -> None:
-                            a = active.at[my_rows, pl.ds(i * BLOCK, BLOCK)]
-                            for b, acc in enumerate(accs):
-                                block = pl.ds((my_first + b) * BLOCK, BLOCK)
-                                plgpu.wgmma(acc, a, w_ring.at[slot].at[block])
-
-                        matmul.drain(step, f_blocks, filled, freed, multiply, products=mine)
-                        return [acc[...] for acc in accs]
-
-                    accs = [plgpu.ACC((WARPGROUP_ROWS, BLOCK))] * mine
-                    for b, values in enumerate(pl.run_scoped(accumulate, *accs)):
-                        column = (w_tile * W_BLOCKS + my_first + b) * BLOCK
-
-                        @pl.when(column < width)
-                        def _store(values=values, column=column):
-                            matmul.store_rows(
-                                values * scale,
-                                warpgroup=warpgroup,
-                                own=own,
-                                target=matmul.window(y, first, column),
-                                **stage,
-                            )
-
-                    return step + f_blocks
-
-                step = lax.fori_loop(0, w_tiles, columns, step)
-                if split:  # neither may overwrite what the other still multiplies
-                    plgpu.barrier_arrive(both)
-                    plgpu.barrier_wait(both)
-                return step
-
-            matmul.each_of_mine(count[0], one)
-            plgpu.wait_smem_to_gmem(0)
-
-    layout = matmul.swizzled(dtype)
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, width), dtype),
-        scratch_types=dict(
-            x_ring=plgpu.SMEM((slots, tile, STEP), dtype, transforms=layout),
-            w_ring=plgpu.SMEM((slots, 4 * BLOCK, STEP), dtype, transforms=layout),
-            active=plgpu.SMEM((tile, f_blocks * BLOCK), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-            freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            both=plgpu.Barrier(num_arrivals=2),
-            **matmul.staging(dtype),
-        ),
-        kernel_name="expert_ffn",
-        **matmul.launch(interpret),
-    )(table, count, x, w_in, w_out, weights)
+    copy = functools.partial(_copy_forward, plan, refs)
+    hopper.by_warpgroup(lambda: refs.count[0], copy, multiply)
 
 
 def _chunks(f_blocks: int, chunk: Any, carry: Any) -> Any:
@@ -358,22 +329,119 @@ def _chunks(f_blocks: int, chunk: Any, carry: Any) -> Any:
     return chunk(jnp.int32(f_blocks // 2), 1, carry) if f_blocks % 2 else carry
 
 
-def _gate_up_block(values: Array, block: int) -> tuple[Array, Array]:
-    """Gate and up of a block of a chunk, whose columns are all of gate, then all of up."""
-    at, up = block * BLOCK, values.shape[1] // 2
-    return values[:, at : at + BLOCK], values[:, up + at : up + at + BLOCK]
+def _copy_forward(plan: _Forward, refs: _ForwardRefs, index: Array, step: Array) -> Array:
+    """Copies an item's x, gate and up, chunk by chunk, then its down."""
+    expert = refs.table[0, index]
+    rows = pl.ds(hopper.first_row(refs.table, index), plan.tile)
+
+    def hidden(chunk: Array, blocks: int, step: Array) -> Array:
+        def copies(i: Array) -> list[tuple[Any, Any, Any]]:
+            depth = pl.ds(i * STEP, STEP)
+            of_x = (refs.x.at[rows, depth], refs.x_ring, ALL)
+            return [of_x, *_gate_and_up(refs, expert, chunk * (2 * BLOCK), blocks, depth)]
+
+        return hopper.fill(refs.ring, step, plan.d_steps, copies)
+
+    def down(i: Array) -> list[tuple[Any, Any, Any]]:
+        depth = pl.ds(lax.rem(i, jnp.int32(plan.f_blocks)) * BLOCK, BLOCK)
+        column = lax.div(i, jnp.int32(plan.f_blocks)) * (W_BLOCKS * BLOCK)
+        return [
+            (
+                refs.w_out.at[expert, depth, pl.ds(column + b * BLOCK, BLOCK)],
+                refs.w_ring,
+                pl.ds(b * BLOCK, BLOCK),
+            )
+            for b in range(W_BLOCKS)
+        ]
+
+    step = _chunks(plan.f_blocks, hidden, step)
+    # A slot is full after three arrivals; here no rows of x are among them.
+    return hopper.fill(refs.ring, step, plan.f_blocks * plan.w_tiles, down, missing=1)
 
 
-def _gate_and_up(
-    w_in: Any, ring: Any, expert: Array, first: Array, blocks: int, depth: Any
-) -> list[tuple]:
-    """Copies of the gate rows of some blocks, the first at `first`, and behind them the up rows."""
-    rows = blocks * BLOCK
-    some_f = pl.ds(first, rows)
-    return [
-        (w_in.at[2 * expert + half, some_f, depth], ring, pl.ds(half * rows, rows))
-        for half in range(2)
-    ]
+def _multiply_forward(
+    plan: _Forward, refs: _ForwardRefs, half: _Half, index: Array, step: Array
+) -> Array:
+    """Makes active, then the output of an item."""
+    step = _chunks(plan.f_blocks, functools.partial(_activate, plan, refs, half), step)
+    plgpu.commit_smem()
+    _meet(plan, refs)  # the other half of the columns is the other warpgroup's
+
+    first = hopper.first_row(refs.table, index) + half.offset
+    own = hopper.own_rows(refs.table, index, half.offset)
+    scale = _row_weights(refs.weights, first)
+
+    def tile(w_tile: Array, step: Array) -> Array:
+        blocks = W_BLOCKS // 2 if plan.split else W_BLOCKS
+        first_block = half.warpgroup * blocks if plan.split else 0
+        for b, values in enumerate(_down(plan, refs, half, first_block, blocks, step)):
+            column = (w_tile * W_BLOCKS + first_block + b) * BLOCK
+
+            @pl.when(column < plan.width)
+            def _store(values: Array = values, column: Array = column) -> None:
+                target = hopper.window(refs.y, first, column)
+                hopper.store_rows(values * scale, refs.stage, half.warpgroup, own, target)
+
+        return step + plan.f_blocks
+
+    step = lax.fori_loop(0, plan.w_tiles, tile, step)
+    _meet(plan, refs)  # neither may overwrite what the other still multiplies
+    return step
+
+
+def _activate(
+    plan: _Forward, refs: _ForwardRefs, half: _Half, chunk: Array, blocks: int, step: Array
+) -> Array:
+    """silu(gate) * up of one or two blocks of F goes to active; returns the step behind it."""
+    # In the ring: gate, then up. Whole rows take both at once; a half of the columns takes its own
+    # block of each.
+    columns, starts = 2 * blocks * BLOCK, cast(list[Array | int], [0])
+    if plan.split:
+        columns, starts = BLOCK, [half.warpgroup * BLOCK, (half.warpgroup + 2) * BLOCK]
+
+    def accumulate(*accs: Any) -> None:
+        def multiply(i: Array, slot: Array) -> None:
+            for acc, start in zip(accs, starts, strict=True):
+                w_tile = refs.w_ring.at[slot].at[pl.ds(start, columns)]
+                x_tile = refs.x_ring.at[slot].at[half.rows]
+                plgpu.wgmma(acc, x_tile, w_tile.transpose((1, 0)))
+
+        hopper.drain(refs.ring, step, plan.d_steps, multiply, products=len(starts))
+
+    values = hopper.sums(accumulate, *[columns] * len(starts))
+    for b in range(1 if plan.split else blocks):
+        gate, up = values if plan.split else _gate_up_block(values[0], b)
+        column = (2 * chunk + (half.warpgroup if plan.split else b)) * BLOCK
+        result = gate * _sigmoid(gate) * up
+        refs.active[half.rows, pl.ds(column, BLOCK)] = result.astype(refs.active.dtype)
+    return step + plan.d_steps
+
+
+def _down(
+    plan: _Forward, refs: _ForwardRefs, half: _Half, first: Array | int, blocks: int, step: Array
+) -> list[Array]:
+    """Active times down, [64, BLOCK] each: `blocks` blocks of a tile of W, from its `first` on."""
+
+    def accumulate(*accs: Any) -> None:
+        def multiply(i: Array, slot: Array) -> None:
+            active = refs.active.at[half.rows, pl.ds(i * BLOCK, BLOCK)]
+            for b, acc in enumerate(accs):
+                block = pl.ds((first + b) * BLOCK, BLOCK)
+                plgpu.wgmma(acc, active, refs.w_ring.at[slot].at[block])
+
+        hopper.drain(refs.ring, step, plan.f_blocks, multiply, products=blocks)
+
+    return hopper.sums(accumulate, *[BLOCK] * blocks)
+
+
+def _meet(plan: _Forward, refs: _ForwardRefs) -> None:
+    """Waits for the other warpgroup where both make columns of the same rows."""
+    if plan.split:
+        plgpu.barrier_arrive(refs.both)
+        plgpu.barrier_wait(refs.both)
+
+
+# --- backward -----------------------------------------------------------------------------------
 
 
 def _backward_kernel(
@@ -391,140 +459,171 @@ def _backward_kernel(
     alike: TMA writes no fewer bytes.
     """
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
-    tile, f_blocks = matmul.TILE_ROWS, -(-f // BLOCK)
-    f_padded, d_steps, w_steps = f_blocks * BLOCK, d // STEP, width // STEP
-    slots = matmul.RING_BYTES // ((tile + 2 * BLOCK) * STEP * 2)
-    table, count = matmul.work(group_sizes, m, tile)
-
-    def body(
-        table, count, x, w_in, w_out, dy, weights, dhidden, active, dweights,
-        x_ring, w_ring, filled, freed, stage_dweights, **stage,
-    ):  # fmt: skip
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == 2)
-        def _copy():
-            plgpu.set_max_registers(matmul.COPY_REGISTERS, action="decrease")
-
-            def one(index: Array, step: Array) -> Array:
-                expert = table[0, index]
-                some_rows = pl.ds(matmul.eights(table[1, index]), tile)
-
-                def block(number: Array, step: Array) -> Array:
-                    column = number * BLOCK
-
-                    def fetch_hidden(i: Array, _: None) -> None:
-                        depth = pl.ds(i * STEP, STEP)
-                        copies = [(x.at[some_rows, depth], x_ring, ALL)]
-                        copies += _gate_and_up(w_in, w_ring, expert, column, 1, depth)
-                        matmul.fill(step + i, filled, freed, copies)
-
-                    def fetch_cotangent(i: Array, _: None) -> None:
-                        depth, half = pl.ds(i * STEP, STEP), BLOCK // 2
-                        copies: list[tuple] = [(dy.at[some_rows, depth], x_ring, ALL)]
-                        for f in (0, half):  # two, as of gate and up: as many arrivals
-                            source = w_out.at[expert, pl.ds(column + f, half), depth]
-                            copies.append((source, w_ring, pl.ds(f, half)))
-                        matmul.fill(step + d_steps + i, filled, freed, copies)
-
-                    lax.fori_loop(0, d_steps, fetch_hidden, None)
-                    lax.fori_loop(0, w_steps, fetch_cotangent, None)
-                    return step + d_steps + w_steps
-
-                return lax.fori_loop(0, f_blocks, block, step)
-
-            matmul.each_of_mine(count[0], one)
-
-        @pl.when(warpgroup < 2)
-        def _multiply():
-            plgpu.set_max_registers(matmul.MULTIPLY_REGISTERS, action="increase")
-            offset = warpgroup * WARPGROUP_ROWS
-            my_rows = pl.ds(offset, WARPGROUP_ROWS)
-
-            def one(index: Array, step: Array) -> Array:
-                first = matmul.eights(table[1, index]) + offset
-                own = matmul.own_rows((table[2, index], table[3, index]), offset)
-
-                # Two blocks at a time, as in the forward pass, overflow registers.
-                def block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                    step, dweight = carry
-
-                    def accumulate(acc, dacc) -> tuple[Array, Array]:
-                        def multiply(into, columns):
-                            def product(i: Array, slot: Array) -> None:
-                                w_tile = w_ring.at[slot].at[pl.ds(0, columns)].transpose((1, 0))
-                                plgpu.wgmma(into, x_ring.at[slot].at[my_rows], w_tile)
-
-                            return product
-
-                        hidden = multiply(acc, 2 * BLOCK)
-                        dactive = multiply(dacc, BLOCK)
-                        matmul.drain(step, d_steps, filled, freed, hidden)
-                        matmul.drain(step + d_steps, w_steps, filled, freed, dactive)
-                        return acc[...], dacc[...]
-
-                    values, dactive = pl.run_scoped(
-                        accumulate,
-                        plgpu.ACC((WARPGROUP_ROWS, 2 * BLOCK)),
-                        plgpu.ACC((WARPGROUP_ROWS, BLOCK)),
-                    )
-                    gate, up = _gate_up_block(values, 0)
-                    sigmoid = _sigmoid(gate)
-                    silu = gate * sigmoid
-                    product = silu * up
-                    dweight += (product * dactive).sum(axis=1)
-                    scale = _row_weights(weights, first)
-                    dactive *= scale
-                    dgate = dactive * up * (sigmoid + silu * (1.0 - sigmoid))
-                    column = number * BLOCK
-                    for out, at, result in (
-                        (dhidden, column, dgate),
-                        (dhidden, column + f_padded, dactive * silu),
-                        (active, column, product * scale),
-                    ):
-                        matmul.store_rows(
-                            result,
-                            warpgroup=warpgroup,
-                            own=own,
-                            target=matmul.window(out, first, at),
-                            **stage,
-                        )
-                    return step + d_steps + w_steps, dweight
-
-                zeros = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
-                zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
-                step, dweight = lax.fori_loop(0, f_blocks, block, (step, zeros))
-                matmul.store_partial(
-                    lax.broadcast_in_dim(dweight, (WARPGROUP_ROWS, 8), (0,)),
-                    stage_dweights,
-                    warpgroup,
-                    own,
-                    lambda row, rows, _, __: dweights.at[pl.ds(first + row, rows)],
-                )
-                return step
-
-            matmul.each_of_mine(count[0], one)
-            plgpu.wait_smem_to_gmem(0)
-
-    layout = matmul.swizzled(dtype)
-    return plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((m, 2 * f_padded), dtype),
-            jax.ShapeDtypeStruct((m, f_padded), dtype),
+    plan = _Backward(f_blocks=-(-f // BLOCK), d_steps=d // STEP, w_steps=width // STEP)
+    slots = hopper.RING_BYTES // ((TILE_ROWS + 2 * BLOCK) * STEP * 2)
+    table, count = hopper.work(group_sizes, m, TILE_ROWS)
+    x_shape, w_shape = (TILE_ROWS, STEP), (2 * BLOCK, STEP)
+    return hopper.run(
+        "expert_ffn_backward",
+        lambda *refs, **scratch: _backward_block(plan, _BackwardRefs(*refs, **scratch)),
+        (table, count, x, w_in, w_out, dy, weights),
+        [
+            jax.ShapeDtypeStruct((m, 2 * plan.f_padded), dtype),
+            jax.ShapeDtypeStruct((m, plan.f_padded), dtype),
             jax.ShapeDtypeStruct((m, 8), jnp.float32),
         ],
-        scratch_types=dict(
-            x_ring=plgpu.SMEM((slots, tile, STEP), dtype, transforms=layout),
-            w_ring=plgpu.SMEM((slots, 2 * BLOCK, STEP), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-            freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            stage_dweights=plgpu.SMEM((2, WARPGROUP_ROWS, 8), jnp.float32),
-            **matmul.staging(dtype),
-        ),
-        kernel_name="expert_ffn_backward",
-        **matmul.launch(interpret),
-    )(table, count, x, w_in, w_out, dy, weights)
+        {"stage_dweights": plgpu.SMEM((2, WARPGROUP_ROWS, 8), jnp.float32)}
+        | hopper.ring_scratch(slots, dtype, arrivals=3, x_ring=x_shape, w_ring=w_shape)
+        | hopper.stage_scratch(dtype),
+        interpret,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """How the backward kernel is cut, in numbers known when it is compiled."""
+
+    f_blocks: int  # blocks of F
+    d_steps: int  # steps of D
+    w_steps: int  # steps of W
+
+    @property
+    def f_padded(self) -> int:
+        """F'."""
+        return self.f_blocks * BLOCK
+
+    @property
+    def block_steps(self) -> int:
+        """Steps of a block of F."""
+        return self.d_steps + self.w_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardRefs(Scratch):
+    """What a block of the backward kernel reads, writes and works in."""
+
+    table: Any  # of hopper.work
+    count: Any
+    x: Any  # [M, D]
+    w_in: Any  # [2E, F, D]
+    w_out: Any  # [E, F, W]
+    dy: Any  # [M, W]
+    weights: Any  # float32 [M and more]
+    dhidden: Any  # [M, 2F']
+    active: Any  # [M, F']
+    dweights: Any  # float32 [M, 8]
+    _: dataclasses.KW_ONLY
+    w_ring: Any
+    stage_dweights: Any  # float32 [2 warpgroups, 64, 8]
+
+    @property
+    def ring(self) -> Ring:
+        """Slots of [128, STEP] of x or dy, and of gate, then up, or of down, [2 BLOCK, STEP]."""
+        return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
+
+
+def _backward_block(plan: _Backward, refs: _BackwardRefs) -> None:
+    def multiply(warpgroup: Array) -> Any:
+        offset = warpgroup * WARPGROUP_ROWS
+        return functools.partial(_multiply_backward, plan, refs, warpgroup, offset)
+
+    copy = functools.partial(_copy_backward, plan, refs)
+    hopper.by_warpgroup(lambda: refs.count[0], copy, multiply)
+
+
+def _copy_backward(plan: _Backward, refs: _BackwardRefs, index: Array, step: Array) -> Array:
+    """Copies for each block of F x, gate and up, then dy and down."""
+    expert = refs.table[0, index]
+    rows = pl.ds(hopper.first_row(refs.table, index), TILE_ROWS)
+
+    def block(number: Array, step: Array) -> Array:
+        column = number * BLOCK
+
+        def hidden(i: Array) -> list[tuple[Any, Any, Any]]:
+            depth = pl.ds(i * STEP, STEP)
+            of_x = (refs.x.at[rows, depth], refs.x_ring, ALL)
+            return [of_x, *_gate_and_up(refs, expert, column, 1, depth)]
+
+        def cotangent(i: Array) -> list[tuple[Any, Any, Any]]:
+            depth, half = pl.ds(i * STEP, STEP), BLOCK // 2
+            copies: list[tuple[Any, Any, Any]] = [(refs.dy.at[rows, depth], refs.x_ring, ALL)]
+            for f in (0, half):  # two, as of gate and up: as many arrivals
+                source = refs.w_out.at[expert, pl.ds(column + f, half), depth]
+                copies.append((source, refs.w_ring, pl.ds(f, half)))
+            return copies
+
+        step = hopper.fill(refs.ring, step, plan.d_steps, hidden)
+        return hopper.fill(refs.ring, step, plan.w_steps, cotangent)
+
+    return lax.fori_loop(0, plan.f_blocks, block, step)
+
+
+def _multiply_backward(
+    plan: _Backward,
+    refs: _BackwardRefs,
+    warpgroup: Array,
+    offset: Array,
+    index: Array,
+    step: Array,
+) -> Array:
+    """Makes the results of the 64 rows of an item from its row `offset` on."""
+    first = hopper.first_row(refs.table, index) + offset
+    own = hopper.own_rows(refs.table, index, offset)
+
+    # Two blocks at a time, as in the forward pass, overflow registers.
+    def block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        step, dweight = carry
+        hidden, dactive = _products(plan, refs, offset, step)
+        gate, up = _gate_up_block(hidden, 0)
+        sigmoid = _sigmoid(gate)
+        silu = gate * sigmoid
+        active = silu * up
+        dweight += (active * dactive).sum(axis=1)
+        scale = _row_weights(refs.weights, first)
+        dactive *= scale
+        dgate = dactive * up * (sigmoid + silu * (1.0 - sigmoid))
+        column = number * BLOCK
+        for out, at, result in (
+            (refs.dhidden, column, dgate),
+            (refs.dhidden, column + plan.f_padded, dactive * silu),
+            (refs.active, column, active * scale),
+        ):
+            target = hopper.window(out, first, at)
+            hopper.store_rows(result, refs.stage, warpgroup, own, target)
+        return step + plan.block_steps, dweight
+
+    zeros = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
+    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
+    step, dweight = lax.fori_loop(0, plan.f_blocks, block, (step, zeros))
+    hopper.store_partial(
+        lax.broadcast_in_dim(dweight, (WARPGROUP_ROWS, 8), (0,)),
+        refs.stage_dweights,
+        warpgroup,
+        own,
+        lambda row, rows, _, __: refs.dweights.at[pl.ds(first + row, rows)],
+    )
+    return step
+
+
+def _products(
+    plan: _Backward, refs: _BackwardRefs, offset: Array, step: Array
+) -> tuple[Array, Array]:
+    """Of 64 rows and a block of F: gate, then up [64, 2 BLOCK], and the gradient of active."""
+
+    def accumulate(acc: Any, dacc: Any) -> None:
+        def multiply(into: Any, columns: int) -> Any:
+            def product(i: Array, slot: Array) -> None:
+                w_tile = refs.w_ring.at[slot].at[pl.ds(0, columns)].transpose((1, 0))
+                x_tile = refs.x_ring.at[slot].at[pl.ds(offset, WARPGROUP_ROWS)]
+                plgpu.wgmma(into, x_tile, w_tile)
+
+            return product
+
+        hopper.drain(refs.ring, step, plan.d_steps, multiply(acc, 2 * BLOCK))
+        hopper.drain(refs.ring, step + plan.d_steps, plan.w_steps, multiply(dacc, BLOCK))
+
+    hidden, dactive = hopper.sums(accumulate, 2 * BLOCK, BLOCK)
+    return hidden, dactive
 
 
 # --- one grouped matmul after the other ---------------------------------------------------------

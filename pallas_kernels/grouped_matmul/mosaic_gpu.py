@@ -1,16 +1,30 @@
 """grouped_matmul on Hopper GPUs: TMA, wgmma, persistent blocks of three warpgroups.
 
 Letters: E experts, M rows, K contracted width, N output width, S sections: a product may contract
-several blocks of K, each with a weight matrix of its own, and sum them.
+several blocks of K, each with a weight matrix of its own, and sum them. hopper.py says how a block
+works: one warpgroup copies into a ring, two multiply out of it, who waits for whom, what a tile is.
 
-**Tiling.** One warpgroup issues TMA copies into a ring of shared-memory slots, two multiply out of
-it, each half of a tile; the blocks are persistent. TMA cuts an array in HBM into whole groups of
-eight rows and of 128 bytes (the tiles that wgmma reads), so tiles of rows begin at the multiple of
-eight at or before the first row of their expert. A tile may therefore reach into the rows of the
-experts before and after its own. What lies there is not written (grouped_matmul) or is zeroed on
-chip before it is summed (weight_gradient). TMA fills what lies outside an array with zeros, so no
-size need divide a tile, but arrays whose last axis is not a multiple of 64, or the one before it of
-8, are padded to that in HBM first: a copy that the published sizes never need.
+**grouped_matmul** (`product`). An item is a tile of the output: 128 rows of one expert, `columns`
+columns. Neighbouring blocks take the column tiles of the same rows, which then come from L2.
+
+    copies, step i of S K / 64            multiplies, warpgroup g of 0 and 1
+    x ring ◀── x [128 rows, 64 of K]      acc [64, columns] += x ring [rows 64 g …, 64] W ring
+    W ring ◀── W of the expert and        after the last step: the expert's own rows of acc
+               section, [64, columns]     ──▶ out, through the stage; rows of others are not
+               or its transpose           written
+
+**weight_gradient** (`sum_of_products`). An item is a tile of one expert's gradient, 128 rows of K
+and `columns` of N; its steps are the expert's rows, 64 at a time.
+
+    copies, step i of ceil((rows + o) / 64)     multiplies, warpgroup g of 0 and 1
+    x ring  ◀── x  [64 rows, 128 of K]          only where the step reaches into rows of others:
+    dy ring ◀── dy [64 rows, columns]             zeroes them in its own half of x and in every
+                                                  other 64 columns of dy, arrives at `masked` and
+                                                  waits there for the other warpgroup
+                                                acc [64, columns] += x ring [:, 64 g …]^T dy ring
+                                                after the last step: acc ──▶ out, through the stage
+
+An expert without rows has no steps: its accumulator's zeros are stored.
 
 **Bytes.** With tiles of R rows and C columns, and V = sum over experts of ceil((rows + o) / R), o
 (less than 8) the rows of others that come before an expert's first, the copies of grouped_matmul
@@ -31,12 +45,11 @@ arrays live in HBM: this path is for checks, not for speed. An infinity becomes 
 **Other GPUs.** wgmma exists on compute capability 9 alone. On Blackwell the plain-JAX loop of
 cpu.py runs: correct, dropless, work proportional to the rows, one block of rows at a time and so
 far from fast. Older GPUs raise NotImplementedError.
-
-**Interpreted**, each warpgroup is a thread of XLA's CPU pool, and a pool of fewer threads may wait
-for ever: on a machine of few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,83 +59,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import cpu
+from pallas_kernels.hopper import (
+    ALL,
+    RING_BYTES,
+    STEP,
+    TILE_ROWS,
+    WARPGROUP_ROWS,
+    Interpret,
+    Ring,
+    Scratch,
+    padded,
+)
 
-Interpret = bool | plgpu.InterpretGPUParams
-
-# Rows of one warpgroup's wgmma, and of a tile, which two warpgroups share.
-WARPGROUP_ROWS = 64
-TILE_ROWS = 2 * WARPGROUP_ROWS
-# A swizzled row of shared memory: every copy and every product takes whole ones.
-SWIZZLE_BYTES = 128
-# Of each row, what a tile of the output goes to HBM by.
-STAGE_BYTES = 64
-# Contracted elements per slot of the ring: one swizzled row of a two-byte type.
-STEP = SWIZZLE_BYTES // 2
-ALL = slice(None)
 _COLUMNS = (256, 192, 128, 64)
-RING_BYTES = 192 * 1024
 _MAX_SLOTS = 6
-# Found by trying: with fewer for the copying warpgroup ptxas spills registers of the fused kernel.
-COPY_REGISTERS, MULTIPLY_REGISTERS = 80, 208
-
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_BLACKWELL = ("Blackwell", "B100", "B200", "B300", "GB10", "GB200", "GB300", "RTX PRO", "RTX 50")
-
-
-def uses_wgmma(interpret: Interpret) -> bool:
-    """Whether the device compiled for runs these kernels (True), or the fallback of cpu.py.
-
-    Raises:
-      NotImplementedError: a GPU older than Hopper, or none at all, and not interpreted.
-    """
-    if interpret:
-        return True
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    device = jax.devices()[0] if abstract is None else abstract
-    capability = getattr(device, "compute_capability", None)
-    if capability is not None and str(capability)[:1].isdigit():
-        major = int(str(capability).split(".")[0])
-    else:  # compiled ahead of time: all that is known of the device is its name
-        kind = device.device_kind
-        major = 9 if any(name in kind for name in _HOPPER) else 0
-        major = 10 if any(name in kind for name in _BLACKWELL) else major
-    if major < 9:
-        raise NotImplementedError(
-            f"device {device.device_kind!r} (platform {device.platform}): the GPU kernels need "
-            "compute capability 9 (Hopper) or later; use implementation='cpu', which is plain JAX"
-        )
-    return major == 9
-
-
-def interpreter(interpret: Interpret) -> plgpu.InterpretGPUParams | bool:
-    """What Pallas takes for `interpret`."""
-    return plgpu.InterpretGPUParams() if interpret is True else interpret
-
-
-def multiprocessors(interpret: Interpret) -> int:
-    """Persistent blocks to launch: one for each multiprocessor, a few where interpreted."""
-    if interpret:
-        return 2
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    cores = jax.devices()[0].core_count if abstract is None else abstract.num_cores
-    return cores or 132
-
-
-# Declared such that type checkers take them for abstract.
-_Tiling: Any = plgpu.TilingTransform
-_Swizzle: Any = plgpu.SwizzleTransform
-
-
-def swizzled(dtype: DTypeLike, row_bytes: int = SWIZZLE_BYTES) -> tuple[Any, Any]:
-    """The layout of shared memory that wgmma reads and TMA writes without conflicts."""
-    return _Tiling((8, row_bytes // jnp.dtype(dtype).itemsize)), _Swizzle(row_bytes)
-
-
-def padded(x: Array) -> Array:
-    """x with zeros up to what TMA asks of its last two axes: multiples of 8 and of 64."""
-    missing = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 8), (0, -x.shape[-1] % STEP)]
-    return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
 def parts(x: Array) -> list[Array]:
@@ -150,188 +102,12 @@ def tile_columns(width: int) -> int:
     return min(_COLUMNS, key=lambda columns: -(-width // columns) * (columns + 32))
 
 
-def work(group_sizes: Array, rows: int, tile_rows: int) -> tuple[Array, Array]:
-    """Tiles of rows: int32 [4, tiles], and [1], how many are in use.
-
-    Of each tile: its expert, its first row (a multiple of 8), and the first and one past the last
-    of its rows that are the expert's, counted from the tile's first.
-    """
-    sizes = group_sizes.astype(jnp.int32)
-    experts, busy = sizes.shape[0], min(sizes.shape[0], rows)
-    stop = jnp.cumsum(sizes, dtype=jnp.int32)
-    start = stop - sizes
-    first = start // 8 * 8
-    tiles = jnp.where(sizes > 0, (stop - first + tile_rows - 1) // tile_rows, 0)
-    end = jnp.cumsum(tiles, dtype=jnp.int32)
-    index = jnp.arange((rows + 7 * busy) // tile_rows + busy, dtype=jnp.int32)
-    expert = jnp.minimum((index[:, None] >= end[None]).sum(axis=1), experts - 1)
-    row = first[expert] + (index - (end - tiles)[expert]) * tile_rows
-    own = (jnp.maximum(start[expert] - row, 0), jnp.minimum(stop[expert] - row, tile_rows))
-    return jnp.stack([expert, row, *own]).astype(jnp.int32), end[-1:]
+def _slots(columns: int) -> int:
+    return min(_MAX_SLOTS, RING_BYTES // ((TILE_ROWS + columns) * STEP * 2))
 
 
-def each_of_mine(count: Array, body: Callable[[Array, Array], Array]) -> None:
-    """body(item, step) -> next step, for the items of this block; step numbers ring slots."""
-    block, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    mine = lax.div(jnp.maximum(count - block + stride - 1, 0), jnp.int32(stride))
-    lax.fori_loop(0, mine, lambda i, step: body(i * stride + block, step), jnp.int32(0))
-
-
-def launch(interpret: Interpret) -> dict[str, Any]:
-    """Arguments of plgpu.kernel that all kernels share: two multiplying warpgroups, one copying."""
-    return dict(
-        grid=(multiprocessors(interpret),),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpreter(interpret),
-    )
-
-
-def eights(row: Array) -> Array:
-    """row, which is a multiple of 8: TMA reads the group of eight that it is in."""
-    return pl.multiple_of(row, 8)
-
-
-def fill(step: Array, filled: Any, freed: Any, copies: Sequence[tuple]) -> None:
-    """Starts the copies of one step, once its slot is free: (from, ring, rows of the slot)."""
-    slots = filled.shape[0]
-    slot = lax.rem(step, jnp.int32(slots))
-
-    @pl.when(step >= slots)
-    def _wait():
-        plgpu.barrier_wait(freed.at[slot])
-
-    for source, ring, place in copies:
-        plgpu.copy_gmem_to_smem(source, ring.at[slot].at[place], filled.at[slot])
-
-
-def drain(
-    first: Array,
-    steps: int | Array,
-    filled: Any,
-    freed: Any,
-    multiply: Callable[[Array, Array], None],
-    products: int = 1,
-) -> Array:
-    """multiply(i, slot) for each filled slot, which starts so many wgmma products.
-
-    A slot is freed one step late, when its products are done.
-    """
-    slots = jnp.int32(filled.shape[0])
-
-    def one(i: Array, _: None) -> None:
-        slot = lax.rem(first + i, slots)
-        plgpu.barrier_wait(filled.at[slot])
-        multiply(i, slot)
-        plgpu.wgmma_wait(products)
-
-        @pl.when(i > 0)
-        def _free():
-            plgpu.barrier_arrive(freed.at[lax.rem(first + i - 1, slots)])
-
-    lax.fori_loop(0, steps, one, None)
-    plgpu.wgmma_wait(0)
-
-    @pl.when(steps > 0)
-    def _free_last():
-        plgpu.barrier_arrive(freed.at[lax.rem(first + steps - 1, slots)])
-
-    return first + steps
-
-
-def staging(dtype: DTypeLike) -> dict:
-    """Scratch of store_rows: STAGE_BYTES of each row, per multiplying warpgroup."""
-    columns = STAGE_BYTES // jnp.dtype(dtype).itemsize
-    shape = (2, WARPGROUP_ROWS, columns)
-    layout = swizzled(dtype, STAGE_BYTES)
-    return {
-        "stage_whole": plgpu.SMEM((2, *shape), dtype, transforms=layout),
-        "stage_partial": plgpu.SMEM(shape, dtype),
-    }
-
-
-def window(out: Any, first: Array, column: Array) -> Callable[[Any, int, int, int], Any]:
-    """The target of a store whose row 0 and column 0 are out's `first` and `column`."""
-    return lambda row, rows, at, columns: out.at[
-        pl.ds(first + row, rows), pl.ds(column + at, columns)
-    ]
-
-
-def store_whole(
-    values: Array, stage: Any, warpgroup: Array, target: Callable[[Any, int, int, int], Any]
-) -> None:
-    """Writes a warpgroup's [64, columns] to target(row, rows, column, columns)."""
-    columns = stage.shape[-1]
-    pieces = -(-values.shape[1] // columns)
-    for i in range(pieces):
-        # The copy that last used this half of the stage must have read it; the first piece follows
-        # the last one of the tile before.
-        plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
-        half = stage.at[i % 2, warpgroup]
-        half[...] = values[:, i * columns : (i + 1) * columns].astype(stage.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(half, target(0, WARPGROUP_ROWS, i * columns, columns))
-
-
-def store_rows(
-    values: Array,
-    stage_whole: Any,
-    stage_partial: Any,
-    warpgroup: Array,
-    own: tuple[Array, Array],
-    target: Callable[[Any, int, int, int], Any],
-) -> None:
-    """Writes rows own[0] to own[1] of a warpgroup's 64 to target(row, rows, column, columns)."""
-    whole = own[1] - own[0] == WARPGROUP_ROWS
-
-    @pl.when(whole)
-    def _whole():
-        store_whole(values, stage_whole, warpgroup, target)
-
-    @pl.when(jnp.logical_not(whole))
-    def _partial():
-        store_partial(values, stage_partial, warpgroup, own, target)
-
-
-def store_partial(
-    values: Array,
-    stage: Any,
-    warpgroup: Array,
-    own: tuple[Array, Array],
-    target: Callable[[Any, int, int, int], Any],
-) -> None:
-    """As store_rows, slower.
-
-    TMA cannot write a number of rows known only at run time: they are written in powers of two,
-    out of shared memory that is not cut into eights.
-    """
-    stage, columns = stage.at[warpgroup], stage.shape[-1]
-    rows = jnp.maximum(own[1] - own[0], 0)
-    for at in range(0, values.shape[1], columns):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.store(stage, values[:, at : at + columns].astype(stage.dtype), optimized=False)
-        plgpu.commit_smem()
-        size = WARPGROUP_ROWS
-        while size:
-            row = own[0] + (rows & ~(2 * size - 1))
-
-            @pl.when((rows & size) != 0)
-            def _copy(size=size, row=row, at=at):
-                plgpu.copy_smem_to_gmem(stage.at[pl.ds(row, size)], target(row, size, at, columns))
-
-            size //= 2
-
-
-def own_rows(own: tuple[Array, Array], first: Array) -> tuple[Array, Array]:
-    """A tile's own rows, as the 64 rows from `first` on count them."""
-    start, stop = own
-    return jnp.clip(start - first, 0, WARPGROUP_ROWS), jnp.clip(stop - first, 0, WARPGROUP_ROWS)
-
-
-def _slots(step_bytes: int) -> int:
-    return min(_MAX_SLOTS, RING_BYTES // step_bytes)
+def _up(size: int, multiple: int) -> int:
+    return size + -size % multiple
 
 
 def grouped_matmul(
@@ -359,7 +135,7 @@ def grouped_matmul(
     Raises:
       NotImplementedError: a GPU older than Hopper.
     """
-    if not uses_wgmma(interpret):
+    if not hopper.uses_wgmma(interpret):
         y = cpu.grouped_matmul(rows, weights, group_sizes, transpose_weights=transpose_weights)
         return y.astype(out_dtype or rows.dtype)
     out_dtype = out_dtype or rows.dtype
@@ -398,99 +174,113 @@ def product(
     Returns:
       [M, N], both padded to multiples of 8 and 64; what belongs to no expert is undefined.
     """
-    n, sections, dtype = weights.shape[2 if transpose_weights else 3], weights.shape[1], rows.dtype
+    n, dtype = weights.shape[2 if transpose_weights else 3], rows.dtype
+    sections, columns = weights.shape[1], tile_columns(n)
     rows, weights = padded(rows), padded(weights).reshape(-1, *padded(weights).shape[2:])
     m = rows.shape[0]
-    section_steps = rows.shape[1] // (sections * STEP)
-    steps, columns = sections * section_steps, tile_columns(n)
-    n_tiles = -(-n // columns)
-    slots = _slots((TILE_ROWS + columns) * STEP * 2)
-    table, count = work(group_sizes, m, TILE_ROWS)
-
-    def body(table, count, x, w, out, x_ring, w_ring, filled, freed, **stage):
-        warpgroup = lax.axis_index("warpgroup")
-
-        # Neighbouring blocks take the column tiles of the same rows: these then come from L2.
-        def item(index: Array) -> tuple[Array, Array]:
-            tile = lax.div(index, jnp.int32(n_tiles))
-            return tile, lax.rem(index, jnp.int32(n_tiles)) * columns
-
-        @pl.when(warpgroup == 2)
-        def _copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-
-            def one(index: Array, step: Array) -> Array:
-                tile, column = item(index)
-                expert, some_rows = table[0, tile], pl.ds(eights(table[1, tile]), TILE_ROWS)
-
-                def fetch(i: Array, _: None) -> None:
-                    section = expert * sections + lax.div(i, jnp.int32(section_steps))
-                    depth = pl.ds(lax.rem(i, jnp.int32(section_steps)) * STEP, STEP)
-                    across = pl.ds(column, columns)
-                    w_tile = (
-                        (section, across, depth) if transpose_weights else (section, depth, across)
-                    )
-                    x_tile = x.at[some_rows, pl.ds(i * STEP, STEP)]
-                    fill(
-                        step + i,
-                        filled,
-                        freed,
-                        [(x_tile, x_ring, ALL), (w.at[w_tile], w_ring, ALL)],
-                    )
-
-                lax.fori_loop(0, steps, fetch, None)
-                return step + steps
-
-            each_of_mine(count[0] * n_tiles, one)
-
-        @pl.when(warpgroup < 2)
-        def _multiply():
-            plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
-            offset = warpgroup * WARPGROUP_ROWS
-
-            def one(index: Array, step: Array) -> Array:
-                tile, column = item(index)
-
-                def accumulate(acc) -> Array:
-                    def multiply(i: Array, slot: Array) -> None:
-                        w_tile = w_ring.at[slot]
-                        plgpu.wgmma(
-                            acc,
-                            x_ring.at[slot].at[pl.ds(offset, WARPGROUP_ROWS)],
-                            w_tile.transpose((1, 0)) if transpose_weights else w_tile,
-                        )
-
-                    drain(step, steps, filled, freed, multiply)
-                    return acc[...]
-
-                first = eights(table[1, tile]) + offset
-                store_rows(
-                    pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, columns))),
-                    warpgroup=warpgroup,
-                    own=own_rows((table[2, tile], table[3, tile]), offset),
-                    target=window(out, first, column),
-                    **stage,
-                )
-                return step + steps
-
-            each_of_mine(count[0] * n_tiles, one)
-            plgpu.wait_smem_to_gmem(0)
-
-    layout = swizzled(dtype)
+    plan = _Product(
+        transpose=transpose_weights,
+        columns=columns,
+        n_tiles=-(-n // columns),
+        sections=sections,
+        section_steps=rows.shape[1] // (sections * STEP),
+    )
+    table, count = hopper.work(group_sizes, m, TILE_ROWS)
     w_shape = (columns, STEP) if transpose_weights else (STEP, columns)
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n + -n % STEP), out_dtype),
-        scratch_types=dict(
-            x_ring=plgpu.SMEM((slots, TILE_ROWS, STEP), dtype, transforms=layout),
-            w_ring=plgpu.SMEM((slots, *w_shape), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            **staging(out_dtype),
-        ),
-        kernel_name="grouped_matmul",
-        **launch(interpret),
-    )(table, count, rows, weights)
+    return hopper.run(
+        "grouped_matmul",
+        lambda *refs, **scratch: _product_block(plan, _ProductRefs(*refs, **scratch)),
+        (table, count, rows, weights),
+        jax.ShapeDtypeStruct((m, _up(n, STEP)), out_dtype),
+        hopper.ring_scratch(_slots(columns), dtype, x_ring=(TILE_ROWS, STEP), w_ring=w_shape)
+        | hopper.stage_scratch(out_dtype),
+        interpret,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """How a product is cut, in numbers known when it is compiled."""
+
+    transpose: bool  # weights are [.., N, K]
+    columns: int  # of a tile
+    n_tiles: int  # tiles side by side
+    sections: int
+    section_steps: int  # steps of K in a section
+
+    @property
+    def steps(self) -> int:
+        """Steps of an item."""
+        return self.sections * self.section_steps
+
+    def item(self, index: Array) -> tuple[Array, Array]:
+        """Its tile of rows, and its first column."""
+        tile = lax.div(index, jnp.int32(self.n_tiles))
+        return tile, lax.rem(index, jnp.int32(self.n_tiles)) * self.columns
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProductRefs(Scratch):
+    """What a block of `product` reads, writes and works in."""
+
+    table: Any  # of hopper.work
+    count: Any
+    x: Any  # [M, S K']
+    w: Any  # [E S, K, N], or [E S, N, K]
+    out: Any  # [M, N]
+    w_ring: Any = dataclasses.field(kw_only=True)
+
+    @property
+    def ring(self) -> Ring:
+        """Slots of [128, STEP] of x and of [STEP, columns] of w, or its transpose."""
+        return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
+
+
+def _product_block(plan: _Product, refs: _ProductRefs) -> None:
+    def multiply(warpgroup: Array) -> Any:
+        offset = warpgroup * WARPGROUP_ROWS
+        return functools.partial(_multiply_product, plan, refs, warpgroup, offset)
+
+    copy = functools.partial(_copy_product, plan, refs)
+    hopper.by_warpgroup(lambda: refs.count[0] * plan.n_tiles, copy, multiply)
+
+
+def _copy_product(plan: _Product, refs: _ProductRefs, index: Array, step: Array) -> Array:
+    """Copies an item's x and w."""
+    tile, column = plan.item(index)
+    expert, rows = refs.table[0, tile], pl.ds(hopper.first_row(refs.table, tile), TILE_ROWS)
+    across = pl.ds(column, plan.columns)
+
+    def copies(i: Array) -> list[tuple[Any, Any, Any]]:
+        section = expert * plan.sections + lax.div(i, jnp.int32(plan.section_steps))
+        depth = pl.ds(lax.rem(i, jnp.int32(plan.section_steps)) * STEP, STEP)
+        w_tile = (section, across, depth) if plan.transpose else (section, depth, across)
+        x_tile = refs.x.at[rows, pl.ds(i * STEP, STEP)]
+        return [(x_tile, refs.x_ring, ALL), (refs.w.at[w_tile], refs.w_ring, ALL)]
+
+    return hopper.fill(refs.ring, step, plan.steps, copies)
+
+
+def _multiply_product(
+    plan: _Product, refs: _ProductRefs, warpgroup: Array, offset: Array, index: Array, step: Array
+) -> Array:
+    """Multiplies and stores the 64 rows of an item from its row `offset` on."""
+    tile, column = plan.item(index)
+
+    def accumulate(acc: Any) -> None:
+        def multiply(i: Array, slot: Array) -> None:
+            x_tile = refs.x_ring.at[slot].at[pl.ds(offset, WARPGROUP_ROWS)]
+            w_tile = refs.w_ring.at[slot]
+            plgpu.wgmma(acc, x_tile, w_tile.transpose((1, 0)) if plan.transpose else w_tile)
+
+        hopper.drain(refs.ring, step, plan.steps, multiply)
+
+    first = hopper.first_row(refs.table, tile) + offset
+    (values,) = hopper.sums(accumulate, plan.columns)
+    own = hopper.own_rows(refs.table, tile, offset)
+    target = hopper.window(refs.out, first, column)
+    hopper.store_rows(values, refs.stage, warpgroup, own, target)
+    return step + plan.steps
 
 
 def weight_gradient(
@@ -516,7 +306,7 @@ def weight_gradient(
     Raises:
       NotImplementedError: a GPU older than Hopper.
     """
-    if not uses_wgmma(interpret):
+    if not hopper.uses_wgmma(interpret):
         return cpu.weight_gradient(rows, cotangent, group_sizes, out_dtype=out_dtype)
     k, n = rows.shape[1], cotangent.shape[1]
     if rows.shape[0] == 0 or 0 in (k, n):
@@ -554,124 +344,179 @@ def sum_of_products(
     Returns:
       [E, S, K, N], the last two axes padded to multiples of 8 and 64 with what is undefined.
     """
-    dtype, experts, n = rows.dtype, group_sizes.shape[0], cotangent.shape[1]
+    experts, n, n_out = group_sizes.shape[0], cotangent.shape[1], _up(cotangent.shape[1], STEP)
     rows, cotangent = padded(rows), padded(cotangent)
-    count, depth = sections[0], sections[1] + -sections[1] % 8
+    count, depth = sections[0], _up(sections[1], 8)
     columns = tile_columns(n)
-    section_blocks = rows.shape[1] // (count * WARPGROUP_ROWS)
-    k_tiles, n_tiles = -(-rows.shape[1] // TILE_ROWS), -(-n // columns)
-    slots = _slots((TILE_ROWS + columns) * STEP * 2)
+    plan = _Gradient(
+        columns=columns,
+        experts=experts,
+        k_tiles=-(-rows.shape[1] // TILE_ROWS),
+        n_tiles=-(-n // columns),
+        sections=count,
+        section_blocks=rows.shape[1] // (count * WARPGROUP_ROWS),
+    )
+    x_shape, dy_shape = (STEP, TILE_ROWS), (STEP, columns)
+    out = hopper.run(
+        "weight_gradient",
+        lambda *refs, **scratch: _gradient_block(plan, _GradientRefs(*refs, **scratch)),
+        (_rows_of_experts(group_sizes), rows, cotangent),
+        jax.ShapeDtypeStruct((experts * count, depth, n_out), out_dtype),
+        hopper.ring_scratch(_slots(columns), rows.dtype, x_ring=x_shape, dy_ring=dy_shape)
+        | {"masked": plgpu.Barrier(num_arrivals=2)}
+        | hopper.stage_scratch(out_dtype),
+        interpret,
+    )
+    return out.reshape(experts, count, depth, n_out)
+
+
+def _rows_of_experts(group_sizes: Array) -> Array:
+    """Of each expert, int32 [4, E]: its first row to read, a multiple of 8, and its steps; its own
+    rows, counted from that: from, up to.
+    """
     sizes = group_sizes.astype(jnp.int32)
     stop = jnp.cumsum(sizes, dtype=jnp.int32)
     first = (stop - sizes) // 8 * 8
     steps = jnp.where(sizes > 0, (stop - first + STEP - 1) // STEP, 0)
-    table = jnp.stack([first, steps, stop - sizes - first, stop - first])
+    return jnp.stack([first, steps, stop - sizes - first, stop - first])
 
-    def body(table, x, dy, out, x_ring, dy_ring, filled, freed, masked, stage_whole, **_):
-        warpgroup = lax.axis_index("warpgroup")
-        items = jnp.int32(experts * k_tiles * n_tiles)
 
-        def item(index: Array) -> tuple[Array, Array, Array]:
-            expert = lax.div(index, jnp.int32(k_tiles * n_tiles))
-            tile = lax.rem(index, jnp.int32(k_tiles * n_tiles))
-            k_tile = lax.div(tile, jnp.int32(n_tiles))
-            return expert, k_tile, lax.rem(tile, jnp.int32(n_tiles)) * columns
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """How a weight gradient is cut, in numbers known when it is compiled."""
 
-        @pl.when(warpgroup == 2)
-        def _copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    columns: int  # of a tile
+    experts: int
+    k_tiles: int  # tiles of an expert, of 128 rows of K
+    n_tiles: int  # and of columns
+    sections: int
+    section_blocks: int  # blocks of 64 rows of K in a section
 
-            def one(index: Array, step: Array) -> Array:
-                expert, k_tile, column = item(index)
-                first, steps = eights(table[0, expert]), table[1, expert]
+    def item(self, index: Array) -> tuple[Array, Array, Array]:
+        """Its expert, its tile of K, and its first column."""
+        expert = lax.div(index, jnp.int32(self.k_tiles * self.n_tiles))
+        tile = lax.rem(index, jnp.int32(self.k_tiles * self.n_tiles))
+        k_tile = lax.div(tile, jnp.int32(self.n_tiles))
+        return expert, k_tile, lax.rem(tile, jnp.int32(self.n_tiles)) * self.columns
 
-                def fetch(i: Array, _: None) -> None:
-                    some_rows = pl.ds(first + i * STEP, STEP)
-                    x_tile = x.at[some_rows, pl.ds(k_tile * TILE_ROWS, TILE_ROWS)]
-                    dy_tile = dy.at[some_rows, pl.ds(column, columns)]
-                    fill(step + i, filled, freed, [(x_tile, x_ring, ALL), (dy_tile, dy_ring, ALL)])
+    def place(self, k_tile: Array, warpgroup: Array) -> tuple[Array, Array]:
+        """The section and the first row of K in it of a warpgroup's half of a tile."""
+        block = 2 * k_tile + warpgroup
+        section = lax.div(block, jnp.int32(self.section_blocks))
+        row = lax.rem(block, jnp.int32(self.section_blocks)) * WARPGROUP_ROWS
+        return section, hopper.eights(row)
 
-                lax.fori_loop(0, steps, fetch, None)
-                return step + steps
 
-            each_of_mine(items, one)
+@dataclasses.dataclass(frozen=True)
+class _GradientRefs(Scratch):
+    """What a block of `sum_of_products` reads, writes and works in."""
 
-        @pl.when(warpgroup < 2)
-        def _multiply():
-            plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
-            my_columns = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    table: Any  # of _rows_of_experts
+    x: Any  # [M, S K']
+    dy: Any  # [M, N]
+    out: Any  # [E S, K, N]
+    dy_ring: Any = dataclasses.field(kw_only=True)
+    masked: Any = dataclasses.field(kw_only=True)  # passes when both warpgroups have zeroed
 
-            def one(index: Array, step: Array) -> Array:
-                expert, k_tile, column = item(index)
-                steps = table[1, expert]
+    @property
+    def ring(self) -> Ring:
+        """Slots of [STEP, 128] of x and of [STEP, columns] of dy."""
+        return Ring(self.x_ring, self.dy_ring, self.filled, self.freed)
 
-                def accumulate(acc) -> Array:
-                    def multiply(i: Array, slot: Array) -> None:
-                        x_tile, dy_tile = x_ring.at[slot].at[:, my_columns], dy_ring.at[slot]
-                        own = tuple(
-                            bound - i * STEP for bound in (table[2, expert], table[3, expert])
-                        )
 
-                        # Rows of other experts, NaN or not, must not reach this one's sum.
-                        @pl.when((own[0] > 0) | (own[1] < STEP))
-                        def _mask():
-                            _zero_outside(x_tile, own)
-                            for c in range(columns // WARPGROUP_ROWS):
+def _gradient_block(plan: _Gradient, refs: _GradientRefs) -> None:
+    items = jnp.int32(plan.experts * plan.k_tiles * plan.n_tiles)
 
-                                @pl.when(warpgroup == c % 2)
-                                def _mine(c=c):
-                                    piece = pl.ds(c * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                                    _zero_outside(dy_tile.at[:, piece], own)
+    def multiply(warpgroup: Array) -> Any:
+        offset = warpgroup * WARPGROUP_ROWS
+        return functools.partial(_multiply_gradient, plan, refs, warpgroup, offset)
 
-                            plgpu.commit_smem()
-                            plgpu.barrier_arrive(masked)
-                            plgpu.barrier_wait(masked)
+    hopper.by_warpgroup(lambda: items, functools.partial(_copy_gradient, plan, refs), multiply)
 
-                        plgpu.wgmma(acc, x_tile.transpose((1, 0)), dy_tile)
 
-                    drain(step, steps, filled, freed, multiply)
-                    return acc[...]
+def _copy_gradient(plan: _Gradient, refs: _GradientRefs, index: Array, step: Array) -> Array:
+    """Copies an item's x and dy."""
+    expert, k_tile, column = plan.item(index)
+    first, steps = hopper.eights(refs.table[0, expert]), refs.table[1, expert]
 
-                block = 2 * k_tile + warpgroup
-                section = lax.div(block, jnp.int32(section_blocks))
-                k = eights(lax.rem(block, jnp.int32(section_blocks)) * WARPGROUP_ROWS)
-                values = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, columns)))
+    def copies(i: Array) -> list[tuple[Any, Any, Any]]:
+        rows = pl.ds(first + i * STEP, STEP)
+        x_tile = refs.x.at[rows, pl.ds(k_tile * TILE_ROWS, TILE_ROWS)]
+        dy_tile = refs.dy.at[rows, pl.ds(column, plan.columns)]
+        return [(x_tile, refs.x_ring, ALL), (dy_tile, refs.dy_ring, ALL)]
 
-                @pl.when(section < count)
-                def _store():
-                    store_whole(
-                        values,
-                        stage_whole,
-                        warpgroup,
-                        lambda row, rows, at, width: out.at[
-                            expert * count + section,
-                            pl.ds(k + row, rows),
-                            pl.ds(column + at, width),
-                        ],
-                    )
+    return hopper.fill(refs.ring, step, steps, copies)
 
-                return step + steps
 
-            each_of_mine(items, one)
-            plgpu.wait_smem_to_gmem(0)
+def _multiply_gradient(
+    plan: _Gradient,
+    refs: _GradientRefs,
+    warpgroup: Array,
+    offset: Array,
+    index: Array,
+    step: Array,
+) -> Array:
+    """Sums and stores the 64 rows of K of an item from its row `offset` on."""
+    expert, k_tile, column = plan.item(index)
+    steps = refs.table[1, expert]
+    mine = pl.ds(offset, WARPGROUP_ROWS)
 
-    layout = swizzled(dtype)
-    n_out = n + -n % STEP
-    out = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((experts * count, depth, n_out), out_dtype),
-        scratch_types=dict(
-            x_ring=plgpu.SMEM((slots, STEP, TILE_ROWS), dtype, transforms=layout),
-            dy_ring=plgpu.SMEM((slots, STEP, columns), dtype, transforms=layout),
-            filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            freed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            masked=plgpu.Barrier(num_arrivals=2),
-            **staging(out_dtype),
-        ),
-        kernel_name="weight_gradient",
-        **launch(interpret),
-    )(table, rows, cotangent)
-    return out.reshape(experts, count, depth, n_out)
+    def accumulate(acc: Any) -> None:
+        def multiply(i: Array, slot: Array) -> None:
+            x_tile, dy_tile = refs.x_ring.at[slot].at[:, mine], refs.dy_ring.at[slot]
+            own = tuple(
+                bound - i * STEP for bound in (refs.table[2, expert], refs.table[3, expert])
+            )
+            _mask(plan, refs, warpgroup, x_tile, dy_tile, own)
+            plgpu.wgmma(acc, x_tile.transpose((1, 0)), dy_tile)
+
+        hopper.drain(refs.ring, step, steps, multiply)
+
+    section, k = plan.place(k_tile, warpgroup)
+    (values,) = hopper.sums(accumulate, plan.columns)
+
+    @pl.when(section < plan.sections)
+    def _store() -> None:
+        hopper.store_whole(
+            values,
+            refs.stage.whole,
+            warpgroup,
+            lambda row, rows, at, width: refs.out.at[
+                expert * plan.sections + section,
+                pl.ds(k + row, rows),
+                pl.ds(column + at, width),
+            ],
+        )
+
+    return step + steps
+
+
+def _mask(
+    plan: _Gradient,
+    refs: _GradientRefs,
+    warpgroup: Array,
+    x_tile: Any,
+    dy_tile: Any,
+    own: tuple[Array, ...],
+) -> None:
+    """Zeroes what a step holds of other experts' rows: NaN or not, it must not reach the sum.
+
+    A warpgroup zeroes its own half of x and every other 64 columns of dy, which both multiply.
+    """
+
+    @pl.when((own[0] > 0) | (own[1] < STEP))
+    def _() -> None:
+        _zero_outside(x_tile, own)
+        for c in range(plan.columns // WARPGROUP_ROWS):
+
+            @pl.when(warpgroup == c % 2)
+            def _mine(c: int = c) -> None:
+                piece = pl.ds(c * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                _zero_outside(dy_tile.at[:, piece], own)
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.masked)
+        plgpu.barrier_wait(refs.masked)
 
 
 def _zero_outside(tile: Any, own: tuple[Array, ...]) -> None:

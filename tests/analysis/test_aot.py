@@ -11,6 +11,7 @@ import pytest
 
 from finermoe_jax.analysis import aot, candidates, report, topology
 from finermoe_jax.analysis.hlo_costs import Costs
+from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from tests.support import ROOT, load_preset
@@ -35,7 +36,7 @@ def _config(**mesh):
 @pytest.fixture(scope="module")
 def compiled():
     target = _target()
-    step = aot.prepare(_config(data=1, fsdp=2, expert=4), target)
+    step = aot.abstract_step(_config(data=1, fsdp=2, expert=4), target)
     return step, target, aot.compile_step(step, target, say=lambda _: None)
 
 
@@ -45,6 +46,8 @@ def test_state_is_what_the_compiler_takes_as_arguments(compiled):
     batch = 4 * 33  # one row of each device
     assert figures["argument_bytes"] == step.state_bytes + batch
     assert figures["fits"] and figures["matmul_flops"] > 0
+    length = step.config.data.sequence_length
+    assert figures["model_flops_per_token"] == training_flops(step.model, length)
     assert {"all-gather", "all-to-all"} <= figures["sent_bytes"].keys()
 
 
@@ -107,24 +110,26 @@ def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
 
 def test_what_does_not_fit_gets_a_change_that_may():
     config = _config(data=8)
-    step = aot.prepare(config, _target())
+    step = aot.abstract_step(config, _target())
     state = step.state_bytes + step.gradient_bytes
     said = []
-    rows = candidates.search(config, _target(memory=0.4 * state), aot.prepare, None, said.append)
+    rows = candidates.search(
+        config, _target(memory=0.4 * state), aot.abstract_step, None, said.append
+    )
     first = next(row for row in rows if row["possible"])
     assert first["change"] == "mesh.data to mesh.fsdp"
     assert first["floor_bytes"] < state / 4
     assert said[-1].endswith("beginning with: mesh.data to mesh.fsdp")
-    candidates.search(config, _target(memory=1e3), aot.prepare, None, said.append)
+    candidates.search(config, _target(memory=1e3), aot.abstract_step, None, said.append)
     assert "larger slice" in said[-1]
 
 
 @pytest.mark.slow
 def test_changes_are_compiled_until_one_fits():
     config = _config(data=8)
-    whole = aot.compile_step(aot.prepare(config, _target()), _target(), say=lambda _: None)
+    whole = aot.compile_step(aot.abstract_step(config, _target()), _target(), say=lambda _: None)
     target = _target(memory=0.7 * whole["peak_bytes"])
-    rows = candidates.search(config, target, aot.prepare, aot.compile_step, lambda _: None)
+    rows = candidates.search(config, target, aot.abstract_step, aot.compile_step, lambda _: None)
     assert rows[-1]["fits"] and not any(row.get("fits") for row in rows[:-1])
     assert rows[-1]["compiled_bytes"] <= target.chip.memory
 

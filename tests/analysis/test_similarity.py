@@ -124,4 +124,4 @@ def broken(tmp_path_factory):
 def test_what_is_not_finite_is_named(broken):
     one = lazy.of_array(np.full((2, 4, 3), np.nan, np.float32))
     with pytest.raises(InputError, match="x: the weights of expert 0 are not finite"):
-        similarity._of_layer(one, one, "x", lambda size: None)
+        similarity._of_layer([one, one], "x", lambda size: None)

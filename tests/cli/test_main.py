@@ -36,6 +36,12 @@ def test_a_preset_by_name_or_path(capsys, arguments, moe, steps):
     assert (printed["moe"] is not None, printed["train"]["steps"]) == (moe, steps)
 
 
+def test_the_former_name_of_dense_is_a_flag(capsys):
+    arguments = "--config=demo_dense", "--config.dense.num_hidden_layers=2"
+    assert invoke("train", "--print_config", *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["dense"]["num_hidden_layers"] == 2
+
+
 def test_flags_from_a_file(capsys, tmp_path):
     (tmp_path / "flags").write_text("--config=demo:ct\n--config.train.steps=7\n")
     assert invoke("train", f"--flagfile={tmp_path / 'flags'}", "--print_config") == 0

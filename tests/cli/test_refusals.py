@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import finermoe_jax as fm
-from finermoe_jax.config.run import run_config
+from finermoe_jax.config.parse import run_config
 from finermoe_jax.data.text import TextFile
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.evaluation.evaluate import perplexity
@@ -51,10 +51,10 @@ def text_file(folder, words=20_000):
     return path
 
 
-def values(dense, text, **changes):
+def values(source, text, **changes):
     """A run's config as a nested mapping; changes are dotted paths with __ for the dot."""
     config = fm.default_config().to_dict()
-    config["init_from"] = str(dense)
+    config["init_from"] = str(source)
     config["moe"] = dataclasses.asdict(SMALL_MOE)
     config["data"] |= dict(path=str(text), sequence_length=16, global_batch_size=8)
     config["train"] |= dict(steps=2, compute_dtype="float32", remat="none")
@@ -303,7 +303,7 @@ def test_a_mixture_is_imported_as_it_is(tmp_path):
         (dict(moe__mlp_only_layers=["a"]), ["config.moe.mlp_only_layers='a'", "int"]),
         (dict(prompts="text"), ["config.prompts='text'", "list"]),
         (dict(moe=32), ["config.moe=32", "group of fields"]),
-        (dict(model={"hidden_size": 4}), ["config.model lacks", "vocab_size"]),
+        (dict(dense={"hidden_size": 4}), ["config.dense lacks", "vocab_size"]),
         (dict(moe__output_expansion=0), ["output_expansion=0", "at least 1"]),
         (dict(moe__intermediate_expansion=0), ["intermediate_expansion=0", "at least 1"]),
         (dict(moe__active_per_group=5), ["active_per_group=5", "4 experts"]),

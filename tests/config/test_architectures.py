@@ -13,12 +13,15 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.config.architectures import ARCHITECTURES, architecture
-from finermoe_jax.config.model import MoEConfig, UpcycleConfig
-from finermoe_jax.config.run import MeshConfig, default_config, run_config
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.parse import default_config, run_config
+from finermoe_jax.config.presets import ARCHITECTURES, architecture
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
@@ -166,7 +169,7 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)
@@ -216,7 +219,7 @@ def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
 
     monkeypatch.setattr(starts, "drop", counted)
     found = architecture("du")
-    convert(str(dense), tmp_path / "du", "orbax", found.moe, start=found.upcycle, seed=0)
+    convert(str(dense), tmp_path / "du", "orbax", found.moe, upcycling=found.upcycle, seed=0)
     converted = nnx.to_pure_dict(nnx.state(fm.load_checkpoint(tmp_path / "du")))
     for name in ("gate_up", "down"):
         array = converted["runs"][0][0]["moe"][name]

@@ -14,7 +14,7 @@ from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.config.flops import forward_flops, training_flops
 from finermoe_jax.config.hardware import CHIPS, peak_flops
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers.sharding import Placement
@@ -28,7 +28,7 @@ from tests.support import SMALL
 def program_flops(model, rows, length):
     """Of the compiled loss and its gradients, on one device, without recomputation."""
     config = RunConfig(
-        model=dataclasses.replace(model, moe=None),
+        dense=dataclasses.replace(model, moe=None),
         train=TrainConfig(remat="none", loss_chunk_tokens=rows * length),
     )
     decoder = with_shapes(model)

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.parse import preset
-from finermoe_jax.config.published import QWEN2P5
-from finermoe_jax.config.run import default_config, run_config
+from finermoe_jax.config.parse import default_config, preset, run_config
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.errors import InputError
 from tests.support import SMALL, load_preset
 
@@ -16,7 +15,7 @@ from tests.support import SMALL, load_preset
 def test_published_presets_state_the_papers_recipe(size):
     config = load_preset("qwen" + size.replace(".", "p").lower())
     assert config.init_from == f"Qwen/Qwen2.5-{size}"
-    assert config.model == QWEN2P5[size]
+    assert config.dense == QWEN2P5[size]
     assert config.moe == MoEConfig(32, 2, 1, 2, 1)
     assert config.moe.num_experts == 128 and config.moe.num_active == 2
     assert (config.data.sequence_length, config.data.global_batch_size) == (8192, 2048)
@@ -116,7 +115,7 @@ def test_sizes_that_do_not_fit_are_named(changes, values):
         ("train.remat", "ful", ["full"]),
         ("data.eval_fraction", 1.5, ["1.5"]),
         ("train.grad_accumulation", 3, ["2048", "3"]),
-        ("init_from", "", ["init_from", "model"]),
+        ("init_from", "", ["init_from", "dense"]),
     ],
 )
 def test_bad_fields_are_named(path, value, words):
@@ -136,3 +135,21 @@ def test_presets_by_name():
     assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"
     with pytest.raises(InputError, match=r"configs/dmo\.py does not exist"):
         preset("configs/dmo.py")
+
+
+def test_the_former_name_of_dense_is_read(tmp_path):
+    values = default_config().to_dict()
+    shape = dataclasses.asdict(SMALL)
+    assert run_config(values | {"model": shape}).dense == SMALL
+    assert run_config({"model": None, "init_from": "x"}).dense is None  # a config.json of before
+    with pytest.raises(InputError, match=r"former name of config\.dense"):
+        run_config(values | {"model": shape, "dense": shape})
+    path = tmp_path / "run.py"
+    path.write_text(
+        "import finermoe_jax as fm\n"
+        "def get_config():\n"
+        "    config = fm.default_config()\n"
+        f"    config.model = {dict(shape, moe=None)!r}\n"
+        "    return config\n"
+    )
+    assert run_config(preset(str(path))).dense == SMALL

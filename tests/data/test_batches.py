@@ -24,7 +24,7 @@ from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import read_lines
-from finermoe_jax.training.workdir import claim, claim_data, prepare, record_data
+from finermoe_jax.training.workdir import claim, claim_data, fill_workdir, record_data
 
 CONFIG = DataConfig(path="x.txt", sequence_length=8, global_batch_size=6, eval_fraction=0.1)
 MODEL = find("demo/model")
@@ -412,7 +412,7 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     began = run(mixed, "{0}/long.jsonl")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    prepare(workdir, began, MODEL)
+    fill_workdir(workdir, began, MODEL)
     (workdir / "checkpoints" / "damaged-1").mkdir()  # it had one
     refused = pytest.raises(InputError, match=r"data\.path: .*there")
     with refused:  # nothing is recorded that its content could be compared with

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 import finermoe_jax as fm
 from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import check_kept, end_tokens, kept_files, load_tokenizer
-from finermoe_jax.training.initial import fresh_start
+from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.run import train
-from finermoe_jax.training.workdir import prepare
+from finermoe_jax.training.workdir import fill_workdir
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import copy_tokenizer
 from finermoe_jax.weights.verify import verify
@@ -193,9 +193,9 @@ def test_ends_of_the_source_beside_another_tokenizer_directory(source, tmp_path,
     if stated == "other":
         (source / "merges.txt").write_text("#version: 0.2\na b\n")
     config = run_of(source, tmp_path, tokenizer=str(tmp_path / "files"))
-    start = fresh_start(config)
+    start = initial_model(config)
     (tmp_path / "run").mkdir()
-    prepare(tmp_path / "run", config, start.tokenizer_files, start.ends_files)
+    fill_workdir(tmp_path / "run", config, start.tokenizer_files, start.ends_files)
     kept = tmp_path / "run" / "tokenizer"
     assert end_tokens(kept, load_tokenizer(kept, 96), 96) == ends
 

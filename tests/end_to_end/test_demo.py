@@ -13,7 +13,7 @@ from flax import nnx
 
 import finermoe_jax as fm
 from finermoe_jax.training.plot import read_lines
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 from tests.support import ROOT, processes
 
 DEMO = ROOT / "finermoe_jax" / "demo"

@@ -19,10 +19,10 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.runtime.preemption import interrupts_arrive
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.weights import orbax_files as lazy_checkpoint
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints
 from tests.support import SMALL
 from tests.support.training import tiny_run
 

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 import finermoe_jax as fm
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model
 from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.verify import verify
 from tests.support import ROOT
 
@@ -172,7 +172,7 @@ FILL = """
 import os, subprocess, sys
 from pathlib import Path
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.errors import InputError
@@ -245,7 +245,7 @@ def measure(source, folder, moe, start, pipe):
     jax.devices()
     before = anonymous()
     threading.Thread(target=watch, daemon=True).start()
-    convert(str(source), folder / "orbax", "orbax", moe, start=start, seed=0)
+    convert(str(source), folder / "orbax", "orbax", moe, upcycling=start, seed=0)
     there, most[0] = most[0], 0
     convert(str(folder / "orbax"), folder / "hf", "hf", None, seed=0)
     going.set()

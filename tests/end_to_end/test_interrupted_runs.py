@@ -33,14 +33,17 @@ from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.training.workdir import Lock, claim, prepare
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, save_checkpoint
+from finermoe_jax.training.workdir import claim, fill_workdir
+from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.support.processes import Process
 from tests.support.training import (
@@ -257,13 +260,13 @@ def test_ranking_needs_scored_saves():
 
 
 def test_a_busy_workdir_is_refused(finished):
-    holder = Lock(finished)
+    holder = Lock(finished, "--workdir")
     holder.take()
     with pytest.raises(InputError, match=r"in use by process \d+ on .*, since .*--workdir"):
         train(tiny_run(), finished, say=silent)
     load_checkpoint(finished)  # readers are welcome
     holder.close()
-    again = Lock(finished)
+    again = Lock(finished, "--workdir")
     again.take()
     again.close()
 
@@ -272,7 +275,7 @@ def _claim(tmp_path, config, *allow):
     workdir = tmp_path / "run"
     if not workdir.exists():
         workdir.mkdir()
-        prepare(workdir, tiny_run(), find("demo/model"))
+        fill_workdir(workdir, tiny_run(), find("demo/model"))
         (workdir / "checkpoints" / "0").mkdir()
     return claim(workdir, config, allow)
 
@@ -296,12 +299,12 @@ def test_changes_are_refused_field_by_field_unless_allowed(tmp_path):
 
 def test_what_a_checkpoint_is_made_of_cannot_change(tmp_path):
     wider = dataclasses.replace(
-        tiny_run(), model=dataclasses.replace(tiny_run().model, vocab_size=4096)
+        tiny_run(), dense=dataclasses.replace(tiny_run().dense, vocab_size=4096)
     )
-    with pytest.raises(InputError, match=r"model.vocab_size: 2048 there.*cannot change") as refused:
+    with pytest.raises(InputError, match=r"dense.vocab_size: 2048 there.*cannot change") as refused:
         _claim(tmp_path, wider)
     assert "--allow_changes" not in str(refused.value)
-    for name in ("model", "model.vocab_size", "optimizer.name", "train.param_dtype"):
+    for name in ("dense", "dense.vocab_size", "optimizer.name", "train.param_dtype"):
         with pytest.raises(InputError, match=f"--allow_changes={name}: it cannot change"):
             _claim(tmp_path, wider, name)
     with pytest.raises(InputError, match=r"no such field. Did you mean train.steps"):
@@ -320,7 +323,7 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
 
 def test_a_workdir_of_a_run_killed_at_its_beginning_is_no_foreign_one(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    lock = Lock(tmp_path)
+    lock = Lock(tmp_path, "--workdir")
     lock.take()
     lock.close()
     assert claim(tmp_path, tiny_run()) == {}
@@ -347,7 +350,7 @@ def _after(name, dtype, infinite=None):
     if infinite is not None:
         params["embed"]["weight"] = params["embed"]["weight"].at[infinite].set(jnp.inf)
     params = jax.device_put(params, shardings)
-    tx = optimizer(config.optimizer, 10)
+    tx = optimizer(config.optimizer, 10, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
 
@@ -417,7 +420,7 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     model = load_checkpoint(_saved(tmp_path / "sound", config))
     model.embed.weight[...] = model.embed.weight[...].at[token].set(jnp.inf)
     save_checkpoint(model, tmp_path / "poisoned", tokenizer=find("demo/model"))
-    config = dataclasses.replace(config, model=None, init_from=str(tmp_path / "poisoned"))
+    config = dataclasses.replace(config, dense=None, init_from=str(tmp_path / "poisoned"))
     said, workdir = [], tmp_path / "run"
     with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:") as ended:
         train(config, workdir, say=said.append)
@@ -460,6 +463,6 @@ def _saved(path, config):
     """A checkpoint of a model as training from scratch draws it."""
     from finermoe_jax.model.decoder import Decoder
 
-    model = Decoder(config.model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    model = Decoder(config.dense, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, path)
     return path

@@ -15,21 +15,16 @@ from flax import nnx
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training.checkpoints import logged_bytes
 from finermoe_jax.training.run import train
-from finermoe_jax.training.workdir import Log, claim, prepare
+from finermoe_jax.training.workdir import Log, claim, fill_workdir
 from finermoe_jax.weights import checkpoint, integrity
-from finermoe_jax.weights.checkpoint import (
-    load_checkpoint,
-    load_model,
-    logged_bytes,
-    open_model,
-    open_with_tokenizer,
-    read_model,
-    save_checkpoint,
-)
+from finermoe_jax.weights import source as model_source
+from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.integrity import saved_steps, set_aside_damaged, write_checksums
+from finermoe_jax.weights.source import load_model, open_model, open_with_tokenizer, read_model
 from tests.support.training import silent, tiny_run
 
 
@@ -57,12 +52,12 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(finished, tmp_path):
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_blocks_nothing(tmp_path):
-    prepare(tmp_path, tiny_run(steps=9), find("demo/model"))
+    fill_workdir(tmp_path, tiny_run(steps=9), find("demo/model"))
     (tmp_path / "tokenizer" / "merges.txt").write_text("of another tokenizer")
     (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir()
     Log(tmp_path).evaluation("step 0", 0, 1.0)
     assert claim(tmp_path, tiny_run(steps=4)) == {}
-    prepare(tmp_path, tiny_run(steps=4), find("demo/model"))
+    fill_workdir(tmp_path, tiny_run(steps=4), find("demo/model"))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 4
     assert not (tmp_path / "tokenizer" / "merges.txt").exists()
 
@@ -154,8 +149,8 @@ def _first(call, before, times=1):
     [
         (integrity, "_hash"),
         (checkpoint, "read_description"),
-        (checkpoint.lazy_checkpoint, "read"),
-        (checkpoint, "_in_memory"),
+        (checkpoint.orbax_files, "read"),
+        (checkpoint, "assembled"),
     ],
 )
 def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd):
@@ -167,8 +162,8 @@ def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd)
 
 def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, capfd):
     steps, save = training
-    loads = _first(checkpoint.load_tokenizer, save)
-    monkeypatch.setattr(checkpoint, "load_tokenizer", loads)
+    loads = _first(model_source.load_tokenizer, save)
+    monkeypatch.setattr(model_source, "load_tokenizer", loads)
     source, _, ends = open_with_tokenizer(steps.parent)
     assert source.files == steps / "2" / "tokenizer" and ends
     save()

@@ -21,9 +21,10 @@ from finermoe_jax.data.prepare import prepare
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training.checkpoints import TrainingCheckpoints, logged_bytes
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log, claim
-from finermoe_jax.weights.checkpoint import TrainingCheckpoints, load_checkpoint, logged_bytes
+from finermoe_jax.weights.checkpoint import load_checkpoint
 from finermoe_jax.weights.integrity import damage, saved_steps
 from tests.support.training import silent, tiny_run
 
@@ -209,7 +210,7 @@ def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, 
 
 def test_a_conversion_is_there_whole_or_not_at_all(disk):
     config, tokenizer = tiny_run(), find("demo/model")
-    sizes = dataclasses.replace(config.model, moe=config.moe)
+    sizes = dataclasses.replace(config.dense, moe=config.moe)
     model = Decoder(sizes, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, disk.root / "new" / "orbax", tokenizer=tokenizer)
     save_hf(model, disk.root / "new" / "hf", tokenizer=tokenizer)

@@ -20,15 +20,14 @@ from finermoe_jax.generation import decode as generation
 from finermoe_jax.generation import text as completion
 from finermoe_jax.generation.sampling import Sampling, choose
 from finermoe_jax.generation.text import complete, continue_all, conversation
-from finermoe_jax.layers import cpu as few
-from finermoe_jax.layers import sharding
-from finermoe_jax.layers.attention import init_cache
+from finermoe_jax.layers import cpu, sharding
+from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.sharding import make_mesh
-from finermoe_jax.layers.stored import OfLayer, apart, quantize
+from finermoe_jax.layers.stored import OfLayer, quantize
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from tests.support import command
 from tests.support.training import MOE
@@ -126,12 +125,12 @@ def test_the_cache_is_written_in_place(model):
 
 def test_layers_apart_lie_in_the_memory_of_their_stack():
     stack = jnp.arange(3 * 16 * 32, dtype=jnp.float32).reshape(3, 16, 32)
-    layers = apart(stack).layers
+    layers = cpu.apart(stack).layers
     start = stack.unsafe_buffer_pointer()
     assert [w.unsafe_buffer_pointer() - start for w in layers] == [0, 2048, 4096]
     # Rows of 12 bytes cannot: they are copied.
     odd = jnp.arange(9, dtype=jnp.float32).reshape(3, 3)
-    np.testing.assert_array_equal(np.stack(apart(odd).layers), odd)
+    np.testing.assert_array_equal(np.stack(cpu.apart(odd).layers), odd)
 
 
 def test_only_active_experts_are_read(model):
@@ -155,9 +154,9 @@ def test_only_active_experts_are_read(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_few_rows(monkeypatch, native, dtype, rows):
-    monkeypatch.setattr(few, "_multiplies_bfloat16", lambda: native)
-    monkeypatch.setattr(few, "_BLOCK_BYTES", 4096)
-    monkeypatch.setattr(few, "_SUMS_BYTES", 4096)
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(cpu, "_SUMS_BYTES", 4096)
     rng = np.random.default_rng(0)
     for outputs, width in ((5, 3), (70, 77), (33, 160)):
         stack = jnp.asarray(rng.integers(-99, 99, (3, outputs, width)), dtype)
@@ -165,7 +164,7 @@ def test_few_rows(monkeypatch, native, dtype, rows):
         wanted = np.asarray(x, np.float64) @ np.asarray(stack[1], np.float64).T
         for weight in (stack[1], OfLayer(stack, jnp.int32(1))):
             got = (
-                jax.jit(few.few_rows)(x, weight) if weight is stack[1] else few.few_rows(x, weight)
+                jax.jit(cpu.few_rows)(x, weight) if weight is stack[1] else cpu.few_rows(x, weight)
             )
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=99 * width * 2e-5)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.expert_ffn import mosaic_gpu as ffn
 from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
 from tests.support import ROOT
@@ -232,7 +233,7 @@ def test_tiles_start_at_whole_eights_and_own_each_row_once(name, tile):
     rows = sizes.sum()
     if not rows:
         return
-    table, count = matmul.work(jnp.asarray(sizes), int(rows), tile)
+    table, count = hopper.work(jnp.asarray(sizes), int(rows), tile)
     expert, first, start, stop = np.asarray(table)[:, : count[0]]
     assert not (first % 8).any()
     assert ((start >= 0) & (start < stop) & (stop <= tile)).all()

@@ -12,8 +12,9 @@ from flax import nnx
 
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.layers import causal as flash
-from finermoe_jax.layers.attention import Attention, CacheUse, LayerCache
+from finermoe_jax.layers.attention import Attention
 from finermoe_jax.layers.basic import rotary_angles
+from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.sharding import Placement, make_mesh
 from tests.support import SMALL
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import finermoe_jax as fm
 from finermoe_jax.analysis.params import sharding_table, true_counts
 from finermoe_jax.config.model import RopeScaling
-from finermoe_jax.config.published import QWEN3
+from finermoe_jax.config.presets import QWEN3
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
@@ -114,7 +114,7 @@ def test_qwen3_0p6b():
     # The published file of weights states 596,049,920 parameters.
     assert true_counts(QWEN3["0.6B"]).total == 596_049_920
     config = load_preset("qwen3_0p6b")
-    assert config.model == QWEN3["0.6B"] and config.moe == fm.MoEConfig(32, 2, 1, 2, 1)
+    assert config.dense == QWEN3["0.6B"] and config.moe == fm.MoEConfig(32, 2, 1, 2, 1)
     assert load_preset("qwen3_0p6b", "ct").moe is None
     model = dataclasses.replace(QWEN3["0.6B"], moe=config.moe, tie_word_embeddings=False)
     mesh = dataclasses.replace(config, mesh=MeshConfig(1, 2, 2, 2))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.moe.routing import load_balancing_loss, route
+from finermoe_jax.moe.routing import route
 from tests.support import GOLDEN
 
 
@@ -88,29 +88,6 @@ def test_one_active_expert_has_weight_one_and_no_gradient():
     logits = jnp.arange(8.0)[None]
     assert weight(logits) == 1
     np.testing.assert_array_equal(jax.grad(weight)(logits), 0)
-
-
-def test_aux_loss_of_uniform_routing_is_one_and_ignores_padding():
-    experts = jnp.arange(8).reshape(1, 4, 2)
-    logits = jnp.zeros((1, 4, 8))
-    mask = jnp.ones((1, 4), bool)
-    assert load_balancing_loss(logits, experts, mask) == pytest.approx(1.0)
-    padded = (
-        jnp.pad(logits, ((0, 1), (0, 3), (0, 0)), constant_values=7.0),
-        jnp.pad(experts, ((0, 1), (0, 3), (0, 0))),
-        jnp.pad(mask, ((0, 1), (0, 3))),
-    )
-    assert load_balancing_loss(*padded) == pytest.approx(1.0)
-
-
-def test_aux_loss_gradient_flows_through_the_probabilities_only():
-    logits = jnp.asarray([[[2.0, 0.0], [1.0, 0.0]]])
-    experts = jnp.zeros((1, 2, 1), jnp.int32)
-    grad = jax.grad(load_balancing_loss)(logits, experts, jnp.ones((1, 2), bool))
-    p = jax.nn.softmax(logits, -1)
-    # d/dlogit of f_0 * mean(p_0), with f_0 = 2 / (1 * 2) * 2 = 2 held fixed.
-    slope = 2 * p[..., 0] * p[..., 1] / 2
-    np.testing.assert_allclose(grad, jnp.stack([slope, -slope], -1), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 
 def get_config():
     config = default_config()
-    config.model = dict(
+    config.dense = dict(
         vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4, rms_norm_eps=1e-6,
         max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.1,

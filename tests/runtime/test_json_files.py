@@ -20,9 +20,10 @@ from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
 from finermoe_jax.training import plot
 from finermoe_jax.training.workdir import Log, claim, claim_data
-from finermoe_jax.weights.checkpoint import open_model, read_description
+from finermoe_jax.weights.checkpoint import read_description
 from finermoe_jax.weights.hf_weights import TensorFiles, read_config
 from finermoe_jax.weights.safetensors_files import indexed_files
+from finermoe_jax.weights.source import open_model
 from tests.support import invoke
 
 MODEL = find("demo/model")

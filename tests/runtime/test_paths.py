@@ -20,9 +20,9 @@ from finermoe_jax.evaluation.evaluate import Tasks, evaluate
 from finermoe_jax.runtime.paths import local, local_list
 from finermoe_jax.training import plot
 from finermoe_jax.training.run import train
-from finermoe_jax.weights.checkpoint import load_model, open_model
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import resolve_source
+from finermoe_jax.weights.source import load_model, open_model
 from finermoe_jax.weights.verify import verify
 from tests.support import GOLDEN, command, invoke
 

@@ -12,7 +12,7 @@ import pytest
 
 from finermoe_jax.cli.main import run
 from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.config.run import run_config
+from finermoe_jax.config.parse import run_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"

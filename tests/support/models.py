@@ -21,9 +21,9 @@ CASES = [
 
 
 def config_of(source, **changes):
-    """A source's config.json with changes; None takes a key away."""
+    """A source's config.json with changes, of which None takes a key away."""
     values = json.loads((source / "config.json").read_text()) | changes
-    return {key: value for key, value in values.items() if value is not None}
+    return {k: v for k, v in values.items() if v is not None or k not in changes}
 
 
 def write_tokenizer(folder, words, **special):

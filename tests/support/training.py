@@ -9,9 +9,11 @@ import optax
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import RunConfig, run_config
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.training.optimizer import learning_rate, optimizer
@@ -35,7 +37,7 @@ def random_tokens(rows, length=17):
 
 
 def small_run(rows, **train_settings):
-    values = dict(model=dataclasses.asdict(SMALL), moe=None)
+    values = dict(dense=dataclasses.asdict(SMALL), moe=None)
     config = run_config(values)
     settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
     return dataclasses.replace(
@@ -62,7 +64,7 @@ def take_steps(config: RunConfig, mesh_config, count=3):
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
     route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
-    tx = optimizer(config.optimizer, config.train.steps)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)
@@ -123,7 +125,7 @@ def demo_run(steps, **settings):
 
 
 TINY = {
-    "model": dataclasses.asdict(SMALL)
+    "dense": dataclasses.asdict(SMALL)
     | {"vocab_size": 2048, "num_hidden_layers": 1, "initializer_range": 0.1},
     "data": {
         "tokenizer": "demo/model", "path": "demo/LICENSE.pydoc.txt", "sequence_length": 16,

@@ -16,11 +16,11 @@ from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.training import monitor as metrics
-from finermoe_jax.training.monitor import Watch, check, load_of, read_steps
+from finermoe_jax.training.monitor import Telemetry, check, load_of, read_steps
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
-from finermoe_jax.weights.checkpoint import load_model
+from finermoe_jax.weights.source import load_model
 from tests.support import load_preset
 from tests.support.training import tiny_run
 
@@ -53,16 +53,16 @@ def test_ranges_that_are_none_are_refused(text):
 def test_steps_that_are_not_run_and_missing_packages_are_named(monkeypatch):
     assert read_steps("") is None and read_steps("4:9") == (4, 9)
     with pytest.raises(InputError, match="0:4: this run makes steps 1 to 10"):
-        check(Watch(profile_steps=(0, 4)), steps=10)
+        check(Telemetry(profile_steps=(0, 4)), steps=10)
     with pytest.raises(InputError, match="9:11: this run makes steps 1 to 10"):
-        check(Watch(profile_steps=(9, 11)), steps=10)
+        check(Telemetry(profile_steps=(9, 11)), steps=10)
     with pytest.raises(InputError, match="--peak_tflops=0 must be positive"):
-        check(Watch(peak_flops=0.0), 10)
+        check(Telemetry(peak_flops=0.0), 10)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--tensorboard needs tensorboardX.*finermoe-jax\[tens"):
-        check(Watch(tensorboard=True), 10)
+        check(Telemetry(tensorboard=True), 10)
     with pytest.raises(InputError, match=r"--wandb=mine needs wandb.*'finermoe-jax\[wandb\]'"):
-        check(Watch(wandb="mine"), 10)
+        check(Telemetry(wandb="mine"), 10)
 
 
 def test_a_resumed_run_drops_later_records_and_json_knows_no_nan(tmp_path):
@@ -91,7 +91,9 @@ def test_speed_is_of_the_whole_interval_without_its_pauses(tmp_path, monkeypatch
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, steps=5, log_every=2)
     )
-    monitor = metrics.Monitor(tmp_path, config, config.model, Watch(peak_flops=1e9), 0, devices=2)
+    monitor = metrics.Monitor(
+        tmp_path, config, config.dense, Telemetry(peak_flops=1e9), 0, devices=2
+    )
     values = {"loss": np.float32(np.nan), "expert_tokens": np.zeros((0, 0), int)}
     values["tokens"] = 16 * 256
 
@@ -114,7 +116,7 @@ def test_speed_is_of_the_whole_interval_without_its_pauses(tmp_path, monkeypatch
         assert line["step_seconds"] == pytest.approx(3) and line["pause_seconds"] == pause
         assert line["input_seconds"] == pytest.approx(0.5)
         assert line["tokens_per_second"] == pytest.approx(speed)
-        mfu = speed * training_flops(config.model, 256) / 2e9
+        mfu = speed * training_flops(config.dense, 256) / 2e9
         assert line["mfu"] == pytest.approx(mfu)
     assert not (tmp_path / "expert_load.jsonl").exists()
 
@@ -136,7 +138,7 @@ class Run:
             prompt_tokens=2,
             data=dataclasses.replace(tiny.data, sequence_length=32),
         )
-        everything = Watch(True, "test", profile_steps=(3, 4), peak_flops=1e12)
+        everything = Telemetry(True, "test", profile_steps=(3, 4), peak_flops=1e12)
         finished = metrics.Monitor.step
 
         def step(monitor, number, values):

@@ -14,6 +14,7 @@ from finermoe_jax.analysis.params import run_model
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kind_of, kinds
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, round_at_random
 from finermoe_jax.training.plot import read_lines
@@ -24,6 +25,7 @@ from tests.support import load_preset
 from tests.support.training import assert_same_steps, demo_run, small_run, take_steps
 
 ADAFACTOR = OptimizerConfig(name="adafactor", learning_rate=1e-2, warmup_fraction=0.0)
+KINDS = {("weight",): kind_of(("vocab", "embed")), ("scale",): kind_of(("norm",))}
 
 
 def test_rows_and_columns_are_split_as_their_parameter():
@@ -32,7 +34,7 @@ def test_rows_and_columns_are_split_as_their_parameter():
     model = with_shapes(run_model(config))
     shardings, _ = sharding.param_shardings(model, mesh)
     params = abstract_params(model.config, "bfloat16", shardings)
-    state = abstract_optimizer(optimizer(ADAFACTOR, 10), params, shardings, mesh)
+    state = abstract_optimizer(optimizer(ADAFACTOR, 10, kinds(model)), params, shardings, mesh)
     factored = next(
         leaf
         for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "v_row"))
@@ -71,7 +73,7 @@ def test_the_step_is_adafactors():
     w, g = (rng.standard_normal((200, 300)).astype(np.float32) for _ in range(2))
     g *= 1e-3
     config = dataclasses.replace(ADAFACTOR, clip_norm=1e6, weight_decay=0.1)
-    tx = optimizer(config, 10)
+    tx = optimizer(config, 10, KINDS)
     params = {"weight": jnp.asarray(w)}
     updates, _ = tx.update({"weight": jnp.asarray(g)}, tx.init(params), params)
     square = g.astype(np.float64) ** 2
@@ -90,7 +92,7 @@ def test_the_step_is_adamws():
     rng = np.random.default_rng(0)
     exact = {"weight": rng.standard_normal((5, 7)), "scale": rng.standard_normal(7)}
     params = {name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
-    tx = optimizer(config, 3)
+    tx = optimizer(config, 3, KINDS)
     state = tx.init(params)
     means = {name: (0.0, 0.0) for name in exact}
     for step, size in enumerate((0.01, 1.0, 30.0)):  # the last two are clipped
@@ -142,9 +144,9 @@ def test_float32_weights_are_updated_as_by_optax():
 
 def test_the_first_moment_in_bfloat16():
     config = OptimizerConfig(moment_dtype="bfloat16")
-    params = {"w": jnp.ones(3)}
-    (adam, *_), *_ = optimizer(config, 10).init(params)[1:]
-    assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (jnp.bfloat16, jnp.float32)
+    params = {"weight": jnp.ones(3)}
+    (adam, *_), *_ = optimizer(config, 10, KINDS).init(params)[1:]
+    assert (adam.mu["weight"].dtype, adam.nu["weight"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
 @pytest.mark.slow
@@ -169,7 +171,7 @@ def test_a_lean_run_resumes(tmp_path):
 
 
 def test_unknown_optimizers_are_refused():
-    from finermoe_jax.config.run import default_config, run_config
+    from finermoe_jax.config.parse import default_config, run_config
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"

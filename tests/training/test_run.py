@@ -22,9 +22,10 @@ from finermoe_jax.data.rows import Mixture, Packed
 from finermoe_jax.data.token_files import TokenStream
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
-from finermoe_jax.moe.routing import load_balancing_loss
+from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.monitor import MEASURED
 from finermoe_jax.training.optimizer import decayed, learning_rate
@@ -253,7 +254,9 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
 
 
 def test_norms_and_biases_are_not_decayed():
-    flags = nnx.traversals.flatten_mapping(decayed(nnx.to_pure_dict(nnx.state(mixture_model()))))
+    model = mixture_model()
+    flags = decayed(nnx.to_pure_dict(nnx.state(model)), kinds(model))
+    flags = nnx.traversals.flatten_mapping(flags)
     kept = {"/".join(map(str, path[3:])) for path, flag in flags.items() if not flag}
     kept.discard("")
     assert kept == {

@@ -17,9 +17,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.weights.checkpoint import open_model
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import open_hf
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycle_weights
 from tests.support.mutations import INDEX, SINGLE, SOURCES, changed, damaged
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.published import QWEN2P5
+from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.model.decoder import parameter_shapes
 from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
 from finermoe_jax.weights.hf_names import parts

@@ -24,10 +24,11 @@ from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_shapes
 from finermoe_jax.weights import integrity, lazy
 from finermoe_jax.weights import orbax_files as lazy_checkpoint
 from finermoe_jax.weights import safetensors_files as tensor_files
-from finermoe_jax.weights.checkpoint import open_model, read_model, write_checkpoint
+from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_names import parts
 from finermoe_jax.weights.integrity import write_checksums
 from finermoe_jax.weights.safetensors_files import Entry, write_tensors
+from finermoe_jax.weights.source import open_model, read_model
 from tests.support import SMALL
 
 MOE = fm.MoEConfig(4, 2, 1, 2, 1)

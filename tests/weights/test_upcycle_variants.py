@@ -11,15 +11,16 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.config.architectures import ARCHITECTURES
-from finermoe_jax.config.model import MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.presets import ARCHITECTURES
 from finermoe_jax.config.run import DataConfig, MeshConfig
+from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder, parameter_shapes
 from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.runtime.files import find
-from finermoe_jax.training.initial import fresh_start
+from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.step import rebuild
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights import upcycle_variants as starts
@@ -167,7 +168,7 @@ def test_a_runs_seed_draws_what_is_new_and_nothing_else():
     def placed(seed, **changes):
         config = dataclasses.replace(load_preset("demo"), **changes)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        start = fresh_start(config)
+        start = initial_model(config)
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         params = start.place(sharding.param_shardings(start.model, mesh)[0])
         return nnx.traversals.flatten_mapping(jax.device_get(params))
@@ -178,7 +179,7 @@ def test_a_runs_seed_draws_what_is_new_and_nothing_else():
 
     assert changed() == {"router", "shared_gate"}
     model = dataclasses.replace(SMALL, vocab_size=2048, num_hidden_layers=1)
-    scratch = dict(init_from="", moe=None, model=model)
+    scratch = dict(init_from="", moe=None, dense=model)
     scratch["data"] = DataConfig(path="x", tokenizer="demo/model", global_batch_size=1)
     assert {"weight", "query", "gate", "down"} <= changed(**scratch)
 

@@ -140,8 +140,8 @@ def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
     with pytest.raises(fm.InputError, match="stores float32, not bfloat16"):
         verify(str(UNTIED), target, "orbax", MOE, dtype="bfloat16")
     start = fm.UpcycleConfig(drop_ratio=0.5)
-    convert(str(UNTIED), tmp_path / "dropped", "orbax", MOE, start=start, seed=1)
-    report = verify(str(UNTIED), tmp_path / "dropped", "orbax", MOE, start=start, seed=1)
+    convert(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
+    report = verify(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
     assert (report.anew, report.drawn) == (2 * 12 + 3 + 2 * 32 * 3, 4)
 
 
@@ -252,7 +252,7 @@ def test_a_product_that_does_not_fit_the_dtype_is_refused(tmp_path, moe, start, 
     tensors[f"model.layers.1.{name}.weight"][3, 5] = 40000
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(fm.InputError, match=rf"multiplied by {factor} and hold 4.*largest float16"):
-        convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1)
+        convert(str(folder), tmp_path / "out", "orbax", moe, upcycling=start, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
-    convert(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1, dtype="float32")
-    verify(str(folder), tmp_path / "out", "orbax", moe, start=start, seed=1, dtype="float32")
+    convert(str(folder), tmp_path / "out", "orbax", moe, upcycling=start, seed=1, dtype="float32")
+    verify(str(folder), tmp_path / "out", "orbax", moe, upcycling=start, seed=1, dtype="float32")

@@ -360,6 +360,19 @@ class FineRMoePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
+def texts_apart(attention_mask, position_ids, cache):
+    """`packed_texts` of position_ids where there is no mask; None for one text a row."""
+    texts = None
+    if attention_mask is None and position_ids is not None:
+        texts = packed_texts(position_ids)
+    if texts is not None and cache is not None:
+        raise ValueError(
+            "position_ids start again, so that the row holds several texts, which a cache "
+            "cannot keep apart: leave out past_key_values, or give an attention_mask"
+        )
+    return texts
+
+
 class FineRMoeModel(FineRMoePreTrainedModel):
     """The decoder without lm_head."""
 
@@ -412,14 +425,7 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         cache = past_key_values
         past = int(cache.get_seq_length()) if cache is not None else 0
         check_mask(attention_mask, len(x), x.shape[1], past)
-        texts = None
-        if attention_mask is None and position_ids is not None:
-            texts = packed_texts(position_ids)
-        if texts is not None and cache is not None:
-            raise ValueError(
-                "position_ids start again, so that the row holds several texts, which a cache "
-                "cannot keep apart: leave out past_key_values, or give an attention_mask"
-            )
+        texts = texts_apart(attention_mask, position_ids, cache)
         recompute = self.gradient_checkpointing and self.training
         if recompute or texts is not None:
             cache = None

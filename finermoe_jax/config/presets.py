@@ -1,8 +1,10 @@
-"""Every architecture of the paper, by name: what `--config=configs/NAME.py:ARCHITECTURE` picks.
+"""What presets are made of: every architecture of the paper by name, and dense shapes of Qwen's.
+
+`--config=configs/NAME.py:ARCHITECTURE` picks one.
 
 An architecture is a set of changes to MoEConfig's and UpcycleConfig's defaults, which are the
-published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). A
-start changes the upcycling alone, and a recipe the training alone; they are combined with an
+published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). Another
+upcycling may be chosen alone, and a recipe the training alone; they are combined with an
 architecture, or with the preset's own, by "+": `c32a2+lean`. docs/architectures.md describes them.
 """
 
@@ -11,7 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finermoe_jax.config.model import PUBLISHED_START, MoEConfig, UpcycleConfig
+from finermoe_jax.config.model import ModelConfig, MoEConfig
+from finermoe_jax.config.parse import default_config
+from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, near_misses
 
 
@@ -21,7 +25,7 @@ class Architecture:
 
     about: str
     moe: MoEConfig | None
-    upcycle: UpcycleConfig = PUBLISHED_START
+    upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
 
 
 def _moe(g_i: int, g_o: int, r_i: int, r_o: int, t_i: int = 1, *, shared: bool = True) -> MoEConfig:
@@ -81,23 +85,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-# A start that goes with every architecture that has a shared expert.
-STARTS: Mapping[str, Mapping[str, Any]] = {
+# Another upcycling, that goes with every architecture that has a shared expert.
+UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "function_preserving": dict(function_preserving=True),
 }
 
 
+# The least memory that a weight takes: bfloat16, with Adafactor's factored second moments.
+LEAN_STATE: Mapping[str, Mapping[str, Any]] = {
+    "optimizer": dict(name="adafactor", moment_dtype="float32"),
+    "train": dict(param_dtype="bfloat16"),
+}
+
+
 def _lean(config: Any) -> None:
-    config.optimizer.name = "adafactor"
+    """For one device of 16 GB: one short sequence a step, so that no gradients are summed."""
+    for group, values in LEAN_STATE.items():
+        config[group].update(values)
     config.data.global_batch_size = 1
     config.data.sequence_length = min(config.data.sequence_length, 2048)
-    config.train.update(
-        param_dtype="bfloat16", remat="full", grad_accumulation=1, loss_chunk_tokens=512
-    )
+    config.train.update(remat="full", grad_accumulation=1, loss_chunk_tokens=512)
 
 
-# "lean" is for one device of 16 GB: Adafactor, bfloat16 weights, one sequence of at most 2048
-# tokens a step, so that no gradients are summed in float32.
 RECIPES = {"lean": _lean}
 
 
@@ -116,11 +125,11 @@ def architecture(name: str) -> Architecture:
                 "G_I,G_O,R_I,R_O[,T_I]"
             )
         return Architecture("", _moe(*numbers))
-    known = (*ARCHITECTURES, *STARTS, *RECIPES)
+    known = (*ARCHITECTURES, *UPCYCLE_VARIANTS, *RECIPES)
     raise InputError(
         f"unknown variant {name!r}. {near_misses(name, known)} Four or five numbers are "
         "G_I,G_O,R_I,R_O[,T_I]; + combines an architecture with "
-        f"{' and '.join((*STARTS, *RECIPES))}."
+        f"{' and '.join((*UPCYCLE_VARIANTS, *RECIPES))}."
     )
 
 
@@ -132,12 +141,12 @@ def apply_variant(config: Any, variant: str) -> None:
     for two architectures in one variant.
     """
     chosen: list[str] = []
-    starts: list[Mapping[str, Any]] = []
+    changes: list[Mapping[str, Any]] = []
     for name in variant.split("+") if variant else ():
         if name in RECIPES:
             RECIPES[name](config)
-        elif name in STARTS:
-            starts.append(STARTS[name])
+        elif name in UPCYCLE_VARIANTS:
+            changes.append(UPCYCLE_VARIANTS[name])
         else:
             architecture(name)
             chosen.append(name)
@@ -149,5 +158,54 @@ def apply_variant(config: Any, variant: str) -> None:
         one = architecture(chosen[0])
         config.moe = one.moe and type(config)(dataclasses.asdict(one.moe), type_safe=False)
         config.upcycle.update(dataclasses.asdict(one.upcycle))
-    for start in starts:
-        config.upcycle.update(start)
+    for change in changes:
+        config.upcycle.update(change)
+
+
+# --- dense models and the paper's recipe ----------------------------------------------------
+
+_QWEN: Any = dict(rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
+
+QWEN2P5 = {
+    "0.5B": ModelConfig(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "1.5B": ModelConfig(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN,
+    ),
+    "7B": ModelConfig(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False, **_QWEN,
+    ),
+}  # fmt: skip
+
+# Not of the paper.
+QWEN3 = {
+    "0.6B": ModelConfig(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        attention_bias=False, qk_norm=True, **_QWEN | {"max_position_embeddings": 40960},
+    ),
+}  # fmt: skip
+
+# Global batch 2048 sequences of 8192 tokens, 50 B tokens.
+_STEPS = round(50e9 / (2048 * 8192))
+
+
+def qwen_config(name: str, variant: str) -> Any:
+    """The run that made FineRMoE from a dense model: name is Qwen2.5-0.5B, or Qwen3-0.6B.
+
+    Granularities, optimizer, schedule and batch are the defaults (config/run.py, Table 5).
+    `apply_variant` says what variants there are.
+    """
+    family, size = name.split("-")
+    shape = dataclasses.asdict({"Qwen2.5": QWEN2P5, "Qwen3": QWEN3}[family][size])
+    del shape["moe"]
+    config = default_config()
+    config.init_from = f"Qwen/{name}"
+    config.dense = type(config)(shape)
+    config.train.update(steps=_STEPS, grad_accumulation=64)
+    apply_variant(config, variant)
+    return config

@@ -1,0 +1,254 @@
+"""A run's checkpoints: saved while training goes on, the newest few kept; saves that fail."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from finermoe_jax.errors import RunEnded, first_line
+from finermoe_jax.model.decoder import Decoder, parameter_kinds
+from finermoe_jax.runtime import disk, distributed
+from finermoe_jax.runtime.json_files import read_json
+from finermoe_jax.weights import lazy, orbax_files
+from finermoe_jax.weights.checkpoint import (
+    ASYNC,
+    CONFIG,
+    OPTIMIZER,
+    PARAMS,
+    TOKENIZER,
+    TokenizerSave,
+    described,
+    durable,
+    handlers,
+    readable,
+)
+from finermoe_jax.weights.integrity import saved_steps
+from finermoe_jax.weights.orbax_files import save_errors
+
+
+class TrainingCheckpoints:
+    """A workdir's checkpoints/, through Orbax's manager: asynchronous, the newest few kept.
+
+    With keep_best, as many more are kept: those saved with the lowest held-out loss.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_best: int = 0):
+        self.directory, self.keep_best = directory.absolute(), keep_best
+        self.arrays = orbax_files.ArrayHandler()
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=_held_out_loss,
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                cleanup_tmp_directories=True,
+                best_fn=_held_out_loss if keep_best else None,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                async_options=ASYNC,
+                temporary_path_class=durable(),
+            ),
+            item_handlers={
+                **handlers(self.arrays),
+                OPTIMIZER: orbax_files.handler(self.arrays),
+            },
+        )
+        self.saves = Saves(self.directory)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step; None in a new workdir."""
+        return self.manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step kept with the lowest held-out loss; None without keep_best."""
+        return self.manager.best_step() if self.keep_best else None
+
+    def save(
+        self,
+        step: int,
+        model: Decoder,
+        params: dict,
+        optimizer: Any,
+        tokenizer: Path | None,
+        loss: float | None = None,
+        logged: Mapping[str, int] | None = None,
+    ) -> None:
+        """Starts a save of this step; training may go on while it is written.
+
+        It counts as saved when `wait` returns: then a power cut cannot take it away, and older
+        ones may be removed.
+
+        `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
+        the bytes of each log up to this step (`logged_bytes`).
+
+        Raises RunEnded when the disk has no room for it, or when the save before has failed.
+        """
+        if step in self.manager.all_steps():
+            return
+        self.wait()
+        self.saves.refuse_full(step, params, optimizer)
+        config = described(model.config, model.dtype, model.embed.weight.dtype)
+        items = {
+            CONFIG: ocp.args.JsonSave(config | {"step": step, "logged": dict(logged or {})}),
+            PARAMS: ocp.args.PyTreeSave(params, save_args=_chunks(model, params)),
+            TOKENIZER: TokenizerSave(tokenizer),
+            OPTIMIZER: ocp.args.PyTreeSave(optimizer),
+        }
+        metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
+        with self.saves.saving():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(**items),
+                metrics=metrics if self.keep_best else None,
+            )
+
+    def check(self) -> None:
+        """Raises RunEnded when the save in progress has failed; costs nothing."""
+        self.saves.check()
+
+    def wait(self) -> None:
+        """Until the save in progress is complete; raises as `save` does."""
+        try:
+            with self.saves.saving():
+                self.manager.wait_until_finished()
+        finally:
+            self.arrays.settle()
+
+    def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
+        """Weights and optimizer state of a step, onto the shardings that the targets carry.
+
+        Raises InputError when it cannot be read.
+        """
+        directory = self.directory / str(step)
+        with readable(directory):
+            return (
+                orbax_files.restore(directory / PARAMS, params),
+                orbax_files.restore(directory / OPTIMIZER, optimizer),
+            )
+
+    def close(self) -> None:
+        """Waits for a save in progress; raises as `save` does, once."""
+        try:
+            if not self.saves.failures:
+                self.wait()
+        finally:
+            self.arrays.settle()
+            # After a failure the manager waits for the other processes' parts, which never come.
+            if not self.saves.failures or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the failure, once more
+                    self.manager.wait_until_finished()
+                self.manager.close()
+            self.saves.close()
+
+
+def _held_out_loss(metrics: dict[str, float]) -> float:
+    """What checkpoints are ranked by; those without, or whose loss is NaN, come last."""
+    loss = metrics.get("loss", math.inf)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _chunks(model: Decoder, params: dict) -> Any:
+    """How the arrays of weights are cut on the disk."""
+    kinds = parameter_kinds(model.config)
+
+    def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+        # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
+        # cuts these axes to the last row whatever the size: that is one expert.
+        bank = kinds[tuple(key.key for key in path)].bank
+        outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
+        return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
+
+    return jax.tree_util.tree_map_with_path(chunks, params)
+
+
+def logged_bytes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
+    logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
+    return logged if isinstance(logged, dict) else {}
+
+
+class Saves:
+    """A run's saves: those that failed, and whether the disk has room for the next."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._open = contextlib.ExitStack()
+        self.failures = self._open.enter_context(save_errors())
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._open.close()
+
+    def refuse_full(self, step: int, *trees: Any) -> None:
+        """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
+        leaves = jax.tree.leaves(trees)
+        size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
+        if known := saved_steps(self.directory):
+            newest = list((self.directory / str(known[-1])).rglob("*"))
+            size, files = sum(path.stat().st_size for path in newest), len(newest)
+        full = not disk.has_room(self.directory, size, files)
+        if distributed.exchange("full" if full else "")[0]:
+            raise RunEnded(
+                f"step {step} is not saved: a checkpoint needs about {disk.text(size)} and {files} "
+                f"files, and {self._full()}"
+            )
+
+    def check(self) -> None:
+        """Raises RunEnded once a save has failed."""
+        if self.failures:
+            raise self._ended(self.failures[0])
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
+        try:
+            yield
+        except RunEnded:
+            raise
+        except Exception as error:
+            self.failures.append(error)
+            raise self._ended(error) from error
+
+    @contextlib.contextmanager
+    def ending_when_full(self) -> Iterator[None]:
+        """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
+        try:
+            yield
+        except RunEnded:
+            raise
+        except Exception as error:
+            if disk.is_full(error):
+                raise self._ended(error) from error
+            raise
+
+    def _ended(self, error: Exception) -> RunEnded:
+        if disk.is_full(error):
+            return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
+        return RunEnded(
+            f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
+            f"{self._complete()}. Mend that, then run the same command again",
+            alone=True,
+        )
+
+    def _full(self) -> str:
+        return (
+            f"the disk of {self.directory} is full, {disk.free_text(self.directory)}. "
+            f"{self._complete()}. Make room, then run the same command again"
+        )
+
+    def _complete(self) -> str:
+        known = saved_steps(self.directory)
+        return (
+            f"Steps there are complete: {', '.join(map(str, known))}"
+            if known
+            else ("No step there is complete")
+        )

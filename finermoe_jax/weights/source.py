@@ -1,0 +1,161 @@
+"""A model wherever it lies: a checkpoint of ours, a workdir, a Hugging Face directory, the Hub."""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.data.tokenizers import end_tokens, load_tokenizer
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers import cpu
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime.files import State, state
+from finermoe_jax.runtime.json_files import read_json
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.weights import lazy
+from finermoe_jax.weights.checkpoint import (
+    NOT_READ,
+    PARAMS,
+    TOKENIZER,
+    assembled,
+    open_checkpoint,
+    readable,
+    steps_of,
+    whole_checkpoint,
+)
+from finermoe_jax.weights.hf_weights import open_hf, resolve_source, stored_dtypes
+from finermoe_jax.weights.integrity import TRIES, in_training, saved_steps
+from finermoe_jax.weights.lazy import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model wherever it lies, not read yet.
+
+    dtype is the activations', stored are the dtypes of the weights as they lie there; files is
+    where its tokenizer is; states are those of the files that hold the weights and, of a
+    checkpoint, the tokenizer.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    dtype: jnp.dtype
+    stored: list[str]
+    files: Path
+    states: dict[Path, State]
+
+    def refuse_changed(self) -> None:
+        """Raises InputError where a file is not what it was when the source was opened.
+
+        For whoever has read for a long time: only blocks read before are known to be right.
+        """
+        for path, before in self.states.items():
+            if not path.is_file():
+                raise InputError(
+                    f"{path} was removed while it was read: leave the source alone. Of a run in "
+                    "training take a copy of one checkpoint"
+                )
+            if state(path) != before:
+                raise InputError(f"{path} was changed while it was read: leave the source alone")
+
+
+def _is_hf(directory: Path) -> bool:
+    """Whether this is a Hugging Face directory. A workdir has a config.json, too, and a Hugging
+    Face directory may hold a trainer's checkpoints/."""
+    if any(directory.glob("*.safetensors")):
+        return True
+    if not (directory / "checkpoints").is_dir():
+        return (directory / "config.json").is_file()
+    with contextlib.suppress(InputError):
+        return "model_type" in read_json(directory / "config.json")
+    return False
+
+
+def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> ModelSource:
+    """The model of a checkpoint, a workdir, a HF directory or a hub id.
+
+    dtype is the weights'; None keeps it. Raises InputError when there is none, or it is damaged.
+    """
+    path = local(path)
+    place = Path(path).absolute()
+    if not place.exists() or _is_hf(place):
+        directory = resolve_source(path)
+        states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
+        config, weights = open_hf(directory, dtype)
+        dtype = weights["embed", "weight"].dtype
+        return ModelSource(config, weights, dtype, stored_dtypes(directory), directory, states)
+    return in_training(steps_of(place), lambda: _open_checkpoint(place, dtype))
+
+
+def _open_checkpoint(path: Path, dtype: DTypeLike | None) -> ModelSource:
+    step = whole_checkpoint(path, NOT_READ)
+    files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+    with readable(step):
+        states = {file: state(file) for file in files if file.is_file()}
+    config, weights, activations, stored = open_checkpoint(step)
+    weights = lazy.cast(weights, dtype)
+    return ModelSource(config, weights, jnp.dtype(activations), [stored], step / TOKENIZER, states)
+
+
+def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
+    """The model of a checkpoint, a workdir, a HF directory or a hub id, and its tokenizer's place.
+
+    A HF model's float16 or bfloat16 weights stay as stored; on a CPU, activations are float32,
+    since products of few bfloat16 rows run far below the memory's bandwidth there.
+    """
+
+    def load() -> tuple[Decoder, Path]:
+        source = open_model(path)
+        model = _read_model(source, path)
+        source.refuse_changed()  # the caller reads the tokenizer
+        return model, source.files
+
+    return in_training(steps_of(Path(local(path))), load)
+
+
+def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+    """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`.
+
+    Where a run in training has removed that meanwhile, its newest checkpoint is read.
+    """
+    for _ in range(TRIES):
+        try:
+            return _read_model(source, path, mesh)
+        except InputError:
+            if all(file.exists() for file in source.states):
+                raise
+        if not saved_steps(steps_of(Path(local(path)))):
+            break
+        source = open_model(path, source.weights["embed", "weight"].dtype)
+    source.refuse_changed()
+    raise AssertionError("a file of the source was missing and is there again")
+
+
+def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+    dtype = cpu.activation_dtype(source.dtype)
+    with readable(Path(path)):
+        return assembled(source.config, source.weights, dtype, mesh)
+
+
+def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, frozenset[int]]:
+    """A model that is not read yet, its tokenizer, and the tokens that end a text.
+
+    path is a checkpoint, a workdir, a HF directory or a hub id. Raises InputError as `open_model`
+    and `load_tokenizer` do.
+    """
+
+    def load() -> tuple[ModelSource, Any, frozenset[int]]:
+        source = open_model(path)
+        vocab_size = source.config.vocab_size
+        tokenizer = load_tokenizer(source.files, vocab_size)
+        ends = end_tokens(source.files, tokenizer, vocab_size)
+        source.refuse_changed()  # a file that was removed says nothing, and may not be missed
+        return source, tokenizer, ends
+
+    return in_training(steps_of(Path(local(path))), load)
