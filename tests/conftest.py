@@ -1,8 +1,12 @@
 """Strict tests: several CPU devices, no silent rank promotion, shapes in signatures checked."""
 
 import atexit
+import collections
+import ctypes
+import gc
 import itertools
 import os
+import resource
 import shutil
 import tempfile
 import typing
@@ -61,6 +65,19 @@ pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that no worker waits for another one's last."""
+    slow = collections.Counter(each.path for each in items if each.get_closest_marker("slow"))
+    items.sort(key=lambda each: -slow[each.path])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped_after_a_file():
+    """They are most of a worker's memory."""
+    yield
+    _drop_compiled_programs()
+
+
 @pytest.fixture(autouse=True)
 def compiled_programs_are_dropped():
     """Every program that JAX keeps takes some maps of memory, and Linux gives a process 65530.
@@ -68,11 +85,18 @@ def compiled_programs_are_dropped():
     Beyond them XLA cannot load another one, and the exception that says so can crash the process.
     """
     yield
-    if next(_tests) % 5 == 0 and _maps() > 30000:
-        jax.clear_caches()
+    if next(_tests) % 5 == 0 and (_maps() > 30000 or _resident_bytes() > 1 << 30):
+        _drop_compiled_programs()
 
 
 _tests = itertools.count(1)
+
+
+def _drop_compiled_programs():
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _maps():
@@ -80,4 +104,12 @@ def _maps():
         with open("/proc/self/maps", "rb") as lines:
             return sum(1 for _ in lines)
     except OSError:  # not Linux
+        return 0
+
+
+def _resident_bytes():
+    try:
+        with open("/proc/self/statm") as pages:
+            return int(pages.read().split()[1]) * resource.getpagesize()
+    except OSError:
         return 0

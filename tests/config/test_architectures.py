@@ -152,6 +152,7 @@ def _upcycled(name, dense):
     return fm.upcycle_model(fm.load_hf(dense), one.moe, jax.random.key(0), one.upcycle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["c32a2", "du", "nvshard", "no_fg", "separate_routers", "add_concat_proj"]
 )

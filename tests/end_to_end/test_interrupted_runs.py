@@ -370,6 +370,7 @@ def _assert_bits(ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "bfloat16")])
 def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
     token = 63
@@ -383,6 +384,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
     assert np.isfinite(without[0]["lm_head"]["weight"].astype("float32")).all()
 
 
+@pytest.mark.slow
 def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
     """The first token of a batch says which of the three is infinite; the others are finite."""
 

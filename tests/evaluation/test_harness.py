@@ -156,6 +156,7 @@ def test_weights_that_are_not_numbers(harness):
         score(damaged, [Continuation([1, 2], [3])])
 
 
+@pytest.mark.slow
 def test_generate_until(harness, tokenizer, capsys):
     prompt, settings = "The following example shows", dict(do_sample=False, max_gen_toks=12)
     ids = np.asarray([tokenizer.encode(prompt)])

@@ -73,6 +73,7 @@ def check_greedy(model, prompt, made):
     np.testing.assert_array_equal(best[len(prompt) - 1 :][: len(made)], made)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_whole_sequences(model):
     rows = prompts([3, 11, 1, 7])
     new = []
@@ -88,6 +89,7 @@ def test_greedy_tokens_are_those_of_whole_sequences(model):
     np.testing.assert_array_equal(alone, new[0][1])
 
 
+@pytest.mark.slow
 def test_stored_in_bfloat16(model):
     # Decoding multiplies in float32, as whole sequences do here: the weights are what is rounded.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(model)))
@@ -97,6 +99,7 @@ def test_stored_in_bfloat16(model):
     check_greedy(rounded, row, made)
 
 
+@pytest.mark.slow
 def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
     def run(length, new, **settings):
         list(generation.stream(model, [prompts([length])[0]], None, new, Sampling(**settings)))
@@ -111,6 +114,7 @@ def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
     assert sizes == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1024]
 
 
+@pytest.mark.slow
 def test_the_cache_is_written_in_place(model):
     graphdef, state = nnx.split(model)
     cache = generation.init_cache(CONFIG, 1, 32, model.dtype)
@@ -205,6 +209,7 @@ def test_experts_of_a_stack(implementation, sizes):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8(model):
     small = int8_weights(model)
     row = prompts([9])[0]
@@ -322,6 +327,7 @@ def writer(tokenizer):
     return Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(2))
 
 
+@pytest.mark.slow
 def test_pieces_stop_strings_and_batches(writer, tokenizer):
     texts = ["Return the", "def main(argv):\n    return 0", "list of"]
     new = 16
@@ -393,6 +399,7 @@ def test_a_first_word_keeps_its_space():
     assert text.add(5) == " Paris" and text.rest() == ""
 
 
+@pytest.mark.slow
 def test_on_a_mesh(model):
     """Experts, weights and rows spread over devices: the tokens of one device."""
     rows = prompts([3, 11, 1, 7])

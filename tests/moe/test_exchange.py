@@ -106,6 +106,7 @@ def _unspecified_backward(saved, dy):
 _unspecified_ffn.defvjp(lambda *a: (_unspecified_ffn(*a), a), _unspecified_backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (2, 1, 4, 1)])
 def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
     """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,

@@ -383,6 +383,7 @@ def test_settings_and_config_agree_on_the_sizes():
     assert dataclasses.replace(config, shared_expert_intermediate_size=None) == config
 
 
+@pytest.mark.slow
 def test_a_subclass_of_the_layer_serves_a_whole_model():
     """One candidate group with twice the copies is the same selection as a slot's best expert."""
 

@@ -6,15 +6,14 @@ import random
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.launchers import find_launch, open_mpi_address, slurm_address
 from finermoe_jax.runtime.rendezvous import Member
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 SLURM = {
     "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0",

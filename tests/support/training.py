@@ -59,7 +59,8 @@ def take_steps(config: RunConfig, mesh_config, count=3):
     model.placement = Placement(mesh)
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
-    params = jax.device_put(nnx.to_pure_dict(state), shardings)
+    # From the host: arrays of one device would be cut by programs, each of which is compiled.
+    params = jax.device_put(jax.device_get(nnx.to_pure_dict(state)), shardings)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
     route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)

@@ -51,10 +51,12 @@ def one_device():
     return take_steps(small_run(8), MeshConfig(1, 1, 1, 1), 20)
 
 
+@pytest.mark.slow
 def test_loss_falls(one_device):
     assert one_device[0][-1, 0] < one_device[0][0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -71,6 +73,7 @@ def test_every_mesh_gives_one_devices_result(mesh, one_device):
     assert_same_steps(take_steps(small_run(8), mesh, 20), one_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "mesh", "remat"),
     [(4, MeshConfig(1, 1, 1, 1), "none"), (2, MeshConfig(1, 2, 2, 2), "full")],
@@ -81,11 +84,13 @@ def test_accumulation_equals_the_large_batch(parts, mesh, remat, one_device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_recomputation_changes_nothing(remat, one_device):
     assert_same_steps(take_steps(small_run(8, remat=remat), MeshConfig(1, 1, 1, 1)), one_device)
 
 
+@pytest.mark.slow
 def test_chunked_loss_is_the_plain_cross_entropy():
     model, batch = mixture_model(), random_tokens(3)
     out = model(batch[:, :-1])
@@ -99,6 +104,7 @@ def test_chunked_loss_is_the_plain_cross_entropy():
         np.testing.assert_allclose(total, jnp.where(mask, nll, 0).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_exist_for_one_chunk_only():
     """Forward and backward: no buffer of the program pairs more tokens with the vocabulary."""
     vocab, chunk = 997, 8
@@ -215,6 +221,7 @@ def test_windows_need_no_masks():
     assert program(Batch(tokens, jnp.ones_like(tokens))).count("\n") > plain_program.count("\n")
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(layers):
         config = dataclasses.replace(MOE, num_hidden_layers=layers)
@@ -230,6 +237,7 @@ def test_the_program_does_not_grow_with_depth():
     assert size(8) - size(4) < 0.02 * size(4)
 
 
+@pytest.mark.slow
 def test_each_layers_tokens_come_in_order_and_padding_is_not_counted():
     moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2, 5))  # runs of (moe, moe, dense)
     model = mixture_model(dataclasses.replace(SMALL, num_hidden_layers=6, moe=moe))
@@ -379,6 +387,7 @@ def test_a_foreign_directory_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone():
     """What trains has the gradients that it has anyway; the rest stands still, without moments."""
     config = small_run(8)
@@ -401,6 +410,7 @@ def test_a_frozen_backbone():
         np.testing.assert_allclose(grad, expected[path], rtol=1e-6, atol=1e-9, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_layers_written_out(one_device, remat):
     losses, *_ = take_steps(small_run(8, scan_unroll=2, remat=remat), MeshConfig(1, 1, 1, 1))
