@@ -46,7 +46,7 @@ from finermoe_jax.generation.decode import (
     layers_apart,
 )
 from finermoe_jax.generation.sampling import Sampling
-from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params
+from finermoe_jax.model.decoder import Decoder, parameter_kinds, parameter_shapes, with_params
 from finermoe_jax.runtime import host_memory
 
 PROMPT, NEW = 512, 64
@@ -155,12 +155,13 @@ class Served:
         Experts are counted as its routers choose them.
         """
         total = needed = 0
+        kinds = parameter_kinds(self.config)
         chosen = _chosen(self.graphdef, self.stacked, self.token, self.running.cache)
         own = [len(np.unique(layer)) for layer in chosen]
         for path, shape in parameter_shapes(self.config).items():
             size = int(np.prod(shape)) * self.itemsize
             total += size
-            if path[-2:] in (("moe", "gate_up"), ("moe", "down")):
+            if kinds[path].bank:
                 size = size // shape[0] // shape[1] * sum(own)
             elif path[0] == "embed" and not self.config.tie_word_embeddings:
                 size = self.batch * shape[1] * self.itemsize
@@ -173,9 +174,10 @@ class Served:
     def prefill_flops(self) -> float:
         """Of the products of a prefill: weights with the rows they meet, and attention."""
         config, moe, total = self.config, self.config.moe, 0.0
+        kinds = parameter_kinds(config)
         for path, shape in parameter_shapes(config).items():
             size = float(np.prod(shape))
-            if path[-2:] in (("moe", "gate_up"), ("moe", "down")):
+            if kinds[path].bank:
                 assert moe is not None
                 size *= moe.num_active / moe.num_experts
             total += 2 * size * self.batch * (PROMPT if path[0] == "runs" else 0)

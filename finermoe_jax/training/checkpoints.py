@@ -163,7 +163,8 @@ def _chunks(model: Decoder, params: dict) -> Any:
     def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
         # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
         # cuts these axes to the last row whatever the size: that is one expert.
-        bank = kinds[tuple(key.key for key in path)].bank
+        kind = kinds.get(tuple(key.key for key in path))
+        bank = kind is not None and kind.bank
         outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
         return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
 

@@ -118,7 +118,7 @@ def training(tmp_path):
     """The steps of a run that keeps one checkpoint, and its next save."""
     steps = tmp_path / "run" / "checkpoints"
     steps.mkdir(parents=True)
-    model = Decoder(tiny_run().model, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    model = Decoder(tiny_run().dense, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     save_checkpoint(model, steps / "1", tokenizer=find("demo/model"))
 
     def save(*_):
