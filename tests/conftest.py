@@ -85,11 +85,12 @@ def compiled_programs_are_dropped():
     Beyond them XLA cannot load another one, and the exception that says so can crash the process.
     """
     yield
-    if next(_tests) % 5 == 0 and (_maps() > 30000 or _resident_bytes() > 1 << 30):
+    if _resident_bytes() > _limit or (next(_tests) % 5 == 0 and _maps() > 30000):
         _drop_compiled_programs()
 
 
 _tests = itertools.count(1)
+_limit = 1 << 30
 
 
 def _drop_compiled_programs():
@@ -97,6 +98,9 @@ def _drop_compiled_programs():
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+    # What stays would otherwise have programs compiled anew for each test.
+    global _limit
+    _limit = max(1 << 30, _resident_bytes() + (1 << 28))
 
 
 def _maps():

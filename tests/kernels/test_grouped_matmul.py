@@ -69,14 +69,17 @@ def compute(rows, weights, sizes, cotangent, transpose=False, implementation="cp
 @pytest.mark.parametrize(
     ("name", "transpose", "dtype", "implementation"),
     [
-        pytest.param(*case, dtype, implementation, id=f"{case}-{dtype.__name__}-{implementation}")
+        pytest.param(
+            *case, dtype, implementation, id=f"{case}-{dtype.__name__}-{implementation}",
+            marks=[pytest.mark.slow] * (implementation == "gpu"),
+        )
         for implementation in IMPLEMENTATIONS
         for dtype in TOLERANCE
         for case in CASES
         # On the GPU float32 is six bfloat16 products, ten seconds each interpreted.
         if implementation != "gpu" or dtype == jnp.bfloat16 or case[0] in FEW
     ],
-)
+)  # fmt: skip
 def test_output_and_gradients(name, transpose, dtype, implementation):
     arguments = make(name, dtype, transpose)
     got = compute(*arguments, transpose, implementation)
