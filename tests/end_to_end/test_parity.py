@@ -281,6 +281,7 @@ def test_converted_there_and_back_every_tensor_is_bit_identical(name, tmp_path):
     assert read.tie_word_embeddings == name.endswith("_tied")
 
 
+@pytest.mark.slow
 def test_tied_embeddings_as_the_authors_class_ties_them():
     data = load_file(GOLDEN / "g_tied" / "golden.safetensors")
     model = fm.load_hf(GOLDEN / "g_tied")
