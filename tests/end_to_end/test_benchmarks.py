@@ -14,7 +14,7 @@ from finermoe_jax import preset
 def get_config():
     config = preset("demo")
     config.prompts = ()
-    config.model = dict(
+    config.dense = dict(
         vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0,
         rms_norm_eps=1e-6, max_position_embeddings=1024, tie_word_embeddings=True,
