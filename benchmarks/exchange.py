@@ -75,12 +75,14 @@ def main() -> None:
     """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192, help="on each device")
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--sizes", default=",".join(QWEN2P5), help="of the dense models")
+    arguments = parser.parse_args()
+    tokens, sizes = arguments.tokens, arguments.sizes.split(",")
     print("| from | devices | load | rounds | forward, values per token | forward / limit "
           "| backward / limit | padded / limit | stay | buffer / balanced |")  # fmt: skip
     print("|" + "---|" * 10)
-    for size, dense in QWEN2P5.items():
-        model = dataclasses.replace(dense, moe=MoEConfig())
+    for size in sizes:
+        model = dataclasses.replace(QWEN2P5[size], moe=MoEConfig())
         moe = model.moe
         assert moe is not None
         limit = (moe.num_active + moe.active_per_group) * model.hidden_size

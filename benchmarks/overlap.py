@@ -31,7 +31,7 @@ def products(instruction: Instruction, inside: Computation, module: Module) -> d
 
 def main() -> None:
     """Prints a line per exchange."""
-    module = parse(Path(sys.argv[1]).read_text())
+    module, found = parse(Path(sys.argv[1]).read_text()), 0
     for computation in module.computations.values():
         order = list(computation.instructions.values())
         for begin, start in enumerate(order):
@@ -41,6 +41,7 @@ def main() -> None:
             if "shard_map/while" in origin:  # a later round
                 continue
             end = next(i for i, other in enumerate(order) if start.name in other.operands)
+            found += 1
             between: dict[str, float] = {}
             for other in order[begin + 1 : end]:
                 for name, amount in products(other, computation, module).items():
@@ -50,6 +51,8 @@ def main() -> None:
             rows = "x".join(map(str, start.leaves[0].dims))
             listed = ", ".join(f"{name} {a / 1e9:,.0f} GFLOP" for name, a in between.items())
             print(f"{phase:<11} {start.opcode.removesuffix('-start')} of {rows}: {listed or '-'}")
+    if not found:
+        print("this program holds no exchange of rows")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def get_config():
 """
 SMALLEST = {
     "cpu_kernels": ["--repeats=1", "--rows=128"],
-    "exchange": ["--tokens=16"],
+    "exchange": ["--tokens=16", "--sizes=0.5B"],
     "input_pipeline": ["--tokens=2097152"],
     "outside_step": ["--config={config}", "--steps=3"],
     "overlap": ["tests/recorded/tpu.hlo"],

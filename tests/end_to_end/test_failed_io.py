@@ -39,6 +39,9 @@ def nothing_runs_on(monkeypatch):
         monkeypatch.setattr(module, hook, lambda *found: heard.append(found))
     before = set(threading.enumerate())
     yield
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("asyncio_"):  # idle: a closed loop tells it to end, and no more
+            thread.join(10)
     assert set(threading.enumerate()) <= before
     time.sleep(0.05)  # for callbacks of reads and writes that would still be in flight
     gc.collect()
@@ -62,6 +65,14 @@ def state():
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
     return with_shapes(SMALL), params, moments, jax.tree.map(target, (params, moments))
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises, also where a shell has started the tests with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -97,7 +108,7 @@ def test_many_damaged_arrays_are_one_error(state, saved, monkeypatch):
         assert "is damaged or cannot be read" in str(found.value)
 
 
-def test_an_interrupted_restore_is_interrupted(state, saved):
+def test_an_interrupted_restore_is_interrupted(interrupts, state, saved):
     def seconds():
         began = time.monotonic()
         saved.restore(1, *state[3])
@@ -209,7 +220,7 @@ def test_no_room_for_a_directory_ends_a_save_at_once(state, tmp_path, monkeypatc
         assert time.monotonic() - began < 10
 
 
-def test_an_interrupt_in_the_garbage_collector_comes_again(monkeypatch):
+def test_an_interrupt_in_the_garbage_collector_comes_again(interrupts, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
 

@@ -132,7 +132,7 @@ class Run:
         tiny = tiny_run(steps=6, eval_every=2, checkpoint_every=2, load_every=4, remat="dots")
         self.config = dataclasses.replace(
             tiny,
-            model=dataclasses.replace(tiny.model, num_hidden_layers=4),
+            dense=dataclasses.replace(tiny.dense, num_hidden_layers=4),
             moe=MoEConfig(4, 2, 1, 2, 1),
             prompts=("Return the",),
             prompt_tokens=2,
