@@ -47,7 +47,7 @@ from finermoe_jax.data.token_files import (
 from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer, vocabulary
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.files import find, make_directory
+from finermoe_jax.runtime.files import find, make_directory, sync
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
 
@@ -184,6 +184,7 @@ def _alone(target: Path) -> Iterator[None]:
         finally:
             if (target / MANIFEST).is_file():
                 lock.path.unlink(missing_ok=True)
+                sync(target)  # so that what has gone does not come back after a power cut
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:

@@ -241,6 +241,7 @@ def test_prepared_shards_are_there_before_a_manifest_names_them(disk, tmp_path):
                     assert found == stated, (number, late)
     assert len(seen) > 2
     assert disk.after(disk.moments[-1], True, "new/tokens/").items() >= _actual(target).items()
+    assert sorted(disk.late[target.stat().st_ino]) == sorted(os.listdir(target))  # removed for good
 
 
 def test_a_file_has_its_old_or_its_new_content(disk):
