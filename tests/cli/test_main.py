@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -170,3 +171,23 @@ def test_a_dense_export_says_that_nothing_was_upcycled(capsys, tmp_path):
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'hf'}\n"
     assert f"{TIED} is a dense model" in said.err and "upcycles nothing" in said.err
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("finermoe_jax.params", "params"),
+        ("finermoe_jax.aot", "aot"),
+        ("finermoe_jax.plot", "plot"),
+        ("finermoe_jax.similarity", "similarity"),
+        ("finermoe_jax.prepare_data", "prepare"),
+        ("train", "train"),
+        ("eval", "eval"),
+        ("generate", "generate"),
+        ("convert_hf", "convert"),
+    ],
+)
+def test_the_ways_in_of_before(monkeypatch, capsys, module, name):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: finermoe {name} ")

@@ -1,0 +1,6 @@
+"""`python -m finermoe_jax.plot`, which is `finermoe plot`."""
+
+from finermoe_jax.cli.main import run
+
+if __name__ == "__main__":
+    run("plot")
