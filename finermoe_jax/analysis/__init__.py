@@ -1,1 +1,1 @@
-"""What a model or a run would cost, and how alike experts are."""
+"""Costs of a model or a run before it is made; the similarity of experts."""

@@ -169,7 +169,7 @@ def _lowered(step: Step) -> Any:
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-    """What a compiled program takes of a device, in bytes."""
+    """Bytes that a compiled program takes of a device, by kind."""
     memory = compiled.memory_analysis()
     return {
         "argument_bytes": memory.argument_size_in_bytes,

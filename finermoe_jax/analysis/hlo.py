@@ -268,7 +268,7 @@ class Frame(NamedTuple):
 
 
 def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
-    """How often a loop's body runs; None: that depends on data."""
+    """Runs of a loop's body; None where that depends on data."""
     if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
@@ -295,7 +295,7 @@ def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
 
 
 def _step(body: Computation, place: int) -> int:
-    """What a loop's body adds to its counter, an entry of its tuple. XLA unrolls some by two."""
+    """The step of a loop's counter, an entry of its tuple. XLA unrolls some loops by two."""
     name, added = body.instructions[body.root].operands[place], 0
     while (found := body.instructions[name]).opcode in ("add", "copy", "bitcast"):
         numbers = [constant(operand, Frame(body, None, None)) for operand in found.operands]

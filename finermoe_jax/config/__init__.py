@@ -1,1 +1,1 @@
-"""What can be asked for: models, upcycling, runs, presets. No arrays."""
+"""Settings of models, upcycling and runs; presets. No arrays."""
