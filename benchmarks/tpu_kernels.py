@@ -102,7 +102,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                 return expert_ffn(x, gate_up, down, sizes, weight, "tpu")
 
             def backward(dy: Any, sizes: Any, *arrays: Any) -> Any:
-                return jax.vjp(lambda *a: forward(*a, sizes), *arrays)[1](dy)
+                return jax.vjp(lambda x, *a: forward(x, *a, sizes=sizes), *arrays)[1](dy)
 
             if job["kind"] == "forward":
                 function, arguments = forward, [x, gate_up, down, weight, sizes]

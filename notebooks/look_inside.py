@@ -40,6 +40,8 @@ if importlib.util.find_spec("finermoe_jax") is None:
     pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
     subprocess.run(pip, check=True)
     print("Installed. The runtime restarts; run this cell again.")
+    from IPython import get_ipython
+
     get_ipython().kernel.do_shutdown(restart=True)
 
 # %%
@@ -118,7 +120,7 @@ chosen.shape, weights.shape, probabilities.shape
 # slot's expert has more of the token's weight. From the line on, the model wrote the text itself.
 
 # %%
-hues = plt.get_cmap("tab10").colors
+hues = plt.get_cmap("tab10")(range(10))
 shown = min(len(words), 40)
 figure, panels = plt.subplots(
     slots, 1, figsize=(2.5 + 0.42 * shown, slots * (0.8 + 0.34 * layers)), layout="constrained"

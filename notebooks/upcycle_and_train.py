@@ -47,6 +47,8 @@ if importlib.util.find_spec("finermoe_jax") is None:
     pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
     subprocess.run(pip, check=True)
     print("Installed. The runtime restarts; run this cell again.")
+    from IPython import get_ipython
+
     get_ipython().kernel.do_shutdown(restart=True)
 
 # %%

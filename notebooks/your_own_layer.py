@@ -41,6 +41,8 @@ if importlib.util.find_spec("finermoe_jax") is None:
     pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
     subprocess.run(pip, check=True)
     print("Installed. The runtime restarts; run this cell again.")
+    from IPython import get_ipython
+
     get_ipython().kernel.do_shutdown(restart=True)
 
 # %%
@@ -66,6 +68,7 @@ import finermoe_jax as fm
 from finermoe_jax.data.batches import open_data, train_batches
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.evaluation.evaluate import held_out_loss
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.moe.routing import route
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.optimizer import optimizer
@@ -156,7 +159,7 @@ def fit(model: fm.Decoder) -> tuple[fm.Decoder, list[float]]:
     """The trained model, and the loss of each step."""
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
-    tx = optimizer(run.optimizer, run.train.steps)
+    tx = optimizer(run.optimizer, run.train.steps, kinds(model))
     moments = tx.init(params)
     step = jax.jit(lambda p, m, batch: train_step(graphdef, run, tx, p, m, batch))
     losses = []
