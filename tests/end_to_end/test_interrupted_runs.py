@@ -459,13 +459,17 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     assert f"resumed from step {range(0, end, 2)[-1]} of 40" in said
     counted = [m["skipped"] for m in read_lines(workdir / "metrics.jsonl")]
     assert len(counted) >= end - 1 and counted == left_out[: len(counted)]
-    # A run that is broken off between two such steps counts both as one row.
+    _counts_across_a_restart(config, tmp_path / "two", end)
+
+
+def _counts_across_a_restart(config, workdir, end):
+    """A run that is broken off between the steps end - 1 and end, both left out: two in a row."""
     shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=end - 1))
-    train(shorter, tmp_path / "two", say=silent)
-    newest = tmp_path / "two" / "checkpoints" / str(end - 1)
+    train(shorter, workdir, say=silent)
+    newest = workdir / "checkpoints" / str(end - 1)
     assert skipped_in_a_row(newest) == 1
     with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:"):
-        train(config, tmp_path / "two", say=silent, allow_changes=["train.steps"])
+        train(config, workdir, say=silent, allow_changes=["train.steps"])
     # Checkpoints of before do not tell it.
     metadata = newest / "config" / "metadata"
     values = json.loads(metadata.read_text())

@@ -163,7 +163,12 @@ def checkpointing(model, ids):
 
 
 def trainer(directory):
-    """The losses that Trainer logs without and with activation checkpointing, and layers run."""
+    """The losses that Trainer logs without and with activation checkpointing, and layers run.
+
+    For one DIR, and where accelerate is installed.
+    """
+    if directory.name != "qwen_experts" or not find_spec("accelerate"):
+        return {}
     ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     name = "gradient_checkpointing" if OLD else "activation_checkpointing"
@@ -188,7 +193,7 @@ def trainer(directory):
         run.train()
         found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         found.append(len(runs))
-    return found
+    return {"trainer": found}
 
 
 def random_weights(directory):
@@ -280,9 +285,7 @@ def check(directory):
         report |= without_experts(type(model))
         with torch.no_grad():
             report |= clients(model, directory, ids)
-        report |= checkpointing(model, ids)
-        if directory.name == "qwen_experts" and find_spec("accelerate"):
-            report["trainer"] = trainer(directory)
+        report |= checkpointing(model, ids) | trainer(directory)
     if (directory / "model" / "tokenizer.json").exists():
         # AutoTokenizer asks as well: it looks at config.json.
         tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=True)
