@@ -36,23 +36,27 @@ def check_fields(config: Any) -> None:
     An int serves as a float, a bool as neither. Files are read by parse.from_dict, which
     converts; this is for whoever makes a config in Python.
     """
-    for name, kinds in _kinds(config.__class__).items():
-        value = getattr(config, name)
-        if not any(_is_of(value, kind) for kind in kinds):
-            wanted = " or ".join(
-                ", ".join(map(repr, typing.get_args(kind)))
-                if typing.get_origin(kind) is Literal
-                else "None"
-                if kind is type(None)
-                else getattr(kind, "__name__", str(kind))
-                for kind in kinds
-            )
-            raise InputError(f"{name}={value!r} must be {wanted}")
+    for name, kinds in field_kinds(config.__class__).items():
+        check_kind(name, getattr(config, name), kinds)
+
+
+def check_kind(name: str, value: Any, kinds: tuple) -> None:
+    """Raises InputError for a value that is of none of these types."""
+    if not any(_is_of(value, kind) for kind in kinds):
+        wanted = " or ".join(
+            ", ".join(map(repr, typing.get_args(kind)))
+            if typing.get_origin(kind) is Literal
+            else "None"
+            if kind is type(None)
+            else getattr(kind, "__name__", str(kind))
+            for kind in kinds
+        )
+        raise InputError(f"{name}={value!r} must be {wanted}")
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, tuple]:
-    """The types of every field, those of a union one by one."""
+def field_kinds(cls: type) -> dict[str, tuple]:
+    """The types of every field of a dataclass, those of a union one by one."""
     return {
         name: typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,7 @@ def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
     _check_tensors(files, table, shapes, config)
     stored = jnp.dtype(dtype or DTYPES[files.dtype(_EMBEDDING)])
     return config, {
-        path: LazyArray(shape, stored, _reader(files, table[path], shape, stored))
-        for path, shape in shapes.items()
+        path: _stored(files, table[path], shape, stored) for path, shape in shapes.items()
     }
 
 
@@ -127,40 +126,26 @@ def stored_dtypes(directory: Path) -> list[str]:
     return sorted(DTYPES.get(name, name) for name in found)
 
 
-def _reader(
-    files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[lazy.Index], np.ndarray]:
-    leading = bool(where.layers) + bool(where.experts)
+def _stored(files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
+    axes, first = len(where.leading), where.rules[0]
 
     def laid_out(*place: int) -> np.ndarray:
-        whole = np.empty(shape[leading:], dtype)
+        whole = np.empty(shape[axes:], dtype)
         for rule in where.rules:
             rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
         return whole
 
     kept = lazy.last_kept(laid_out)
 
-    def one(place: tuple[int, ...], index: lazy.Index) -> np.ndarray:
-        first = where.rules[0]
+    def read(*at: Any) -> np.ndarray:
+        *place, index = at
         if first.same:
-            return _cast(files, where.name(first, place), dtype, index)
-        if lazy.is_whole(index, shape[leading:]):
+            return _cast(files, where.name(first, tuple(place)), dtype, index)
+        if lazy.is_whole(index, shape[axes:]):
             return laid_out(*place)
         return kept(*place)[index]
 
-    def read(index: lazy.Index) -> np.ndarray:
-        outer, inner = index[:leading], index[leading:]
-        if not outer:
-            return one((), inner)
-        counts = [each.stop - each.start for each in outer]
-        starts = np.array([each.start for each in outer])
-        places = [tuple(map(int, starts + place)) for place in np.ndindex(*counts)]
-        if len(places) == 1:
-            return one(places[0], inner)[(np.newaxis,) * leading]
-        values = np.stack([one(place, inner) for place in places])
-        return values.reshape(*counts, *values.shape[1:])
-
-    return read
+    return lazy.stacked(shape, dtype, axes, read)
 
 
 def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()) -> np.ndarray:
@@ -216,21 +201,20 @@ def _check_tensors(
                 f"from {_EMBEDDING}; set tie_word_embeddings to false in config.json"
             )
         present.remove(_HEAD)
-    complaints = []
-    if missing := sorted(wanted.keys() - present):
-        complaints.append(f"{len(missing)} missing:{listing(missing)}")
-    if extra := sorted(present - wanted.keys()):
-        complaints.append(f"{len(extra)} unexpected:{listing(extra)}")
-    misshapen, dtypes = [], []
-    for name in sorted(wanted.keys() & present):
-        if files.shape(name) != wanted[name]:
-            misshapen.append(f"{name} {files.shape(name)}, config.json implies {wanted[name]}")
-        if files.dtype(name) not in DTYPES:
-            dtypes.append(f"{name} is {files.dtype(name)}")
-    if misshapen:
-        complaints.append(f"{len(misshapen)} of the wrong shape:{listing(misshapen)}")
-    if dtypes:
-        complaints.append(f"{len(dtypes)} not of {', '.join(DTYPES)}:{listing(dtypes)}")
+    known = sorted(wanted.keys() & present)
+    faults = {
+        "missing": sorted(wanted.keys() - present),
+        "unexpected": sorted(present - wanted.keys()),
+        "of the wrong shape": [
+            f"{name} {files.shape(name)}, config.json implies {wanted[name]}"
+            for name in known
+            if files.shape(name) != wanted[name]
+        ],
+        f"not of {', '.join(DTYPES)}": [
+            f"{name} is {files.dtype(name)}" for name in known if files.dtype(name) not in DTYPES
+        ],
+    }
+    complaints = [f"{len(of)} {fault}:{listing(of)}" for fault, of in faults.items() if of]
     if complaints:
         raise InputError(
             f"the tensors in {files.directory} do not fit its config.json\n" + "\n".join(complaints)
@@ -243,14 +227,10 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
         return False
     if not shape or files.dtype(one) not in DTYPES:
         return True  # refused for that
-    rows = max(1, lazy.BLOCK_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
-
-    def part(name: str, start: int) -> np.ndarray:
-        return files.tensor(name, (slice(start, min(start + rows, shape[0])),))
-
+    block = lazy.block_shape(LazyArray(shape, jnp.dtype(DTYPES[files.dtype(one)]), np.empty))
     return all(
-        part(one, start).tobytes() == part(other, start).tobytes()
-        for start in range(0, shape[0], rows)
+        files.tensor(one, index).tobytes() == files.tensor(other, index).tobytes()
+        for index in lazy.blocks(shape, block)
     )
 
 
@@ -305,8 +285,7 @@ def _pieces(
     """(name, values) in the order of `Parts.shapes`; large tensors in runs of rows."""
     for path, array in weights.items():
         where = table[path]
-        leading = bool(where.layers) + bool(where.experts)
-        block = lazy.block_shape(array)
+        leading, block = len(where.leading), lazy.block_shape(array)
         if not where.rules[0].same:
             block = (*block[:leading], *array.shape[leading:])
         indices = list(lazy.blocks(array.shape, block))

@@ -4,8 +4,6 @@ Letters: config/model.py.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -185,24 +183,10 @@ def upcycled(
 _DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
-def _per_layer(shape: tuple[int, ...], dtype: Any, read: Callable[[int, Index], Any]) -> LazyArray:
-    """An array stacked from read(place on the leading axis, index of the rest)."""
-
-    def stack(index: Index) -> np.ndarray:
-        places = range(index[0].start, index[0].stop)
-        if len(places) == 1:  # as most blocks are: no copy
-            return np.asarray(read(places[0], index[1:]))[np.newaxis]
-        return np.stack([np.asarray(read(place, index[1:])) for place in places])
-
-    return LazyArray(shape, np.dtype(dtype), stack)
-
-
 def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
     """These layers of a stack of all."""
     shape = (len(layers), *stack.shape[1:])
-    return _per_layer(
-        shape, stack.dtype, lambda i, rest: stack[slice(layers[i], layers[i] + 1), *rest][0]
-    )
+    return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
@@ -215,15 +199,15 @@ def _scaled(array: LazyArray, factor: int) -> LazyArray:
 
 def _drawn(keys: list[Array], shape: tuple[int, ...], dtype: np.dtype, std: float) -> LazyArray:
     draw = normal(std)
-    return _per_layer(
-        shape, dtype, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rest]
+    return lazy.stacked(
+        shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rest]
     )
 
 
 def _changed_rows(array: LazyArray, rows: Int[np.ndarray, " E"]) -> LazyArray:
     """Of [L, E, …]: in place e of every layer what was in place rows[e]."""
-    return _per_layer(
-        array.shape, array.dtype, lambda i, rest: array.row(i)[:, *rest[1:]][rows[rest[0]]]
+    return lazy.stacked(
+        array.shape, array.dtype, 1, lambda i, rest: array.row(i)[:, *rest[1:]][rows[rest[0]]]
     )
 
 
@@ -254,13 +238,11 @@ def _experts(
     # Each block of an expert that is read in several takes the whole of it to make.
     kept = lazy.last_kept(make)
 
-    def read(i: int, rest: Index) -> np.ndarray:
-        one = make if lazy.is_whole(rest[1:], shape[2:]) else kept
-        return np.stack(
-            [one(layers[i], expert)[rest[1:]] for expert in range(rest[0].start, rest[0].stop)]
-        )
+    def read(i: int, expert: int, rest: Index) -> np.ndarray:
+        one = make if lazy.is_whole(rest, shape[2:]) else kept
+        return one(layers[i], expert)[rest]
 
-    return _per_layer(shape, down.dtype, read)
+    return lazy.stacked(shape, down.dtype, 2, read)
 
 
 def upcycle_model(
@@ -279,12 +261,6 @@ def upcycle_model(
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
     config, made = upcycle_weights(dense.config, weights, moe, key, start)
     return with_params(config, lazy.in_memory(made), dtype=dense.dtype)
-
-
-def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
-    """The same model with weights of another dtype; dtype is the activations', None keeps it."""
-    params = jax.tree.map(lambda p: p.astype(param_dtype), nnx.to_pure_dict(nnx.state(model)))
-    return with_params(model.config, params, dtype=dtype or model.dtype)
 
 
 def upcycle(
