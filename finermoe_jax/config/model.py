@@ -43,15 +43,15 @@ def check_fields(config: Any) -> None:
 def check_kind(name: str, value: Any, kinds: tuple) -> None:
     """Raises InputError for a value that is of none of these types."""
     if not any(_is_of(value, kind) for kind in kinds):
-        wanted = " or ".join(
-            ", ".join(map(repr, typing.get_args(kind)))
-            if typing.get_origin(kind) is Literal
-            else "None"
-            if kind is type(None)
-            else getattr(kind, "__name__", str(kind))
-            for kind in kinds
-        )
-        raise InputError(f"{name}={value!r} must be {wanted}")
+        raise InputError(f"{name}={value!r} must be {' or '.join(map(_in_words, kinds))}")
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "tuple, in files a list"
+    return "None" if kind is type(None) else kind.__name__
 
 
 @functools.cache

@@ -83,7 +83,9 @@ def typed(value: Any, kinds: tuple, where: str) -> Any:
     Raises InputError for a value of another type, and for numbers too large to compute with.
     """
     for kind in kinds:
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(kind) and value is not None:
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}={value!r} must be a group of fields")
             return from_dict(kind, value, where)
         if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
             return tuple(typed(item, typing.get_args(kind)[:1], where) for item in value)

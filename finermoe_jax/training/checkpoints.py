@@ -62,7 +62,9 @@ class TrainingCheckpoints:
                 OPTIMIZER: orbax_files.handler(self.arrays),
             },
         )
-        self.saves = Saves(self.directory)
+        # Listens to what Orbax's threads log: the failures of this run's saves.
+        self._listening = contextlib.ExitStack()
+        self.failures = self._listening.enter_context(save_errors())
 
     def latest_step(self) -> int | None:
         """The newest complete step; None in a new workdir."""
@@ -95,7 +97,7 @@ class TrainingCheckpoints:
         if step in self.manager.all_steps():
             return
         self.wait()
-        self.saves.refuse_full(step, params, optimizer)
+        self._refuse_full(step, params, optimizer)
         config = described(model.config, model.dtype, model.embed.weight.dtype)
         items = {
             CONFIG: ocp.args.JsonSave(config | {"step": step, "logged": dict(logged or {})}),
@@ -104,7 +106,7 @@ class TrainingCheckpoints:
             OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
-        with self.saves.saving():
+        with self._saving():
             self.manager.save(
                 step,
                 args=ocp.args.Composite(**items),
@@ -113,12 +115,13 @@ class TrainingCheckpoints:
 
     def check(self) -> None:
         """Raises RunEnded when the save in progress has failed; costs nothing."""
-        self.saves.check()
+        if self.failures:
+            raise self._ended(self.failures[0])
 
     def wait(self) -> None:
         """Until the save in progress is complete; raises as `save` does."""
         try:
-            with self.saves.saving():
+            with self._saving():
                 self.manager.wait_until_finished()
         finally:
             self.arrays.settle()
@@ -138,58 +141,18 @@ class TrainingCheckpoints:
     def close(self) -> None:
         """Waits for a save in progress; raises as `save` does, once."""
         try:
-            if not self.saves.failures:
+            if not self.failures:
                 self.wait()
         finally:
             self.arrays.settle()
             # After a failure the manager waits for the other processes' parts, which never come.
-            if not self.saves.failures or jax.process_count() == 1:
+            if not self.failures or jax.process_count() == 1:
                 with contextlib.suppress(Exception):  # the failure, once more
                     self.manager.wait_until_finished()
                 self.manager.close()
-            self.saves.close()
+            self._listening.close()
 
-
-def _held_out_loss(metrics: dict[str, float]) -> float:
-    """What checkpoints are ranked by; those without, or whose loss is NaN, come last."""
-    loss = metrics.get("loss", math.inf)
-    return loss if math.isfinite(loss) else math.inf
-
-
-def _chunks(model: Decoder, params: dict) -> Any:
-    """How the arrays of weights are cut on the disk."""
-    kinds = parameter_kinds(model.config)
-
-    def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
-        # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
-        # cuts these axes to the last row whatever the size: that is one expert.
-        kind = kinds.get(tuple(key.key for key in path))
-        bank = kind is not None and kind.bank
-        outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
-        return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
-
-    return jax.tree_util.tree_map_with_path(chunks, params)
-
-
-def logged_bytes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
-    logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
-    return logged if isinstance(logged, dict) else {}
-
-
-class Saves:
-    """A run's saves: those that failed, and whether the disk has room for the next."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._open = contextlib.ExitStack()
-        self.failures = self._open.enter_context(save_errors())
-
-    def close(self) -> None:
-        """Stops listening."""
-        self._open.close()
-
-    def refuse_full(self, step: int, *trees: Any) -> None:
+    def _refuse_full(self, step: int, *trees: Any) -> None:
         """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
         leaves = jax.tree.leaves(trees)
         size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
@@ -203,13 +166,8 @@ class Saves:
                 f"files, and {self._full()}"
             )
 
-    def check(self) -> None:
-        """Raises RunEnded once a save has failed."""
-        if self.failures:
-            raise self._ended(self.failures[0])
-
     @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def _saving(self) -> Iterator[None]:
         """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
         try:
             yield
@@ -251,5 +209,32 @@ class Saves:
         return (
             f"Steps there are complete: {', '.join(map(str, known))}"
             if known
-            else ("No step there is complete")
+            else "No step there is complete"
         )
+
+
+def _held_out_loss(metrics: dict[str, float]) -> float:
+    """What checkpoints are ranked by; those without, or whose loss is NaN, come last."""
+    loss = metrics.get("loss", math.inf)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _chunks(model: Decoder, params: dict) -> Any:
+    """How the arrays of weights are cut on the disk."""
+    kinds = parameter_kinds(model.config)
+
+    def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+        # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
+        # cuts these axes to the last row whatever the size: that is one expert.
+        kind = kinds.get(tuple(key.key for key in path))
+        bank = kind is not None and kind.bank
+        outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
+        return ocp.SaveArgs(chunk_byte_size=lazy.BLOCK_BYTES, shard_axes=outer)
+
+    return jax.tree_util.tree_map_with_path(chunks, params)
+
+
+def logged_bytes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
+    logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
+    return logged if isinstance(logged, dict) else {}

@@ -55,7 +55,7 @@ class Telemetry:
 NOTHING_MORE = Telemetry()
 
 
-def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | None:
+def read_steps(text: str) -> tuple[int, int] | None:
     """The range "a:b" as (a, b), both included; None for an empty text.
 
     Raises InputError unless 1 <= a <= b.
@@ -64,7 +64,9 @@ def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | No
         return None
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"{flag}={text!r} must be two steps, like 20:22, the first at least 1")
+        raise InputError(
+            f"--profile_steps={text!r} must be two steps, like 20:22, the first at least 1"
+        )
     return int(first), int(last)
 
 
@@ -258,7 +260,7 @@ class Monitor:
         if step % train.log_every == 0 or last:
             self._log(step, values, load)
         if load is not None and (step % train.load_every == 0 or step == 1 or last):
-            self.log.load({"step": step, **_plain(load)})
+            self.log.append("expert_load.jsonl", {"step": step, **_plain(load)})
             self._write(step, _load_scalars(load))
         if self.bar is not None:
             self.bar.update()
@@ -286,7 +288,7 @@ class Monitor:
                 "dead_experts": int(load.dead.sum()),
             }
         self.begin(step)
-        self.log.metrics({"step": step, **line})
+        self.log.append("metrics.jsonl", {"step": step, **line})
         self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
         self.line = line
         self._show()
@@ -308,7 +310,7 @@ class Monitor:
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
         """A held-out loss, of the model of that name."""
-        self.log.evaluation(name, step, loss)
+        self.log.append("evals.jsonl", {"name": name, "step": step, "loss": loss})
         if name.startswith("step"):
             self.held_out = loss
             self._write(step, {"held_out/loss": loss})

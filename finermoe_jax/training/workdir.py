@@ -253,22 +253,11 @@ class Log:
     def __init__(self, workdir: Path):
         self.workdir = workdir
 
-    def _append(self, file: str, values: dict) -> None:
+    def append(self, file: str, values: dict) -> None:
+        """Adds a record to one of the files."""
         if jax.process_index() == 0:
             with (self.workdir / file).open("a") as stream:
                 stream.write(to_json(values) + "\n")
-
-    def metrics(self, values: dict) -> None:
-        """A logged step, into metrics.jsonl."""
-        self._append("metrics.jsonl", values)
-
-    def load(self, values: dict) -> None:
-        """What each expert got in a step, into expert_load.jsonl."""
-        self._append("expert_load.jsonl", values)
-
-    def evaluation(self, name: str, step: int, loss: float) -> None:
-        """A held-out loss, into evals.jsonl."""
-        self._append("evals.jsonl", {"name": name, "step": step, "loss": loss})
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the model after this step has been scored."""
@@ -282,10 +271,6 @@ class Log:
             path = self.workdir / "config_changes.jsonl"
             lines = [*plot.read_lines(path), {"step": step, "changes": changes}]
             files.write(path, "".join(to_json(line) + "\n" for line in lines))
-
-    def sample(self, name: str, step: int, prompt: str, text: str) -> None:
-        """A prompt's continuation, into samples.jsonl."""
-        self._append("samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text})
 
     def cut(self, step: int) -> None:
         """Drops what an interrupted run logged after the step that is resumed from."""

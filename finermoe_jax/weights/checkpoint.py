@@ -81,23 +81,17 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
         if jax.process_index() == 0 and args.source is not None:
             copy_tokenizer(args.source, Path(directory))
 
-    def restore(self, directory: epath.Path, args: "TokenizerRestore") -> Path:
-        """The directory that holds them."""
+    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Path:
+        """The directory that holds them: the files are used where they are."""
         return Path(directory)
 
 
-@ocp.args.register_with_handler(TokenizerHandler, for_save=True)
+@ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class TokenizerSave(ocp.args.CheckpointArgs):
     """The directory whose tokenizer files are saved; None saves none."""
 
     source: Path | None
-
-
-@ocp.args.register_with_handler(TokenizerHandler, for_restore=True)
-@dataclasses.dataclass
-class TokenizerRestore(ocp.args.CheckpointArgs):
-    """Nothing to say: the files are used where they are."""
 
 
 def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
@@ -145,7 +139,8 @@ def write_checkpoint(
         }
     )
     arrays = orbax_files.ArrayHandler(written)
-    with save_errors(), hashed_along(_partial(target)) as known:
+    partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
+    with save_errors(), hashed_along(partial) as known:
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=ASYNC), **handlers(arrays)
         )
@@ -173,11 +168,6 @@ def save_checkpoint(
     source = Path(local(tokenizer)) if tokenizer is not None else None
     with new_directory(path) as directory:
         write_checkpoint(model.config, model.dtype, weights, directory, source)
-
-
-def _partial(target: Path) -> Path:
-    """Where Orbax writes what is about to become `target`."""
-    return target.with_name(f"{target.name}{_PARTIAL}")
 
 
 # Orbax's writers wait minutes for directories that a thread was to make and could not.

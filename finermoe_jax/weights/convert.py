@@ -1,6 +1,7 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
-from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled
 
 # As a shell tells of Ctrl-C.
@@ -54,7 +55,11 @@ def convert(
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
-    _refuse_mixed(source, model, dtype)
+    if dtype is None and len(model.stored) > 1:
+        raise InputError(
+            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
+            "dtype: say which by --dtype"
+        )
     if to == "hf":
         model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
     else:
@@ -85,15 +90,6 @@ def convert(
     return config
 
 
-def _refuse_mixed(source: str, model: ModelSource, dtype: str | None) -> None:
-    """Raises InputError for weights of several dtypes where none is asked for."""
-    if dtype is None and len(model.stored) > 1:
-        raise InputError(
-            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
-            "dtype: say which by --dtype"
-        )
-
-
 @contextlib.contextmanager
 def _room(target: Path, size: int) -> Iterator[None]:
     """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
@@ -101,7 +97,7 @@ def _room(target: Path, size: int) -> Iterator[None]:
     if not disk.has_room(place, size):
         raise InputError(
             f"{target} would take {disk.text(size)}, and its disk has "
-            f"{disk.text(disk.free(place))} free: make room, or give a directory elsewhere"
+            f"{disk.text(shutil.disk_usage(place).free)} free: make room, or give a directory elsewhere"
         )
     filled = (
         f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "

@@ -27,7 +27,7 @@ from finermoe_jax.data.tokenizers import (
     kept_files,
     write_files,
 )
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
 from finermoe_jax.runtime.files import new_directory
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -82,9 +82,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
     except InputError:
         raise
     except Exception as error:  # the hub client raises many unrelated types
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"{source} is no directory here and could not be had from the hub: {first}"
+            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
         ) from None
 
 
@@ -253,7 +252,8 @@ def write_hf(
         check_kept(tokenizer, texts)
     directory.mkdir()
     if config.moe is not None:
-        copy_model_code(directory)
+        for file in model_code():
+            shutil.copyfile(file, directory / file.name)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
     for name, text in texts.items():
@@ -305,12 +305,6 @@ def model_code() -> list[Path]:
     """The files that auto_map names: the model for transformers; none of them runs here."""
     modules = {place.split(".")[0] for place in AUTO_MAP.values()}
     return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
-
-
-def copy_model_code(target: Path) -> None:
-    """Copies `model_code`."""
-    for file in model_code():
-        shutil.copyfile(file, target / file.name)
 
 
 def check_saving(model: Any, path: Any, tokenizer: Any) -> None:

@@ -35,10 +35,8 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
     Files in `known` (`hashed_along`) are not read again.
     """
     known = known or {}
-    names = sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
-    )
-    names = [name for name in names if name != CHECKSUMS]
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted({str(path.relative_to(directory)) for path in paths} - {CHECKSUMS})
 
     def entry(name: str) -> tuple[int, str]:
         found = state(directory / name)
@@ -163,16 +161,11 @@ def unreadable(checkpoint: Path, reason: str) -> InputError:
     )
 
 
-def stated_step(checkpoint: Path) -> int | None:
-    """The training step that a checkpoint says it holds; None for older and converted ones."""
-    step = read_json(checkpoint / "config" / "metadata").get("step")
-    return step if isinstance(step, int) else None
-
-
 def refuse_renamed(checkpoint: Path) -> None:
     """Raises InputError for a numbered checkpoint that holds another step than its name says."""
-    step = stated_step(checkpoint)
-    if step is not None and str(step) != checkpoint.name:
+    step = read_json(checkpoint / "config" / "metadata").get("step")
+    # Older and converted ones say none.
+    if isinstance(step, int) and str(step) != checkpoint.name:
         raise InputError(
             f"{checkpoint} holds step {step}: it was renamed, or another one was put in its place. "
             f"Rename it to {checkpoint.with_name(str(step))}"
@@ -257,32 +250,23 @@ def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
     Raises InputError when the newest one cannot be read, or holds another step than its name says.
     """
 
-    def choose() -> Path | None:
-        known, told, chosen = saved_steps(steps), [], None
-        while known and chosen is None:
-            checkpoint = steps / str(known.pop())
-            if found := damage(checkpoint, skip):
-                told.append(_describe(checkpoint, found) + " An older one is used.")
-            else:
+    def choose() -> tuple[Path | None, list[str]]:
+        known, told = saved_steps(steps), []
+        for step in reversed(known):
+            checkpoint = steps / str(step)
+            found = damage(checkpoint, skip)
+            if not found:
                 refuse_renamed(checkpoint)
-                chosen = checkpoint
-        if told:
-            raise _PassedOver(told, chosen)
-        return chosen
+                return checkpoint, told
+            told.append(_describe(checkpoint, found) + " An older one is used.")
+            if saved_steps(steps)[-1:] != known[-1:]:
+                raise InputError(f"{checkpoint} is not the newest any more")  # in_training repeats
+        return None, told
 
-    try:
-        return in_training(steps, choose)
-    except _PassedOver as passed:
-        print(*passed.told, sep="\n", file=sys.stderr)
-        return passed.chosen
-
-
-class _PassedOver(InputError):
-    """Damaged checkpoints, and the one to use instead."""
-
-    def __init__(self, told: list[str], chosen: Path | None):
-        super().__init__("; ".join(told))
-        self.told, self.chosen = told, chosen
+    chosen, told = in_training(steps, choose)
+    for message in told:
+        print(message, file=sys.stderr)
+    return chosen
 
 
 def in_training[T](steps: Path, read: Callable[[], T]) -> T:
