@@ -96,9 +96,8 @@ def _place(name: str) -> Path:
 
 
 def open_source(
-    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, vocab_size: int,
-    show_progress: bool,
-) -> Corpus:  # fmt: skip
+    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, show_progress: bool
+) -> Corpus:
     """What a path of data.path or data.eval_path names, by what lies there.
 
     Raises InputError for what is none of the known kinds, and whatever is wrong with it.
@@ -108,9 +107,7 @@ def open_source(
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if (path / MANIFEST).is_file():
-        return open_prepared(
-            path, tokenizer_hash(files), tokenizer.eos_token_id, vocab_size, show_progress
-        )
+        return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id, show_progress)
     if (path / PARTIAL).is_file():
         raise InputError(
             f"{path} is not prepared to the end: start finermoe prepare "
@@ -238,7 +235,7 @@ def open_data(
     _refuse_mixture(config.eval_path)
 
     def opened(name: str) -> Corpus:
-        source = open_source(name, tokenizer, files, vocab_size, show_progress)
+        source = open_source(name, tokenizer, files, show_progress)
         return dataclasses.replace(source, path=name)  # as the config says it, on every process
 
     sources = [(opened(name), weight) for name, weight in mixture]

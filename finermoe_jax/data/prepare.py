@@ -1,9 +1,5 @@
 """Turns text into memory-mapped token shards, once, for any number of runs (docs/data.md).
 
-    finermoe prepare --source=FILE|GLOB|DIR|owner/dataset[,…] --target=DIR
-        --tokenizer=DIR [--processes=N] [--text_field=text] [--split=train] [--shard_tokens=N]
-    finermoe prepare --verify=DIR
-
 One process reads and writes, the others tokenise. What is written follows from the text, the
 tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
 Started once more with the same arguments, it goes on behind the last complete shard.
@@ -277,22 +273,17 @@ def _filled(
         say(f"WARNING: {error}; it is left out")
 
 
-class _Done:
-    """A result that is there."""
-
-    def __init__(self, value: list[np.ndarray]):
-        self.value = value
-
-    def result(self) -> list[np.ndarray]:
-        """It."""
-        return self.value
-
-
 @contextlib.contextmanager
 def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
     """A function from a batch of pieces to the future of their tokens."""
     if processes == 1:
-        yield lambda batch: _Done(text.encode(batch, tokenizer))
+
+        def encode(batch: list[text.Piece]) -> concurrent.futures.Future:
+            done: concurrent.futures.Future = concurrent.futures.Future()
+            done.set_result(text.encode(batch, tokenizer))
+            return done
+
+        yield encode
         return
     # Spawned: a fork would copy whatever threads hold at that moment.
     pool = concurrent.futures.ProcessPoolExecutor(

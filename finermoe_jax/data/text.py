@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.data.compressed import SUFFIXES, decompressed
-from finermoe_jax.errors import InputError, import_of_data
+from finermoe_jax.errors import InputError, first_line, import_of_data
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows
 from finermoe_jax.runtime.paths import local
@@ -185,8 +185,9 @@ class HubText:
                     )
                 yield from cut_document(row[self.field])
         except Exception as error:  # the library raises many unrelated types
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"the dataset {self.name} cannot be read: {first}") from None
+            raise InputError(
+                f"the dataset {self.name} cannot be read: {first_line(error)}"
+            ) from None
         if number < 0:
             raise InputError(f"{self.name} holds no text")
 

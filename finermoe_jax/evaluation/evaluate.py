@@ -104,8 +104,7 @@ def evaluate(
     if text:
         results |= _perplexity(model, documents, sequence_length, stride, **options)
     if tasks:
-        harness = dict(ends=ends, **options)
-        results |= _run(model, tokenizer, tasks, selection, harness)
+        results |= _run(model, tokenizer, tasks, selection, dict(ends=ends, **options))
     return results
 
 
@@ -171,19 +170,15 @@ def _perplexity(
 ) -> dict[str, float | int]:
     total, count = 0.0, sum(map(len, documents))
     parts = (part for one in documents for part in windows(one.ids, one.prefix, length, stride))
-    bar = tqdm(total=count, desc="scoring", unit="token", disable=not show_progress)
-    with bar:
-        # A bounded number at a time: windows of a long text are many times its tokens.
-        for group in itertools.batched(parts, _WINDOWS):
+    with tqdm(total=count, desc="scoring", unit="token", disable=not show_progress) as bar:
+        # So many at a time: windows of a long text are many times its tokens.
+        for group in itertools.batched(parts, 512):
             scores = score(model, group, batch_tokens=batch_tokens)
             total += math.fsum(one.log_likelihood for one in scores)
             bar.update(sum(len(part.targets) for part in group))
     loss = -total / count
     # A loss beyond float64's exponents comes from broken weights; JSON has no infinity.
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "tokens": count}
-
-
-_WINDOWS = 512
 
 
 def _checked(tasks: Tasks) -> Tasks:
@@ -221,13 +216,9 @@ def _select(tasks: Tasks) -> Any:
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
     """What only the model and its tokenizer can tell; and, as it takes longest, every row."""
-    from finermoe_jax.evaluation.harness import check_limits, check_rows
+    from finermoe_jax.evaluation.harness import check_limits, check_rows, needed_prefix
 
-    if prefix_token(tokenizer) is None:
-        raise InputError(
-            "the tokenizer names no beginning-of-text and no end-of-text token, after which a text "
-            "without a context could be scored; set eos_token in its tokenizer_config.json"
-        )
+    needed_prefix(tokenizer)
     if tasks.chat and not tokenizer.chat_template:
         raise InputError(
             "--apply_chat_template: the tokenizer has no chat_template; leave the flag away for a "

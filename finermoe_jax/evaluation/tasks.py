@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from finermoe_jax.data.compressed import decompressed
 from finermoe_jax.data.text import HALF_PAIR, is_text
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.errors import InputError, first_line, near_misses
 from finermoe_jax.evaluation.code_execution import own_code_eval
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows, to_json
@@ -229,10 +229,9 @@ def _harness(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # of datasets, the hub's client, jinja, or a task's own code
-        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
-            f"task {name}: its rows cannot be had or used: {type(error).__name__}: {first}\n"
-            "Without a network, give local rows with --data_dir (docs/evaluation.md)"
+            f"task {name}: its rows cannot be had or used: {type(error).__name__}: "
+            f"{first_line(error)}\nWithout a network, give local rows with --data_dir (docs/evaluation.md)"
         ) from None
 
 
@@ -292,12 +291,15 @@ def _find_rows(
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
+def examples(stated: int | None, asked: int | None) -> int:
+    """Examples in each prompt of a task that states so many, where so many are asked for."""
+    return (stated or 0) if asked is None or stated == 0 else asked
+
+
 def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
     """Where the harness takes examples from; None where it needs none from the rows."""
     fewshot = config.get("fewshot_config") or {}
-    count = config.get("num_fewshot") or 0
-    if num_fewshot is not None and config.get("num_fewshot") != 0:
-        count = num_fewshot
+    count = examples(config.get("num_fewshot"), num_fewshot)
     named = fewshot.get("split") or config.get("fewshot_split")
     if not count or (fewshot.get("samples") and not named):
         return None

@@ -5,7 +5,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from finermoe_jax.config.model import ROPE_FIELDS, ModelConfig, MoEConfig, RopeScaling
+from finermoe_jax.config.model import (
+    GRANULARITIES,
+    ROPE_FIELDS,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+)
 from finermoe_jax.config.parse import from_dict, typed
 from finermoe_jax.errors import InputError
 
@@ -52,13 +58,8 @@ _SAME = (
     *(*_SIZES, "num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
     *("rope_theta", "tie_word_embeddings"),
 )
-# FineRMoE's keys and MoEConfig's fields.
-_GRANULARITIES = {
-    "G_I": "intermediate_granularity",
-    "G_O": "output_granularity",
-    "R_I": "intermediate_expansion",
-    "R_O": "output_expansion",
-}
+# FineRMoE's keys and MoEConfig's fields; T_I it states by num_experts_per_tok.
+_GRANULARITIES = {key: field for key, field in GRANULARITIES.items() if key != "T_I"}
 
 
 def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
