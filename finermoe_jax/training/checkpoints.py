@@ -57,10 +57,7 @@ class TrainingCheckpoints:
                 async_options=ASYNC,
                 temporary_path_class=durable(),
             ),
-            item_handlers={
-                **handlers(self.arrays),
-                OPTIMIZER: orbax_files.handler(self.arrays),
-            },
+            item_handlers={**handlers(self.arrays), OPTIMIZER: orbax_files.handler(self.arrays)},
         )
         # Listens to what Orbax's threads log: the failures of this run's saves.
         self._listening = contextlib.ExitStack()
@@ -108,9 +105,7 @@ class TrainingCheckpoints:
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
         with self._saving():
             self.manager.save(
-                step,
-                args=ocp.args.Composite(**items),
-                metrics=metrics if self.keep_best else None,
+                step, args=ocp.args.Composite(**items), metrics=metrics if self.keep_best else None
             )
 
     def check(self) -> None:
@@ -182,12 +177,10 @@ class TrainingCheckpoints:
         """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
         try:
             yield
-        except RunEnded:
-            raise
         except Exception as error:
-            if disk.is_full(error):
-                raise self._ended(error) from error
-            raise
+            if isinstance(error, RunEnded) or not disk.is_full(error):
+                raise
+            raise self._ended(error) from error
 
     def _ended(self, error: Exception) -> RunEnded:
         if disk.is_full(error):

@@ -193,15 +193,10 @@ class Monitor:
         Raises InputError when Weights & Biases cannot be reached.
         """
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
-        self.profile: tuple[int, int] | None = None
         # A resumed run traces what is left: the same command must go on.
-        if (
-            telemetry.profile_steps
-            and telemetry.profile_steps[1] > first
-            and jax.process_index() == 0
-        ):
-            begin, end = telemetry.profile_steps
-            self.profile = max(begin, first + 1), end
+        begin, end = telemetry.profile_steps or (0, 0)
+        traces = end > first and jax.process_index() == 0
+        self.profile = (max(begin, first + 1), end) if traces else (0, 0)
         self.profile_directory = workdir / "profile"
         peak = telemetry.peak_flops or peak_flops(jax.devices()[0].device_kind)
         frozen = config.optimizer.freeze_backbone
@@ -270,9 +265,7 @@ class Monitor:
         seconds = (now - self.clock - self.paused) / steps
         speed = self.tokens / steps / seconds
         line: dict[str, Any] = {
-            name: float(value) for name, value in values.items() if np.ndim(value) == 0
-        }
-        line |= {
+            **{name: float(value) for name, value in values.items() if np.ndim(value) == 0},
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / self.devices,
             "mfu": None if self.mfu_per_speed is None else speed * self.mfu_per_speed,
@@ -324,11 +317,11 @@ class Monitor:
 
     def profile_begins(self, step: int) -> bool:
         """Whether this step is the first that is traced."""
-        return self.profile is not None and step == self.profile[0]
+        return step == self.profile[0]
 
     def profile_ends(self, step: int) -> bool:
         """Whether this step is the last that is traced."""
-        return self.profile is not None and step == self.profile[1]
+        return step == self.profile[1]
 
     def start_profile(self) -> None:
         """Traces this process and its devices from here on."""

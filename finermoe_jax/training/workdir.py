@@ -13,13 +13,13 @@ import jax
 
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data.tokenizers import kept_files, write_files
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
 from finermoe_jax.runtime.locks import LOCK_FILE
 from finermoe_jax.training import plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
-from finermoe_jax.weights.hf_weights import copy_tokenizer
 from finermoe_jax.weights.integrity import saved_steps
 
 _PARTIAL = ".config.json.partial"  # of files.write
@@ -81,13 +81,11 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
     free = _PLACES if (workdir / "data.json").is_file() else ()
     lines, missing = [], []
     for name, (old, new) in changed.items():
-        reason = next((why for what, why in _FIXED.items() if _within(name, what)), "")
-        if reason:
-            lines.append(
-                f"{name}: {old!r} there, {new!r} in the config; it cannot change: {reason}"
-            )
+        line = f"{name}: {old!r} there, {new!r} in the config"
+        if reasons := [why for what, why in _FIXED.items() if _within(name, what)]:
+            lines.append(f"{line}; it cannot change: {reasons[0]}")
         elif not any(_within(name, group) for group in (*allow, *free)):
-            lines.append(f"{name}: {old!r} there, {new!r} in the config")
+            lines.append(line)
             missing.append(name)
     if lines:
         way_out = "give a new --workdir, or the config that the run began with"
@@ -146,7 +144,7 @@ def fill_workdir(
         partial = workdir / ".tokenizer.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        copy_tokenizer(tokenizer_files, partial, ends_files)
+        write_files(kept_files(tokenizer_files, ends_files), partial)
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
         files.commit(partial, workdir / "tokenizer")
 

@@ -95,9 +95,10 @@ def _room(target: Path, size: int) -> Iterator[None]:
     """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not disk.has_room(place, size):
+        free = disk.text(shutil.disk_usage(place).free)
         raise InputError(
-            f"{target} would take {disk.text(size)}, and its disk has "
-            f"{disk.text(shutil.disk_usage(place).free)} free: make room, or give a directory elsewhere"
+            f"{target} would take {disk.text(size)}, and its disk has {free} free: make room, or "
+            "give a directory elsewhere"
         )
     filled = (
         f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "

@@ -89,17 +89,13 @@ class Parts:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the axes over which the tensors are spread: (), (repeats,), or with experts."""
+        """Sizes of the axes over which tensors are spread: (), (repeats,) or (repeats, experts)."""
         return tuple(size for size in (len(self.layers), self.experts) if size)
 
     @property
     def count(self) -> int:
         """How many tensors."""
         return len(self.rules) * math.prod(self.leading)
-
-    def places(self) -> Iterator[tuple[int, ...]]:
-        """Every place on the leading axes: (), (repeat,) or (repeat, expert)."""
-        return np.ndindex(*self.leading)
 
     def name(self, rule: Rule, place: tuple[int, ...]) -> str:
         """The HF tensor's name of one rule at one place."""
@@ -113,7 +109,7 @@ class Parts:
         # A view of one element tells the HF tensor's shape without allocating one.
         ours = np.broadcast_to(np.empty((), np.int8), shape[len(self.leading) :])
         theirs = [(rule, rule.view(ours).shape) for rule in self.rules]
-        for place in self.places():
+        for place in np.ndindex(*self.leading):
             yield from ((self.name(rule, place), size) for rule, size in theirs)
 
 

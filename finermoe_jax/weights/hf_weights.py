@@ -3,6 +3,7 @@
 Only safetensors are read: nothing is unpickled or executed.
 """
 
+import functools
 import math
 import os
 import re
@@ -224,12 +225,15 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
     shape = files.shape(one)
     if shape != files.shape(other) or files.dtype(one) != files.dtype(other):
         return False
-    if not shape or files.dtype(one) not in DTYPES:
+    if 0 in shape or files.dtype(one) not in DTYPES:
         return True  # refused for that
-    block = lazy.block_shape(LazyArray(shape, jnp.dtype(DTYPES[files.dtype(one)]), np.empty))
+    dtype = jnp.dtype(DTYPES[files.dtype(one)])
+    first, second = (
+        LazyArray(shape, dtype, functools.partial(files.tensor, name)) for name in (one, other)
+    )
     return all(
-        files.tensor(one, index).tobytes() == files.tensor(other, index).tobytes()
-        for index in lazy.blocks(shape, block)
+        first[index].tobytes() == second[index].tobytes()
+        for index in lazy.blocks(shape, lazy.block_shape(first))
     )
 
 
@@ -255,7 +259,7 @@ def write_hf(
         for file in model_code():
             shutil.copyfile(file, directory / file.name)
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, directory)
+        write_files(kept_files(tokenizer), directory)
     for name, text in texts.items():
         (directory / name).write_text(text)
     table = parts(config, list(weights))
@@ -296,25 +300,27 @@ def _pieces(
                     yield where.name(rule, at), rule.view(values[place])
 
 
-def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> None:
-    """Writes the `kept_files` of source (and model) into target."""
-    write_files(kept_files(source, model), target)
-
-
 def model_code() -> list[Path]:
     """The files that auto_map names: the model for transformers; none of them runs here."""
     modules = {place.split(".")[0] for place in AUTO_MAP.values()}
     return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
 
 
-def check_saving(model: Any, path: Any, tokenizer: Any) -> None:
-    """Raises InputError for arguments of another type, or a tokenizer that is no directory."""
+def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None]:
+    """A model's weights, and the directory of its tokenizer, if any.
+
+    Raises InputError for arguments of another type, or a tokenizer that is no directory.
+    """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     check_path("path", path)
-    if tokenizer is not None:
-        check_path("tokenizer", tokenizer)
-        if not Path(local(tokenizer)).is_dir():
-            raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
+    if tokenizer is None:
+        return weights, None
+    check_path("tokenizer", tokenizer)
+    files = Path(local(tokenizer))
+    if not files.is_dir():
+        raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+    return weights, files
 
 
 def save_hf(
@@ -333,9 +339,7 @@ def save_hf(
     Raises:
       InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
     """
-    check_saving(model, path, tokenizer)
-    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
-    files = Path(local(tokenizer)) if tokenizer is not None else None
+    weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
         for _ in write_hf(model.config, weights, directory, files):
             pass

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from finermoe_jax.config.arguments import check_key, check_type
 from finermoe_jax.config.model import ModelConfig, MoEConfig
@@ -28,8 +28,6 @@ from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Standard deviation of the router, of the shared expert's gate and of concat_proj (paper §3.3).
 NEW_WEIGHT_STD = 0.02
-# The dense FFN as it lies in a layer's parameters.
-_DENSE_FFN = ("mlp/gate", "mlp/up", "mlp/down")
 
 
 def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
@@ -81,24 +79,6 @@ def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
     return config
 
 
-def refuse_other_experts(
-    source: str, found: ModelConfig, moe: MoEConfig, upcycling: UpcycleConfig
-) -> None:
-    """Raises InputError where a source that has experts already has others than `moe`'s, or where
-    `upcycling`, which it cannot have any more, is not the default."""
-    refuse_differences(
-        f"{source} is a mixture already and contradicts config.moe",
-        dataclasses.asdict(found),
-        dataclasses.asdict(upcycled_config(found, moe)),
-        "change config.moe, or start from a dense model",
-    )
-    if upcycling != PUBLISHED_UPCYCLING:
-        raise InputError(
-            f"{source} is a mixture already, and {upcycling} would do nothing: leave "
-            "config.upcycle alone, or start from a dense model"
-        )
-
-
 def upcycle_weights(
     dense: ModelConfig,
     weights: Weights,
@@ -125,7 +105,7 @@ def upcycle_weights(
     # Of a dense model all layers lie in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
-    drawn = [name for name in _DRAWN if any(path[-1] == name for path in shapes)]
+    drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]
     # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
     drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
@@ -138,8 +118,10 @@ def upcycle_weights(
             return _restacked(stacks[name], layers)
         if name[:2] == ("moe", "shared"):
             whole = _restacked(stacks["mlp", name[2]], layers)
-            scaled = upcycling.function_preserving and name[2] == "down"
-            return _scaled(whole, upcycle_variants.SHARED_SCALE) if scaled else whole
+            if not upcycling.function_preserving or name[2] != "down":
+                return whole
+            scale = upcycle_variants.SHARED_SCALE
+            return dataclasses.replace(whole, read=lambda at: lazy.scaled(whole[at], scale))
         if kinds[path].bank and name[1] == "down" and upcycling.function_preserving:
             return _zeros(shape, stacks["mlp", "down"].dtype)
         if kinds[path].bank:
@@ -150,10 +132,13 @@ def upcycle_weights(
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
         if not std or (name[1] == "shared_gate" and upcycling.function_preserving):
             return _zeros(shape, dtype)
-        array = _drawn(of_layers, shape, dtype, std)
-        if upcycling.virtual_groups and name[1] == "router":
-            return _changed_rows(array, upcycle_variants.virtual_group_rows(moe))
-        return array
+        grouped = upcycling.virtual_groups and name[1] == "router"
+
+        def draw(i: int, rest: Index) -> np.ndarray:
+            drawn = np.asarray(normal(std)(of_layers[i], shape[1:], dtype))
+            return drawn[upcycle_variants.virtual_group_rows(moe)][rest] if grouped else drawn[rest]
+
+        return lazy.stacked(shape, dtype, 1, draw)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
 
@@ -169,18 +154,28 @@ def upcycled(
 ) -> tuple[ModelConfig, Weights]:
     """`upcycle_weights` of a dense model; the model itself where it has experts, or moe is None.
 
-    With `stated`, a model with experts has to have these. Raises InputError as
-    `refuse_other_experts` and `upcycle_weights` do.
+    With `stated`, a model with experts has to have these, and `upcycling`, which it cannot have
+    any more, has to be the default. Raises InputError for that, and as `upcycle_weights` does.
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
     if moe is not None and stated:
-        refuse_other_experts(source, config, moe, upcycling)
+        refuse_differences(
+            f"{source} is a mixture already and contradicts config.moe",
+            dataclasses.asdict(config),
+            dataclasses.asdict(upcycled_config(config, moe)),
+            "change config.moe, or start from a dense model",
+        )
+        if upcycling != PUBLISHED_UPCYCLING:
+            raise InputError(
+                f"{source} is a mixture already, and {upcycling} would do nothing: leave "
+                "config.upcycle alone, or start from a dense model"
+            )
     return config, weights
 
 
 # What upcycling draws, in the order in which a layer's keys are given out.
-_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
+DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
@@ -191,24 +186,6 @@ def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
     return LazyArray(shape, dtype, lambda index: np.zeros([i.stop - i.start for i in index], dtype))
-
-
-def _scaled(array: LazyArray, factor: int) -> LazyArray:
-    return dataclasses.replace(array, read=lambda index: lazy.scaled(array[index], factor))
-
-
-def _drawn(keys: list[Array], shape: tuple[int, ...], dtype: np.dtype, std: float) -> LazyArray:
-    draw = normal(std)
-    return lazy.stacked(
-        shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rest]
-    )
-
-
-def _changed_rows(array: LazyArray, rows: Int[np.ndarray, " E"]) -> LazyArray:
-    """Of [L, E, …]: in place e of every layer what was in place rows[e]."""
-    return lazy.stacked(
-        array.shape, array.dtype, 1, lambda i, rest: array.row(i)[:, *rest[1:]][rows[rest[0]]]
-    )
 
 
 def _experts(
@@ -223,7 +200,7 @@ def _experts(
     """`gate_up` or `down` of all experts of these layers."""
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
-    gate, up, down = (stacks[tuple(ffn.split("/"))] for ffn in _DENSE_FFN)
+    gate, up, down = (stacks["mlp", part] for part in ("gate", "up", "down"))
 
     def make(layer: int, expert: int) -> np.ndarray:
         if name == "gate_up":

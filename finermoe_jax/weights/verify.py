@@ -27,7 +27,7 @@ from finermoe_jax.weights.hf_weights import json_files, model_code
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 from finermoe_jax.weights.safetensors_files import listing
 from finermoe_jax.weights.source import ModelSource, open_model
-from finermoe_jax.weights.upcycle import upcycled
+from finermoe_jax.weights.upcycle import DRAWN, upcycled
 
 
 @dataclasses.dataclass
@@ -135,7 +135,7 @@ def _compared(
     size = sum(array.nbytes for array in made.weights.values())
     with tqdm(total=size, desc=title, unit="B", unit_scale=True) as bar:
         for path, array in made.weights.items():
-            drawn = new_experts and path[-1] in _DRAWN
+            drawn = new_experts and path[-1] in DRAWN
             expected = None
             if new_experts and (anew or (drawn and draws)):
                 expected = again[path]
@@ -149,15 +149,11 @@ def _compared(
                 bar.update(values.nbytes)
             kind = "copied"
             if new_experts:
-                kind = "drawn" if drawn else "anew" if anew else "copied"
-                kind = "slices" if kind == "copied" and kinds[path].bank else kind
-            tensors = sum(1 for _ in table[path].shapes(array.shape))
-            setattr(report, kind, getattr(report, kind) + tensors)
+                compared = "slices" if kinds[path].bank else "copied"
+                kind = "drawn" if drawn else "anew" if anew else compared
+            setattr(report, kind, getattr(report, kind) + table[path].count)
     report.digest = digest.hexdigest()
     return report
-
-
-_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
@@ -200,11 +196,10 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
             values["moe"]["shared_expert_intermediate_size"] = config.shared_expert_size
         return values
 
-    stated, found = comparable(given), comparable(made)
     refuse_differences(
         f"{target} has another architecture than {source}",
-        found,
-        stated,
+        comparable(made),
+        comparable(given),
         "give the source that the target was made of, the conversion's --config, and --to=hf if it "
         "was an export",
         "as the source and the config imply",
