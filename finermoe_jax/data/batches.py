@@ -6,7 +6,7 @@ The position in the data is the step number, whatever is mixed or packed.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -289,22 +289,17 @@ def _seed(seed: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
 
 
-class Batches(grain.sources.RandomAccessDataSource):
-    """Some rows of every global batch, by step."""
+def batch_reader(
+    rows: Mixture, config: DataConfig, wanted: Sequence[int]
+) -> Callable[[int], Batch]:
+    """A function that reads the wanted rows, [R, T + 1], of a step's global batch."""
+    order = Order(rows, config.seed)
 
-    def __init__(self, rows: Mixture, config: DataConfig, wanted: Sequence[int]):
-        self.rows, self.order = rows, Order(rows, config.seed)
-        self.batch_size, self.wanted = config.global_batch_size, wanted
+    def read(step: int) -> Batch:
+        first = step * config.global_batch_size
+        return rows.read([order[first + row] for row in wanted])
 
-    def __len__(self) -> int:
-        return 1 << 40  # steps: there is no end
-
-    def __getitem__(self, step: int) -> Batch:
-        first = int(step) * self.batch_size
-        return self.rows.read([self.order[first + row] for row in self.wanted])
-
-    def __repr__(self) -> str:
-        return f"Batches({len(self.wanted)} of {self.batch_size} rows)"
+    return read
 
 
 def train_batches(
@@ -316,9 +311,9 @@ def train_batches(
     global batches are the same however many processes share them, and the position in the data is
     the step number.
     """
-    batches = grain.MapDataset.source(Batches(rows, config, wanted))
+    steps = grain.MapDataset.range(start_step, 1 << 40)  # there is no end
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
+    return iter(steps.map(batch_reader(rows, config, wanted)).to_iter_dataset(options))
 
 
 def batch_identity(rows: Mixture, config: DataConfig, step: int) -> list[dict[str, Any]]:

@@ -103,10 +103,7 @@ def prepare(
         if shards:
             say(f"going on behind {len(shards)} complete shards")
         writer = ShardWriter(target, settings, shards)
-        with (
-            contextlib.closing(writer),
-            _encoder(tokenizer, tokenizer_files, processes) as encode,
-        ):
+        with contextlib.closing(writer), _encoder(tokenizer, tokenizer_files, processes) as encode:
             _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
             manifest = writer.finish()
     say(f"{target}: {summary(manifest)}")
@@ -133,13 +130,11 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
             files = sorted(p for p in path.rglob("*") if p.is_file() and text.text_kind(p))
             if not files:
                 raise InputError(f"{path} holds no text ({text.KNOWN})")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(source):
+        elif not path.exists() and glob.has_magic(source):
             files = sorted(Path(p) for p in glob.glob(source, recursive=True))
             if not files:
                 raise InputError(f"no file matches {source}")
-        elif text.is_hub_name(source):
+        elif not path.exists() and text.is_hub_name(source):
             found.append(text.HubText(source, split, field))
             continue
         else:

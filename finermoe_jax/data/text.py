@@ -69,13 +69,8 @@ class TextFile:
         if not text_kind(path):
             raise InputError(f"{path} must end in {KNOWN}")
         refuse_pointer(path)
-        self.path, self.field = path, field
+        self.path, self.name, self.field = path, str(path), field
         self.size, self.position = path.stat().st_size, 0
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
 
     def pieces(self) -> Iterator[Piece]:
         """The text, from the beginning.

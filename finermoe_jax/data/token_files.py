@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import mmap
 import os
 import resource
 from collections.abc import Sequence
@@ -106,16 +105,14 @@ class Corpus:
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file's content as an array of its own, memory-mapped, read-only.
+    """A file's content as an array, memory-mapped, read-only.
 
     Raises InputError: a file that is missing, may not be read or is empty.
     """
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.memmap(path, dtype, "r").view(np.ndarray)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    return np.frombuffer(mapped, dtype)
 
 
 # --- our own --------------------------------------------------------------------------------

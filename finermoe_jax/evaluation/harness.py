@@ -1,16 +1,12 @@
 """Our models for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
 
 import itertools
-import random
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
-import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
 from finermoe_jax.data.tokenizers import prefix_token
 from finermoe_jax.errors import InputError, first_line
@@ -183,7 +179,7 @@ class HarnessModel(TemplateLM):
 
 
 def needed_prefix(tokenizer: Any) -> int:
-    """What a text without a context follows. Raises InputError where a tokenizer has no such token."""
+    """The token that a text without a context follows. Raises InputError where there is none."""
     prefix = prefix_token(tokenizer)
     if prefix is None:
         raise InputError(
@@ -276,38 +272,11 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
         )
 
 
-def run(
-    model: HarnessModel,
-    objects: list[Any],
-    *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    chat: bool = False,
-    allow_code_execution: bool = False,
-) -> dict[str, dict[str, float]]:
-    """The metrics of tasks and groups (`tasks.Selection.objects`), by name.
+def metrics_of(values: dict[str, Any]) -> dict[str, float]:
+    """A task's metrics from the harness's result of it; "rows" is how many were scored.
 
-    A metric of a named filter is "metric,filter"; "rows" is how many were scored.
+    A metric of a named filter is "metric,filter". What has no number is left out.
     """
-    random.seed(0)
-    # The harness draws few-shot examples with seeds of its own: a rerun sees the same.
-    with redirect_stdout(sys.stderr):
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=objects,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            confirm_run_unsafe_code=allow_code_execution,
-            log_samples=False,
-            task_manager=TaskManager(include_defaults=False),
-        )
-    return {name: _metrics(values) for name, values in results["results"].items()}
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The harness's "metric,filter" keys, without the filter "none"; what has no number is left
-    out."""
     found = {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()
