@@ -156,7 +156,8 @@ def layers_apart(state: nnx.State) -> nnx.State:
     """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        if LAYER not in axes_of(variable, path):
+        axes = axes_of(variable, path)
+        if LAYER not in axes or kind_of(axes).bank:  # a bank is read in place everywhere
             return variable
         return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
 
