@@ -19,10 +19,6 @@ def _train(config: RunConfig, **values: Any) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
 
 
-def _remat(config: RunConfig, target: Target) -> RunConfig | None:
-    return None if config.train.remat == "full" else _train(config, remat="full")
-
-
 def _fsdp(config: RunConfig, target: Target) -> RunConfig | None:
     mesh = dict(sharding.make_mesh(config.mesh, target.devices).shape)
     if mesh["data"] == target.slices:
@@ -72,7 +68,9 @@ def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
 
 # Changes by their flags, and their effects on a config; None where they have none.
 LADDER: dict[str, Callable[[RunConfig, Target], RunConfig | None]] = {
-    "train.remat=full": _remat,
+    "train.remat=full": lambda config, target: (
+        None if config.train.remat == "full" else _train(config, remat="full")
+    ),
     "mesh.data to mesh.fsdp": _fsdp,
     "train.grad_accumulation up to one sequence per device": _accumulate,
     "train.loss_chunk_tokens to a quarter": _loss,

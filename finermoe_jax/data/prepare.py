@@ -49,6 +49,7 @@ from finermoe_jax.runtime.paths import local
 
 _AHEAD = 4  # batches of text under way for each process
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
 
 
@@ -134,7 +135,7 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
             files = sorted(Path(p) for p in glob.glob(source, recursive=True))
             if not files:
                 raise InputError(f"no file matches {source}")
-        elif not path.exists() and text.is_hub_name(source):
+        elif not path.exists() and not text.text_kind(path) and _HUB_NAME.fullmatch(source):
             found.append(text.HubText(source, split, field))
             continue
         else:

@@ -5,7 +5,6 @@ whatever a file's size, and the tokens of a text do not depend on how it is read
 """
 
 import io
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -185,11 +184,6 @@ class HubText:
             ) from None
         if number < 0:
             raise InputError(f"{self.name} holds no text")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is no path here may be that of a Hugging Face dataset."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)) and not text_kind(Path(name))
 
 
 def is_text(text: str) -> bool:

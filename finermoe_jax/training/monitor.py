@@ -176,7 +176,8 @@ def memory_gib() -> float:
 class Monitor:
     """One run's figures, from finished steps to wherever they are told. Closes what it opened.
 
-    All processes hold one and call it alike; the first one writes.
+    All processes hold one and call it alike; the first one writes. `profile` are the first and the
+    last step that it traces, zeros where there are none.
     """
 
     def __init__(
@@ -314,14 +315,6 @@ class Monitor:
             writer.write(step, values)
 
     # --- profile ----------------------------------------------------------------------------
-
-    def profile_begins(self, step: int) -> bool:
-        """Whether this step is the first that is traced."""
-        return step == self.profile[0]
-
-    def profile_ends(self, step: int) -> bool:
-        """Whether this step is the last that is traced."""
-        return step == self.profile[1]
 
     def start_profile(self) -> None:
         """Traces this process and its devices from here on."""

@@ -163,19 +163,14 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     Raises InputError as `open_hf` does, and for another dtype.
     """
     check_path("source", source)
-    _check_float(dtype)
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
     config, weights = open_hf(resolve_source(source), dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
-
-
-def _check_float(dtype: DTypeLike | None) -> None:
-    """Raises InputError for a dtype that weights cannot have; None can be."""
-    try:
-        right = dtype is None or jnp.dtype(dtype).name in FLOATS
-    except TypeError:
-        right = False
-    if not right:
-        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
 
 
 def _check_tensors(
