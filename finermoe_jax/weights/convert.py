@@ -44,9 +44,7 @@ def convert(
     casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
     source has to be one of these experts already.
 
-    No more of the model than a few blocks is in memory at a time.
-
-    Returns the architecture that was written.
+    Returns the architecture that was written. A few blocks of the model are in memory at a time.
 
     Raises InputError for whatever the source, the target or the sizes have wrong and for a disk
     without room, RunEnded on SIGTERM and Ctrl-C. Nothing of the target is then left.

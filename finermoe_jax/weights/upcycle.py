@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.arguments import check_key, check_type
 from finermoe_jax.config.model import ModelConfig, MoEConfig
@@ -132,13 +132,10 @@ def upcycle_weights(
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
         if not std or (name[1] == "shared_gate" and upcycling.function_preserving):
             return _zeros(shape, dtype)
-        grouped = upcycling.virtual_groups and name[1] == "router"
-
-        def draw(i: int, rest: Index) -> np.ndarray:
-            drawn = np.asarray(normal(std)(of_layers[i], shape[1:], dtype))
-            return drawn[upcycle_variants.virtual_group_rows(moe)][rest] if grouped else drawn[rest]
-
-        return lazy.stacked(shape, dtype, 1, draw)
+        rows = np.arange(shape[1])
+        if upcycling.virtual_groups and name[1] == "router":
+            rows = upcycle_variants.virtual_group_rows(moe)
+        return _drawn(of_layers, shape, dtype, std, rows)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
 
@@ -186,6 +183,20 @@ def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
     return LazyArray(shape, dtype, lambda index: np.zeros([i.stop - i.start for i in index], dtype))
+
+
+def _drawn(
+    keys: list[Array],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    std: float,
+    rows: Int[np.ndarray, " E"],
+) -> LazyArray:
+    """Draws of each layer by its key; in place e of a layer what is drawn for rows[e]."""
+    draw = normal(std)
+    return lazy.stacked(
+        shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rows][rest]
+    )
 
 
 def _experts(
