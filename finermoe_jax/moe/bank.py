@@ -43,6 +43,7 @@ class ExpertBank:
       scales: float32 [L, E, 2F] and [L, E, W], of int8 weights.
       gradients: what each use hands on to the next (expert_ffn_of_run); `ffn` replaces it. Empty:
         the experts get no gradient.
+      adds: their gradients are added to what is handed on (`Summed`).
       ends: the run whose last use the next one is, if it is.
     """
 
@@ -51,6 +52,7 @@ class ExpertBank:
     layer: Int[Array, ""] | int = 0
     scales: tuple[Array, Array] | None = None
     gradients: tuple[Array, ...] = ()
+    adds: bool = False
     ends: "Run | None" = None
 
     @property
@@ -75,13 +77,33 @@ class ExpertBank:
             )  # fmt: skip
         y, self.gradients = expert_ffn_of_run(
             rows, self.gate_up, self.down, group_sizes, row_weights, self.layer, self.gradients,
-            kernel,
+            kernel, adds=self.adds,
         )  # fmt: skip
         return y
 
     def at(self, layer: Array | int, gradients: tuple[Array, ...]) -> "ExpertBank":
         """The window on another layer, with the gradients that its use is to hand on."""
         return dataclasses.replace(self, layer=layer, gradients=gradients)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A bank's parameter in one of several microbatches, whose gradients add up in float32.
+
+    Attributes:
+      weights: [L, E, ...], a constant.
+      sums: float32 `Places.carried`, of the microbatches before.
+      gradient: like sums, of any values; the gradient by it is the sums with this microbatch's.
+    """
+
+    weights: Array
+    sums: Array
+    gradient: Array
+
+    def __getitem__(self, index: Any) -> "Summed":
+        assert index is ...
+        return self
 
 
 def bank_of_run(
@@ -94,6 +116,9 @@ def bank_of_run(
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
         scales = gate_up.scale, down.scale
         return Run(ExpertBank(gate_up.values, down.values, scales=scales), placement)
+    if isinstance(gate_up, Summed) and isinstance(down, Summed):
+        bank = ExpertBank(gate_up.weights, down.weights, adds=True)
+        return Run(bank, placement, (gate_up.gradient, down.gradient), (gate_up.sums, down.sums))
     places = Places.of(gate_up.shape[1], placement)
     if places.pieces:
         return None
@@ -164,19 +189,30 @@ class Places:
             for w in stacks
         )
 
+    def zeros(self, stack: Array) -> Array:
+        """Sums of gradients of a stack, before the first: float32."""
+        return self.carried((jnp.zeros(stack.shape, jnp.float32),))[0]
+
+    def total(self, sums: Array) -> Array:
+        """The sums of all copies together, [L, E, ...]."""
+        return sums.sum(axis=0) if self.copies else sums
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A bank, and what a loop over its layers carries from one to the next."""
+    """A bank, what a loop over its layers carries from one to the next, and sums before them."""
 
     bank: ExpertBank
     placement: Placement
     carried: tuple[Array, ...] = ()
+    sums: tuple[Array, ...] = ()
 
     def end(self, x: Array, gradients: tuple[Array, ...]) -> Array:
         """x, which comes of all uses; `gradients` are what the last one handed on."""
         if not gradients:
             return x
+        if self.sums:
+            return _from_sums(x, gradients, self.sums)
         places = Places.of(self.bank.experts, self.placement)
         if places.mesh is None:
             return unread(empty_like(gradients), x, gradients)
@@ -190,6 +226,18 @@ class Run:
             check_vma=False,
         )
         return unread(empty, x, gradients)
+
+
+@jax.custom_vjp
+def _from_sums(x: Array, gradients: tuple[Array, ...], sums: tuple[Array, ...]) -> Array:
+    """x; on the way back `sums` begin what the uses add their gradients to (cf. `unread`)."""
+    return x
+
+
+_from_sums.defvjp(
+    lambda x, gradients, sums: (x, sums),
+    lambda sums, dx: (dx, sums, tuple(jnp.zeros_like(s) for s in sums)),
+)
 
 
 def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:

@@ -80,7 +80,7 @@ def routed_experts(
             return (unread(empty_like(here.gradients), y, here.gradients),)
         # Each copy of the experts has gradients of its own.
         own = tuple(g[0] if places.copies else g for g in gradients)
-        here = ExpertBank(gate_up, down, layer, None, own)
+        here = ExpertBank(gate_up, down, layer, None, own, bank.adds)
         y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
         return y, *(g[None] if places.copies else g for g in here.gradients)
 
@@ -133,7 +133,7 @@ def _routed(
     else:
         y, bank.gradients = exchanged_ffn(
             rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
-            axis, kernel,
+            axis, kernel, bank.adds,
         )  # fmt: skip
     return permute(y, inverse, order).reshape(batch, tokens, active, -1)
 
@@ -298,7 +298,7 @@ def _compute(
     return permute(y, inverse, order), gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def exchanged_ffn(
     rows: Float[Array, "R D"],
     weights: Float[Array, " R"],
@@ -309,6 +309,7 @@ def exchanged_ffn(
     sizes: Int[Array, " N"],
     axis: str,
     kernel: Implementation | None,
+    adds: bool,
 ) -> tuple[Float[Array, "R W"], tuple[Array, ...]]:
     """expert_ffn over all N = P * E experts of the mesh axis, of which this device holds E.
 
@@ -322,11 +323,12 @@ def exchanged_ffn(
       sizes: this device's rows for each of the N experts.
       axis: the mesh axis, manual (inside shard_map).
       kernel: implementation of expert_ffn.
+      adds: as in expert_ffn_of_run.
 
     Returns:
       What the experts make of the rows, in their places, and `gradients`.
     """
-    return _exchanged(rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel)[0]
+    return _exchanged(rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds)[0]
 
 
 def _plan(rows: Array, sizes: Array, axis: str) -> Exchange:
@@ -344,6 +346,7 @@ def _exchanged(
     sizes: Array,
     axis: str,
     kernel: Any,
+    adds: bool,
 ) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Any, ...]]:
     plan = _plan(rows, sizes, axis)
 
@@ -362,7 +365,11 @@ def _exchanged(
 
 
 def _exchanged_backward(
-    axis: str, kernel: Any, saved: tuple[Any, ...], cotangents: tuple[Array, tuple[Array, ...]]
+    axis: str,
+    kernel: Any,
+    adds: bool,
+    saved: tuple[Any, ...],
+    cotangents: tuple[Array, tuple[Array, ...]],
 ) -> tuple[Any, ...]:
     rows, weights, gate_up, down, layer, sizes, *arrived = saved
     dy, into = cotangents
@@ -388,8 +395,8 @@ def _exchanged_backward(
         return round_of(step, again, sums, adds=True)
 
     zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
-    # The first round writes the layer's gradients; it knows all of the device's experts.
-    sums = round_of(0, arrived, (*zeros, into), adds=False)
+    # The first round writes all of the layer's gradients, later ones add to them.
+    sums = round_of(0, arrived, (*zeros, into), adds)
     drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
     return drows, dweights, into, None, None, None, None
 

@@ -104,11 +104,11 @@ def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
         list(generation.stream(model, [prompts([length])[0]], None, new, Sampling(**settings)))
 
     run(40, 5)
-    compiled = [f._cache_size() for f in (generation._prefill, generation._decode)]
+    compiled = [f._cache_size() for f in (generation.prefill, generation.decode)]
     run(33, 9)
     run(47, 2, temperature=0.7, top_k=5, seed=3)
     run(41, 12, temperature=1.3, top_p=0.6, repetition_penalty=1.2)
-    assert [f._cache_size() for f in (generation._prefill, generation._decode)] == compiled
+    assert [f._cache_size() for f in (generation.prefill, generation.decode)] == compiled
     sizes = [generation.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1000)]
     assert sizes == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1024]
 
@@ -118,11 +118,11 @@ def test_the_cache_is_written_in_place(model):
     graphdef, state = nnx.split(model)
     cache = generation.init_cache(CONFIG, 1, 32, model.dtype)
     arguments = np.zeros((1, 32), np.int32), np.array([5], np.int32), cache, Sampling().scalars()
-    token, running = generation._prefill(graphdef, state, *arguments)
+    token, running = generation.prefill(graphdef, state, *arguments)
     keys = running.cache.layers[0][0].keys
     assert cache.layers[0][0].keys.is_deleted()
     place = keys.unsafe_buffer_pointer()
-    _, after = generation._decode(graphdef, state, token, running, Sampling().scalars())
+    _, after = generation.decode(graphdef, state, token, running, Sampling().scalars())
     assert keys.is_deleted() and after.cache.layers[0][0].keys.unsafe_buffer_pointer() == place
 
 
@@ -234,7 +234,7 @@ def test_padding_is_not_penalized(model):
     padded = np.zeros((1, 32), np.int32)
     padded[0, :3] = row
     cache = init_cache(CONFIG, 1, 64, model.dtype)
-    token, running = generation._prefill(
+    token, running = generation.prefill(
         graphdef, state, padded, np.asarray([3], np.int32), cache, Sampling().scalars()
     )
     assert np.flatnonzero(np.asarray(running.seen)[0]).tolist() == sorted({*row, int(token[0])})
