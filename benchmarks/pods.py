@@ -1,7 +1,8 @@
 """The train step compiled for slices that are not here: the tables and plots of docs/scaling.md.
 
     pip install -e '.[compile-tpu]'
-    python benchmarks/pods.py --results=DIR [--only=slices,traffic,sequences,chips,experts] [--plot=docs]
+    python benchmarks/pods.py --results=DIR [--only=slices,traffic,sequences,chips,experts]
+        [--plot=docs]
 
 Runs finermoe aot once per row, one after the other, and keeps each row's figures
 in DIR; a row that is there with the same arguments is not compiled again. Every figure is a
