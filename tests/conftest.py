@@ -29,9 +29,6 @@ import jax
 import jaxtyping
 import pytest
 
-# Tracing makes many objects and few cycles: searched for less often, they take a twentieth less.
-gc.set_threshold(100_000, 50, 100)
-
 
 def _of_shapes(annotation):
     parts = typing.get_args(annotation)

@@ -138,6 +138,7 @@ def test_layers_apart_lie_in_the_memory_of_their_stack():
     np.testing.assert_array_equal(np.stack(cpu.apart(odd).layers), odd)
 
 
+@pytest.mark.slow
 def test_only_active_experts_are_read(model):
     """Whatever an expert holds that no token chose, NaN included, it reaches nothing."""
     row = prompts([4])[0]
