@@ -38,12 +38,12 @@ from tqdm import tqdm
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.presets import ARCHITECTURES, QWEN2P5
 from finermoe_jax.generation.decode import (
-    _decode,
-    _prefill,
     _Running,
     bucket,
+    decode,
     init_cache,
     layers_apart,
+    prefill,
 )
 from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.model.decoder import Decoder, parameter_kinds, parameter_shapes, with_params
@@ -141,12 +141,12 @@ class Served:
         cache = init_cache(self.config, self.batch, bucket(PROMPT + NEW), "float32")
         jax.block_until_ready(cache)
         lengths = np.full(self.batch, PROMPT, np.int32)
-        return _prefill(self.graphdef, self.stacked, self.prompt, lengths, cache, GREEDY)
+        return prefill(self.graphdef, self.stacked, self.prompt, lengths, cache, GREEDY)
 
     def decode(self) -> jax.Array:
         """The next token of every row."""
         arguments = self.state, self.token, self.running, GREEDY
-        self.token, self.running = _decode(self.graphdef, *arguments)
+        self.token, self.running = decode(self.graphdef, *arguments)
         return self.token
 
     def bytes(self) -> tuple[int, int]:

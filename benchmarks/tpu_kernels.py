@@ -68,7 +68,8 @@ def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any
         count = experts * load // tile
     start = Formula(lambda e: e * load + shift)
     stop = Formula(lambda e: (e + 1) * load + shift)
-    return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count)), rows
+    zero = Formula(lambda i: 0)
+    return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count), zero), rows
 
 
 def simulated_f(chip: str, kind: str, f: int) -> int:
@@ -95,6 +96,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         x, dy = shaped(rows, d), shaped(rows, w)
         gate_up = shaped(experts, 2 * f, d, dtype=stored)
         down = shaped(experts, f, w, dtype=stored)
+        into = [shaped(1, *a.shape, dtype=stored) for a in (gate_up, down)]
+        into = into if job["kind"] == "backward" else []
         if not job["cycles"]:
             sizes, weight = shaped(experts, dtype=jnp.int32), shaped(rows, dtype=jnp.float32)
 
@@ -108,7 +111,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                 function, arguments = forward, [x, gate_up, down, weight, sizes]
             else:
                 function, arguments = backward, [dy, sizes, x, gate_up, down, weight]
-            call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down)
+            call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down, into=into)
             compiled = tpu_compiler.compile_for(function, arguments, sharding)
             memory = compiled.memory_analysis()
             return {
@@ -117,11 +120,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                 "tiles": call and [call.tiles.rows, call.tiles.step, call.tiles.buffers],
                 "vmem": call and call.vmem_bytes(),
             }
-        call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down)
+        call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down, into=into)
         if job.get("tiles"):
             call = mosaic_tpu.Call(
                 job["kind"], rows, d, experts, f, w, dtype, stored, stored,
-                mosaic_tpu.Tiles(*job["tiles"]),
+                mosaic_tpu.Tiles(*job["tiles"]), tuple(stack.dtype for stack in into),
             )  # fmt: skip
         if call is None:
             return {"error": "does not fit"}
@@ -131,6 +134,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         call = dataclasses.replace(call, m=rows)
         x, dy, weight = shaped(rows, d), shaped(rows, w), shaped(1, rows, dtype=jnp.float32)
         arguments = [x, *([dy] if job["kind"] == "backward" else []), weight, gate_up, down]
+        arguments += into
         run = mosaic_tpu.pallas_call(call, plan, name="twin")
         tpu_compiler.compile_for(lambda *a: run(*a), arguments, sharding, row_major=True)
         return {"tiles": [call.tiles.rows, call.tiles.step, call.tiles.buffers]}
@@ -395,16 +399,20 @@ def transfers() -> None:
             sizes = np.full(EXPERTS, load) if share is None else rng.multinomial(m, share)
             tiles = next(tiles_tpu.choices("v5e", kind, d, f, load))
             call = mosaic_tpu.Call(
-                kind, m, d, EXPERTS, f, d // 2, bf16, bf16, bf16, mosaic_tpu.Tiles(*tiles)
-            )
+                kind, m, d, EXPERTS, f, d // 2, bf16, bf16, bf16, mosaic_tpu.Tiles(*tiles),
+                (bf16, bf16) if kind == "backward" else (),
+            )  # fmt: skip
             plan = schedule(jnp.asarray(sizes, jnp.int32), m, tiles[0], kind == "backward")
             plan = jax.tree.map(np.asarray, plan)
             moved = 0
             for spec in itertools.chain(*mosaic_tpu.block_specs(call, None)):
+                if spec.index_map is None:  # a stack that is written elsewhere, not read
+                    continue
                 visited = [spec.index_map(i, *plan) for i in range(len(plan.expert))]
                 loads = sum(a != b for a, b in itertools.pairwise([None, *visited]))
                 lane = spec.block_shape[:1] == (1,) and len(spec.block_shape) == 2
-                moved += loads * int(np.prod(spec.block_shape)) * (4 if lane else 2)
+                size = int(np.prod([axis for axis in spec.block_shape if axis]))
+                moved += loads * size * (4 if lane else 2)
             per_expert, empty = flops_and_bytes(kind, d, f, 1)[1], flops_and_bytes(kind, d, f, 0)[1]
             least = m * (per_expert - empty) + empty * np.count_nonzero(sizes)
             if kind == "backward":  # an idle expert's gradient is written, its weights not read

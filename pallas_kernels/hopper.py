@@ -183,11 +183,13 @@ def padded(x: Array) -> Array:
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
-def work(group_sizes: Array, rows: int, tile_rows: int) -> tuple[Array, Array]:
+def work(
+    group_sizes: Array, rows: int, tile_rows: int, first_expert: Array | int = 0
+) -> tuple[Array, Array]:
     """Tiles of rows: int32 [4, tiles], and [1], how many are in use.
 
-    Of each tile: its expert, its first row (a multiple of 8), and the first and one past the last
-    of its rows that are the expert's, counted from the tile's first.
+    Of each tile: its expert, counted from first_expert, its first row (a multiple of 8), and the
+    first and one past the last of its rows that are the expert's, counted from the tile's first.
     """
     sizes = group_sizes.astype(jnp.int32)
     experts, busy = sizes.shape[0], min(sizes.shape[0], rows)
@@ -200,7 +202,7 @@ def work(group_sizes: Array, rows: int, tile_rows: int) -> tuple[Array, Array]:
     expert = jnp.minimum((index[:, None] >= end[None]).sum(axis=1), experts - 1)
     row = first[expert] + (index - (end - tiles)[expert]) * tile_rows
     own = (jnp.maximum(start[expert] - row, 0), jnp.minimum(stop[expert] - row, tile_rows))
-    return jnp.stack([expert, row, *own]).astype(jnp.int32), end[-1:]
+    return jnp.stack([expert + first_expert, row, *own]).astype(jnp.int32), end[-1:]
 
 
 def first_row(table: Any, tile: Array) -> Array:

@@ -21,6 +21,7 @@ class Schedule(NamedTuple):
     start: Array  # int32 [E], each expert's first row
     stop: Array  # int32 [E], one past its last row
     used: Array  # int32 [1], number of visits that are
+    layer: Array  # int32 [1], of a stack, whose weight gradients are written
 
 
 def visits(rows: int, experts: int, tile_rows: int) -> int:
@@ -47,5 +48,5 @@ def schedule(group_sizes: Array, rows: int, tile_rows: int, visit_idle: bool = F
     tile = first[expert] + visit - (end - per_expert)[expert]
     # The last busy expert so far; before the first one, the first.
     loaded = jnp.maximum(lax.cummax(jnp.where(busy, jnp.arange(experts), -1)), jnp.argmax(busy))
-    parts = (expert, loaded[expert], tile, start, stop, used)
+    parts = (expert, loaded[expert], tile, start, stop, used, jnp.zeros(1))
     return Schedule(*(part.astype(jnp.int32) for part in parts))

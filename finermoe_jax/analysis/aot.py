@@ -1,7 +1,8 @@
-"""Compiles the whole train step for hardware that is not there, and says whether it fits.
+"""Compiles a run's programs for hardware that is not there, and says whether they fit.
 
-    finermoe aot --config=configs/qwen7b.py --topology=v5e:16x16
-        [--num_slices=2] [--suggest] [--output=FILE.json] [--config.mesh.fsdp=… and other overrides]
+    finermoe aot --config=configs/qwen7b.py --topology=v5e:16x16 [--num_slices=2] [--suggest]
+        [--program=train|eval|prefill|decode] [--output=FILE.json] [--hlo=FILE]
+        [--config.mesh.fsdp=… and other overrides]
 
 Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), no accelerator, no weights, no text.
 Every figure is the compiler's or follows from its program: an estimate, nothing measured.
@@ -19,94 +20,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
 from finermoe_jax.analysis import report
+from finermoe_jax.analysis.expert_traffic import expert_bound, expert_traffic
 from finermoe_jax.analysis.hlo_costs import analyse
-from finermoe_jax.analysis.params import run_model
+from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import Target
 from finermoe_jax.config.flops import forward_flops, training_flops
-from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.config.run import RunConfig
-from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.moe.bank import Places
 from finermoe_jax.runtime import files
-from finermoe_jax.training.optimizer import optimizer
-from finermoe_jax.training.step import abstract_optimizer, check_microbatch, jit_step
-from finermoe_jax.weights.checkpoint import abstract_params
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A run's train step in shapes: what its state takes of each device, and how to compile it."""
-
-    config: RunConfig
-    model: ModelConfig
-    mesh: Mesh
-    notes: list[str]
-    parameter_bytes: int  # per device, as the two below
-    gradient_bytes: int
-    optimizer_bytes: int
-    lower: Callable[[], Any]
-
-    @property
-    def state_bytes(self) -> int:
-        """Parameters and optimizer state."""
-        return self.parameter_bytes + self.optimizer_bytes
-
-
-def abstract_step(config: RunConfig, target: Target) -> Step:
-    """The train step of a config on a target's mesh. Allocates nothing.
-
-    Raises InputError: a mesh that does not multiply, or a microbatch that its devices do not share.
-    """
-    mesh = sharding.make_mesh(config.mesh, target.devices)
-    check_microbatch(config, mesh)
-    model = with_shapes(run_model(config))
-    model.dtype = jnp.dtype(config.train.compute_dtype)
-    kernel = config.train.kernel
-    model.placement = Placement(mesh, None if kernel == "auto" else kernel)
-    shardings, notes = sharding.param_shardings(model, mesh)
-    params = abstract_params(model.config, config.train.param_dtype, shardings)
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
-    state = abstract_optimizer(tx, params, shardings, mesh)
-    graphdef = nnx.split(model)[0]
-    step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
-    rows = jax.ShapeDtypeStruct(
-        (config.data.global_batch_size, config.data.sequence_length + 1),
-        jnp.int32,
-        sharding=sharding.batch_sharding(mesh),
-    )
-    batch = Batch(rows, rows if config.data.packing == "documents" else None)
-
-    def lower() -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step.trace(params, state, batch).lower(lowering_platforms=(target.platform,))
-
-    accumulated = config.train.grad_accumulation > 1
-    wide = jax.tree.map(lambda p: p.update(dtype=jnp.float32), params)
-    gradients = per_device_bytes(params) + (per_device_bytes(wide) if accumulated else 0)
-    return Step(
-        config, model.config, mesh, notes, per_device_bytes(params), gradients,
-        per_device_bytes(state), lower,
-    )  # fmt: skip
-
-
-def per_device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of sharded shapes, without the padding of tiles."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def compile_step(
-    step: Step, target: Target, say: Callable[[str], None] = print, hlo: Path | None = None
+def compile_program(
+    program: Program, target: Target, say: Callable[[str], None] = print, hlo: Path | None = None
 ) -> dict[str, Any]:
     """Compiles, and returns all figures (finermoe_jax/analysis/report.py prints them).
 
@@ -121,16 +50,17 @@ def compile_step(
         "topology": target.name,
         "slices": target.slices,
         "devices": len(target.devices),
-        "mesh": dict(step.mesh.shape),
-        "notes": step.notes,
+        "mesh": dict(program.mesh.shape),
+        "notes": program.notes,
         "limit_bytes": target.chip.memory,
         "limit_note": target.chip.memory_note,
-        "parameter_bytes": step.parameter_bytes,
-        "gradient_bytes": step.gradient_bytes,
-        "optimizer_bytes": step.optimizer_bytes,
-        "tokens_per_step": step.config.data.global_batch_size * step.config.data.sequence_length,
+        "parameter_bytes": program.parameter_bytes,
+        "gradient_bytes": program.gradient_bytes,
+        "optimizer_bytes": program.optimizer_bytes,
+        "program": program.name,
+        "tokens_per_step": program.tokens,
     }
-    lowered = _lowered(step)
+    lowered = _lowered(program)
     say(f"traced in {time.perf_counter() - began:.0f} s, compiling …")
     try:
         compiled = lowered.compile()
@@ -142,23 +72,45 @@ def compile_step(
         return figures
     figures |= {"compile_seconds": time.perf_counter() - began, **_memory(compiled)}
     figures["fits"] = figures["peak_bytes"] <= target.chip.memory
-    slices = [target.slice_of(device) for device in step.mesh.devices.flat]
+    slices = [target.slice_of(device) for device in program.mesh.devices.flat]
     text = compiled.as_text()
     if hlo:
         files.write(hlo, text)
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
-    costs.attention_flops = attention_flops(step, target)
-    figures |= dataclasses.asdict(costs) | {"notes": step.notes, "counting_notes": costs.notes}
-    frozen = step.config.optimizer.freeze_backbone
-    needed = training_flops(step.model, step.config.data.sequence_length, frozen)
+    costs.attention_flops = attention_flops(program, target)
+    figures |= dataclasses.asdict(costs) | {"notes": program.notes, "counting_notes": costs.notes}
+    if target.platform == "tpu" and program.model.moe:
+        figures |= _experts(program, text)
+    length = program.config.data.sequence_length
+    if program.trains:
+        frozen = program.config.optimizer.freeze_backbone
+        needed = training_flops(program.model, length, frozen)
+    else:
+        needed = sum(forward_flops(program.model, length).values())
     figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)
     return figures
 
 
-def _lowered(step: Step) -> Any:
-    """The traced step. Raises InputError where cuDNN is missing."""
+def _experts(program: Program, text: str) -> dict[str, Any]:
+    """HBM bytes of the experts' weights and gradients, and the least that they can be."""
+    assert program.model.moe is not None
+    total = program.model.moe.num_experts
+    split = Places.of(total, Placement(program.mesh)).experts
+    local = total // math.prod(program.mesh.shape[axis] for axis in split if axis == "expert")
+    traffic = expert_traffic(text, program.model, local)
+    stored = jnp.dtype(program.stored).itemsize
+    read, kept = (2 * stored, stored) if program.trains else (stored, 0)
+    return {
+        "expert_bytes": traffic.total,
+        "expert_bound_bytes": expert_bound(program.model, local, read, kept),
+        "expert_copies": traffic.moved_by,
+    }
+
+
+def _lowered(program: Program) -> Any:
+    """The traced program. Raises InputError where cuDNN is missing."""
     try:
-        return step.lower()
+        return program.lower()
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
@@ -183,21 +135,24 @@ def _memory(compiled: Any) -> dict[str, int]:
     }
 
 
-def attention_flops(step: Step, target: Target) -> float:
+def attention_flops(program: Program, target: Target) -> float:
     """FLOPs of causal attention per device and step; its library kernels state none.
 
     Products without their masked half (config/flops.py): two forward, two more where they are
     recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
     """
-    data = step.config.data
+    if program.name == "decode":  # XLA's own products
+        return 0.0
     backward = 7 if target.platform == "tpu" else 5
-    products = 2 + backward + (0 if step.config.train.remat == "none" else 2)
-    parts = sharding.batch_parts(step.mesh)
-    tensor = step.mesh.shape["tensor"]
-    if step.model.num_attention_heads % tensor == 0:
+    products = 2
+    if program.trains:
+        products += backward + (0 if program.config.train.remat == "none" else 2)
+    parts = sharding.batch_parts(program.mesh)
+    tensor = program.mesh.shape["tensor"]
+    if program.model.num_attention_heads % tensor == 0:
         parts *= tensor
-    scores = forward_flops(step.model, data.sequence_length)["scores"]
-    return products / 2 * scores * data.sequence_length * data.global_batch_size / parts
+    scores = forward_flops(program.model, program.config.data.sequence_length)["scores"]
+    return products / 2 * scores * program.tokens / parts
 
 
 def out_of_memory(message: str) -> float:

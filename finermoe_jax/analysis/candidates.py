@@ -106,31 +106,31 @@ def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunCo
 def search(
     config: RunConfig,
     target: Target,
-    abstract_step: Callable[[RunConfig, Target], Any],
-    compile_step: Callable[..., dict[str, Any]] | None,
+    abstract_program: Callable[[RunConfig, Target], Any],
+    compile_program: Callable[..., dict[str, Any]] | None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Prints and returns the changes, with the bytes of state and gradients that each leaves.
 
-    Those are counted from the shapes of aot.abstract_step; activations and the compiler's own
-    buffers come on top. With aot.compile_step, changes whose state and gradients leave room are
-    compiled, in order, until one fits.
+    Those are counted from the shapes of programs.abstract_program; activations and the compiler's
+    own buffers come on top. With aot.compile_program, changes whose state and gradients leave room
+    are compiled, in order, until one fits.
     """
     limit = target.chip.memory
     rows: list[dict[str, Any]] = []
     say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
     for name, changed in combinations(config, target):
         try:
-            step = abstract_step(changed, target)
+            step = abstract_program(changed, target)
         except InputError:
             continue  # a batch that this mesh cannot share
         floor = step.state_bytes + step.gradient_bytes
         row: dict[str, Any] = {"change": name, "floor_bytes": floor, "possible": floor < limit}
         rows.append(row)
         verdict = "leaves room" if row["possible"] else "too much"
-        if compile_step and row["possible"]:
+        if compile_program and row["possible"]:
             try:
-                result = compile_step(step, target, say=lambda _: None)
+                result = compile_program(step, target, say=lambda _: None)
                 row |= {"compiled_bytes": result["peak_bytes"], "fits": result["fits"]}
                 verdict = "FITS" if row["fits"] else "does not fit"
                 verdict += f", compiled: {row['compiled_bytes'] / 2**30:.2f} GiB"
@@ -142,7 +142,7 @@ def search(
             say(f"the first change that fits: {name}")
             return rows
     first = next((row["change"] for row in rows if row["possible"]), None)
-    if compile_step or first is None:
+    if compile_program or first is None:
         say("none of these fits: take a larger slice, or more memory per device")
     else:
         say(f"--suggest compiles those that leave room, beginning with: {first}")

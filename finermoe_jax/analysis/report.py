@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from jax.sharding import Mesh
-
 from finermoe_jax.analysis.hlo_costs import Costs
+from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import HOST_BYTES_PER_SECOND, Target
-from finermoe_jax.config.run import RunConfig
 
 _GIB = 2**30
 
@@ -16,20 +14,21 @@ def gib(size: float | int) -> str:
     return f"{size / _GIB:9.3f} GiB"
 
 
-def heading(mesh: Mesh, target: Target, config: RunConfig, notes: list[str]) -> str:
+def heading(program: Program, target: Target) -> str:
     """What is compiled."""
-    data, train = config.data, config.train
+    data, train = program.config.data, program.config.train
     where = f"{target.name}, {len(target.devices)} devices"
     if target.slices > 1:
         where += f" in {target.slices} slices"
-    lines = [
-        f"{where} · mesh {dict(mesh.shape)}",
-        f"{data.global_batch_size} sequences of {data.sequence_length} tokens a step, in "
-        f"{train.grad_accumulation} microbatches · {config.optimizer.name}, weights "
+    what = {
+        "train": f"{program.rows} sequences of {data.sequence_length} tokens a step, in "
+        f"{train.grad_accumulation} microbatches · {program.config.optimizer.name}, weights "
         f"{train.param_dtype}, remat {train.remat}",
-        *notes,
-    ]
-    return "\n".join(lines)
+        "eval": f"held-out loss of {program.rows} sequences of {data.sequence_length} tokens",
+        "prefill": f"a prompt of {data.sequence_length} tokens",
+        "decode": f"one token behind {data.sequence_length} others",
+    }[program.name]
+    return "\n".join([f"{where} · mesh {dict(program.mesh.shape)}", what, *program.notes])
 
 
 def roofline(costs: Costs, target: Target, tokens: int, flops_per_token: float) -> dict[str, Any]:
@@ -115,6 +114,12 @@ def _costs(figures: dict[str, Any]) -> list[str]:
         f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   by formula",
         f"HBM bytes                 {figures['hbm_bytes'] / 1e9:12.3f} GB",
     ]
+    if "expert_bytes" in figures:
+        bound = figures["expert_bound_bytes"]
+        lines.append(
+            f"  of the experts          {figures['expert_bytes'] / 1e9:12.3f} GB   "
+            f"{figures['expert_bytes'] / bound:.2f} of what they must move; without the update"
+        )
     for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):
         near, far = (figures[k].get(kind, 0.0) / 1e9 for k in ("sent_bytes", "crossing_bytes"))
         between = f"   and {far:.3f} GB to other slices" if figures["slices"] > 1 else ""

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from finermoe_jax.analysis import candidates, report
-from finermoe_jax.analysis.aot import abstract_step, compile_step
+from finermoe_jax.analysis.aot import compile_program
+from finermoe_jax.analysis.programs import PROGRAMS, abstract_program
 from finermoe_jax.analysis.topology import describe
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
@@ -20,6 +21,7 @@ def define(flags: Flags) -> None:
         "v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 (chips), h100:8 (GPUs)",
         required=True,
     )
+    flags.add_text("program", "train", f"what to compile: {', '.join(PROGRAMS)}")
     flags.add_integer("num_slices", 1, "TPU slices of that shape; data parallelism goes over them")
     flags.add_boolean(
         "suggest",
@@ -39,13 +41,13 @@ def main(flags: Flags) -> int:
         return 0
     output, hlo = (_writable(flags, name) for name in ("output", "hlo"))
     target = describe(flags.topology, flags.num_slices)
-    step = abstract_step(config, target)
-    print(report.heading(step.mesh, target, config, step.notes), flush=True)
-    figures = compile_step(step, target, hlo=hlo)
+    program = abstract_program(config, target, flags.program)
+    print(report.heading(program, target), flush=True)
+    figures = compile_program(program, target, hlo=hlo)
     print(report.text(figures, target))
-    if not figures["fits"]:
+    if program.trains and not figures["fits"]:
         figures["changes"] = candidates.search(
-            config, target, abstract_step, compile_step if flags.suggest else None
+            config, target, abstract_program, compile_program if flags.suggest else None
         )
     if output:
         write(output, to_json(figures, indent=2) + "\n")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -277,10 +278,9 @@ def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) 
     The sum is of float64, on the host.
     """
     graphdef, state = nnx.split(model)
+    state = sharding.as_kernels_read(state)
     indices = rows.in_order(count)
-    mesh = model.placement.mesh
-    parts = sharding.batch_parts(mesh) if mesh else 1
-    size = -(-min(16, len(indices)) // parts) * parts
+    size = batch_rows(len(indices), model.placement.mesh)
     total, targets = 0.0, 0
     for start in range(0, len(indices), size):
         part = rows.read(indices[start : start + size])
@@ -288,12 +288,18 @@ def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) 
         targets += int(np.asarray(counted(part)).sum())
         missing = ((0, size - len(part.tokens)), (0, 0))
         batch = jax.tree.map(functools.partial(np.pad, pad_width=missing), part)
-        total += float(_summed_loss(graphdef, state, batch, real, chunk_tokens))
+        total += float(summed_loss(graphdef, state, batch, real, chunk_tokens))
     return total / max(1, targets)
 
 
+def batch_rows(count: int, mesh: Mesh | None) -> int:
+    """Rows of a batch of the held-out loss, of `count` in all: a multiple of the mesh's parts."""
+    parts = sharding.batch_parts(mesh) if mesh else 1
+    return -(-min(16, count) // parts) * parts
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk_tokens"))
-def _summed_loss(
+def summed_loss(
     graphdef: Any, state: Any, batch: Batch, real: Array, chunk_tokens: int
 ) -> Float[Array, ""]:
     """Summed cross-entropy of the counted targets of a batch's real rows."""

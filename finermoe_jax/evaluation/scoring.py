@@ -79,6 +79,7 @@ def score(
         rows.setdefault(inputs, []).append(index)
     ordered = sorted(rows, key=lambda inputs: (-len(inputs), inputs))
     graphdef, state = nnx.split(model)
+    state = sharding.as_kernels_read(state)
     sums, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     bar = tqdm(total=len(rows), desc="scoring", unit="row", disable=not show_progress,
                file=sys.stderr)  # fmt: skip

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Bool, Int
 
 from finermoe_jax.config.arguments import (
@@ -25,7 +24,7 @@ from finermoe_jax.config.arguments import (
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.generation.sampling import NO_TOKEN, Sampling, choose
-from finermoe_jax.layers import cpu
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import KVCache, init_cache
 from finermoe_jax.layers.parameters import LAYER, axes_of, kind_of
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder
@@ -105,7 +104,7 @@ def _tokens(
     model: Decoder, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[Int[np.ndarray, " B"]]:
     graphdef, state = nnx.split(model)
-    state = experts_row_major(state)
+    state = sharding.as_kernels_read(state)
     lengths = mask.sum(axis=1)
     padded = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
     for row, length in enumerate(lengths):
@@ -113,12 +112,12 @@ def _tokens(
     slots = bucket(padded.shape[1] + max_new_tokens)
     cache = init_cache(model.config, len(ids), slots, model.dtype)
     arguments = padded, lengths.astype(np.int32), cache, sampling.scalars()
-    token, running = _prefill(graphdef, state, *arguments)
+    token, running = prefill(graphdef, state, *arguments)
     if max_new_tokens > 1:
         state = layers_apart(state)
     for _ in range(1, max_new_tokens):
         # The next step is on its way before this token is fetched.
-        following, running = _decode(graphdef, state, token, running, sampling.scalars())
+        following, running = decode(graphdef, state, token, running, sampling.scalars())
         yield _fetched(token)
         token = following
     yield _fetched(token)
@@ -134,29 +133,12 @@ def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
     return tokens
 
 
-def experts_row_major(state: nnx.State) -> nnx.State:
-    """The state with expert weights on a TPU as its kernels read them (sharding.row_major).
-
-    Once for a request, where they lie otherwise, in place of a copy at every step.
-    """
-
-    def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        if not isinstance(value, jax.Array) or not kind_of(axes_of(variable, path)).bank:
-            return variable
-        if next(iter(value.devices())).platform != "tpu":
-            return variable
-        row_major = Format(Layout(tuple(range(value.ndim))), value.sharding)
-        return variable.replace(jax.device_put(value, row_major))
-
-    return nnx.map_state(place, state)
-
-
 def layers_apart(state: nnx.State) -> nnx.State:
     """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        if LAYER not in axes_of(variable, path):
+        axes = axes_of(variable, path)
+        if LAYER not in axes or kind_of(axes).bank:  # a bank is read in place everywhere
             return variable
         return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
 
@@ -164,7 +146,7 @@ def layers_apart(state: nnx.State) -> nnx.State:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _prefill(
+def prefill(
     graphdef: Any,
     state: Any,
     ids: Int[Array, "B T"],
@@ -186,7 +168,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="running")
-def _decode(
+def decode(
     graphdef: Any, state: Any, token: Int[Array, " B"], running: _Running, sampling: Sampling
 ) -> tuple[Int[Array, " B"], _Running]:
     """Runs the last token of every row and chooses the next."""

@@ -119,6 +119,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         remat: str = "none",
         unroll: int = 1,
+        frozen_experts: bool = False,
     ) -> Features:
         """Final hidden states [B, T, D] in `dtype`.
 
@@ -131,6 +132,7 @@ class Decoder(nnx.Module):
           cache: an empty one takes prompts, one that is filled a single token of every row.
           remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
           unroll: layers (or repeats of their pattern) written out per turn of the scan.
+          frozen_experts: no gradient is made of the routed experts' weights.
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
@@ -145,7 +147,7 @@ class Decoder(nnx.Module):
         angles = rotary_angles(position_ids, self.config)
 
         shared = Pass(
-            angles, segment_ids, real, self.placement, slot, visible, remat=remat, unroll=unroll
+            angles, segment_ids, real, self.placement, slot, visible, remat, unroll, frozen_experts
         )
         x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[Traces] = []

@@ -4,6 +4,7 @@ Layers that repeat a pattern are one run, their parameters stacked over the repe
 time does not grow with depth (ModelConfig.layer_runs). Axis letters: config/model.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.cpu import Apart
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
-from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.layers.parameters import axes_of, kind_of
+from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import OfLayer
 from finermoe_jax.model.block import Block
+from finermoe_jax.moe.bank import Run, bank_of_run, check_used
 from finermoe_jax.moe.routing import Routing
 
 # What the backward pass finds stored; the rest of a layer it computes again.
@@ -34,7 +37,7 @@ class Pass(NamedTuple):
 
     With a cache, slot is its next free one and visible marks those that a single token sees. remat
     is a key of REMAT_POLICIES or "none"; unroll is the number of repeats written out in each turn
-    of the loop.
+    of the loop. frozen_experts get no gradient.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -45,6 +48,7 @@ class Pass(NamedTuple):
     visible: Bool[Array, "B S"]
     remat: str = "none"
     unroll: int = 1
+    frozen_experts: bool = False
 
 
 class Traces(NamedTuple):
@@ -86,31 +90,67 @@ def run_layers(
       x, the caches with the new keys and values, and the MoE layers' records (None: there are no
       MoE layers).
     """
-    graphdef, stacked = nnx.split(run)
+    banks = [_bank(block, caches is None, shared) for block in run]
+    # A bank is read where it lies; the other parameters of a layer the loop hands out.
+    in_place = [bank is not None for bank in banks]
+    graphdef, state = nnx.split(run)
+    of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)
     repeats = _repeats(stacked)
 
     def body(carry: tuple, here: tuple) -> tuple:
-        (x, caches), (layer, state) = carry, here
+        (x, caches, gradients), (layer, state) = carry, here
         if state is None:
             state = _in_place(stacked, layer, shared.placement)
         state = sharding.gather_dense(state, x.dtype, shared.placement)
-        return _apply(nnx.merge(graphdef, state), x, caches, layer, shared)
+        blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
+        for block, bank, handed_on in zip(blocks, banks, gradients, strict=True):
+            if bank is not None:
+                block.moe.bank = bank.bank.at(layer, handed_on)
+        (x, caches), traces = _apply(blocks, x, caches, layer, shared)
+        return (x, caches, _handed_on(blocks, gradients)), traces
 
     if shared.remat != "none":
         # In a loop nothing can be shared between the two passes; written out it would be.
         written_out = shared.unroll >= repeats
         policy = REMAT_POLICIES[shared.remat]
         body = jax.checkpoint(body, policy=policy, prevent_cse=written_out)
+    carry = x, caches, tuple(() if bank is None else bank.carried for bank in banks)
     if _held_apart(stacked):
-        (x, caches), traces = _written_out(body, (x, caches), repeats)
+        (x, caches, gradients), traces = _written_out(body, carry, repeats)
     else:
         # With a cache few rows meet each weight. Handed out by the scan a layer would be a copy,
         # of the idle experts too.
         sliced = stacked if caches is None else None
-        (x, caches), traces = jax.lax.scan(
-            body, (x, caches), (jnp.arange(repeats), sliced), unroll=min(shared.unroll, repeats)
+        (x, caches, gradients), traces = jax.lax.scan(
+            body, carry, (jnp.arange(repeats), sliced), unroll=min(shared.unroll, repeats)
         )
+    for bank, handed_on in zip(banks, gradients, strict=True):
+        if bank is not None:
+            x = bank.end(x, handed_on)
     return x, caches, _in_order(traces, repeats)
+
+
+def _bank(block: Block, differentiated: bool, shared: Pass) -> Run | None:
+    """The bank of a place's MoE layers, if they have one that is read in place."""
+    if not hasattr(block, "moe"):
+        return None
+    gate_up, down = block.moe.gate_up[...], block.moe.down[...]
+    return bank_of_run(gate_up, down, shared.placement, shared.frozen_experts or not differentiated)
+
+
+def _of_bank(in_place: list[bool], path: tuple, variable: nnx.Variable) -> bool:
+    return in_place[path[0]] and kind_of(axes_of(variable, path)).bank
+
+
+def _handed_on(blocks: Any, before: tuple) -> tuple:
+    """The gradients that the blocks' banks hand on, of which they were given `before`."""
+    after = []
+    for block, given in zip(blocks, before, strict=True):
+        if given:
+            check_used(given, block.moe.bank)
+            given = block.moe.bank.gradients
+        after.append(given)
+    return tuple(after)
 
 
 def _apply(

@@ -31,12 +31,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.layers.stored import Quantized, Weight, in_stack
-from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from finermoe_jax.moe.bank import ExpertBank, Places
+from pallas_kernels.expert_ffn import empty_like, expert_ffn_of_run, unread
 from pallas_kernels.platform import Implementation, platform
 
 
@@ -44,8 +45,7 @@ def routed_experts(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T A"],
     weights: Float[Array, "B T A"],
-    gate_up: Weight,
-    down: Weight,
+    bank: ExpertBank,
     placement: Placement,
 ) -> Float[Array, "B T A W"]:
     """Each token's A active experts, weighted; on one device, or over a mesh inside shard_map.
@@ -57,48 +57,71 @@ def routed_experts(
       x: tokens.
       experts: the active experts of each token.
       weights: their routing weights.
-      gate_up: [E, 2F, D], all experts'; as down. Weights are not cast here: only those of an expert
-        that owns a row are read, also where they lie in a stack of layers (stored.OfLayer).
-      down: [E, F, W].
+      bank: all experts', with the layer's window. Its weights are not cast here: only those of an
+        expert that owns a row are read. Its gradients are handed on.
       placement: mesh and kernel.
     """
     mesh, kernel = placement
     if mesh is None or mesh.size == 1:
-        return _routed(x, experts, weights, gate_up, down, kernel=kernel, axis=None)
-    assert isinstance(gate_up, Array) and isinstance(down, Array), "a layer of its own on a mesh"
+        y = _routed(x, experts, weights, bank, kernel=kernel, axis=None)
+        return bank.ends.end(y, bank.gradients) if bank.ends else y
+    assert bank.scales is None, "int8 experts are for one device"
     tokens, _ = sharding.spec(("batch", "routed_sequence", "width"), x.shape, mesh, "tokens")
-    stored, _ = sharding.spec(("expert",), gate_up.shape[:1], mesh, "experts")
+    places = Places.of(bank.experts, placement)
     axis = "expert" if mesh.shape["expert"] > 1 else None
 
-    def local(x: Array, experts: Array, weights: Array, gate_up: Array, down: Array) -> Array:
-        # Cast first: half as much travels for bfloat16, gradients included.
-        whole = (
-            sharding.gather_inside(w.astype(x.dtype), stored, ("expert",)) for w in (gate_up, down)
-        )
-        return _routed(x, experts, weights, *whole, kernel=kernel, axis=axis)
+    def local(
+        x: Array, experts: Array, weights: Array, layer: Array, gate_up: Array, down: Array,
+        *gradients: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        if places.pieces:
+            here = _gathered(gate_up, down, places, x.dtype)
+            y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
+            return (unread(empty_like(here.gradients), y, here.gradients),)
+        # Each copy of the experts has gradients of its own.
+        own = tuple(g[0] if places.copies else g for g in gradients)
+        here = ExpertBank(gate_up, down, layer, None, own, bank.adds)
+        y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
+        return y, *(g[None] if places.copies else g for g in here.gradients)
 
+    handed_on = tuple(places.gradient for _ in bank.gradients)
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, stored, stored),
-        out_specs=P(*tokens, None),
+        in_specs=(tokens, tokens, tokens, P(), places.stack, places.stack, *handed_on),
+        out_specs=(P(*tokens, None), *handed_on),
         check_vma=False,
     )
-    return mapped(x, experts, weights, gate_up, down)
+    layer = jnp.asarray(bank.layer, jnp.int32)
+    y, *gradients = mapped(x, experts, weights, layer, bank.gate_up, bank.down, *bank.gradients)
+    bank.gradients = tuple(gradients)
+    return bank.ends.end(y, bank.gradients) if bank.ends else y
+
+
+def _gathered(gate_up: Array, down: Array, places: Places, dtype: DTypeLike) -> ExpertBank:
+    """The bank of one layer [1, E, ...] whose experts are stored in pieces, inside shard_map."""
+
+    def whole(w: Array) -> Array:
+        # Cast first: half as much travels for bfloat16, gradients included.
+        return sharding.gather_inside(w.astype(dtype), places.stack, ("expert",))
+
+    gate_up, down = whole(gate_up), whole(down)
+    return ExpertBank(
+        lax.stop_gradient(gate_up), lax.stop_gradient(down), gradients=(gate_up, down)
+    )
 
 
 def _routed(
     x: Array,
     experts: Array,
     weights: Array,
-    gate_up: Weight,
-    down: Weight,
+    bank: ExpertBank,
     *,
     kernel: Implementation | None,
     axis: str | None,
 ) -> Array:
     batch, tokens, active = experts.shape
-    total = gate_up.shape[0] * (lax.axis_size(axis) if axis else 1)
+    total = bank.experts * (lax.axis_size(axis) if axis else 1)
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     inverse = inverse_of(order)
@@ -106,29 +129,13 @@ def _routed(
     rows = dispatch(x.reshape(-1, x.shape[-1]), order, inverse, active)
     row_weights = permute(weights.reshape(-1), order, inverse)
     if axis is None:
-        y = _local_ffn(rows, gate_up, down, sizes, row_weights, kernel)
+        y = bank.ffn(rows, sizes, row_weights, kernel)
     else:
-        y = exchanged_ffn(rows, row_weights, gate_up, down, sizes, axis, kernel)
+        y, bank.gradients = exchanged_ffn(
+            rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
+            axis, kernel, bank.adds,
+        )  # fmt: skip
     return permute(y, inverse, order).reshape(batch, tokens, active, -1)
-
-
-def _local_ffn(
-    rows: Array,
-    gate_up: Weight,
-    down: Weight,
-    sizes: Array,
-    row_weights: Array,
-    kernel: Implementation | None,
-) -> Array:
-    if isinstance(gate_up, Array) and isinstance(down, Array):
-        return expert_ffn(rows, gate_up, down, sizes, row_weights, kernel)
-    scales = None
-    if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
-        scales = in_stack(gate_up.scale).stack, in_stack(down.scale).stack
-    w_in, w_out = (in_stack(w.values if isinstance(w, Quantized) else w) for w in (gate_up, down))
-    return expert_ffn_of_stack(
-        rows, w_in.stack, w_out.stack, sizes, row_weights, w_in.layer, scales, kernel
-    )
 
 
 def inverse_of(order: Int[Array, " M"]) -> Int[Array, " M"]:
@@ -270,50 +277,58 @@ def _compute(
     plan: Exchange,
     step: Int[Array, ""] | int,
     kernel: Implementation | None,
+    adds: bool,
     rows: Float[Array, "M D"],
     weights: Float[Array, " M"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E F W"],
-) -> Float[Array, "M W"]:
+    gradients: tuple[Array, ...],
+    gate_up: Float[Array, "L E F2 D"],
+    down: Float[Array, "L E F W"],
+    layer: Int[Array, ""] | int,
+) -> tuple[Float[Array, "M W"], tuple[Array, ...]]:
     """The local experts over one round's buffer; unspecified where nothing arrived."""
-    local = gate_up.shape[0]
+    local = gate_up.shape[1]
     experts = plan.experts(step).reshape(-1)
     order = jnp.argsort(experts, stable=True)
     inverse = inverse_of(order)
     sizes = jnp.bincount(experts, length=local + 1)[:local].astype(jnp.int32)
-    y = expert_ffn(
-        permute(rows, order, inverse),
-        gate_up,
-        down,
-        sizes,
-        permute(weights, order, inverse),
-        kernel,
-    )
-    return permute(y, inverse, order)
+    y, gradients = expert_ffn_of_run(
+        permute(rows, order, inverse), gate_up, down, sizes, permute(weights, order, inverse),
+        layer, gradients, kernel, adds=adds,
+    )  # fmt: skip
+    return permute(y, inverse, order), gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def exchanged_ffn(
     rows: Float[Array, "R D"],
     weights: Float[Array, " R"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E F W"],
+    gradients: tuple[Array, ...],
+    gate_up: Float[Array, "L E F2 D"],
+    down: Float[Array, "L E F W"],
+    layer: Int[Array, ""] | int,
     sizes: Int[Array, " N"],
     axis: str,
     kernel: Implementation | None,
-) -> Float[Array, "R W"]:
+    adds: bool,
+) -> tuple[Float[Array, "R W"], tuple[Array, ...]]:
     """expert_ffn over all N = P * E experts of the mesh axis, of which this device holds E.
 
     Args:
       rows: this device's routed rows, sorted by expert.
       weights: their routing weights.
-      gate_up: of the local experts, as down.
-      down: [E, F, W].
+      gradients: of the local experts, handed on; as in expert_ffn_of_run.
+      gate_up: of the local experts of all layers, as down.
+      down: [L, E, F, W].
+      layer: of the L.
       sizes: this device's rows for each of the N experts.
       axis: the mesh axis, manual (inside shard_map).
       kernel: implementation of expert_ffn.
+      adds: as in expert_ffn_of_run.
+
+    Returns:
+      What the experts make of the rows, in their places, and `gradients`.
     """
-    return _exchanged(rows, weights, gate_up, down, sizes, axis, kernel)[0]
+    return _exchanged(rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds)[0]
 
 
 def _plan(rows: Array, sizes: Array, axis: str) -> Exchange:
@@ -322,48 +337,68 @@ def _plan(rows: Array, sizes: Array, axis: str) -> Exchange:
 
 
 def _exchanged(
-    rows: Array, weights: Array, gate_up: Array, down: Array, sizes: Array, axis: str, kernel: Any
-) -> tuple[Array, tuple[Array, ...]]:
+    rows: Array,
+    weights: Array,
+    gradients: tuple[Array, ...],
+    gate_up: Array,
+    down: Array,
+    layer: Array | int,
+    sizes: Array,
+    axis: str,
+    kernel: Any,
+    adds: bool,
+) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Any, ...]]:
     plan = _plan(rows, sizes, axis)
 
     def arrive(step: Array | int) -> tuple[Array, Array]:
         return _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
 
     def round_of(step: Array | int, arrived: tuple[Array, Array], out: Array) -> Array:
-        y = _compute(plan, step, kernel, *arrived, gate_up, down)
+        y, _ = _compute(plan, step, kernel, False, *arrived, (), gate_up, down, layer)
         return _from_experts(plan, y, out, step, axis)
 
     arrived = arrive(0)
-    out = jnp.zeros((rows.shape[0], down.shape[2]), rows.dtype)
+    out = jnp.zeros((rows.shape[0], down.shape[3]), rows.dtype)
     out = round_of(0, arrived, out)
     out = lax.fori_loop(1, plan.rounds, lambda i, out: round_of(i, arrive(i), out), out)
-    return out, (rows, weights, gate_up, down, sizes, *arrived)
+    return (out, gradients), (rows, weights, gate_up, down, layer, sizes, *arrived)
 
 
 def _exchanged_backward(
-    axis: str, kernel: Any, saved: tuple[Array, ...], dy: Array
-) -> tuple[Array | None, ...]:
-    rows, weights, gate_up, down, sizes, *arrived = saved
+    axis: str,
+    kernel: Any,
+    adds: bool,
+    saved: tuple[Any, ...],
+    cotangents: tuple[Array, tuple[Array, ...]],
+) -> tuple[Any, ...]:
+    rows, weights, gate_up, down, layer, sizes, *arrived = saved
+    dy, into = cotangents
     plan = _plan(rows, sizes, axis)
 
-    def round_of(step: Array | int, arrived: Any, sums: Any) -> tuple[Array, ...]:
-        drows, dweights, dgate_up, ddown = sums
-        _, pull = jax.vjp(functools.partial(_compute, plan, step, kernel), *arrived, gate_up, down)
-        dx, dw, more_gate_up, more_down = pull(_to_experts(plan, dy, step, axis))
+    def round_of(step: Array | int, arrived: Any, sums: Any, adds: bool) -> tuple[Any, ...]:
+        drows, dweights, into = sums
+
+        def compute(rows: Array, weights: Array, into: tuple[Array, ...]) -> Any:
+            return _compute(plan, step, kernel, adds, rows, weights, into, gate_up, down, layer)
+
+        # `into` stands for what is handed on, which nothing reads.
+        _, pull = jax.vjp(compute, *arrived, into)
+        dx, dw, into = pull((_to_experts(plan, dy, step, axis), into))
         return (
             _from_experts(plan, dx, drows, step, axis),
             _from_experts(plan, dw, dweights, step, axis),
-            dgate_up + more_gate_up,
-            ddown + more_down,
+            into,
         )
 
-    def later(step: Array, sums: Any) -> tuple[Array, ...]:
+    def later(step: Array, sums: Any) -> tuple[Any, ...]:
         again = _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
-        return round_of(step, again, sums)
+        return round_of(step, again, sums, adds=True)
 
-    sums = round_of(0, arrived, jax.tree.map(jnp.zeros_like, (rows, weights, gate_up, down)))
-    drows, dweights, dgate_up, ddown = lax.fori_loop(1, plan.rounds, later, sums)
-    return drows, dweights, dgate_up, ddown, None
+    zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
+    # The first round writes all of the layer's gradients, later ones add to them.
+    sums = round_of(0, arrived, (*zeros, into), adds)
+    drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
+    return drows, dweights, into, None, None, None, None
 
 
 exchanged_ffn.defvjp(_exchanged, _exchanged_backward)

@@ -14,12 +14,15 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.layers.basic import MLP, normal, param, project
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.moe.balance import load_balancing_loss
+from finermoe_jax.moe.bank import ExpertBank, bank_of_layer
 from finermoe_jax.moe.exchange import routed_experts
 from finermoe_jax.moe.routing import Routing, route
 
 
 class FineRMoE(nnx.Module):
     """Routed experts, fine in both dimensions, beside a gated shared expert."""
+
+    bank: ExpertBank | None = None  # set by model/stack.py while it computes the layer
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.moe is not None
@@ -61,7 +64,7 @@ class FineRMoE(nnx.Module):
             for chosen in (routing.experts, routing.weights)
         )
         # The exchange, and the experts with their weights: [B, T, A, W].
-        y = routed_experts(x, experts, weights, self.gate_up[...], self.down[...], placement)
+        y = routed_experts(x, experts, weights, self.experts(placement), placement)
         y = self._combine(y)  # Eq. 7
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -90,6 +93,12 @@ class FineRMoE(nnx.Module):
 
         candidates = logits(self.group_router) if self.moe.separate_routers else None
         return route(logits(self.router), self.moe, x.dtype, candidates)
+
+    def experts(self, placement: Placement) -> ExpertBank:
+        """The experts, in the bank of the layer's run where the loop over layers gave one."""
+        if self.bank is not None:
+            return self.bank
+        return bank_of_layer(self.gate_up[...], self.down[...], placement)
 
     def _combine(self, y: Float[Array, "B T A W"]) -> Float[Array, "B T D"]:
         """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""

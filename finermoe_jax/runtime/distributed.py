@@ -45,30 +45,42 @@ def initialize(
 
     Raises InputError when the environment speaks of several processes and they cannot be joined.
     """
-    launch = find_launch(os.environ)
+    with _within(start_seconds):
+        launch = find_launch(os.environ)
     if launch is None:
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if launch.member:
         rendezvous.meet(launch.member, start_seconds)
-    alarm = threading.Timer(start_seconds, _not_joined, [start_seconds])
-    alarm.daemon = True
-    alarm.start()
-    try:
+    elif bind := launch.arguments.get("coordinator_bind_address"):
+        rendezvous.refuse_taken(bind, "JAX_COORDINATOR_PORT")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    with _within(start_seconds):
         jax.distributed.initialize(
             **launch.arguments,
             # JAX's own watch ends a process without a word on checkpoints: ours comes first.
             heartbeat_timeout_seconds=max(1, round(2 * heartbeat_seconds)),
             initialization_timeout=round(start_seconds) + 60,  # ours comes first here, too
         )
-    except (ValueError, RuntimeError) as error:
+    _hosts[:] = exchange(socket.gethostname())  # now: later a coordinator may not answer
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Ends this process where what is done takes longer; what fails becomes one InputError."""
+    alarm = threading.Timer(seconds, _not_joined, [seconds])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # also whatever MPI's and Kubernetes' clients raise
         raise InputError(
             f"the processes of this run cannot be joined: {error}\n"
             "see docs/launch.md; JAX_NUM_PROCESSES=1 runs one process on its own"
         ) from None
     finally:
         alarm.cancel()
-    _hosts[:] = exchange(socket.gethostname())  # now: later a coordinator may not answer
 
 
 def _not_joined(seconds: float) -> None:

@@ -1,10 +1,12 @@
 """Who started this process, and how it joins the others: read from the environment."""
 
 import re
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from finermoe_jax.errors import InputError
@@ -13,11 +15,11 @@ from finermoe_jax.runtime.rendezvous import Member, bind_address
 _STARTED_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Launchers that jax.distributed does not recognise: what they call the number of processes.
 _UNKNOWN_TO_JAX = ("PMI_SIZE", "WORLD_SIZE")
-_WORKERS = (
-    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-    "worker-network-endpoints"
-)
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _FIRST_PORT, _PORTS = 61440, 4096  # JAX's range for the coordinator
+_TPU_PORT, _KUBERNETES_PORT = 8482, 55527  # where it goes by no number of a run
+# Sums and products of what GKE sets; they stand where others set a variable.
+_TPU_INDEX, _TPU_NUMBER = "process index", "number of processes"
 
 
 class Launch(NamedTuple):
@@ -25,6 +27,7 @@ class Launch(NamedTuple):
 
     Attributes:
       arguments: what jax.distributed.initialize is told; the rest it finds out by itself.
+        Without a member, a coordinator_bind_address is one at which this process will listen.
       member: what the meeting before it needs; None where JAX alone knows the address.
     """
 
@@ -60,6 +63,11 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     if member:
         arguments["coordinator_address"] = member.address
         arguments["coordinator_bind_address"] = member.bind
+        if launcher == "Cloud TPU":  # JAX would ask for all of it again
+            arguments |= {"num_processes": member.processes, "process_id": member.index}
+            arguments["cluster_detection_method"] = "deactivate"
+    else:
+        arguments |= _bind(environment, launcher)
     return Launch(arguments, member)
 
 
@@ -91,15 +99,19 @@ def _member(environment: Mapping[str, str], launcher: str) -> Member | None:
     launcher says, as it does in JAX.
     """
     index_name, number_name, find_address = _TELLING.get(launcher, ("", "", lambda _: ""))
+    if launcher == "Cloud TPU":
+        environment = {**environment, **_tpu_numbers(environment)}
     index_name, number_name = (
         ours if environment.get(ours) else theirs
         for ours, theirs in (("JAX_PROCESS_ID", index_name), ("JAX_NUM_PROCESSES", number_name))
     )
+    if not (environment.get(index_name) and environment.get(number_name)):
+        return None
     way_out = "JAX_COORDINATOR_ADDRESS"
     address = environment.get(way_out, "")
     if not address:
         way_out, address = "JAX_COORDINATOR_PORT", find_address(environment)
-    if not (address and environment.get(index_name) and environment.get(number_name)):
+    if not address:
         return None
     index, processes = _integer(environment, index_name), _integer(environment, number_name)
     if not 0 <= index < processes:
@@ -113,37 +125,112 @@ def _member(environment: Mapping[str, str], launcher: str) -> Member | None:
 def slurm_address(environment: Mapping[str, str]) -> str:
     """The step's first node, of lists such as `n7,n9`, `n[001,007-015],x` and `n[1-2]-ib`."""
     nodes = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"])
-    return f"{nodes.partition(',')[0]}:{_port(environment, _integer(environment, 'SLURM_JOB_ID'))}"
+    port = _of_run(_integer(environment, "SLURM_JOB_ID"))
+    return f"{nodes.partition(',')[0]}:{_port(environment, port)}"
 
 
 def open_mpi_address(environment: Mapping[str, str]) -> str:
-    """The machine of `mpirun`, by its first IP address; "" from version 5 on, which hides it.
+    """The machine of `mpirun`, by its first IP address; that of rank 0 from version 5 on.
 
     Version 4 says `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911`, or `…;tcp6://[fe80::1,…]:43370`.
+    Version 5 hides it. "" for another form, and for version 5 without mpi4py.
     """
-    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
+    uri = environment.get("OMPI_MCA_orte_hnp_uri")
+    if uri is None:
+        return _mpi_address(environment)
     found = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^],]+))", uri)
     if not found:
         return ""
     job, ipv4, ipv6 = found.groups()
-    return f"{ipv4 or f'[{ipv6}]'}:{_port(environment, int(job) // _PORTS)}"
+    return f"{ipv4 or f'[{ipv6}]'}:{_port(environment, _of_run(int(job) // _PORTS))}"
 
 
-def _port(environment: Mapping[str, str], run: int) -> int:
-    """JAX_COORDINATOR_PORT, or what JAX makes of the run's number."""
+def _mpi_address(environment: Mapping[str, str]) -> str:
+    """Rank 0's host name and a port that is free there, told to all through MPI; as JAX does.
+
+    All processes must call it. "" without mpi4py.
+    """
+    if find_spec("mpi4py") is None:
+        return ""
+    from mpi4py import MPI  # joins the processes of mpirun
+
+    address = ""
+    if MPI.COMM_WORLD.Get_rank() == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"{socket.gethostname()}:{_port(environment, free.getsockname()[1])}"
+    return MPI.COMM_WORLD.bcast(address, root=0)
+
+
+def tpu_address(environment: Mapping[str, str]) -> str:
+    """The first host of the first TPU slice; JAX's port, unless JAX_COORDINATOR_PORT names one.
+
+    "" where the environment names no hosts.
+    """
+    hosts = _tpu_hosts(environment)
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or (hosts[0] if hosts else "")
+    return first and f"{first.partition(':')[0]}:{_port(environment, _TPU_PORT)}"
+
+
+def _tpu_numbers(environment: Mapping[str, str]) -> dict[str, str]:
+    """This process's index over all slices, and how many there are; empty where it is not told."""
+    hosts, slices = len(_tpu_hosts(environment)), 1
+    if not hosts or not environment.get("TPU_WORKER_ID"):
+        return {}
+    index = _integer(environment, "TPU_WORKER_ID")
+    if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        slices = _integer(environment, "MEGASCALE_NUM_SLICES")
+        index += hosts * _integer(environment, "MEGASCALE_SLICE_ID")
+    return {_TPU_INDEX: str(index), _TPU_NUMBER: str(hosts * slices)}
+
+
+def _tpu_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The hosts of this TPU slice, as GKE names them; empty where it does not."""
+    if path := environment.get("TPU_PROCESS_ADDRESSES_PATH"):
+        try:
+            return Path(path).read_text().strip().split(",")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"TPU_PROCESS_ADDRESSES_PATH={path} cannot be read: {error}") from None
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if name in environment:
+            return environment[name].split(",")
+    return []
+
+
+def _bind(environment: Mapping[str, str], launcher: str) -> dict[str, str]:
+    """Where the coordinator will listen, for process 0; its address JAX alone finds out."""
+    index, port = environment.get("JAX_PROCESS_ID"), 0
+    if launcher == "Kubernetes":
+        index, port = index or environment["JOB_COMPLETION_INDEX"], _KUBERNETES_PORT
+    elif launcher == "Cloud TPU" and not _tpu_hosts(environment):
+        index, port = index or _metadata("agent-worker-number"), _TPU_PORT
+    if index != "0" or not port:
+        return {}
+    address = environment.get("JAX_COORDINATOR_ADDRESS") or f"[::]:{_port(environment, port)}"
+    return {"coordinator_bind_address": bind_address(address, environment)}
+
+
+def _port(environment: Mapping[str, str], default: int) -> int:
+    """JAX_COORDINATOR_PORT, or the default."""
     name = "JAX_COORDINATOR_PORT"
     if not environment.get(name):
-        return _FIRST_PORT + run % _PORTS
+        return default
     port = _integer(environment, name)
     if not 0 < port < 1 << 16:
         raise InputError(f"{name}={port} must lie in 1 … 65535")
     return port
 
 
+def _of_run(number: int) -> int:
+    """The port that JAX derives from a run's number."""
+    return _FIRST_PORT + number % _PORTS
+
+
 # Launchers that tell each process all that a meeting needs: what they call its index and the
 # number of processes, and the coordinator's address.
 _TELLING: dict[str, tuple[str, str, Callable[[Mapping[str, str]], str]]] = {
     "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", slurm_address),
+    "Cloud TPU": (_TPU_INDEX, _TPU_NUMBER, tpu_address),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", open_mpi_address),
 }
 
@@ -165,12 +252,11 @@ def _launcher(environment: Mapping[str, str]) -> str:
         return "SLURM"
     if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return "Cloud TPU"
-    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
-        if name in environment:
-            return "Cloud TPU" if "," in environment[name] else ""
+    if hosts := _tpu_hosts(environment):
+        return "Cloud TPU" if len(hosts) > 1 else ""
     # Set by JAX where it finds TPU chips: only then may a metadata server be there to be asked.
     if environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment:
-        if _tpu_workers() > 1:
+        if "," in _metadata("worker-network-endpoints"):  # the hosts of this slice
             return "Cloud TPU"
     elif "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if find_spec("kubernetes") is None:
@@ -182,11 +268,11 @@ def _launcher(environment: Mapping[str, str]) -> str:
     return ""
 
 
-def _tpu_workers() -> int:
-    """The hosts of this TPU slice, of the server that libtpu asks too; 1 without an answer."""
-    request = urllib.request.Request(_WORKERS, headers={"Metadata-Flavor": "Google"})
+def _metadata(name: str) -> str:
+    """What the TPU VM's metadata server, which libtpu asks too, knows; "" without an answer."""
+    request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
-            return len(answer.read().decode().split(","))
+            return answer.read().decode()
     except (urllib.error.URLError, OSError):
-        return 1
+        return ""

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,15 @@ def meet(member: Member, seconds: float) -> None:
     asyncio.run(_meet(member, seconds))
 
 
+def refuse_taken(bind: str, port_name: str) -> None:
+    """Raises InputError where process 0 cannot listen at `bind`; `port_name` gives another port."""
+
+    async def look() -> None:
+        (await _listen(bind, port_name, lambda *_: None)).close()
+
+    asyncio.run(look())
+
+
 def split_address(address: str, name: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[IPv6]:port`. Raises InputError for anything else."""
     host, colon, port = address.rpartition(":")
@@ -87,17 +96,8 @@ async def _meet(member: Member, seconds: float) -> None:
     if member.index:
         message = await _ask(member, seconds)
     else:
-        host, port = split_address(member.bind, "JAX_COORDINATOR_BIND_ADDRESS")
         register = _Register(member, seconds)
-        try:
-            server = await asyncio.start_server(
-                register.receive, None if host in ("", "::", "0.0.0.0") else host, port
-            )
-        except OSError as error:
-            raise InputError(
-                f"process 0 cannot listen on {member.bind} ({os.strerror(error.errno or 0)}): end "
-                f"what uses the port, or give all processes another one in {member.port_name}"
-            ) from None
+        server = await _listen(member.bind, member.port_name, register.receive)
         # Process 0 asks at the common address, too: a second process 0, on another machine, is
         # then told by the first.
         message = await _ask(member, seconds)
@@ -105,6 +105,19 @@ async def _meet(member: Member, seconds: float) -> None:
         server.close()
     if message:
         raise InputError(message)
+
+
+async def _listen(bind: str, port_name: str, receive: Callable[..., Any]) -> asyncio.Server:
+    host, port = split_address(bind, "JAX_COORDINATOR_BIND_ADDRESS")
+    try:
+        return await asyncio.start_server(
+            receive, None if host in ("", "::", "0.0.0.0") else host, port
+        )
+    except OSError as error:
+        raise InputError(
+            f"process 0 cannot listen on {bind} ({os.strerror(error.errno or 0)}): end "
+            f"what uses the port, or give all processes another one in {port_name}"
+        ) from None
 
 
 class _Register:

@@ -81,6 +81,7 @@ class TrainingCheckpoints:
         tokenizer: Path | None,
         loss: float | None = None,
         logged: Mapping[str, int] | None = None,
+        skipped_in_a_row: int = 0,
     ) -> None:
         """Starts a save of this step; training may go on while it is written.
 
@@ -88,7 +89,8 @@ class TrainingCheckpoints:
         ones may be removed.
 
         `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
-        the bytes of each log up to this step (`logged_bytes`).
+        the bytes of each log up to this step (`logged_bytes`). `skipped_in_a_row` are the last
+        steps that were left out (`skipped_in_a_row`).
 
         Raises RunEnded when the disk has no room for it, or when the save before has failed.
         """
@@ -96,9 +98,13 @@ class TrainingCheckpoints:
             return
         self.wait()
         self.saves.refuse_full(step, params, optimizer)
-        config = described(model.config, model.dtype, model.embed.weight.dtype)
+        config = described(model.config, model.dtype, model.embed.weight.dtype) | {
+            "step": step,
+            "logged": dict(logged or {}),
+            "skipped_in_a_row": skipped_in_a_row,
+        }
         items = {
-            CONFIG: ocp.args.JsonSave(config | {"step": step, "logged": dict(logged or {})}),
+            CONFIG: ocp.args.JsonSave(config),
             PARAMS: ocp.args.PyTreeSave(params, save_args=_chunks(model, params)),
             TOKENIZER: TokenizerSave(tokenizer),
             OPTIMIZER: ocp.args.PyTreeSave(optimizer),
@@ -175,6 +181,11 @@ def logged_bytes(checkpoint: Path) -> dict[str, int]:
     """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
     logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
     return logged if isinstance(logged, dict) else {}
+
+
+def skipped_in_a_row(checkpoint: Path) -> int:
+    """The last steps before the save that were left out; 0 for one from before this was kept."""
+    return int(read_json(checkpoint / CONFIG / "metadata").get("skipped_in_a_row", 0))
 
 
 class Saves:

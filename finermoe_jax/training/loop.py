@@ -149,7 +149,9 @@ class Loop:
             return saved
         with monitor.pause():
             tokenizer, logged = self.setup.workdir / "tokenizer", monitor.log.sync()
-            self.checkpoints.save(step, model, params, opt_state, tokenizer, loss, logged)
+            self.checkpoints.save(
+                step, model, params, opt_state, tokenizer, loss, logged, self.guard.in_a_row
+            )
         return updates
 
 

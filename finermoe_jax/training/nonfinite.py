@@ -22,7 +22,7 @@ class Guard:
 
     Attributes:
       skipped: steps left out since the run began, interruptions included.
-      in_a_row: of these, the last ones without a step between them.
+      in_a_row: of these, the last ones without a step between them, interruptions included.
     """
 
     def __init__(
@@ -31,10 +31,11 @@ class Guard:
         windows: Mixture,
         workdir: Path,
         skipped: int,
+        in_a_row: int,
         say: Callable[[str], None],
     ):
         self.config, self.windows, self.workdir, self.say = config, windows, workdir, say
-        self.skipped, self.in_a_row = skipped, 0
+        self.skipped, self.in_a_row = skipped, in_a_row
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes note of one step's metrics; to be called for every step, in order, at any delay.

@@ -29,7 +29,11 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training import plot
-from finermoe_jax.training.checkpoints import TrainingCheckpoints, logged_bytes
+from finermoe_jax.training.checkpoints import (
+    TrainingCheckpoints,
+    logged_bytes,
+    skipped_in_a_row,
+)
 from finermoe_jax.training.initial import InitialModel, initial_model, resumed_model
 from finermoe_jax.training.loop import Loop, RunSetup
 from finermoe_jax.training.nonfinite import Guard
@@ -221,14 +225,15 @@ def _train(
     tx = optimizer(config.optimizer, config.train.steps, kinds(model))
     if first is None:
         params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
-        first = 0
+        first, in_a_row = 0, 0
     else:
         target = abstract_params(model.config, config.train.param_dtype, shardings)
         params, opt_state = checkpoints.restore(
             first, target, abstract_optimizer(tx, target, shardings, setup.mesh)
         )
+        in_a_row = skipped_in_a_row(workdir / "checkpoints" / str(first))
         say(f"resumed from step {first} of {config.train.steps}")
-    guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)
+    guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), in_a_row, say)
     with stop_requests() as must_stop:
         loop = Loop(setup, shardings, tx, checkpoints, monitor, guard, report, must_stop)
         params = loop.run(first, params, opt_state)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -13,9 +14,10 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import Path, kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.moe.bank import Places, Summed
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
 
 
@@ -77,36 +79,73 @@ def _gradients(
 ) -> tuple[dict[str, Array], dict]:
     """The loss of a global batch, as `batch_loss` tells it, and its gradients by `free`."""
     parts = config.train.grad_accumulation
+    if parts > 1:
+        return _accumulated(graphdef, config, params, free, batch)
+
+    def loss(free: dict) -> tuple[Array, dict[str, Array]]:
+        targets = None
+        if batch.segment_ids is not None:
+            targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0)
+        return batch_loss(graphdef, config, completed(params, free), batch, targets)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(free)
+    return metrics, grads
+
+
+def _accumulated(
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+) -> tuple[dict[str, Array], dict]:
+    """`_gradients` in microbatches.
+
+    They add up in float32, or small ones would be lost in a long sum of bfloat16. Kernels add
+    those of experts to the sums themselves (moe/bank.py's Summed).
+    """
+    parts, model = config.train.grad_accumulation, rebuild(graphdef, params)
     targets = None
     if batch.segment_ids is not None:
         targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
+    free = nnx.traversals.flatten_mapping(free)
+    banks = _banks_in_place(model, free)
 
-    def loss(free: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
-        return batch_loss(graphdef, config, completed(params, free), part, targets)
-
-    compute = jax.value_and_grad(loss, has_aux=True)
+    def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
+        summed = {p: Summed(lax.stop_gradient(free[p]), sums[p], by[p]) for p in banks}
+        whole = nnx.traversals.unflatten_mapping(by | summed)
+        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets)
+        return total / parts, metrics
 
     def body(carry: Any, part: Batch) -> tuple[Any, Array]:
-        (_, metrics), grads = compute(free, part)
+        sums, totals = carry
+        # What a bank's gradient is taken by is never read.
+        by = free | {path: jnp.zeros_like(sums[path]) for path in banks}
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(by, sums, part)
         tokens = metrics.pop("expert_tokens")
-        return jax.tree.map(lambda a, b: a + b / parts, carry, (grads, metrics)), tokens
+        totals = jax.tree.map(lambda a, b: a + b / parts, totals, metrics)
+        return ({p: g if p in banks else sums[p] + g for p, g in grads.items()}, totals), tokens
 
-    if parts == 1:
-        (_, metrics), grads = compute(free, batch)
-    else:
-        layers = rebuild(graphdef, params).config.layer_kinds.count("moe")
-        zeros = (
-            # In float32, or small gradients would be lost in a long sum of bfloat16.
-            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), free),
-            {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)},
-        )
-        # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
-        # (a microbatch is a multiple of the devices that share it: check_microbatch).
-        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
-        (grads, metrics), tokens = jax.lax.scan(body, zeros, pieces)
-        metrics["expert_tokens"] = tokens.sum(axis=0)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
-    return metrics, grads
+    sums = {
+        path: banks[path].zeros(p) if path in banks else jnp.zeros(p.shape, jnp.float32)
+        for path, p in free.items()
+    }
+    layers = model.config.layer_kinds.count("moe")
+    totals = {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)}
+    # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
+    # (a microbatch is a multiple of the devices that share it: check_microbatch).
+    pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
+    (sums, metrics), tokens = jax.lax.scan(body, (sums, totals), pieces)
+    sums |= {path: places.total(sums[path]) for path, places in banks.items()}
+    metrics["expert_tokens"] = tokens.sum(axis=0)
+    grads = {path: sums[path].astype(p.dtype) for path, p in free.items()}
+    return metrics, nnx.traversals.unflatten_mapping(grads)
+
+
+def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:
+    """The banks among flat parameters that are not stored in pieces, and where they lie."""
+    found = {
+        path: Places.of(free[path].shape[1], model.placement)
+        for path, kind in kinds(model).items()
+        if kind.bank and path in free
+    }
+    return {path: places for path, places in found.items() if not places.pieces}
 
 
 def updates_made(opt_state: Any) -> Int[Array, ""]:

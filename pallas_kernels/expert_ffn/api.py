@@ -1,13 +1,19 @@
 """expert_ffn: SwiGLU experts over rows sorted by expert."""
 
-from typing import Any, assert_never
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.expert_ffn import cpu, reference
+from pallas_kernels.expert_ffn.window import of_window, put
 from pallas_kernels.platform import Implementation, choose
+
+type Index = Array | int
 
 
 def expert_ffn(
@@ -18,6 +24,8 @@ def expert_ffn(
     row_weights: Array,
     implementation: Implementation | None = None,
     interpret: Any = False,
+    first_expert: Index | None = None,
+    scales: tuple[Array, Array] | None = None,
 ) -> Array:
     """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
 
@@ -25,98 +33,209 @@ def expert_ffn(
 
     Args:
       rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, as the weights.
-      gate_up: [E, 2F, D], the F gate rows first, then the F up rows.
-      down: [E, F, W].
-      group_sizes: int32 [E], rows of each expert; they sum to M.
+      gate_up: [N, 2F, D], the F gate rows first, then the F up rows.
+      down: [N, F, W].
+      group_sizes: int32 [E], rows of each expert; they sum to M. Only weights of experts that own
+        a row are read (but by "reference").
       row_weights: [M].
       implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX, work
         proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: by the
         platform compiled for (pallas_kernels.platform).
       interpret: True, or Pallas' own parameters: run "tpu" or "gpu" interpreted, on any device.
+      first_expert: int32, 0 ... N - E: the expert of the first group. None: there are as many
+        groups as experts.
+      scales: float32 [N, 2F] and [N, W] of int8 weights, one for each output. "cpu" computes these
+        on every platform, forward only.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
 
     Raises:
       ValueError: shapes or dtypes that contradict each other, group sizes (where concrete) that
-        are negative or do not sum to M, an unknown implementation, interpret without a kernel.
+        are negative or do not sum to M, an unknown implementation, interpret without a kernel,
+        int8 weights without scales.
       NotImplementedError: a device that the chosen implementation has no kernel for.
 
     Under a trace group sizes are not checked; rows past their sum get unspecified values.
     """
-    _check(rows, gate_up, down, group_sizes, row_weights)
-    arguments = (rows, gate_up, down, group_sizes, row_weights)
-    chosen = choose(implementation, interpret)
-    if rows.shape[0] == 0:
-        chosen = "cpu"  # nothing to launch
-    match chosen:
-        case "reference":
-            return reference.expert_ffn(*arguments)
-        case "cpu":
-            return cpu.expert_ffn(*arguments)
-        case "tpu":
-            from pallas_kernels.expert_ffn import mosaic_tpu
-
-            return mosaic_tpu.expert_ffn(*arguments, interpret)
-        case "gpu":
-            from pallas_kernels.expert_ffn import mosaic_gpu
-
-            return mosaic_gpu.expert_ffn(*arguments, interpret=interpret)
-    assert_never(chosen)
+    _check(rows, gate_up, down, group_sizes, row_weights, first_expert, scales is not None)
+    first = 0 if first_expert is None else first_expert
+    if scales is not None:
+        return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first, scales)
+    how = _how(rows, implementation, interpret)
+    # A run of one layer, whose gradient is these experts' own.
+    run = tuple(w[None] for w in of_window(gate_up, down, first, len(group_sizes)))
+    y, run = _ffn(how, rows, row_weights, run, gate_up, down, group_sizes, first, 0)
+    return unread(empty_like(run), y, run)
 
 
-def expert_ffn_of_stack(
+def expert_ffn_of_run(
     rows: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
     row_weights: Array,
-    layer: Array | int,
-    scales: tuple[Array, Array] | None = None,
+    layer: Index,
+    gradients: tuple[Array, ...],
     implementation: Implementation | None = None,
     interpret: Any = False,
-) -> Array:
-    """`expert_ffn` with the experts of one layer of a stack, which is not copied; forward only.
+    adds: bool = False,
+) -> tuple[Array, tuple[Array, ...]]:
+    """`expert_ffn` with the experts of one layer of a run, read and differentiated in place.
+
+    A loop over layers carries `gradients` from call to call. Nothing reads them; only their
+    cotangents count. The cotangent that arrives from the layer above, a stack of the run's
+    shape, goes on to the layer below with this layer's gradients written into it, so that behind
+    the loop's backward pass it is the gradient of the whole run, each entry written once. `unread`
+    begins that pass. The weights themselves are constants (take stop_gradient of them).
 
     Args:
       rows: [M, D], sorted by expert.
-      gate_up: [L, E, 2F, D]. Of the stack only experts of this layer that own a row are read.
+      gate_up: [L, E, 2F, D], of L layers.
       down: [L, E, F, W].
       group_sizes: int32 [E].
       row_weights: [M].
-      layer: int32, 0 … L - 1.
-      scales: float32 [L, E, 2F] and [L, E, W] of int8 weights, one for each output. "cpu" computes
-        these on every platform.
-      implementation: as in expert_ffn; "reference" and "gpu" copy the layer's experts.
+      layer: int32, 0 ... L - 1.
+      gradients: arrays of the weights' shapes, in the dtypes in which their gradients are kept;
+        empty: the weights get no gradient, and none is computed.
+      implementation: as in expert_ffn.
       interpret: as in expert_ffn.
+      adds: this layer's gradients are added to what lies in their place, not written over it.
 
     Returns:
-      [M, W] in the dtype of rows, accumulated in float32.
+      [M, W] as of expert_ffn, and `gradients`, to be handed on.
 
     Raises:
-      ValueError: as expert_ffn; int8 weights without scales.
-      NotImplementedError: as expert_ffn.
+      ValueError, NotImplementedError: as expert_ffn.
     """
-    if scales is None:
-        one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
-        _check(rows, one[0], one[1], group_sizes, row_weights)
-    chosen = "cpu" if scales is not None or not len(rows) else choose(implementation, interpret)
-    if chosen in ("reference", "gpu"):
-        w_in, w_out = (lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (gate_up, down))
-        return expert_ffn(rows, w_in, w_out, group_sizes, row_weights, chosen, interpret)
-    w_in, w_out = (w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
-    start = jnp.asarray(layer * len(group_sizes), jnp.int32)
-    if chosen == "tpu":
+    one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
+    _check(rows, one[0], one[1], group_sizes, row_weights)
+    how = _how(rows, implementation, interpret, adds)
+    flat = (w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
+    first = jnp.asarray(layer * len(group_sizes), jnp.int32)
+    return _ffn(how, rows, row_weights, gradients, *flat, group_sizes, first, layer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unread(empty: Callable[[], tuple[Array, ...]], x: Any, gradients: tuple[Array, ...]) -> Any:
+    """x. What the calls for a run handed on ends here, and its cotangent begins as `empty()`.
+
+    That may hold any values, since zeros would be a write of all experts. Right only where the
+    backward pass then writes every expert of every layer, as calls without `adds` do.
+
+    Args:
+      empty: makes arrays like `gradients`, for instance by lax.empty.
+      x: what depends on all of the calls.
+      gradients: of the last call.
+    """
+    return x
+
+
+unread.defvjp(
+    lambda empty, x, gradients: (x, None),
+    lambda empty, _, dx: (dx, empty()),
+)
+
+
+def empty_like(arrays: tuple[Array, ...]) -> Callable[[], tuple[Array, ...]]:
+    """Makes arrays of these shapes and dtypes, without a value."""
+    shapes = [(array.shape, array.dtype) for array in arrays]
+    return lambda: tuple(lax.empty(*shape) for shape in shapes)
+
+
+class _How(NamedTuple):
+    implementation: Implementation
+    interpret: Any
+    adds: bool
+
+
+def _how(
+    rows: Array, implementation: Implementation | None, interpret: Any, adds: bool = False
+) -> _How:
+    chosen = choose(implementation, interpret)
+    return _How("cpu" if not len(rows) else chosen, interpret, adds)  # nothing to launch
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ffn(
+    how: _How,
+    rows: Array,
+    row_weights: Array,
+    gradients: tuple[Array, ...],
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    first_expert: Index,
+    layer: Index,
+) -> tuple[Array, tuple[Array, ...]]:
+    arguments = (rows, gate_up, down, group_sizes, row_weights, first_expert)
+    # A platform's Pallas is imported where it runs: another's may lack what it needs.
+    match how.implementation:
+        case "reference":
+            y = reference.forward(*arguments)
+        case "cpu":
+            y = cpu.forward(*arguments)
+        case "tpu":
+            from pallas_kernels.expert_ffn import mosaic_tpu
+
+            y = mosaic_tpu.forward(*arguments, how.interpret)
+        case "gpu":
+            from pallas_kernels.expert_ffn import mosaic_gpu
+
+            y = mosaic_gpu.forward(*arguments, how.interpret)
+        case _:
+            assert_never(how.implementation)
+    return y, gradients
+
+
+def _forward(how: _How, rows: Array, row_weights: Array, gradients: Any, *rest: Any) -> Any:
+    # No gradient is a residual: a loop would keep one for each layer.
+    return _ffn(how, rows, row_weights, gradients, *rest), (rows, row_weights, *rest)
+
+
+def _backward(how: _How, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+    rows, row_weights, gate_up, down, group_sizes, first_expert, layer = saved
+    dy, into = cotangents
+    arguments = (rows, gate_up, down, group_sizes, row_weights, first_expert, dy)
+    if how.implementation == "tpu":
         from pallas_kernels.expert_ffn import mosaic_tpu
 
-        return mosaic_tpu.forward(rows, w_in, w_out, group_sizes, row_weights, start, interpret)
-    if scales is not None:
-        scales = scales[0].reshape(-1, w_in.shape[1]), scales[1].reshape(-1, w_out.shape[2])
-    return cpu.forward(rows, w_in, w_out, group_sizes, row_weights, start, scales)
+        drows, dweights, into = mosaic_tpu.backward(
+            *arguments, into, layer, how.adds, how.interpret
+        )
+    else:
+        if how.implementation == "reference":
+            drows, dweights, *grads = reference.backward(*arguments)
+        elif how.implementation == "cpu":
+            drows, dweights, *grads = cpu.backward(*arguments)
+        else:
+            from pallas_kernels.expert_ffn import mosaic_gpu
+
+            drows, dweights, *grads = mosaic_gpu.backward(*arguments, how.interpret)
+        into = put(into, layer, grads, how.adds)
+    return (
+        drows.astype(rows.dtype),
+        dweights.astype(row_weights.dtype),
+        into,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_ffn.defvjp(_forward, _backward)
 
 
 def _check(
-    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Index | None = None,
+    quantized: bool = False,
 ) -> None:
     for name, array, rank in (
         ("rows", rows, 2),
@@ -127,28 +246,42 @@ def _check(
     ):
         if array.ndim != rank:
             raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")
-    experts, double_f, width = gate_up.shape
-    if experts == 0:
-        raise ValueError(f"gate_up has shape {gate_up.shape}: there must be at least one expert")
+    (experts, double_f, width), groups = gate_up.shape, len(group_sizes)
+    if 0 in (experts, groups):
+        raise ValueError(
+            f"gate_up has shape {gate_up.shape} and group_sizes {group_sizes.shape}: there must be "
+            "at least one expert"
+        )
+    window = first_expert is not None and groups <= experts
     for what, got, wanted in (
         ("gate_up's last axis against rows' width D", width, rows.shape[1]),
         ("gate_up's middle axis 2F against twice down's F", double_f, 2 * down.shape[1]),
         ("down's experts against gate_up's", down.shape[0], experts),
-        ("group_sizes' length against the experts", group_sizes.shape[0], experts),
+        ("group_sizes' length against the experts", groups, groups if window else experts),
         ("row_weights' length against the rows", row_weights.shape[0], rows.shape[0]),
     ):
         if got != wanted:
             raise ValueError(f"{what}: {got} != {wanted}")
+    _check_dtypes(rows, gate_up, down, group_sizes, quantized)
+    if not isinstance(group_sizes, jax.core.Tracer):
+        sizes = np.asarray(group_sizes)  # values, under a trace of other arguments too
+        if (sizes < 0).any() or sizes.sum() != rows.shape[0]:
+            raise ValueError(
+                f"group_sizes must be non-negative and sum to the {rows.shape[0]} rows; they sum "
+                f"to {sizes.sum()}, the smallest is {sizes.min()}"
+            )
+
+
+def _check_dtypes(
+    rows: Array, gate_up: Array, down: Array, group_sizes: Array, quantized: bool
+) -> None:
     for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        if quantized and name != "rows":
+            if array.dtype != jnp.int8:
+                raise ValueError(f"{name} is {array.dtype}; weights with scales are int8")
+        elif array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(
                 f"{name} is {array.dtype}; float32, bfloat16 and float16 are supported"
             )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes is {group_sizes.dtype}; it must be an integer type")
-    if not isinstance(group_sizes, jax.core.Tracer):
-        if (group_sizes < 0).any() or group_sizes.sum() != rows.shape[0]:
-            raise ValueError(
-                f"group_sizes must be non-negative and sum to the {rows.shape[0]} rows; they sum "
-                f"to {group_sizes.sum()}, the smallest is {group_sizes.min()}"
-            )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.blocks import block_rows, blocks, heads, pad, take
+from pallas_kernels.expert_ffn.window import of_window
 from pallas_kernels.written_out import combined_rows, row_products
 
 # Mean rows per expert between which reading every expert, and padding it to twice the mean, cost
@@ -100,22 +101,17 @@ def forward(
     down: Array,
     group_sizes: Array,
     row_weights: Array,
-    first_expert: Array | None = None,
+    first_expert: Array | int,
     scales: tuple[Array, Array] | None = None,
 ) -> Array:
-    """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes.
-
-    With first_expert the groups are those from that expert on, of more than there are groups; with
-    scales, float32 [experts of gate_up, 2F] and [.., W], the weights are int8.
-    """
+    """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
     m, experts = rows.shape[0], group_sizes.shape[0]
     if 0 < m <= experts // 2:
         expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
-        expert += 0 if first_expert is None else first_expert
-        y = _forward_rows(rows, gate_up, down, expert, scales)
+        y = _forward_rows(rows, gate_up, down, expert + first_expert, scales)
         return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
     block, head = _blocks(m, experts)
-    if first_expert is not None:
+    if scales is not None or len(gate_up) != experts:
         # A batched product would need the layer's experts as an array of its own. Forward a block
         # of 16 rows costs what one of 8 does, and few experts then have two.
         block, head = max(16, 2 * block_rows(m, experts)), 0
@@ -123,9 +119,7 @@ def forward(
     x_all = pad(rows, block)
 
     def body(b: Array, out: Array) -> Array:
-        x, e = take(x_all, start[b], block), expert[b]
-        if first_expert is not None:
-            e += first_expert
+        x, e = take(x_all, start[b], block), expert[b] + first_expert
         own = None if scales is None else (scales[0][e], scales[1][e])
         y = _forward_block(x, gate_up[e], down[e], own)
         return lax.dynamic_update_slice_in_dim(out, y, start[b], 0)
@@ -138,14 +132,6 @@ def forward(
     return (out * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
 
 
-@jax.custom_vjp
-def expert_ffn(
-    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
-) -> Array:
-    """See api.expert_ffn."""
-    return forward(rows, gate_up, down, group_sizes, row_weights)
-
-
 def _masked(x: Array, own: Array) -> Array:
     """Float32, with zeros in place of what is not an expert's own, NaN or not."""
     own = own.reshape(own.shape + (1,) * (x.ndim - own.ndim))
@@ -156,13 +142,17 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
-    return expert_ffn(*args), args
-
-
-def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
-    rows, gate_up, down, group_sizes, row_weights = saved
-    m, experts = rows.shape[0], gate_up.shape[0]
+def backward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | int,
+    dy: Array,
+) -> tuple[Array, ...]:
+    """The gradients of rows, row_weights, and the window's gate_up and down; float32."""
+    m, experts = rows.shape[0], group_sizes.shape[0]
     block, head = _blocks(m, experts)
     count, expert, start, own = blocks(group_sizes, m, block, head)
     x_all, dy_all, weight_all = (pad(a, block) for a in (rows, dy, row_weights))
@@ -174,8 +164,9 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
         mine = jnp.arange(block) < own[b]
         x, dy = (_masked(take(a, s, block), mine) for a in (x_all, dy_all))
         dx, dweight, dw_in, dw_out = _backward_block(
-            x, dy, take(weight_all, s, block), mine, gate_up[e], down[e]
-        )
+            x, dy, take(weight_all, s, block), mine, gate_up[first_expert + e],
+            down[first_expert + e],
+        )  # fmt: skip
         put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
         return (
             put(dx_all, dx, s),
@@ -188,24 +179,16 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
     if head:
         first, mine, place, inside = heads(group_sizes, m, head)
         x, dy_first, weight = (_masked(a[first], mine) for a in (rows, dy, row_weights))
+        whole = of_window(gate_up, down, first_expert, experts)
         dx_first, dweight_first, dw_in, dw_out = jax.vmap(_backward_block)(
-            x, dy_first, weight, mine, gate_up, down
+            x, dy_first, weight, mine, *whole
         )
     else:
-        dw_in, dw_out = jnp.zeros(gate_up.shape, f32), jnp.zeros(down.shape, f32)
+        dw_in, dw_out = (jnp.zeros((experts, *w.shape[1:]), f32) for w in (gate_up, down))
     begin = jnp.zeros(x_all.shape, f32), jnp.zeros(m + block, f32), dw_in, dw_out
     dx, dweight, dw_in, dw_out = lax.fori_loop(0, count, body, begin)
     dx, dweight = dx[:m], dweight[:m]
     if head:
         dx = jnp.where(inside[:, None], _flat(dx_first)[place], dx)
         dweight = jnp.where(inside, _flat(dweight_first)[place], dweight)
-    return (
-        dx.astype(rows.dtype),
-        dw_in.astype(gate_up.dtype),
-        dw_out.astype(down.dtype),
-        None,
-        dweight.astype(row_weights.dtype),
-    )
-
-
-expert_ffn.defvjp(_forward, _backward)
+    return dx, dweight, dw_in, dw_out

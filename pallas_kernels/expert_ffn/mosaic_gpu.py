@@ -76,6 +76,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.expert_ffn import cpu
+from pallas_kernels.expert_ffn.window import of_window
 from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
 from pallas_kernels.hopper import (
     ALL,
@@ -97,106 +98,111 @@ _RING_AND_ACTIVE_BYTES = 200 * 1024
 MAX_FUSED_F = 896
 
 
-def expert_ffn(
+def forward(
     rows: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
     row_weights: Array,
-    *,
+    first_expert: Array | int,
     interpret: Interpret,
 ) -> Array:
-    """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
+    """See api.expert_ffn. Weights of an expert without rows reach nothing.
 
-    Dropless for every distribution of rows; differentiable in every array but group_sizes, in the
-    dtype of each. Weights of an expert without rows reach nothing; their gradient is exactly 0.
-
-    Args:
-      rows: [M, D], sorted by expert; bfloat16, float16 or float32.
-      gate_up: [E, 2F, D], the F gate rows first, then the F up rows; cast to a two-byte dtype of
-        rows.
-      down: [E, F, W], cast likewise.
-      group_sizes: int32 [E], rows of each expert; they sum to M.
-      row_weights: [M].
-      interpret: run interpreted on any platform; True or parameters of the interpreter.
-
-    Returns:
-      [M, W] in the dtype of rows, accumulated in float32.
+    Weights are cast to a two-byte dtype of rows. Those that need a cast or padding for TMA are
+    copied, the window's alone; others are read where they lie.
 
     Raises:
       NotImplementedError: a GPU older than Hopper.
     """
     if not hopper.uses_wgmma(interpret):
-        return cpu.expert_ffn(rows, gate_up, down, group_sizes, row_weights)
+        return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first_expert)
     if 0 in rows.shape or 0 in down.shape:
         return jnp.zeros((rows.shape[0], down.shape[2]), rows.dtype)
-    fused = rows.dtype.itemsize == 2 and down.shape[1] <= MAX_FUSED_F
-    return (_fused if fused else _separate)(
-        rows, gate_up, down, group_sizes, row_weights, interpret
+    if not _fuses(rows, down):
+        own = of_window(gate_up, down, first_expert, len(group_sizes))
+        return _separate(rows, *own, group_sizes, row_weights, interpret)
+    x, w_in, w_out, weights, first = _prepare(
+        rows, gate_up, down, group_sizes, row_weights, first_expert
     )
+    y = _forward_kernel(x, w_in, w_out, group_sizes, weights, first, interpret)
+    return y[: rows.shape[0], : down.shape[2]]
 
 
-# --- in one kernel ------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _fused(
+def backward(
     rows: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
     row_weights: Array,
+    first_expert: Array | int,
+    dy: Array,
     interpret: Interpret,
-) -> Array:
-    x, w_in, w_out, weights = _prepare(rows, gate_up, down, row_weights)
-    y = _forward_kernel(x, w_in, w_out, group_sizes, weights, interpret)
-    return y[: rows.shape[0], : down.shape[2]]
+) -> tuple[Array, ...]:
+    """The gradients of rows, row_weights, and the window's gate_up and down, in their dtypes.
 
-
-def _fused_forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
-    return _fused(*args), args[:-1]
-
-
-def _fused_backward(
-    interpret: Interpret, saved: tuple[Array, ...], dy: Array
-) -> tuple[Array | None, ...]:
-    rows, gate_up, down, group_sizes, row_weights = saved
-    (m, d), (experts, f, width) = rows.shape, down.shape
-    x, w_in, w_out, weights = _prepare(rows, gate_up, down, row_weights)
+    That of an expert without rows is exactly 0.
+    """
+    if not hopper.uses_wgmma(interpret):
+        return cpu.backward(rows, gate_up, down, group_sizes, row_weights, first_expert, dy)
+    (m, d), (_, f, width), experts = rows.shape, down.shape, len(group_sizes)
+    if 0 in rows.shape or 0 in down.shape:
+        none = (jnp.zeros((experts, *w.shape[1:]), w.dtype) for w in (gate_up, down))
+        return jnp.zeros_like(rows), jnp.zeros_like(row_weights), *none
+    if not _fuses(rows, down):
+        own = of_window(gate_up, down, first_expert, experts)
+        return _separate_backward(rows, *own, group_sizes, row_weights, dy, interpret)
+    x, w_in, w_out, weights, first = _prepare(
+        rows, gate_up, down, group_sizes, row_weights, first_expert
+    )
     dy = padded(dy)
     dhidden, active, dweights = _backward_kernel(
-        x, w_in, w_out, dy, group_sizes, weights, interpret
+        x, w_in, w_out, dy, group_sizes, weights, first, interpret
     )
-    by_half = gate_up.astype(rows.dtype).reshape(experts, 2, f, d)
-    dx = matmul.product(dhidden, by_half, group_sizes, rows.dtype, False, interpret)
+    by_half = w_in.reshape(-1, 2, *w_in.shape[1:])
+    dx = matmul.product(dhidden, by_half, group_sizes, rows.dtype, False, interpret, first)
     dw_in = matmul.sum_of_products(dhidden, x, group_sizes, (2, f), gate_up.dtype, interpret)
     dw_out = matmul.sum_of_products(active, dy, group_sizes, (1, f), down.dtype, interpret)
     return (
         dx[:m, :d],
-        dw_in[:, :, :f, :d].reshape(gate_up.shape),
+        dweights[:m, 0],
+        dw_in[:, :, :f, :d].reshape(experts, 2 * f, d),
         dw_out[:, 0, :f, :width],
-        None,
-        dweights[:m, 0].astype(row_weights.dtype),
     )
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+def _fuses(rows: Array, down: Array) -> bool:
+    return rows.dtype.itemsize == 2 and down.shape[1] <= MAX_FUSED_F
+
+
+# --- in one kernel ------------------------------------------------------------------------------
 
 
 def _prepare(
-    rows: Array, gate_up: Array, down: Array, row_weights: Array
-) -> tuple[Array, Array, Array, Array]:
-    """The kernels' arrays: [M, D], [2E, F, D] and [E, F, W] padded for TMA, float32 weights.
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | int,
+) -> tuple[Array, Array, Array, Array, Array | int]:
+    """The kernels' arrays: [M, D], [2N, F, D] and [N, F, W] padded for TMA, float32 weights, and
+    the first expert of the N.
 
     A half of an expert's gate_up is an array of its own, so that the zeros with which TMA fills
     what lies past its F rows stand where the other half's would be.
     """
-    experts, f, _ = down.shape
-    halves = gate_up.astype(rows.dtype).reshape(2 * experts, f, -1)
+    ready = gate_up.dtype == down.dtype == rows.dtype
+    if not (ready and gate_up.shape[2] % STEP == 0 and down.shape[2] % STEP == 0):
+        experts = len(group_sizes)
+        gate_up, down = of_window(gate_up, down, first_expert, experts)
+        first_expert = 0
+    f = down.shape[1]
+    halves = gate_up.astype(rows.dtype).reshape(-1, f, gate_up.shape[2])
     # A tile reads the weights of all its rows, also of those past the last.
     weights = jnp.pad(row_weights.astype(jnp.float32), (0, 8 + TILE_ROWS))
     w_out = padded(down.astype(rows.dtype))
-    return padded(rows), padded(halves), w_out, weights
+    return padded(rows), padded(halves), w_out, weights, first_expert
 
 
 def _row_weights(weights: Any, first: Array) -> Array:
@@ -241,7 +247,13 @@ def tile_rows(f: int) -> int:
 
 
 def _forward_kernel(
-    x: Array, w_in: Array, w_out: Array, group_sizes: Array, weights: Array, interpret: Interpret
+    x: Array,
+    w_in: Array,
+    w_out: Array,
+    group_sizes: Array,
+    weights: Array,
+    first_expert: Array | int,
+    interpret: Interpret,
 ) -> Array:
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
     tile, f_blocks = tile_rows(f), -(-f // BLOCK)
@@ -251,7 +263,7 @@ def _forward_kernel(
     plan = _Forward(tile, split, f_blocks, d // STEP, -(-width // (W_BLOCKS * BLOCK)), width)
     slot_bytes = (tile + 4 * BLOCK) * STEP * 2
     slots = min(6, (_RING_AND_ACTIVE_BYTES - tile * f_blocks * BLOCK * 2) // slot_bytes)
-    table, count = hopper.work(group_sizes, m, tile)
+    table, count = hopper.work(group_sizes, m, tile, first_expert)
     active = plgpu.SMEM((tile, f_blocks * BLOCK), dtype, transforms=hopper.swizzled(dtype))
     x_shape, w_shape = (tile, STEP), (4 * BLOCK, STEP)
     return hopper.run(
@@ -451,6 +463,7 @@ def _backward_kernel(
     dy: Array,
     group_sizes: Array,
     weights: Array,
+    first_expert: Array | int,
     interpret: Interpret,
 ) -> tuple[Array, Array, Array]:
     """[M, 2F'] gradients of gate and of up, [M, F'] weighted active, float32 [M, 8] dweight.
@@ -461,7 +474,7 @@ def _backward_kernel(
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
     plan = _Backward(f_blocks=-(-f // BLOCK), d_steps=d // STEP, w_steps=width // STEP)
     slots = hopper.RING_BYTES // ((TILE_ROWS + 2 * BLOCK) * STEP * 2)
-    table, count = hopper.work(group_sizes, m, TILE_ROWS)
+    table, count = hopper.work(group_sizes, m, TILE_ROWS, first_expert)
     x_shape, w_shape = (TILE_ROWS, STEP), (2 * BLOCK, STEP)
     return hopper.run(
         "expert_ffn_backward",
@@ -629,7 +642,6 @@ def _products(
 # --- one grouped matmul after the other ---------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _separate(
     rows: Array,
     gate_up: Array,
@@ -664,14 +676,15 @@ def _gate_up(
     return hidden[:, : hidden.shape[1] // 2], hidden[:, hidden.shape[1] // 2 :]
 
 
-def _separate_forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
-    return _separate(*args), args[:-1]
-
-
 def _separate_backward(
-    interpret: Interpret, saved: tuple[Array, ...], dy: Array
-) -> tuple[Array | None, ...]:
-    rows, gate_up, down, group_sizes, row_weights = saved
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    dy: Array,
+    interpret: Interpret,
+) -> tuple[Array, ...]:
     dtype, weights = rows.dtype, row_weights.astype(jnp.float32)[:, None]
     gate, up = _gate_up(rows, gate_up, group_sizes, interpret)
     dactive = _float32_product(dy, down, group_sizes, True, interpret)
@@ -691,7 +704,4 @@ def _separate_backward(
     dw_out = matmul.weight_gradient(
         (active * weights).astype(dtype), dy, group_sizes, interpret=interpret, out_dtype=down.dtype
     )
-    return dx, dw_in, dw_out, None, dweights.astype(row_weights.dtype)
-
-
-_separate.defvjp(_separate_forward, _separate_backward)
+    return dx, dweights, dw_in, dw_out

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.expert_ffn import tiles_tpu
+from pallas_kernels.expert_ffn.window import of_window, put
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.schedule import Schedule, schedule
 
@@ -55,6 +56,9 @@ class Call:
     in_dtype: jnp.dtype  # of gate_up
     out_dtype: jnp.dtype  # of down
     tiles: Tiles
+    gradients: tuple[jnp.dtype, ...] = ()  # of the stacks that they go to; empty: none are made
+    layers: int = 1  # of those stacks
+    adds: bool = False  # to what lies there
 
     @property
     def casts(self) -> bool:
@@ -78,12 +82,9 @@ class Call:
         if self.kind == "backward":
             tile += rows * d * row
             live = rows * 4 * (10 * f + d)
-            total += self.tiles.buffers * weights
-            total += sum(
-                4 * size
-                for size, dtype in ((2 * f * d, self.in_dtype), (f * w, self.out_dtype))
-                if dtype != jnp.float32
-            )
+            for size, dtype in zip((2 * f * d, f * w), self.gradients, strict=False):
+                total += self.tiles.buffers * size * dtype.itemsize * (2 if self.adds else 1)
+                total += 4 * size if dtype != jnp.float32 else 0
         if self.row_dtype == jnp.float32:  # split into parts that the MXU multiplies
             live += (10 if self.kind == "forward" else 16) * both + 12 * rows * (d + w)
         return total + 2 * tile + live + 2**20
@@ -96,14 +97,14 @@ class Call:
     def cost(self) -> pl.CostEstimate:
         """For XLA's scheduler: what moves when every expert has rows."""
         row = self.row_dtype.itemsize
-        weights = (
-            self.e
-            * self.f
-            * (2 * self.d * self.in_dtype.itemsize + self.w * self.out_dtype.itemsize)
-        )
+        sizes = 2 * self.f * self.d, self.f * self.w
+        weights = sizes[0] * self.in_dtype.itemsize + sizes[1] * self.out_dtype.itemsize
         rows = self.m * (self.d + self.w) * row
         if self.kind == "backward":
-            weights, rows = 2 * weights, rows + self.m * self.d * row
+            written = sum(n * t.itemsize for n, t in zip(sizes, self.gradients, strict=False))
+            weights += written * (2 if self.adds else 1)
+            rows += self.m * self.d * row
+        weights *= self.e
         return pl.CostEstimate(
             flops=self.flops(), bytes_accessed=weights + rows, transcendentals=self.m * self.f
         )
@@ -121,12 +122,26 @@ def _chip(interpret: Any) -> pltpu.TpuInfo:
 
 
 def plan_call(
-    kind: str, rows: Array, gate_up: Array, down: Array, interpret: Any = False
+    kind: str,
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    interpret: Any = False,
+    experts: int | None = None,
+    into: Sequence[Array] = (),
+    adds: bool = False,
 ) -> Call | None:
-    """The call for arrays of these shapes on the current chip; None: an expert exceeds VMEM."""
+    """The call for arrays of these shapes on the current chip; None: an expert exceeds VMEM.
+
+    experts: of the window, None: all. into, adds: as in `backward`.
+    """
     chip = _chip(interpret)
-    (m, d), (e, f, w) = rows.shape, down.shape
-    call = Call(kind, m, d, e, f, w, rows.dtype, gate_up.dtype, down.dtype, Tiles(128, 128))
+    (m, d), (n, f, w) = rows.shape, down.shape
+    e = n if experts is None else experts
+    call = Call(
+        kind, m, d, e, f, w, rows.dtype, gate_up.dtype, down.dtype, Tiles(128, 128),
+        tuple(stack.dtype for stack in into), into[0].shape[0] if into else 1, adds,
+    )  # fmt: skip
     version = str(chip.chip_version)
     name = version if version.startswith("v") else f"tpu{version}"
     for tiles in tiles_tpu.choices(name, kind, d, f, max(1, m // e)):
@@ -215,20 +230,22 @@ def _forward_kernel(
 
 def _backward_kernel(
     plan: Schedule, call: Call, x_ref: Any, dy_ref: Any, weight_ref: Any, w_in_ref: Any,
-    w_out_ref: Any, dx_ref: Any, dweight_ref: Any, dw_in_ref: Any, dw_out_ref: Any, *scratch: Any,
+    w_out_ref: Any, *rest: Any,
 ) -> None:  # fmt: skip
     """Recomputes [F, S]; weight gradients gather on chip in float32 while an expert lasts."""
-    casts, sums = (scratch[:2], scratch[2:]) if call.casts else ((), scratch)
+    stacks, left = len(call.gradients), list(rest)
+    old = [left.pop(0) for _ in range(stacks)]  # blocks where they are added to, else all of them
+    dx_ref, dweight_ref = left.pop(0), left.pop(0)
+    grads = [left.pop(0) for _ in range(stacks)]
+    casts = [left.pop(0) for _ in range(2 if call.casts else 0)]
     w_in, w_out = _weights(plan, call, (w_in_ref, w_out_ref), casts)
-    grads = (dw_in_ref.at[0], dw_out_ref.at[0])
-    left = list(sums)
-    sum_in, sum_out = (ref if ref.dtype == jnp.float32 else left.pop(0) for ref in grads)
+    sums = [ref if ref.dtype == jnp.float32 else left.pop(0) for ref in grads]
     begins, ends = _edges(plan.expert)
 
     @pl.when(begins)
     def _() -> None:
-        sum_in[...] = jnp.zeros_like(sum_in)
-        sum_out[...] = jnp.zeros_like(sum_out)
+        for total, before in zip(sums, old, strict=True):
+            total[...] = before[...].astype(total.dtype) if call.adds else jnp.zeros_like(total)
 
     def body(first: Scalar, count: int, own: Callable[..., Array]) -> None:
         rows, dtype = pl.ds(first, count), x_ref.dtype
@@ -247,14 +264,15 @@ def _backward_kernel(
         dh = jnp.concatenate([dgate, dactive * silu]).astype(dtype)
         dx = _dot(dh, w_in[...], _TN).astype(dx_ref.dtype)
         dx_ref[rows, :] = own(dx, dx_ref[rows, :], 0)
-        sum_in[...] += _dot(dh, x, _NN)
-        sum_out[...] += _dot((active * weight).astype(dtype), dy, _NN)
+        if sums:
+            sums[0][...] += _dot(dh, x, _NN)
+            sums[1][...] += _dot((active * weight).astype(dtype), dy, _NN)
 
     _steps(plan, call.tiles, body)
 
     @pl.when(ends)
     def _() -> None:
-        for grad, total in zip(grads, (sum_in, sum_out), strict=True):
+        for grad, total in zip(grads, sums, strict=True):
             if grad.dtype != jnp.float32:
                 grad[...] = total[...].astype(grad.dtype)
 
@@ -274,9 +292,12 @@ def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], 
     row, lane = at(lambda i, p: (p.tile[i], 0)), at(lambda i, p: (0, p.tile[i]))
     buffered = None if call.tiles.buffers == 2 else pl.Buffered(call.tiles.buffers)
 
-    def per_expert(index: Callable[..., tuple[Any, ...]]) -> list[pl.BlockSpec]:
+    def per_expert(
+        outer: tuple[Any, ...], index: Callable[..., tuple[Any, ...]]
+    ) -> list[pl.BlockSpec]:
         return [
-            pl.BlockSpec((1, *shape), index, pipeline_mode=buffered) for shape in call.weight_shapes
+            pl.BlockSpec((*outer, *shape), index, pipeline_mode=buffered)
+            for shape in call.weight_shapes
         ]
 
     x, y = (
@@ -284,11 +305,14 @@ def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], 
         pl.BlockSpec((call.tiles.rows, call.w), row),
     )
     weight = pl.BlockSpec((1, call.tiles.rows), lane)
-    weights = per_expert(at(lambda i, p: (p.weights[i], 0, 0)))
+    weights = per_expert((1,), at(lambda i, p: (p.weights[i], 0, 0)))
     if call.kind == "forward":
         return [x, weight, *weights], [y]
-    grads = per_expert(at(lambda i, p: (p.expert[i], 0, 0)))
-    return [x, y, weight, *weights], [x, weight, *grads]
+    grads: list[pl.BlockSpec] = []
+    if call.gradients:
+        grads = per_expert((None, None), at(lambda i, p: (p.layer[0], p.expert[i], 0, 0)))
+    old = grads if call.adds else [pl.BlockSpec(memory_space=pl.ANY) for _ in grads]
+    return [x, y, weight, *weights, *old], [x, weight, *grads]
 
 
 def pallas_call(
@@ -298,21 +322,27 @@ def pallas_call(
 
     plan holds arrays, which are prefetched, or anything else that can be indexed by a visit or an
     expert: closed forms, where the compiler is to estimate the time of a known distribution.
+
+    The last arrays of a backward call are the stacks [L, E, ...] of weight gradients; the last
+    results take their place, and what the call does not write stays.
     """
     prefetched = isinstance(plan.expert, jax.Array)
     fields = len(Schedule._fields) if prefetched else 0
-    weight_dtypes = (call.in_dtype, call.out_dtype)
     scratch = []
     if call.casts:
         scratch += [pltpu.VMEM(shape, call.row_dtype) for shape in call.weight_shapes]
-    results: list[tuple[tuple[int, ...], Any]] = [((call.m, call.w), call.row_dtype)]
+    results: list[Any] = [jax.ShapeDtypeStruct((call.m, call.w), call.row_dtype)]
     kernel: Any = _forward_kernel
     if call.kind == "backward":
         kernel = _backward_kernel
-        gradients = list(zip(call.weight_shapes, weight_dtypes, strict=True))
-        scratch += [pltpu.VMEM(shape, jnp.float32) for shape, t in gradients if t != jnp.float32]
-        results = [((call.m, call.d), call.row_dtype), ((1, call.m), jnp.dtype(jnp.float32))]
-        results += [((call.e, *shape), dtype) for shape, dtype in gradients]
+        results = [
+            jax.ShapeDtypeStruct((call.m, call.d), call.row_dtype),
+            jax.ShapeDtypeStruct((1, call.m), jnp.float32),
+        ]
+    stacks = list(zip(call.weight_shapes, call.gradients, strict=False))
+    scratch += [pltpu.VMEM(shape, jnp.float32) for shape, t in stacks if t != jnp.float32]
+    in_hbm = jax.ShapeDtypeStruct if interpret else pltpu.HBM
+    results += [in_hbm((call.layers, call.e, *shape), dtype) for shape, dtype in stacks]
 
     def body(*refs: Any) -> None:
         kernel(Schedule(*refs[:fields]) if prefetched else plan, call, *refs[fields:])
@@ -328,7 +358,10 @@ def pallas_call(
             out_specs=outputs,
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
+        out_shape=results,
+        input_output_aliases={
+            fields + len(inputs) - 1 - i: len(results) - 1 - i for i in range(len(stacks))
+        },
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=limit
         ),
@@ -339,12 +372,11 @@ def pallas_call(
     return functools.partial(run, *plan) if prefetched else run
 
 
-def _launch(
-    call: Call, group_sizes: Array, interpret: Any, first_expert: Array | int = 0
-) -> Callable[..., Any]:
-    backward = call.kind == "backward"
-    plan = schedule(group_sizes, call.m, call.tiles.rows, visit_idle=backward)
-    return pallas_call(call, plan._replace(weights=plan.weights + first_expert), interpret)
+def _in_hbm(arrays: Sequence[Array], interpret: Any) -> list[Array]:
+    """The arrays, which XLA then does not fetch whole into VMEM, however small they are."""
+    if interpret:
+        return list(arrays)
+    return [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
 
 def _padded(rows: int, *arrays: Array) -> list[Array]:
@@ -353,13 +385,13 @@ def _padded(rows: int, *arrays: Array) -> list[Array]:
     return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def expert_ffn(
+def forward(
     rows: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
     row_weights: Array,
+    first_expert: Scalar,
     interpret: Any = False,
 ) -> Array:
     """See api.expert_ffn. Weights of another dtype than the rows are cast on chip.
@@ -370,71 +402,78 @@ def expert_ffn(
     Raises:
       ValueError: a dtype that the MXU does not multiply.
     """
-    return forward(rows, gate_up, down, group_sizes, row_weights, None, interpret)
-
-
-def forward(
-    rows: Array,
-    gate_up: Array,
-    down: Array,
-    group_sizes: Array,
-    row_weights: Array,
-    first_expert: Array | None,
-    interpret: Any = False,
-) -> Array:
-    """`expert_ffn`; with first_expert the groups are those from it on, of more than are groups."""
     for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} is {array.dtype}; a TPU takes float32 or bfloat16")
     m, experts = rows.shape[0], group_sizes.shape[0]
     x, weights = _padded(m, rows, row_weights)
-    groups: list[Any] = [
-        jax.ShapeDtypeStruct((experts, *w.shape[1:]), w.dtype) for w in (gate_up, down)
-    ]
-    call = plan_call("forward", x, groups[0], groups[1], interpret)
-    first = 0 if first_expert is None else first_expert
+    call = plan_call("forward", x, gate_up, down, interpret, experts)
     if call is None:
-        if first_expert is not None:
-            gate_up, down = (lax.dynamic_slice_in_dim(w, first, experts) for w in (gate_up, down))
-        return _unfused(rows, gate_up, down, group_sizes, row_weights, interpret)
-    run = _launch(call, group_sizes, interpret, first)
-    (y,) = run(x, weights.astype(jnp.float32)[None], gate_up, down)
+        own = of_window(gate_up, down, first_expert, experts)
+        return _unfused(rows, *own, row_weights, group_sizes, interpret)
+    plan = schedule(group_sizes, call.m, call.tiles.rows)
+    run = pallas_call(call, plan._replace(weights=plan.weights + first_expert), interpret)
+    (y,) = run(x, weights.astype(jnp.float32)[None], *_in_hbm((gate_up, down), interpret))
     return y[:m]
 
 
-def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
-    return expert_ffn(*args), args[:5]
+def backward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Scalar,
+    dy: Array,
+    into: tuple[Array, ...],
+    layer: Scalar,
+    adds: bool,
+    interpret: Any = False,
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """The gradients of rows and row_weights, and `into` with those of the weights.
 
-
-def _backward(interpret: Any, saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
-    rows, gate_up, down, group_sizes, row_weights = saved
-    m = rows.shape[0]
+    Args:
+      rows: as of `forward`, like the five that follow.
+      gate_up: [N, 2F, D].
+      down: [N, F, W].
+      group_sizes: int32 [E].
+      row_weights: [M].
+      first_expert: the window's.
+      dy: [M, W].
+      into: stacks [L, E, 2F, D] and [L, E, F, W], overwritten at `layer`; empty: no gradients.
+      layer: of the stacks.
+      adds: added to what lies there instead.
+      interpret: as in api.expert_ffn.
+    """
+    m, experts = rows.shape[0], group_sizes.shape[0]
     x, padded_dy, weights = _padded(m, rows, dy, row_weights)
-    call = plan_call("backward", x, gate_up, down, interpret)
+    call = plan_call("backward", x, gate_up, down, interpret, experts, into, adds)
     if call is None:
+        own = of_window(gate_up, down, first_expert, experts)
 
         def unfused(rows: Array, gate_up: Array, down: Array, row_weights: Array) -> Array:
-            return _unfused(rows, gate_up, down, group_sizes, row_weights, interpret)
+            return _unfused(rows, gate_up, down, row_weights, group_sizes, interpret)
 
-        _, pull = jax.vjp(unfused, rows, gate_up, down, row_weights)
-        dx, dgate_up, ddown, dweights = pull(dy)
-        return dx, dgate_up, ddown, None, dweights
-    run = _launch(call, group_sizes, interpret)
-    dx, dweights, dgate_up, ddown = run(
-        x, padded_dy, weights.astype(jnp.float32)[None], gate_up, down
+        _, pull = jax.vjp(unfused, rows, *own, row_weights)
+        drows, *grads, dweights = pull(dy)
+        return drows, dweights, put(into, layer, grads, adds)
+    plan = schedule(group_sizes, call.m, call.tiles.rows, visit_idle=True)
+    plan = plan._replace(
+        weights=plan.weights + first_expert, layer=jnp.asarray(layer, jnp.int32)[None]
     )
-    return dx[:m], dgate_up, ddown, None, dweights[0, :m].astype(row_weights.dtype)
-
-
-expert_ffn.defvjp(_forward, _backward)
+    drows, dweights, *grads = pallas_call(call, plan, interpret)(
+        x, padded_dy, weights.astype(jnp.float32)[None],
+        *_in_hbm((gate_up, down, *into), interpret),
+    )  # fmt: skip
+    return drows[:m], dweights[0, :m], tuple(grads)
 
 
 def _unfused(
     rows: Array,
     gate_up: Array,
     down: Array,
-    group_sizes: Array,
     row_weights: Array,
+    group_sizes: Array,
     interpret: Any,
 ) -> Array:
     product = functools.partial(

@@ -1,14 +1,46 @@
 """The plain meaning of expert_ffn: every expert over every row, then a choice. For tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.expert_ffn.window import of_window
 
-def expert_ffn(
-    rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_weights: Array
+
+def forward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | int,
 ) -> Array:
     """Shapes and result as in api.expert_ffn; work grows with rows x experts."""
+    gate_up, down = of_window(gate_up, down, first_expert, len(group_sizes))
+    return _plain(rows, row_weights, gate_up, down, group_sizes)
+
+
+def backward(
+    rows: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    row_weights: Array,
+    first_expert: Array | int,
+    dy: Array,
+) -> tuple[Array, ...]:
+    """The gradients of rows, row_weights, and the window's gate_up and down."""
+    gate_up, down = of_window(gate_up, down, first_expert, len(group_sizes))
+    plain = functools.partial(_plain, group_sizes=group_sizes)
+    _, pull = jax.vjp(plain, rows, row_weights, gate_up, down)
+    return pull(dy)
+
+
+def _plain(
+    rows: Array, row_weights: Array, gate_up: Array, down: Array, group_sizes: Array
+) -> Array:
     f32 = jnp.float32
     experts = jnp.arange(gate_up.shape[0])
     owner = jnp.repeat(experts, group_sizes, total_repeat_length=rows.shape[0])

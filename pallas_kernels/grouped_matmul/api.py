@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -242,8 +243,9 @@ def _check_group_sizes(group_sizes: Array, rows: int) -> None:
     if group_sizes.shape[0] == 0:
         raise ValueError("group_sizes is empty; there must be at least one expert")
     if not isinstance(group_sizes, jax.core.Tracer):
-        if (group_sizes < 0).any() or group_sizes.sum() != rows:
+        sizes = np.asarray(group_sizes)  # values, under a trace of other arguments too
+        if (sizes < 0).any() or sizes.sum() != rows:
             raise ValueError(
                 f"group_sizes must be non-negative and sum to the {rows} rows; they sum to "
-                f"{group_sizes.sum()}, the smallest is {group_sizes.min()}"
+                f"{sizes.sum()}, the smallest is {sizes.min()}"
             )

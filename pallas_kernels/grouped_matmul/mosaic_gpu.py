@@ -159,17 +159,19 @@ def product(
     out_dtype: DTypeLike,
     transpose_weights: bool,
     interpret: Interpret,
+    first_expert: Array | int = 0,
 ) -> Array:
     """The kernel behind grouped_matmul: a sum over S sections of K.
 
     Args:
       rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What lies between
         K and K' of a section meets zeros, and must be finite.
-      weights: [E, S, K, N], or [E, S, N, K] with transpose_weights; the dtype of rows.
+      weights: [E or more, S, K, N], or [.., S, N, K] with transpose_weights; the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
       out_dtype: of the result.
       transpose_weights: which of its two last axes `weights` contracts.
       interpret: as in grouped_matmul.
+      first_expert: that of the first group, of more than there are groups.
 
     Returns:
       [M, N], both padded to multiples of 8 and 64; what belongs to no expert is undefined.
@@ -185,7 +187,7 @@ def product(
         sections=sections,
         section_steps=rows.shape[1] // (sections * STEP),
     )
-    table, count = hopper.work(group_sizes, m, TILE_ROWS)
+    table, count = hopper.work(group_sizes, m, TILE_ROWS, first_expert)
     w_shape = (columns, STEP) if transpose_weights else (STEP, columns)
     return hopper.run(
         "grouped_matmul",

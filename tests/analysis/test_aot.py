@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from finermoe_jax.analysis import aot, candidates, report, topology
+from finermoe_jax.analysis import aot, candidates, programs, report, topology
 from finermoe_jax.analysis.hlo_costs import Costs
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
@@ -36,8 +36,8 @@ def _config(**mesh):
 @pytest.fixture(scope="module")
 def compiled():
     target = _target()
-    step = aot.abstract_step(_config(data=1, fsdp=2, expert=4), target)
-    return step, target, aot.compile_step(step, target, say=lambda _: None)
+    step = programs.abstract_program(_config(data=1, fsdp=2, expert=4), target)
+    return step, target, aot.compile_program(step, target, say=lambda _: None)
 
 
 @pytest.mark.slow
@@ -110,26 +110,30 @@ def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
 
 def test_what_does_not_fit_gets_a_change_that_may():
     config = _config(data=8)
-    step = aot.abstract_step(config, _target())
+    step = programs.abstract_program(config, _target())
     state = step.state_bytes + step.gradient_bytes
     said = []
     rows = candidates.search(
-        config, _target(memory=0.4 * state), aot.abstract_step, None, said.append
+        config, _target(memory=0.4 * state), programs.abstract_program, None, said.append
     )
     first = next(row for row in rows if row["possible"])
     assert first["change"] == "mesh.data to mesh.fsdp"
     assert first["floor_bytes"] < state / 4
     assert said[-1].endswith("beginning with: mesh.data to mesh.fsdp")
-    candidates.search(config, _target(memory=1e3), aot.abstract_step, None, said.append)
+    candidates.search(config, _target(memory=1e3), programs.abstract_program, None, said.append)
     assert "larger slice" in said[-1]
 
 
 @pytest.mark.slow
 def test_changes_are_compiled_until_one_fits():
     config = _config(data=8)
-    whole = aot.compile_step(aot.abstract_step(config, _target()), _target(), say=lambda _: None)
+    whole = aot.compile_program(
+        programs.abstract_program(config, _target()), _target(), say=lambda _: None
+    )
     target = _target(memory=0.7 * whole["peak_bytes"])
-    rows = candidates.search(config, target, aot.abstract_step, aot.compile_step, lambda _: None)
+    rows = candidates.search(
+        config, target, programs.abstract_program, aot.compile_program, lambda _: None
+    )
     assert rows[-1]["fits"] and not any(row.get("fits") for row in rows[:-1])
     assert rows[-1]["compiled_bytes"] <= target.chip.memory
 
@@ -158,6 +162,53 @@ def test_a_missing_compiler_is_named_with_its_extra(name, package, extra, monkey
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(InputError, match=extra):
         topology.describe(name)
+
+
+# Overrides of the demo, and the program. The last one's experts are stored in pieces, and gathered.
+IN_PLACE = [
+    ("v5e:1x1", "train", ["--config.train.remat=full"]),
+    ("v5e:1x1", "train", ["--config.train.remat=dots", "--config.train.param_dtype=float32"]),
+    ("v5e:1x1", "train", ["--config.train.grad_accumulation=2"]),
+    ("v5e:2x4", "train", ["--config.mesh.expert=8"]),
+    ("v5e:2x4", "train", ["--config.mesh.data=2", "--config.mesh.expert=4"]),
+    ("v5e:1x1", "eval", []),
+    ("v5e:2x4", "eval", ["--config.mesh.expert=8"]),
+    ("v5e:1x1", "prefill", []),
+    ("v5e:1x1", "decode", []),
+]
+RUN_ALL = """
+import json, sys
+from finermoe_jax.cli.main import run
+for command in json.loads(sys.argv[1]):
+    try:
+        run("aot", command)
+    except SystemExit as end:
+        assert not end.code, (end.code, command)
+"""
+
+
+@pytest.mark.slow
+def test_experts_are_neither_copied_nor_sliced(tmp_path):
+    """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
+    python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
+    commands = [
+        ["--config=demo", f"--topology={topology}", f"--program={program}",
+         "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1",
+         "--config.data.global_batch_size=16", "--config.data.sequence_length=256", *overrides,
+         f"--output={tmp_path / f'{i}.json'}", f"--hlo={tmp_path / f'{i}.txt'}"]
+        for i, (topology, program, overrides) in enumerate(IN_PLACE)
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [python, "-c", RUN_ALL, json.dumps(commands)], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for i, case in enumerate(IN_PLACE):
+        figures = json.loads((tmp_path / f"{i}.json").read_text())
+        assert "tpu_custom_call" in (tmp_path / f"{i}.txt").read_text()
+        assert figures["expert_copies"] == [], case
+        assert figures["expert_bytes"] == pytest.approx(figures["expert_bound_bytes"]), case
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.preemption import stop_requests
-from finermoe_jax.training.checkpoints import TrainingCheckpoints
+from finermoe_jax.training.checkpoints import TrainingCheckpoints, skipped_in_a_row
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
@@ -459,6 +459,23 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     assert f"resumed from step {range(0, end, 2)[-1]} of 40" in said
     counted = [m["skipped"] for m in read_lines(workdir / "metrics.jsonl")]
     assert len(counted) >= end - 1 and counted == left_out[: len(counted)]
+    _counts_across_a_restart(config, tmp_path / "two", end)
+
+
+def _counts_across_a_restart(config, workdir, end):
+    """A run that is broken off between the steps end - 1 and end, both left out: two in a row."""
+    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=end - 1))
+    train(shorter, workdir, say=silent)
+    newest = workdir / "checkpoints" / str(end - 1)
+    assert skipped_in_a_row(newest) == 1
+    with pytest.raises(RunEnded, match=f"2 steps in a row, {end - 1} … {end}:"):
+        train(config, workdir, say=silent, allow_changes=["train.steps"])
+    # Checkpoints of before do not tell it.
+    metadata = newest / "config" / "metadata"
+    values = json.loads(metadata.read_text())
+    assert values.pop("skipped_in_a_row") == 1
+    metadata.write_text(json.dumps(values))
+    assert skipped_in_a_row(newest) == 0
 
 
 def _saved(path, config):

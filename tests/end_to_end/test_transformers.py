@@ -259,6 +259,15 @@ def test_what_other_programs_ask_for(found):
         assert report["checkpointing"] < 1e-5 and report["runs"] == 3, (name, report)
 
 
+def test_trainer_with_activation_checkpointing(found):
+    report = found[1]["qwen_experts"]
+    if "trainer" not in report:
+        pytest.skip("Trainer needs accelerate in that environment: pip install accelerate")
+    plain, runs, checkpointed, runs_again = report["trainer"]
+    assert len(plain) == 4 and plain[3] < plain[0] - 1 and (runs, runs_again) == (4, 8), report
+    np.testing.assert_allclose(checkpointed, plain, rtol=1e-3)  # 4.51 logs four digits
+
+
 def test_heads_are_tied_where_the_config_says_so(found):
     place, reports = found
     for name, report in with_experts(reports).items():

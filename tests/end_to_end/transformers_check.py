@@ -2,7 +2,8 @@
 
     python tests/end_to_end/transformers_check.py DIR...
 
-Runs in an environment of its own, with torch, transformers and safetensors (.ci/run makes one).
+Runs in an environment of its own, with torch, transformers, safetensors and, for a run by Trainer,
+accelerate (.ci/run makes one).
 Each DIR holds `model/`, an exported Hugging Face directory, and `wanted.safetensors`, float32 and
 int32:
 
@@ -22,6 +23,7 @@ transformers 4.51 and 5.
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -160,6 +162,40 @@ def checkpointing(model, ids):
     return {"checkpointing": max(far(got[k], v) for k, v in wanted.items()), "runs": len(runs)}
 
 
+def trainer(directory):
+    """The losses that Trainer logs without and with activation checkpointing, and layers run.
+
+    For one DIR, and where accelerate is installed.
+    """
+    if directory.name != "qwen_experts" or not find_spec("accelerate"):
+        return {}
+    ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    name = "gradient_checkpointing" if OLD else "activation_checkpointing"
+    found = []
+    for setting in ({}, {name: True, f"{name}_kwargs": {"use_reentrant": False}}):
+        model, runs = load(directory / "model", torch.float32), []
+        model.model.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        arguments = transformers.TrainingArguments(
+            str(directory / "trainer"),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            **setting,
+        )
+        run = transformers.Trainer(model, arguments, train_dataset=rows)
+        run.remove_callback(transformers.PrinterCallback)  # stdout is this script's report
+        run.train()
+        found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        found.append(len(runs))
+    return {"trainer": found}
+
+
 def random_weights(directory):
     """A model of the directory's shape."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
@@ -249,7 +285,7 @@ def check(directory):
         report |= without_experts(type(model))
         with torch.no_grad():
             report |= clients(model, directory, ids)
-        report |= checkpointing(model, ids)
+        report |= checkpointing(model, ids) | trainer(directory)
     if (directory / "model" / "tokenizer.json").exists():
         # AutoTokenizer asks as well: it looks at config.json.
         tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=True)

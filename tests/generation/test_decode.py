@@ -23,12 +23,11 @@ from finermoe_jax.generation.text import complete, continue_all, conversation
 from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.sharding import make_mesh
-from finermoe_jax.layers.stored import OfLayer, quantize
+from finermoe_jax.layers.stored import OfLayer
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights.source import load_model
-from pallas_kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from tests.support import command
 from tests.support.models import run
 from tests.support.training import MOE
@@ -106,11 +105,11 @@ def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
         list(generation.stream(model, [prompts([length])[0]], None, new, Sampling(**settings)))
 
     stream(40, 5)
-    compiled = [f._cache_size() for f in (generation._prefill, generation._decode)]
+    compiled = [f._cache_size() for f in (generation.prefill, generation.decode)]
     stream(33, 9)
     stream(47, 2, temperature=0.7, top_k=5, seed=3)
     stream(41, 12, temperature=1.3, top_p=0.6, repetition_penalty=1.2)
-    assert [f._cache_size() for f in (generation._prefill, generation._decode)] == compiled
+    assert [f._cache_size() for f in (generation.prefill, generation.decode)] == compiled
     sizes = [generation.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1000)]
     assert sizes == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1024]
 
@@ -120,11 +119,11 @@ def test_the_cache_is_written_in_place(model):
     graphdef, state = nnx.split(model)
     cache = generation.init_cache(CONFIG, 1, 48, model.dtype)
     arguments = np.zeros((1, 32), np.int32), np.array([5], np.int32), cache, Sampling().scalars()
-    token, running = generation._prefill(graphdef, state, *arguments)
+    token, running = generation.prefill(graphdef, state, *arguments)
     keys = running.cache.layers[0][0].keys
     assert cache.layers[0][0].keys.is_deleted()
     place = keys.unsafe_buffer_pointer()
-    _, after = generation._decode(graphdef, state, token, running, Sampling().scalars())
+    _, after = generation.decode(graphdef, state, token, running, Sampling().scalars())
     assert keys.is_deleted() and after.cache.layers[0][0].keys.unsafe_buffer_pointer() == place
 
 
@@ -173,42 +172,6 @@ def test_few_rows(monkeypatch, native, dtype, rows):
                 jax.jit(cpu.few_rows)(x, weight) if weight is stack[1] else cpu.few_rows(x, weight)
             )
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=99 * width * 2e-5)
-
-
-@pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
-@pytest.mark.parametrize("sizes", [[0, 2, 0, 0, 0, 1, 0, 0], [5, 0, 9, 1, 0, 3, 2, 0]])
-def test_experts_of_a_stack(implementation, sizes):
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    m, interpret = sum(sizes), implementation == "tpu"
-    rows, weights = draw(m, 16), draw(m)
-    gate_up, down = draw(3, 8, 24, 16), draw(3, 8, 12, 8)
-    groups = jnp.asarray(sizes, jnp.int32)
-    wanted = expert_ffn(rows, gate_up[1], down[1], groups, weights, "reference")
-    # The other layers' experts, and idle ones, reach nothing.
-    keep = jnp.zeros((3, 8), bool).at[1].set(groups > 0)[..., None, None]
-    poisoned = [jnp.where(keep, w, jnp.nan) for w in (gate_up, down)]
-    if implementation == "reference":
-        poisoned = [gate_up, down]
-    got = expert_ffn_of_stack(
-        rows, *poisoned, groups, weights, jnp.int32(1), None, implementation, interpret
-    )
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="int8"):
-        whole = [w.astype(jnp.int8) for w in (gate_up, down)]
-        expert_ffn_of_stack(rows, *whole, groups, weights, 1, None, implementation, interpret)
-    small = [quantize(w, (axis,)) for w, axis in ((gate_up, -1), (down, -2))]
-    restored = [
-        w.values.astype(jnp.float32) * jnp.expand_dims(w.scale, axis)
-        for w, axis in zip(small, (-1, -2), strict=True)
-    ]
-    wanted = expert_ffn(rows, *(w[1] for w in restored), groups, weights, "reference")
-    scales = (small[0].scale, small[1].scale)
-    got = expert_ffn_of_stack(rows, small[0].values, small[1].values, groups, weights, 1, scales)
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -273,7 +236,7 @@ def test_padding_is_not_penalized(model):
     padded = np.zeros((1, 32), np.int32)
     padded[0, :3] = row
     cache = init_cache(CONFIG, 1, 48, model.dtype)  # as generate makes it: one program
-    token, running = generation._prefill(
+    token, running = generation.prefill(
         graphdef, state, padded, np.asarray([3], np.int32), cache, Sampling().scalars()
     )
     assert np.flatnonzero(np.asarray(running.seen)[0]).tolist() == sorted({*row, int(token[0])})

@@ -27,7 +27,7 @@ def test_visits_are_a_walk_over_the_rows(tile_rows, visit_idle):
         sizes = rng.multinomial(rows, rng.dirichlet(np.full(experts, 0.3)))
         wanted = list(walk(sizes, tile_rows, visit_idle))
         plan = schedule(jnp.asarray(sizes, jnp.int32), rows, tile_rows, visit_idle)
-        expert, loaded, tile, start, stop, count = map(np.asarray, plan)
+        expert, loaded, tile, start, stop, count, _ = map(np.asarray, plan)
         (count,) = count
         assert count == len(wanted) <= len(expert) == visits(rows, experts, tile_rows)
         got = list(zip(expert.tolist(), tile.tolist(), strict=True))

@@ -1,5 +1,6 @@
 """Experts over a mesh: one device's numbers, whatever the mesh and the skew; bounded buffers."""
 
+import functools
 import re
 
 import jax
@@ -15,8 +16,9 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.moe import exchange as expert_parallel
+from finermoe_jax.moe.bank import bank_of_layer
 from finermoe_jax.moe.exchange import routed_experts
-from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.expert_ffn import expert_ffn_of_run
 
 E, F, D, W, A, B, T = 16, 8, 32, 16, 2, 8, 12
 
@@ -42,7 +44,7 @@ def _value_and_grads(placement):
     *arguments, cotangent = _arguments()
 
     def loss(x, weights, gate_up, down, experts):
-        y = routed_experts(x, experts, weights, gate_up, down, placement)
+        y = routed_experts(x, experts, weights, bank_of_layer(gate_up, down, placement), placement)
         return (y * cotangent).sum(), y
 
     compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
@@ -90,20 +92,27 @@ def _poisoned(x, count):
     return jnp.where((jnp.arange(x.shape[0]) < count).reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
 
 
-@jax.custom_vjp
-def _unspecified_ffn(rows, gate_up, down, sizes, weights):
-    return _poisoned(expert_ffn(rows, gate_up, down, sizes, weights), sizes.sum())
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _unspecified_ffn(rows, gate_up, down, sizes, weights, layer, gradients, adds):
+    y, gradients = expert_ffn_of_run(rows, gate_up, down, sizes, weights, layer, gradients)
+    return _poisoned(y, sizes.sum()), gradients
 
 
-def _unspecified_backward(saved, dy):
-    rows, gate_up, down, sizes, weights = saved
-    _, pull = jax.vjp(lambda *a: expert_ffn(*a[:3], sizes, a[3]), rows, gate_up, down, weights)
+def _unspecified_backward(adds, saved, cotangents):
+    rows, gate_up, down, sizes, weights, layer, gradients = saved
+
+    def plain(rows, weights, gradients):
+        return expert_ffn_of_run(rows, gate_up, down, sizes, weights, layer, gradients, adds=adds)
+
+    drows, dweights, into = jax.vjp(plain, rows, weights, gradients)[1](cotangents)
     count = sizes.sum()
-    drows, dgate_up, ddown, dweights = pull(dy)
-    return _poisoned(drows, count), dgate_up, ddown, None, _poisoned(dweights, count)
+    return _poisoned(drows, count), None, None, None, _poisoned(dweights, count), None, into
 
 
-_unspecified_ffn.defvjp(lambda *a: (_unspecified_ffn(*a), a), _unspecified_backward)
+_unspecified_ffn.defvjp(
+    lambda *a: (_unspecified_ffn(*a), a[:7]),
+    _unspecified_backward,
+)
 
 
 @pytest.mark.slow
@@ -113,7 +122,11 @@ def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
     around a kernel that leaves NaN wherever it may."""
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
     monkeypatch.setattr(expert_parallel, "_padded", lambda rows: rows.ndim == 1)
-    monkeypatch.setattr(expert_parallel, "expert_ffn", lambda *a: _unspecified_ffn(*a[:5]))
+    monkeypatch.setattr(
+        expert_parallel,
+        "expert_ffn_of_run",
+        lambda *a, adds: _unspecified_ffn(*a[:7], adds),
+    )
     for skew, arrays in _value_and_grads(Placement(_mesh(*sizes))).items():
         for got, want in zip(arrays, one_device[skew], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -125,8 +138,8 @@ def test_tokens_that_no_axis_divides_are_computed_whole():
     placement = Placement(_mesh(1, 1, 4, 2))
     cut = slice(0, 3), slice(0, 5)  # 3 rows of 5 tokens
     got, want = (
-        jax.jit(lambda *a, p=p: routed_experts(*a, p))(
-            x[cut], experts[cut], weights[cut], gate_up, down
+        jax.jit(lambda *a, p=p: routed_experts(*a, bank_of_layer(gate_up, down, p), p))(
+            x[cut], experts[cut], weights[cut]
         )
         for p in (placement, ONE_DEVICE)
     )
@@ -144,9 +157,8 @@ def test_no_buffer_holds_more_than_twice_a_devices_rows():
     mesh, length = _mesh(1, 1, 8, 1), 256
 
     def loss(x, weights, gate_up, down, experts, cotangent):
-        return (
-            routed_experts(x, experts, weights, gate_up, down, Placement(mesh)) * cotangent
-        ).sum()
+        bank = bank_of_layer(gate_up, down, Placement(mesh))
+        return (routed_experts(x, experts, weights, bank, Placement(mesh)) * cotangent).sum()
 
     split = NamedSharding(mesh, P("expert"))  # batch and experts, so that nothing else is whole
     shapes = (
@@ -174,7 +186,8 @@ def test_no_row_is_dropped_in_any_round():
     x, weights, gate_up, down, _ = _arguments()
     ones = jnp.ones_like(gate_up), jnp.ones_like(down)
     placement = Placement(_mesh(1, 1, 8, 1))
-    run = jax.jit(lambda experts: routed_experts(x, experts, weights * 0 + 1, *ones, placement))
+    bank = bank_of_layer(*ones, placement)
+    run = jax.jit(lambda experts: routed_experts(x, experts, weights * 0 + 1, bank, placement))
     total = np.asarray(x).sum(axis=-1)
     expected = F * (total / (1 + np.exp(-total)) * total)
     for experts in _experts().values():

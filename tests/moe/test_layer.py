@@ -311,7 +311,7 @@ def test_the_kernel_asked_for_computes_the_layer(monkeypatch):
     def refuse(*_):
         raise AssertionError("the other implementation")
 
-    monkeypatch.setattr(cpu, "expert_ffn", refuse)
+    monkeypatch.setattr(cpu, "forward", refuse)
     other, _, _ = run(s, parameters(weights), x, mask, "reference")
     assert relative(other, np.asarray(y)) < 1e-6
     with pytest.raises(AssertionError, match="the other implementation"):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from finermoe_jax.data.prepare import prepare
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.distributed import initialize
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.rendezvous import Member, meet
 from finermoe_jax.training.plot import read_lines
@@ -68,8 +70,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start(place, workdir, *flags, processes, last=None):
-    """Processes of one run, with 4 devices in all; the last one may have a directory of its own."""
+def start(place, workdir, *flags, processes, last=None, heartbeat=60):
+    """Processes of one run, with 4 devices in all; the last one may have a directory of its own.
+
+    On a busy machine a healthy process can be silent for more than HEARTBEAT seconds.
+    """
     port = free_port()
     flags = [f"--config={place / 'tiny.py'}", f"--workdir={place / workdir}", *flags]
     shared = dict(
@@ -87,7 +92,7 @@ def start(place, workdir, *flags, processes, last=None):
         }
     return [
         Process(
-            [sys.executable, str(ROOT / "train.py"), f"--heartbeat_seconds={HEARTBEAT}", *flags],
+            [sys.executable, str(ROOT / "train.py"), f"--heartbeat_seconds={heartbeat}", *flags],
             cwd=last if last and i == processes - 1 else place,
             env=shared | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
         )
@@ -108,7 +113,7 @@ def ends(started):
 def finished(place, workdir, *flags, processes):
     """A run that succeeds; what its first process says."""
     results = ends(start(place, workdir, *flags, processes=processes))
-    assert [code for code, _, _ in results] == [0] * processes, results
+    assert [code for code, _, _ in results] == [0] * processes, "\n".join(map(str, results))
     for _, out, _ in results[1:]:
         # Gloo's threads print across each other.
         words = r"\[Gloo\]|Rank|is connected to|peer ranks|Expected number of connected|is"
@@ -179,7 +184,7 @@ def test_one_run_by_one_process_or_two(place):
 def test_a_death_ends_the_other_with_its_name(place, victim):
     workdir = place / f"without_{victim}"
     endless = ("--config.train.steps=1000000", "--config.train.checkpoint_every=20")
-    started = start(place, workdir.name, *endless, processes=2)
+    started = start(place, workdir.name, *endless, processes=2, heartbeat=HEARTBEAT)
     try:
         deadline = time.monotonic() + 200
         while not (workdir / "checkpoints" / "20").is_dir():
@@ -231,12 +236,13 @@ def test_what_one_process_refuses_ends_all(place):
 
 @pytest.mark.slow
 def test_processes_that_do_not_come_together(place):
-    """JAX itself would abort each of them; four runs at once, none of which begins."""
+    """JAX itself would abort each of them; several runs at once, none of which begins."""
     by_hand = {"JAX_NUM_PROCESSES": "2"}
     slurm = {
         "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.[1,3-4]", "SLURM_NTASKS": "2",
         "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
     }  # fmt: skip
+    gke = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.2", "TPU_WORKER_ID": "0"}
     open_mpi = {
         "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.0.0.1:34911",
         "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
@@ -251,6 +257,7 @@ def test_processes_that_do_not_come_together(place):
             (by_hand | {"JAX_PROCESS_ID": "1", address: f"127.0.0.1:{nobody}"},
              [f"process 1 of 2 has not found process 0 at 127.0.0.1:{nobody}", "within 2 s"]),
             (slurm | {port: str(taken)}, [cannot, f"another one in {port}"]),
+            (gke | {port: str(taken)}, [cannot, f"another one in {port}"]),
             (open_mpi | {port: str(met)}, ["not all processes of this run", "within 2 s"]),
         ]  # fmt: skip
         flags = ["--start_timeout=2", f"--config={place / 'tiny.py'}", "--workdir=apart"]
@@ -274,3 +281,26 @@ def test_processes_that_do_not_come_together(place):
     assert not (place / "apart").exists()
     partner.join(10)
     assert not partner.is_alive()
+
+
+def test_a_port_in_use_where_only_kubernetes_knows_the_address(monkeypatch):
+    monkeypatch.setattr("finermoe_jax.runtime.launchers.find_spec", lambda _: True)
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("would crash"))
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        pod = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+        for name, value in (pod | {"JAX_COORDINATOR_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=rf"cannot listen on \[::\]:{port} .*_PORT"):
+            initialize()
+
+
+def test_what_a_launchers_client_raises_is_one_message(monkeypatch):
+    def fails(**_):
+        raise OSError("no route to the server")
+
+    monkeypatch.setattr("jax.distributed.initialize", fails)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(InputError, match=r"cannot be joined: no route to the server\nsee docs"):
+        initialize()

@@ -1,11 +1,13 @@
 """What the environment says of a run's processes, and two that SLURM seems to have started."""
 
+import io
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -26,7 +28,12 @@ OPEN_MPI_5 = {name: value for name, value in OPEN_MPI.items() if "uri" not in na
 BY_HAND = {
     "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1",
 }  # fmt: skip
+GKE = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
 ADDRESS, PORT = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT"
+TPU = ("process index", "number of processes")
+# What JAX is told where it would ask for all of it again.
+ALL = {"num_processes": 2, "process_id": 1, "cluster_detection_method": "deactivate"}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,8 @@ def test_one_process_needs_nothing(environment, monkeypatch):
         {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
     ],
 )
-def test_where_jax_alone_knows_the_address(environment):
+def test_where_jax_alone_knows_the_address(environment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as if it were not installed
     assert find_launch(environment) == ({}, None)
     assert find_launch(environment | {"JAX_PROCESS_ID": "1"}) == ({"process_id": 1}, None)
 
@@ -75,6 +83,16 @@ def test_where_jax_alone_knows_the_address(environment):
           PORT)),
         (OPEN_MPI_5 | {ADDRESS: "a:1"}, {},
          ("a:1", "[::]:1", 3, 4, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ADDRESS)),
+        (GKE, ALL, ("a:8482", "[::]:8482", 1, 2, *TPU, PORT)),
+        (GKE | {PORT: "7", "TPU_WORKER_ID": "0"}, ALL | {"process_id": 0},
+         ("a:7", "[::]:7", 0, 2, *TPU, PORT)),
+        (GKE | {ADDRESS: "c:7"}, ALL, ("c:7", "[::]:7", 1, 2, *TPU, ADDRESS)),
+        (GKE | {"TPU_PROCESS_ADDRESSES": "x:1,y:1,z:1"}, ALL | {"num_processes": 3},
+         ("x:8482", "[::]:8482", 1, 3, *TPU, PORT)),
+        (GKE | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2",
+                "MEGASCALE_COORDINATOR_ADDRESS": "s-0.x:8080"},
+         ALL | {"num_processes": 6, "process_id": 5},
+         ("s-0.x:8482", "[::]:8482", 5, 6, *TPU, PORT)),
     ],
 )  # fmt: skip
 def test_where_they_meet(environment, arguments, member):
@@ -119,6 +137,59 @@ def test_open_mpi_address(uri, host):
     assert open_mpi_address(environment | {PORT: "12345"}) == f"{host}:12345"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("port", ["", "12345"])
+def test_open_mpi_5_tells_all_where_rank_0_is(monkeypatch, rank, port):
+    class World:
+        def Get_rank(self):
+            return rank
+
+        def bcast(self, text, root):
+            assert root == 0 and bool(text) == (rank == 0)
+            return text or "n1:7"
+
+    mpi = types.ModuleType("mpi4py")
+    mpi.__spec__, mpi.MPI = types.SimpleNamespace(), types.SimpleNamespace(COMM_WORLD=World())
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi)
+    member = find_launch(OPEN_MPI_5 | {PORT: port}).member
+    host, number = member.address.rsplit(":")
+    assert host == ("n1" if rank else socket.gethostname())
+    assert (number == (port or number)) if rank == 0 else number == "7"
+    assert member.bind == f"[::]:{number}" and int(number) > 0
+    assert (member.index, member.processes, member.port_name) == (3, 4, PORT)
+
+
+def test_tpu_hosts_may_come_in_a_file(tmp_path):
+    (tmp_path / "hosts").write_text("a:8471,b:8471,c:8471\n")
+    environment = {"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "hosts"), "TPU_WORKER_ID": "2"}
+    member = find_launch(environment).member
+    assert (member.address, member.index, member.processes) == ("a:8482", 2, 3)
+    with pytest.raises(InputError, match=r"TPU_PROCESS_ADDRESSES_PATH=.*No such file"):
+        find_launch({"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize(
+    ("environment", "bind"),
+    [
+        (KUBERNETES, "[::]:55527"),
+        (KUBERNETES | {PORT: "7"}, "[::]:7"),
+        (KUBERNETES | {ADDRESS: "127.0.0.1:8"}, "127.0.0.1:8"),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "1"}, None),
+        ({"TPU_ML_PLATFORM": "JAX"}, "[::]:8482"),
+    ],
+)
+def test_where_process_0_will_listen(environment, bind, monkeypatch):
+    """Its address only Kubernetes or the metadata server of a TPU VM can tell."""
+    answers = {"worker-network-endpoints": b"a,b", "agent-worker-number": b"0"}
+    monkeypatch.setattr(
+        "urllib.request.urlopen",
+        lambda request, timeout: io.BytesIO(answers[request.full_url.rpartition("/")[2]]),
+    )
+    monkeypatch.setattr("finermoe_jax.runtime.launchers.find_spec", lambda _: True)
+    arguments = {"coordinator_bind_address": bind} if bind else {}
+    assert find_launch(environment) == (arguments, None)
+
+
 def test_an_open_mpi_address_of_another_form_is_left_to_jax():
     assert open_mpi_address({"OMPI_MCA_orte_hnp_uri": "1531576320.0;ud://7"}) == ""
 
@@ -133,6 +204,9 @@ def test_an_open_mpi_address_of_another_form_is_left_to_jax():
         (SLURM | {PORT: "http"}, "JAX_COORDINATOR_PORT='http' must be a whole number"),
         (SLURM | {PORT: "65536"}, "JAX_COORDINATOR_PORT=65536 must lie in 1 … 65535"),
         (SLURM | {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID='' must be a whole number"),
+        (GKE | {"TPU_WORKER_ID": "2"}, "process index=2 must lie in 0 … 1: number of processes=2"),
+        (GKE | {"TPU_WORKER_ID": "b"}, "TPU_WORKER_ID='b' must be a whole number"),
+        (GKE | {"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID='' must be a whole number"),
         ({"SLURM_NTASKS": "8"}, "SLURM_NTASKS=8, but srun did not"),
         ({"PMI_SIZE": "8"}, "PMI_SIZE=8"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
@@ -167,6 +241,26 @@ def job_with_a_free_port():
                 continue
 
 
+def joined(*environments):
+    """The line of JSON that each process prints, started with these environments."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINS],
+            cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for environment in environments
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
 @pytest.mark.slow
 def test_two_processes_of_slurm_join():
     """On a CPU, and the launcher is only played; its list of nodes is one that JAX misreads."""
@@ -174,24 +268,19 @@ def test_two_processes_of_slurm_join():
         "SLURM_JOB_ID": str(job_with_a_free_port()), "SLURM_STEP_NODELIST": "[127-128].0.0.1",
         "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
     }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOINS],
-            cwd=ROOT,
-            env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i + 4)}
-            | slurm,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for i, (out, errors) in enumerate(said):
-        assert started[i].returncode == 0, errors
+    said = joined(
+        *(slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i + 4)} for i in range(2))
+    )
+    for i, (index, texts, devices) in enumerate(said):
         # JAX finds the index out by itself, and the one GPU that it would see.
-        index, texts, devices = json.loads(out.splitlines()[-1])
         assert (index, texts, devices) == (i, ["from 0", "from 1"], str(i + 4))
+
+
+@pytest.mark.slow
+def test_two_processes_of_gke_join():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    hosts = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.2", PORT: port}
+    said = joined(*(hosts | {"TPU_WORKER_ID": str(i)} for i in range(2)))
+    assert said == [[i, ["from 0", "from 1"], "all"] for i in range(2)]

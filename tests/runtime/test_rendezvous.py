@@ -7,7 +7,7 @@ import time
 import pytest
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.rendezvous import Member, bind_address, meet, split_address
+from finermoe_jax.runtime.rendezvous import Member, bind_address, meet, refuse_taken, split_address
 
 SECONDS = 1.5
 
@@ -114,6 +114,14 @@ def test_another_program_has_the_port(index):
         assert f"process 0 cannot listen on 127.0.0.1:{port} (Address already in use)" in message
     else:
         assert f"has not found process 0 at 127.0.0.1:{port}" in message
+
+
+def test_a_port_in_use_is_refused_without_a_meeting():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        bind = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"cannot listen on {bind} .*another one in PORT"):
+            refuse_taken(bind, "PORT")
+    refuse_taken(f"[::]:{free_port()}", "PORT")
 
 
 def test_strangers_at_the_port_are_passed_over():

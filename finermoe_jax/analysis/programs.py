@@ -1,0 +1,190 @@
+"""The programs of a run in shapes, to be compiled for a target: training, evaluation, generation.
+
+They are the functions that training, evaluation and generation call, on the shapes of a config.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from finermoe_jax.analysis.params import run_model
+from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data.packing import Batch
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.evaluation.evaluate import batch_rows, summed_loss
+from finermoe_jax.generation.decode import bucket, decode, prefill
+from finermoe_jax.generation.sampling import Sampling
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.kv_cache import init_cache
+from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.step import abstract_optimizer, check_microbatch, jit_step
+from finermoe_jax.weights.checkpoint import abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program in shapes: what its state takes of each device, and how to compile it."""
+
+    name: str  # a key of PROGRAMS
+    config: RunConfig
+    model: ModelConfig
+    mesh: Mesh
+    notes: list[str]
+    rows: int  # that it takes, each of data.sequence_length tokens, or of one (decode)
+    stored: str  # dtype of the weights
+    parameter_bytes: int  # per device, as the two below
+    gradient_bytes: int
+    optimizer_bytes: int
+    lower: Callable[[], Any]
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters and optimizer state."""
+        return self.parameter_bytes + self.optimizer_bytes
+
+    @property
+    def tokens(self) -> int:
+        """That a run of the program takes."""
+        return self.rows * (1 if self.name == "decode" else self.config.data.sequence_length)
+
+    @property
+    def trains(self) -> bool:
+        """Says that it makes gradients."""
+        return self.name == "train"
+
+
+def abstract_program(config: RunConfig, target: Target, name: str = "train") -> Program:
+    """A program of a config on a target's mesh. Allocates nothing.
+
+    Raises InputError: an unknown name, a mesh that does not multiply, a microbatch that its devices
+    do not share, or generation on more than one device.
+    """
+    if name not in PROGRAMS:
+        raise InputError(f"--program={name} is none of them. {near_misses(name, PROGRAMS)}")
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    return PROGRAMS[name](name, config, target, mesh)
+
+
+def _model(config: RunConfig, mesh: Mesh, dtype: str) -> tuple[Decoder, dict, dict, list[str]]:
+    """The decoder in shapes, its parameters in `dtype`, their shardings, and notes on these."""
+    model = with_shapes(run_model(config))
+    model.dtype = jnp.dtype(config.train.compute_dtype)
+    kernel = config.train.kernel
+    model.placement = Placement(mesh, None if kernel == "auto" else kernel)
+    shardings, notes = sharding.param_shardings(model, mesh)
+    return model, abstract_params(model.config, dtype, shardings), shardings, notes
+
+
+def _lowered(jitted: Any, arguments: tuple, mesh: Mesh, target: Target) -> Callable[[], Any]:
+    def lower() -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jitted.trace(*arguments).lower(lowering_platforms=(target.platform,))
+
+    return lower
+
+
+def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
+    check_microbatch(config, mesh)
+    model, params, shardings, notes = _model(config, mesh, config.train.param_dtype)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    state = abstract_optimizer(tx, params, shardings, mesh)
+    graphdef = nnx.split(model)[0]
+    step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
+    rows = config.data.global_batch_size
+    accumulated = config.train.grad_accumulation > 1
+    wide = jax.tree.map(lambda p: p.update(dtype=jnp.float32), params)
+    gradients = per_device_bytes(params) + (per_device_bytes(wide) if accumulated else 0)
+    return Program(
+        name, config, model.config, mesh, notes, rows, config.train.param_dtype,
+        per_device_bytes(params), gradients,
+        per_device_bytes(state),
+        _lowered(step, (params, state, _batch(config, rows, mesh)), mesh, target),
+    )  # fmt: skip
+
+
+def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
+    """The held-out loss of one batch, as training takes it."""
+    model, params, shardings, notes = _model(config, mesh, config.train.param_dtype)
+    graphdef, rows = nnx.split(model)[0], batch_rows(config.data.eval_windows, mesh)
+    chunk = config.train.loss_chunk_tokens
+    jitted = jax.jit(
+        lambda p, batch, real: summed_loss(graphdef, nnx.State(p), batch, real, chunk),
+        in_shardings=(
+            sharding.row_major(params, shardings, model), sharding.batch_sharding(mesh), None,
+        ),
+    )  # fmt: skip
+    arguments = params, _batch(config, rows, mesh), jax.ShapeDtypeStruct((rows,), bool)
+    return Program(
+        name, config, model.config, mesh, notes, rows, config.train.param_dtype,
+        per_device_bytes(params), 0, 0,
+        _lowered(jitted, arguments, mesh, target),
+    )  # fmt: skip
+
+
+def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
+    """A prompt of data.sequence_length tokens, or one token behind it."""
+    if mesh.size > 1:
+        raise InputError(
+            f"--program={name}: generation runs on one device, and {target.name} has {mesh.size}: "
+            "take v5e:1x1, and a mesh of ones"
+        )
+    model, params, shardings, notes = _model(config, mesh, config.train.compute_dtype)
+    graphdef, length = nnx.split(model)[0], config.data.sequence_length
+    cache = jax.eval_shape(lambda: init_cache(model.config, 1, bucket(length + 1), model.dtype))
+    scalars = jax.eval_shape(lambda: Sampling().scalars())
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def first(params: dict, cache: Any, ids: Any, lengths: Any, scalars: Any) -> Any:
+        return prefill(graphdef, nnx.State(params), ids, lengths, cache, scalars)
+
+    def following(params: dict, running: Any, token: Any, scalars: Any) -> Any:
+        return decode(graphdef, nnx.State(params), token, running, scalars)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        _, running = jax.eval_shape(first, params, cache, ids, one, scalars)
+    function, rest = (
+        (first, (cache, ids, one, scalars)) if name == "prefill" else
+        (following, (running, one, scalars))
+    )  # fmt: skip
+    places = sharding.row_major(params, shardings, model), *(None for _ in rest)
+    jitted = jax.jit(function, in_shardings=places, donate_argnums=1)
+    return Program(
+        name, config, model.config, mesh, notes, 1, config.train.compute_dtype,
+        per_device_bytes(params), 0, 0,
+        _lowered(jitted, (params, *rest), mesh, target),
+    )  # fmt: skip
+
+
+PROGRAMS: dict[str, Callable[[str, RunConfig, Target, Mesh], Program]] = {
+    "train": _train,
+    "eval": _evaluate,
+    "prefill": _generate,
+    "decode": _generate,
+}
+
+
+def _batch(config: RunConfig, rows: int, mesh: Mesh) -> Batch:
+    tokens = jax.ShapeDtypeStruct(
+        (rows, config.data.sequence_length + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
+    )
+    return Batch(tokens, tokens if config.data.packing == "documents" else None)
+
+
+def per_device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded shapes, without the padding of tiles."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,252 @@
+"""ExpertBank: the experts of a run of layers, and a window on those of one.
+
+A run's layers are stacked, [L, E, ...], and looped over. If the loop cut a layer's experts out of
+their stack, that would be a copy in front of the kernel, at every pass, and their gradients another
+behind it. So it hands out windows: the kernel reads the experts where they are stored, and its
+backward pass writes their gradients where those of the whole run are wanted (expert_ffn_of_run says
+how).
+
+Over a mesh a window is the device's own E / P experts of the layer. Where the same experts lie on
+several devices (the axes data and tensor), each device gathers gradients of its own tokens in a
+stack of its own, [R, L, E, ...] split over these axes, which are summed once behind the loop.
+Experts that are stored in pieces (the axis fsdp) are gathered layer by layer, and the gathered
+layer is a bank of one layer.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers import sharding
+from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.layers.stored import Quantized
+from pallas_kernels.expert_ffn import empty_like, expert_ffn, expert_ffn_of_run, unread
+from pallas_kernels.platform import Implementation
+
+
+@dataclasses.dataclass
+class ExpertBank:
+    """The experts of L layers, with a window on one of them.
+
+    Attributes:
+      gate_up: [L, E, 2F, D], the gate rows first; int8 with scales.
+      down: [L, E, F, W].
+      layer: int32, that of the window.
+      scales: float32 [L, E, 2F] and [L, E, W], of int8 weights.
+      gradients: what each use hands on to the next (expert_ffn_of_run); `ffn` replaces it. Empty:
+        the experts get no gradient.
+      adds: their gradients are added to what is handed on (`Summed`).
+      ends: the run whose last use the next one is, if it is.
+    """
+
+    gate_up: Array
+    down: Array
+    layer: Int[Array, ""] | int = 0
+    scales: tuple[Array, Array] | None = None
+    gradients: tuple[Array, ...] = ()
+    adds: bool = False
+    ends: "Run | None" = None
+
+    @property
+    def experts(self) -> int:
+        """Of one layer."""
+        return self.gate_up.shape[1]
+
+    def ffn(
+        self,
+        rows: Float[Array, "M D"],
+        group_sizes: Int[Array, " E"],
+        row_weights: Float[Array, " M"],
+        kernel: Implementation | None,
+    ) -> Float[Array, "M W"]:
+        """expert_ffn of the window's experts."""
+        if self.scales is not None:
+            flat = [a.reshape(-1, *a.shape[2:]) for a in (self.gate_up, self.down, *self.scales)]
+            first = jnp.asarray(self.layer * self.experts, jnp.int32)
+            return expert_ffn(
+                rows, flat[0], flat[1], group_sizes, row_weights, kernel, False, first,
+                (flat[2], flat[3]),
+            )  # fmt: skip
+        y, self.gradients = expert_ffn_of_run(
+            rows, self.gate_up, self.down, group_sizes, row_weights, self.layer, self.gradients,
+            kernel, adds=self.adds,
+        )  # fmt: skip
+        return y
+
+    def at(self, layer: Array | int, gradients: tuple[Array, ...]) -> "ExpertBank":
+        """The window on another layer, with the gradients that its use is to hand on."""
+        return dataclasses.replace(self, layer=layer, gradients=gradients)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A bank's parameter in one of several microbatches, whose gradients add up in float32.
+
+    Attributes:
+      weights: [L, E, ...], a constant.
+      sums: float32 `Places.carried`, of the microbatches before.
+      gradient: like sums, of any values; the gradient by it is the sums with this microbatch's.
+    """
+
+    weights: Array
+    sums: Array
+    gradient: Array
+
+    def __getitem__(self, index: Any) -> "Summed":
+        assert index is ...
+        return self
+
+
+def bank_of_run(
+    gate_up: Any, down: Any, placement: Placement, frozen: bool = False
+) -> "Run | None":
+    """The bank of a run's stacked arrays [L, E, ...] (or int8 of them), to be read in place.
+
+    None where experts are stored in pieces over the mesh. frozen: they get no gradient.
+    """
+    if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
+        scales = gate_up.scale, down.scale
+        return Run(ExpertBank(gate_up.values, down.values, scales=scales), placement)
+    if isinstance(gate_up, Summed) and isinstance(down, Summed):
+        bank = ExpertBank(gate_up.weights, down.weights, adds=True)
+        return Run(bank, placement, (gate_up.gradient, down.gradient), (gate_up.sums, down.sums))
+    places = Places.of(gate_up.shape[1], placement)
+    if places.pieces:
+        return None
+    bank = ExpertBank(lax.stop_gradient(gate_up), lax.stop_gradient(down))
+    return Run(bank, placement, () if frozen else places.carried((gate_up, down)))
+
+
+def bank_of_layer(gate_up: Any, down: Any, placement: Placement) -> ExpertBank:
+    """The bank of a layer by itself: of its arrays [E, ...], or int8 of them."""
+    gate_up, down = jax.tree.map(lambda a: a[None], (gate_up, down))
+    run = bank_of_run(gate_up, down, placement)
+    if run is None:  # gathered by routed_experts, which their gradients go back through
+        return ExpertBank(gate_up, down)
+    return dataclasses.replace(run.bank.at(0, run.carried), ends=run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the experts of a bank lie on a mesh.
+
+    Attributes:
+      experts: the mesh axes that the experts are split over.
+      copies: the mesh axes whose devices hold the same experts and see other tokens.
+      mesh: None on one device.
+    """
+
+    experts: tuple[str, ...]
+    copies: tuple[str, ...]
+    mesh: Any
+
+    @staticmethod
+    def of(experts: int, placement: Placement) -> "Places":
+        """Of so many experts."""
+        mesh = placement.mesh
+        if mesh is None or mesh.size == 1:
+            return Places((), (), None)
+        stored, _ = sharding.spec(("expert",), (experts,), mesh, "experts")
+        split = tuple(a for a in sharding.mesh_axes(stored[0]) if mesh.shape[a] > 1)
+        copies = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in split)
+        return Places(split, copies, mesh)
+
+    @property
+    def pieces(self) -> bool:
+        """Says that they are stored in pieces, which are gathered before use."""
+        return "fsdp" in self.experts
+
+    @property
+    def stack(self) -> P:
+        """Of the weights [L, E, ...]."""
+        return P(None, self.experts or None)
+
+    @property
+    def gradient(self) -> P:
+        """Of `carried`."""
+        return P(self.copies, None, self.experts or None) if self.copies else self.stack
+
+    def carried(self, stacks: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The stacks as what is carried: [L, E, ...], or [R, L, E, ...] for R copies.
+
+        Nothing reads them. The transpose of the broadcast is the sum of the copies' gradients.
+        """
+        if not self.copies:
+            return stacks
+        count = math.prod(self.mesh.shape[axis] for axis in self.copies)
+        place = NamedSharding(self.mesh, self.gradient)
+        return tuple(
+            lax.with_sharding_constraint(jnp.broadcast_to(w[None], (count, *w.shape)), place)
+            for w in stacks
+        )
+
+    def zeros(self, stack: Array) -> Array:
+        """Sums of gradients of a stack, before the first: float32."""
+        return self.carried((jnp.zeros(stack.shape, jnp.float32),))[0]
+
+    def total(self, sums: Array) -> Array:
+        """The sums of all copies together, [L, E, ...]."""
+        return sums.sum(axis=0) if self.copies else sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A bank, what a loop over its layers carries from one to the next, and sums before them."""
+
+    bank: ExpertBank
+    placement: Placement
+    carried: tuple[Array, ...] = ()
+    sums: tuple[Array, ...] = ()
+
+    def end(self, x: Array, gradients: tuple[Array, ...]) -> Array:
+        """x, which comes of all uses; `gradients` are what the last one handed on."""
+        if not gradients:
+            return x
+        if self.sums:
+            return _from_sums(x, gradients, self.sums)
+        places = Places.of(self.bank.experts, self.placement)
+        if places.mesh is None:
+            return unread(empty_like(gradients), x, gradients)
+        place = NamedSharding(places.mesh, places.gradient)
+        shapes = [(place.shard_shape(g.shape), g.dtype) for g in gradients]
+        empty = jax.shard_map(
+            lambda: tuple(lax.empty(*shape) for shape in shapes),
+            mesh=places.mesh,
+            in_specs=(),
+            out_specs=tuple(places.gradient for _ in gradients),
+            check_vma=False,
+        )
+        return unread(empty, x, gradients)
+
+
+@jax.custom_vjp
+def _from_sums(x: Array, gradients: tuple[Array, ...], sums: tuple[Array, ...]) -> Array:
+    """x; on the way back `sums` begin what the uses add their gradients to (cf. `unread`)."""
+    return x
+
+
+_from_sums.defvjp(
+    lambda x, gradients, sums: (x, sums),
+    lambda sums, dx: (dx, sums, tuple(jnp.zeros_like(s) for s in sums)),
+)
+
+
+def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:
+    """Raises InputError where a layer's experts were not computed by its bank.
+
+    Their gradients would be whatever memory held.
+    """
+    if before and bank.gradients is before:
+        raise InputError(
+            "a layer did not compute its experts through moe/exchange.py's routed_experts, which "
+            "training takes their gradients from: call it with self.experts(placement) in yours"
+        )
