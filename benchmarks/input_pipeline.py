@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from finermoe_jax.config.run import DataConfig
-from finermoe_jax.data.batches import Batches, split_held_out
+from finermoe_jax.data.batches import batch_reader, split_held_out
 from finermoe_jax.data.megatron import open_megatron
+from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.rows import Mixture
 from finermoe_jax.data.token_files import (
     MANIFEST,
@@ -124,8 +125,8 @@ def main() -> None:
                     weights = [Fraction(7, 10), Fraction(3, 10)][: len(chosen)]
                     mixture, _ = split_held_out(list(zip(chosen, weights, strict=True)), config)
                     opened = time.perf_counter() - began
-                    batches = Batches(mixture, config, range(rows))
-                    speed = _speed(lambda step, b=batches: _real(b, step), 0, arguments.batches)
+                    read = batch_reader(mixture, config, range(rows))
+                    speed = _speed(lambda step, read=read: _real(read(step)), 0, arguments.batches)
                     kind = "mixture" if len(chosen) > 1 else chosen[0].identity["kind"]
                     print(
                         f"{f'{packing} {length}, {kind}':34}{speed:14,.0f}{speed / limit:8.0%}"
@@ -133,9 +134,8 @@ def main() -> None:
                     )
 
 
-def _real(batches: Batches, step: int) -> int:
-    """Reads a batch; its inputs, padding not counted."""
-    batch = batches[step]
+def _real(batch: Batch) -> int:
+    """A batch's inputs, padding not counted."""
     if batch.segment_ids is None:
         return batch.tokens[:, 1:].size
     return int(np.count_nonzero(batch.segment_ids[:, :-1]))

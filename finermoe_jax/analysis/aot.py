@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from finermoe_jax.analysis import report
-from finermoe_jax.analysis.expert_traffic import expert_bound, expert_traffic
+from finermoe_jax.analysis.expert_traffic import expert_traffic, expert_weights
 from finermoe_jax.analysis.hlo_costs import analyse
 from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import Target
@@ -92,17 +92,28 @@ def compile_program(
 
 
 def _experts(program: Program, text: str) -> dict[str, Any]:
-    """HBM bytes of the experts' weights and gradients, and the least that they can be."""
+    """HBM bytes of the experts' weights and gradients, and the least that they can be.
+
+    Of microbatches each reads the weights in the dtype that it computes in, and the float32 sums of
+    their gradients, and writes these.
+    """
     assert program.model.moe is not None
-    total = program.model.moe.num_experts
-    split = Places.of(total, Placement(program.mesh)).experts
-    local = total // math.prod(program.mesh.shape[axis] for axis in split if axis == "expert")
-    traffic = expert_traffic(text, program.model, local)
+    train, total = program.config.train, program.model.moe.num_experts
+    places = Places.of(total, Placement(program.mesh))
+    local = total // math.prod(program.mesh.shape[a] for a in places.experts if a == "expert")
     stored = jnp.dtype(program.stored).itemsize
-    read, kept = (2 * stored, stored) if program.trains else (stored, 0)
+    computed = min(stored, jnp.dtype(train.compute_dtype).itemsize)
+    parts = train.grad_accumulation if program.trains else 1
+    if parts > 1:
+        least = parts * (2 * computed + 2 * 4)
+    else:
+        least = 2 * stored + stored if program.trains else stored
+    adds = parts > 1 and not places.pieces
+    traffic = expert_traffic(text, program.model, local, adds)
     return {
         "expert_bytes": traffic.total,
-        "expert_bound_bytes": expert_bound(program.model, local, read, kept),
+        "expert_bound_bytes": least * expert_weights(program.model, local),
+        "expert_bytes_in_loops": traffic.in_loops,
         "expert_copies": traffic.moved_by,
     }
 

@@ -6,7 +6,7 @@ then one added to another.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from finermoe_jax.analysis.topology import Target
 from finermoe_jax.config.presets import LEAN_STATE
@@ -15,19 +15,8 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 
 
-class Change(NamedTuple):
-    """A change and its effect on a config; None where it has none."""
-
-    flag: str
-    apply: Callable[[RunConfig, Target], RunConfig | None]
-
-
 def _train(config: RunConfig, **values: Any) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
-
-
-def _remat(config: RunConfig, target: Target) -> RunConfig | None:
-    return None if config.train.remat == "full" else _train(config, remat="full")
 
 
 def _fsdp(config: RunConfig, target: Target) -> RunConfig | None:
@@ -50,9 +39,8 @@ def _accumulate(config: RunConfig, target: Target) -> RunConfig | None:
 def _loss(config: RunConfig, target: Target) -> RunConfig | None:
     rows = config.data.global_batch_size // config.train.grad_accumulation
     chunk = max(rows, config.train.loss_chunk_tokens // 4)
-    return None if chunk >= config.train.loss_chunk_tokens else _train(
-        config, loss_chunk_tokens=chunk
-    )  # fmt: skip
+    smaller = chunk < config.train.loss_chunk_tokens
+    return _train(config, loss_chunk_tokens=chunk) if smaller else None
 
 
 def _moments(config: RunConfig, target: Target) -> RunConfig | None:
@@ -78,27 +66,30 @@ def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
     return dataclasses.replace(config, data=data)
 
 
-LADDER = (
-    Change("train.remat=full", _remat),
-    Change("mesh.data to mesh.fsdp", _fsdp),
-    Change("train.grad_accumulation up to one sequence per device", _accumulate),
-    Change("train.loss_chunk_tokens to a quarter", _loss),
-    Change("optimizer.moment_dtype=bfloat16", _moments),
-    Change("optimizer.name=adafactor with train.param_dtype=bfloat16", _lean),
-    Change("data.sequence_length=2048", _shorter),
-)
+# Changes by their flags, and their effects on a config; None where they have none.
+LADDER: dict[str, Callable[[RunConfig, Target], RunConfig | None]] = {
+    "train.remat=full": lambda config, target: (
+        None if config.train.remat == "full" else _train(config, remat="full")
+    ),
+    "mesh.data to mesh.fsdp": _fsdp,
+    "train.grad_accumulation up to one sequence per device": _accumulate,
+    "train.loss_chunk_tokens to a quarter": _loss,
+    "optimizer.moment_dtype=bfloat16": _moments,
+    "optimizer.name=adafactor with train.param_dtype=bfloat16": _lean,
+    "data.sequence_length=2048": _shorter,
+}
 
 
 def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunConfig]]:
     """Each change alone, in the ladder's order, then all up to each."""
-    for change in LADDER:
-        if (changed := change.apply(config, target)) is not None:
-            yield change.flag, changed
+    for flag, change in LADDER.items():
+        if (changed := change(config, target)) is not None:
+            yield flag, changed
     names: list[str] = []
-    for change in LADDER:
-        if (changed := change.apply(config, target)) is not None:
+    for flag, change in LADDER.items():
+        if (changed := change(config, target)) is not None:
             config = changed
-            names.append(change.flag)
+            names.append(flag)
             if len(names) > 1:
                 yield " + ".join(names), config
 

@@ -41,27 +41,25 @@ class Traffic:
         return self.kernels + self.in_loops + self.outside
 
 
-def expert_bound(config: ModelConfig, experts: int, stored: int, kept: int) -> float:
-    """The least bytes of a pass: `stored` bytes for each weight read, `kept` for each gradient.
-
-    experts: of each layer on a device. stored: 2 for bfloat16, 4 where training reads that twice.
-    """
+def expert_weights(config: ModelConfig, experts: int) -> int:
+    """Their number in all layers, of so many experts of each."""
     layers = config.layer_kinds.count("moe")
-    return float(layers * experts * sum(map(math.prod, _matrices(config))) * (stored + kept))
+    return layers * experts * sum(map(math.prod, _matrices(config)))
 
 
-def expert_traffic(text: str, config: ModelConfig, experts: int) -> Traffic:
+def expert_traffic(text: str, config: ModelConfig, experts: int, adds: bool = False) -> Traffic:
     """Counts in the text of a program compiled for a TPU; loops as often as they turn.
 
     Args:
       text: `compiled.as_text()`.
       config: of the model.
       experts: of each layer on a device.
+      adds: the backward kernel adds to sums, which it reads.
 
     A loop whose turns are known only at run time (the exchange's later rounds) adds no bytes; its
     copies are named.
     """
-    walk = _Walk(parse(text), _matrices(config), experts)
+    walk = _Walk(parse(text), _matrices(config), experts, adds)
     entry = walk.module.computations[walk.module.entry]
     walk.run(Frame(entry, None, None), 1.0, "")
     return walk.traffic
@@ -74,8 +72,11 @@ def _matrices(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class _Walk:
-    def __init__(self, module: Module, matrices: tuple[tuple[int, int], ...], experts: int):
-        self.module, self.experts, self.traffic = module, experts, Traffic()
+    def __init__(
+        self, module: Module, matrices: tuple[tuple[int, int], ...], experts: int, adds: bool
+    ):
+        self.module, self.experts, self.adds = module, experts, adds
+        self.traffic = Traffic()
         self.matrices = {*matrices, *((b, a) for a, b in matrices)}
 
     def run(self, frame: Frame, times: float, loop: str) -> None:
@@ -104,7 +105,7 @@ class _Walk:
         written = [leaf for leaf in instruction.leaves if self._is_bank(leaf)]
         if target == "tpu_custom_call" and "expert_ffn" in instruction.attributes:
             # Stacks of gradients that go in are those that come out; they come last.
-            moved = read[: len(read) - len(written)] + written
+            moved = (read if self.adds else read[: len(read) - len(written)]) + written
             self.traffic.kernels += times * sum(map(self._window, moved))
             return
         if not loop and not written:  # the norm of the gradients

@@ -1,11 +1,4 @@
-"""Parameter counts, without allocating weights.
-
-    finermoe params [--config=configs/NAME.py[:VARIANT]]
-    finermoe params --paper       # every row of the paper's Tables 1, 2, 4 and 8
-    finermoe params --shardings --devices=256 --config=… --config.mesh.fsdp=…
-
-The third shows how a mesh splits every parameter, without its devices.
-"""
+"""Parameter counts, and how a mesh splits parameters, without weights and without its devices."""
 
 import dataclasses
 import math

@@ -1,10 +1,5 @@
 """How alike a layer's experts are (paper, Appendix D and Figure 4).
 
-    finermoe similarity CHECKPOINT … [--output=F.png] [--output=F.json]
-
-CHECKPOINT is a checkpoint, a workdir, a Hugging Face directory or a hub id, or LABEL=CHECKPOINT.
-Each is a column of the table that is printed, and a curve of the picture.
-
 For each layer this is the mean cosine similarity over all pairs of experts, an expert being its
 three matrices laid end to end. With û an expert over its norm, the N experts' pairs need not be
 formed: the mean is (|Σ û|² − N) / (N (N − 1)). Experts are read a few at a time, once.

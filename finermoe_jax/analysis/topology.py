@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from finermoe_jax.config.arguments import check_integer
 from finermoe_jax.config.hardware import CHIPS, Chip
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.errors import InputError, first_line, near_misses
 
 # What libtpu reads before it finds that no TPU is attached.
 _TPU_ENVIRONMENT = {
@@ -60,8 +61,7 @@ def describe(name: str, num_slices: int = 1) -> Target:
         known = "v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8"
         hint = "" if generation in CHIPS else f" {near_misses(generation, CHIPS)}"
         raise InputError(f"--topology={name!r} must be a chip and a shape, like {known}.{hint}")
-    if num_slices < 1:
-        raise InputError(f"--num_slices={num_slices} must be at least 1")
+    check_integer("--num_slices", num_slices, 1)
     jax.config.update("jax_platforms", "cpu")
     if generation == "h100":
         return _gpus(name, shape, num_slices)
@@ -78,7 +78,7 @@ def describe(name: str, num_slices: int = 1) -> Target:
     try:
         found = topologies.get_topology_desc(name, platform="tpu", **options)
     except Exception as error:  # what the plugin raises is not documented
-        raise InputError(f"--topology={name}: the TPU compiler says {_first(error)}") from None
+        raise InputError(f"--topology={name}: the TPU compiler says {first_line(error)}") from None
     devices = tuple(found.devices)
     hosts = len({(getattr(d, "slice_index", 0), getattr(d, "process_index", 0)) for d in devices})
     return Target(name, CHIPS[generation], "tpu", devices, num_slices, len(devices) // hosts)
@@ -105,14 +105,10 @@ def _gpus(name: str, count: str, num_slices: int) -> Target:
             topology=f"1x1x{count}",  # NVLink domains, processes in each, GPUs of each
         )
     except Exception as error:
-        raise InputError(f"--topology={name}: the CUDA compiler says {_first(error)}") from None
+        raise InputError(f"--topology={name}: the CUDA compiler says {first_line(error)}") from None
     return Target(name, CHIPS["h100"], "cuda", tuple(found.devices), 1, int(count))
 
 
 def target_description(gpu: str) -> str:
     """XLA's description of a GPU, h100 or b200, as text."""
     return (Path(__file__).parent / "targets" / f"{gpu}.txtpb").read_text()
-
-
-def _first(error: Exception) -> str:
-    return (str(error) or repr(error)).strip().splitlines()[0]

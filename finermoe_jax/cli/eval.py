@@ -21,9 +21,7 @@ def define(flags: Flags) -> None:
     flags.add_path("checkpoint", "checkpoint, workdir, HF directory or hub id", required=True)
     flags.add_path("text", "perplexity of a .txt or .jsonl file")
     flags.add_integer(
-        "sequence_length",
-        0,
-        "--text: tokens per window (default: the model's limit, at most 2048)",
+        "sequence_length", 0, "--text: tokens per window (default: the model's limit, at most 2048)"
     )
     flags.add_integer(
         "stride", 0, "--text: tokens from one window to the next (default: half a window)"

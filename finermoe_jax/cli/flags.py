@@ -41,12 +41,7 @@ class Flags:
         self._required: list[str] = []
 
     def add(
-        self,
-        define: Callable[..., Any],
-        name: str,
-        default: Any,
-        text: str,
-        required: bool = False,
+        self, define: Callable[..., Any], name: str, default: Any, text: str, required: bool = False
     ) -> None:
         """Defines a flag by one of absl's DEFINE_ functions."""
         assert not hasattr(type(self), name), name

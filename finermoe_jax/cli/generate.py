@@ -1,7 +1,7 @@
 """`finermoe generate`, `python generate.py`."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags as absl_flags
@@ -68,10 +68,13 @@ def main(flags: Flags) -> None:
             complete(model, tokenizer, prompt, limit, sampling, flags.stop, ends), shown
         )
 
-    if flags.chat:
-        _converse(prompt, messages, lambda said: answer(conversation(tokenizer, said), ""))
-    else:
+    if not flags.chat:
         answer(prompt, prompt)
+        return
+    for line in _said(prompt):
+        messages.append({"role": "user", "content": line})
+        said = answer(conversation(tokenizer, messages), "")
+        messages.append({"role": "assistant", "content": said})
 
 
 def _printed(pieces: Iterator[str], shown: str) -> str:
@@ -83,13 +86,6 @@ def _printed(pieces: Iterator[str], shown: str) -> str:
         words.append(piece)
     print(flush=True)
     return "".join(words)
-
-
-def _converse(first: str, messages: list[dict], answer: Callable[[list[dict]], str]) -> None:
-    """Answers `first`, then line after line of stdin; adds what is said to the messages."""
-    for line in _said(first):
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answer(messages)})
 
 
 def _said(first: str) -> Iterator[str]:

@@ -3,12 +3,7 @@
 import math
 
 from finermoe_jax.analysis import paper_tables
-from finermoe_jax.analysis.params import (
-    published_models,
-    run_model,
-    sharding_table,
-    table,
-)
+from finermoe_jax.analysis.params import published_models, run_model, sharding_table, table
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import parameter_shapes

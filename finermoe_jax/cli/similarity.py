@@ -18,10 +18,7 @@ from finermoe_jax.training.plot import draw_similarity
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add(
-        absl_flags.DEFINE_multi_string,
-        "output",
-        [],
-        "a .png or .json to write; may be given twice",
+        absl_flags.DEFINE_multi_string, "output", [], "a .png or .json to write; may be given twice"
     )
 
 

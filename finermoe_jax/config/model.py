@@ -36,23 +36,27 @@ def check_fields(config: Any) -> None:
     An int serves as a float, a bool as neither. Files are read by parse.from_dict, which
     converts; this is for whoever makes a config in Python.
     """
-    for name, kinds in _kinds(config.__class__).items():
-        value = getattr(config, name)
-        if not any(_is_of(value, kind) for kind in kinds):
-            wanted = " or ".join(
-                ", ".join(map(repr, typing.get_args(kind)))
-                if typing.get_origin(kind) is Literal
-                else "None"
-                if kind is type(None)
-                else getattr(kind, "__name__", str(kind))
-                for kind in kinds
-            )
-            raise InputError(f"{name}={value!r} must be {wanted}")
+    for name, kinds in field_kinds(config.__class__).items():
+        check_kind(name, getattr(config, name), kinds)
+
+
+def check_kind(name: str, value: Any, kinds: tuple) -> None:
+    """Raises InputError for a value that is of none of these types."""
+    if not any(_is_of(value, kind) for kind in kinds):
+        raise InputError(f"{name}={value!r} must be {' or '.join(map(_in_words, kinds))}")
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "tuple, in files a list"
+    return "None" if kind is type(None) else kind.__name__
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, tuple]:
-    """The types of every field, those of a union one by one."""
+def field_kinds(cls: type) -> dict[str, tuple]:
+    """The types of every field of a dataclass, those of a union one by one."""
     return {
         name: typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -107,7 +111,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in _GRANULARITIES:
+        for name in GRANULARITIES.values():
             value = getattr(self, name)
             if value < 1:
                 raise InputError(
@@ -136,12 +140,10 @@ class MoEConfig:
             )
         if self.plain_top_k and self.separate_routers:
             raise InputError("plain_top_k has no candidate groups for separate_routers to choose")
-        if self.shared_expert_intermediate_size is not None:
-            if self.shared_expert_intermediate_size < 0:
-                raise InputError(
-                    "shared_expert_intermediate_size="
-                    f"{self.shared_expert_intermediate_size} must be 0 (none) or positive"
-                )
+        if (shared := self.shared_expert_intermediate_size) is not None and shared < 0:
+            raise InputError(
+                f"shared_expert_intermediate_size={shared} must be 0 (none) or positive"
+            )
         if self.decoder_sparse_step < 1:
             raise InputError(
                 f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1; leave the "
@@ -169,13 +171,14 @@ class MoEConfig:
         return self.output_granularity * self.active_per_group
 
 
-_GRANULARITIES = (
-    "intermediate_granularity",
-    "output_granularity",
-    "intermediate_expansion",
-    "output_expansion",
-    "active_per_group",
-)
+# By the paper's symbols.
+GRANULARITIES = {
+    "G_I": "intermediate_granularity",
+    "G_O": "output_granularity",
+    "R_I": "intermediate_expansion",
+    "R_O": "output_expansion",
+    "T_I": "active_per_group",
+}
 
 LayerKind = Literal["dense", "moe"]
 # Finding the runs of the strangest mixture of layer kinds then still takes seconds.
@@ -291,16 +294,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
+        for name, kinds in field_kinds(ModelConfig).items():
+            if kinds == (int,) and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_hidden_layers > _MOST_LAYERS:
             raise InputError(
@@ -319,11 +314,7 @@ class ModelConfig:
                 raise InputError(
                     f"rope_theta={self.rope_theta} must be above 1 with rope_type=yarn"
                 )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
+        _check_divides(self, "num_attention_heads", self, "num_key_value_heads")
         if self.head_dim is not None and self.head_dim < 1:
             raise InputError(f"head_dim={self.head_dim} must be at least 1, or left away")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -417,10 +408,10 @@ class ModelConfig:
         return tuple(runs)
 
 
-def _check_divides(model: ModelConfig, size: str, moe: MoEConfig, granularity: str) -> None:
-    whole, parts = getattr(model, size), getattr(moe, granularity)
+def _check_divides(model: ModelConfig, size: str, of: ModelConfig | MoEConfig, name: str) -> None:
+    whole, parts = getattr(model, size), getattr(of, name)
     if whole % parts:
         raise InputError(
-            f"{size}={whole} must be a multiple of {granularity}={parts}; it leaves a remainder "
-            f"of {whole % parts}"
+            f"{size}={whole} must be a multiple of {name}={parts}; it leaves a remainder of "
+            f"{whole % parts}"
         )

@@ -6,13 +6,12 @@ import os
 import re
 import runpy
 import traceback
-import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.model import MoEConfig, check_kind, field_kinds
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, near_misses
 from finermoe_jax.runtime.files import find
@@ -62,12 +61,12 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
-    hints = typing.get_type_hints(cls)
+    kinds = field_kinds(cls)
     kwargs = {}
     for key, value in values.items():
-        if key not in hints:
-            raise InputError(f"{where} has no field {key!r}. {near_misses(key, hints)}")
-        kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
+        if key not in kinds:
+            raise InputError(f"{where} has no field {key!r}. {near_misses(key, kinds)}")
+        kwargs[key] = typed(value, kinds[key], f"{where}.{key}")
     required = {
         f.name
         for f in dataclasses.fields(cls)
@@ -78,34 +77,25 @@ def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     return cls(**kwargs)
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, or InputError. Ints serve as floats, lists as tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (hint,) = (arg for arg in args if arg is not type(None))
-        return _coerce(hint, value, where)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise InputError(f"{where}={value!r} must be one of {', '.join(map(str, args))}")
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}={value!r} must be a list")
-        return tuple(_coerce(args[0], item, where) for item in value)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{where}={value!r} must be a group of fields")
-        return from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 2**1000:
-            raise InputError(f"{where}={value!r} is too large")
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{where}={value!r} must be of type {hint.__name__}")
-    if hint is int and abs(value) >= 1 << 63:
+def typed(value: Any, kinds: tuple, where: str) -> Any:
+    """`value` as one of these types. Ints serve as floats, lists as tuples.
+
+    Raises InputError for a value of another type, and for numbers too large to compute with.
+    """
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind) and value is not None:
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}={value!r} must be a group of fields")
+            return from_dict(kind, value, where)
+        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            return tuple(typed(item, typing.get_args(kind)[:1], where) for item in value)
+        if kind is float and type(value) is int:
+            if abs(value) > 2**1000:
+                raise InputError(f"{where}={value!r} is too large")
+            return float(value)
+    if type(value) is int and abs(value) >= 1 << 63:
         raise InputError(f"{where} has {len(str(abs(value)))} digits; it must fit 64 bits")
+    check_kind(where, value, kinds)
     return value
 
 

@@ -80,14 +80,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         MoEConfig(concat_proj="routed"),
     ),
     "no_shared_expert": Architecture(
-        "Table 3, NoShareExpert: routed experts alone",
-        MoEConfig(shared_expert_intermediate_size=0),
+        "Table 3, NoShareExpert: routed experts alone", MoEConfig(shared_expert_intermediate_size=0)
     ),
 }
 
 # Another upcycling, that goes with every architecture that has a shared expert.
 UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "function_preserving": dict(function_preserving=True),
+    "function_preserving": dict(function_preserving=True)
 }
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
@@ -143,12 +142,13 @@ class RunConfig:
         if self.moe is not None and self.dense is not None:
             dataclasses.replace(self.dense, moe=self.moe)  # divisibility, before any work
         self.upcycle.check(self.moe)
-        for name, value in _named(self, _AT_LEAST_ONE):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
-        for (name, value), (low, high) in zip(_named(self, _RANGES), _RANGES.values(), strict=True):
+        for name, (low, high) in _RANGES.items():
+            value = operator.attrgetter(name)(self)
             if not low <= value <= high:  # also refuses NaN
-                raise InputError(f"{name}={value} must lie between {low} and {high}")
+                within = (
+                    f"lie between {low} and {high}" if high < math.inf else f"be at least {low}"
+                )
+                raise InputError(f"{name}={value} must {within}")
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
@@ -178,7 +178,6 @@ class RunConfig:
             )
 
 
-# The smallest values, and the ranges, of the fields of a RunConfig.
 _AT_LEAST_ONE = (
     "data.sequence_length",
     "data.global_batch_size",
@@ -195,7 +194,8 @@ _AT_LEAST_ONE = (
     "train.keep_checkpoints",
     "train.max_skipped_steps",
 )
-_RANGES = {
+# The smallest and the largest values of a RunConfig's fields.
+_RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.inf)) | {
     "data.eval_fraction": (0, 0.999),
     "data.seed": (0, 2**32 - 1),
     "train.seed": (0, 2**32 - 1),
@@ -209,8 +209,3 @@ _RANGES = {
     "optimizer.learning_rate": (0, 1e6),
     "optimizer.final_learning_rate": (0, 1e6),
 }
-
-
-def _named(config: RunConfig, names: Iterable[str]) -> list[tuple[str, Any]]:
-    """The values of fields, with their dotted names."""
-    return [(name, operator.attrgetter(name)(config)) for name in names]

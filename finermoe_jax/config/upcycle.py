@@ -47,44 +47,33 @@ class UpcycleConfig:
 
     def check(self, moe: MoEConfig | None) -> None:
         """Raises InputError, naming both values, where `moe` cannot start as this says."""
-        against: dict[str, list[str]] = {field.name: [] for field in dataclasses.fields(self)}
-        if moe is None:
-            for reasons in against.values():
-                reasons.append("moe=None, a dense model")
-        else:
-            shared = moe.shared_expert_intermediate_size
-            if moe.concat_proj == "none":
-                against["concat_proj_std"].append("moe.concat_proj=none")
-            if moe.concat_proj == "all":
-                against["function_preserving"].append(
-                    "moe.concat_proj=all, which projects the shared expert's output, too"
-                )
-            if shared == 0:
-                against["function_preserving"].append(
-                    "moe.shared_expert_intermediate_size=0; it needs a shared expert"
-                )
-            else:
-                against["virtual_groups"].append(
-                    f"moe.shared_expert_intermediate_size={shared}; it needs 0"
-                )
-            if moe.output_granularity != 1:
-                against["virtual_groups"].append(
-                    f"moe.output_granularity={moe.output_granularity}; it needs 1"
-                )
-            if moe.active_per_group % moe.intermediate_granularity:
-                against["virtual_groups"].append(
-                    f"moe.active_per_group={moe.active_per_group}; it needs a multiple of "
-                    f"moe.intermediate_granularity={moe.intermediate_granularity}"
-                )
-            for name in ("pre_softmax", "separate_routers"):
-                if getattr(moe, name):
-                    against["virtual_groups"].append(f"moe.{name}=True; it needs False")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and against[field.name]:
-                raise InputError(
-                    f"upcycle.{field.name}={value} does not go with {against[field.name][0]}"
-                )
+        for name, reason in _against(moe):
+            value = getattr(self, name)
+            if value != getattr(PUBLISHED_UPCYCLING, name):
+                raise InputError(f"upcycle.{name}={value} does not go with {reason}")
+
+
+def _against(moe: MoEConfig | None) -> list[tuple[str, str]]:
+    """Fields of UpcycleConfig, and what of `moe` each does not go with."""
+    if moe is None:
+        dense = "moe=None, a dense model"
+        return [(field.name, dense) for field in dataclasses.fields(UpcycleConfig)]
+    shared, slots = moe.shared_expert_intermediate_size, moe.output_granularity
+    slices, active = moe.intermediate_granularity, moe.active_per_group
+    found = (
+        ("virtual_groups", shared != 0, f"shared_expert_intermediate_size={shared}; it needs 0"),
+        ("virtual_groups", slots != 1, f"output_granularity={slots}; it needs 1"),
+        ("virtual_groups", active % slices, f"active_per_group={active}; it needs a multiple of "
+         f"moe.intermediate_granularity={slices}"),
+        ("virtual_groups", moe.pre_softmax, "pre_softmax=True; it needs False"),
+        ("virtual_groups", moe.separate_routers, "separate_routers=True; it needs False"),
+        ("function_preserving", moe.concat_proj == "all", "concat_proj=all, which projects the "
+         "shared expert's output, too"),
+        ("function_preserving", shared == 0,
+         "shared_expert_intermediate_size=0; it needs a shared expert"),
+        ("concat_proj_std", moe.concat_proj == "none", "concat_proj=none"),
+    )  # fmt: skip
+    return [(name, f"moe.{reason}") for name, contradicts, reason in found if contradicts]
 
 
 PUBLISHED_UPCYCLING = UpcycleConfig()

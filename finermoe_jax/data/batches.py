@@ -6,7 +6,7 @@ The position in the data is the step number, whatever is mixed or packed.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,9 +96,8 @@ def _place(name: str) -> Path:
 
 
 def open_source(
-    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, vocab_size: int,
-    show_progress: bool,
-) -> Corpus:  # fmt: skip
+    name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, show_progress: bool
+) -> Corpus:
     """What a path of data.path or data.eval_path names, by what lies there.
 
     Raises InputError for what is none of the known kinds, and whatever is wrong with it.
@@ -108,9 +107,7 @@ def open_source(
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if (path / MANIFEST).is_file():
-        return open_prepared(
-            path, tokenizer_hash(files), tokenizer.eos_token_id, vocab_size, show_progress
-        )
+        return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id, show_progress)
     if (path / PARTIAL).is_file():
         raise InputError(
             f"{path} is not prepared to the end: start finermoe prepare "
@@ -238,7 +235,7 @@ def open_data(
     _refuse_mixture(config.eval_path)
 
     def opened(name: str) -> Corpus:
-        source = open_source(name, tokenizer, files, vocab_size, show_progress)
+        source = open_source(name, tokenizer, files, show_progress)
         return dataclasses.replace(source, path=name)  # as the config says it, on every process
 
     sources = [(opened(name), weight) for name, weight in mixture]
@@ -292,22 +289,17 @@ def _seed(seed: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
 
 
-class Batches(grain.sources.RandomAccessDataSource):
-    """Some rows of every global batch, by step."""
+def batch_reader(
+    rows: Mixture, config: DataConfig, wanted: Sequence[int]
+) -> Callable[[int], Batch]:
+    """A function that reads the wanted rows, [R, T + 1], of a step's global batch."""
+    order = Order(rows, config.seed)
 
-    def __init__(self, rows: Mixture, config: DataConfig, wanted: Sequence[int]):
-        self.rows, self.order = rows, Order(rows, config.seed)
-        self.batch_size, self.wanted = config.global_batch_size, wanted
+    def read(step: int) -> Batch:
+        first = step * config.global_batch_size
+        return rows.read([order[first + row] for row in wanted])
 
-    def __len__(self) -> int:
-        return 1 << 40  # steps: there is no end
-
-    def __getitem__(self, step: int) -> Batch:
-        first = int(step) * self.batch_size
-        return self.rows.read([self.order[first + row] for row in self.wanted])
-
-    def __repr__(self) -> str:
-        return f"Batches({len(self.wanted)} of {self.batch_size} rows)"
+    return read
 
 
 def train_batches(
@@ -319,9 +311,9 @@ def train_batches(
     global batches are the same however many processes share them, and the position in the data is
     the step number.
     """
-    batches = grain.MapDataset.source(Batches(rows, config, wanted))
+    steps = grain.MapDataset.range(start_step, 1 << 40)  # there is no end
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
+    return iter(steps.map(batch_reader(rows, config, wanted)).to_iter_dataset(options))
 
 
 def batch_identity(rows: Mixture, config: DataConfig, step: int) -> list[dict[str, Any]]:

@@ -1,9 +1,5 @@
 """Turns text into memory-mapped token shards, once, for any number of runs (docs/data.md).
 
-    finermoe prepare --source=FILE|GLOB|DIR|owner/dataset[,…] --target=DIR
-        --tokenizer=DIR [--processes=N] [--text_field=text] [--split=train] [--shard_tokens=N]
-    finermoe prepare --verify=DIR
-
 One process reads and writes, the others tokenise. What is written follows from the text, the
 tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
 Started once more with the same arguments, it goes on behind the last complete shard.
@@ -53,6 +49,7 @@ from finermoe_jax.runtime.paths import local
 
 _AHEAD = 4  # batches of text under way for each process
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
 
 
@@ -107,10 +104,7 @@ def prepare(
         if shards:
             say(f"going on behind {len(shards)} complete shards")
         writer = ShardWriter(target, settings, shards)
-        with (
-            contextlib.closing(writer),
-            _encoder(tokenizer, tokenizer_files, processes) as encode,
-        ):
+        with contextlib.closing(writer), _encoder(tokenizer, tokenizer_files, processes) as encode:
             _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
             manifest = writer.finish()
     say(f"{target}: {summary(manifest)}")
@@ -137,13 +131,11 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
             files = sorted(p for p in path.rglob("*") if p.is_file() and text.text_kind(p))
             if not files:
                 raise InputError(f"{path} holds no text ({text.KNOWN})")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(source):
+        elif not path.exists() and glob.has_magic(source):
             files = sorted(Path(p) for p in glob.glob(source, recursive=True))
             if not files:
                 raise InputError(f"no file matches {source}")
-        elif text.is_hub_name(source):
+        elif not path.exists() and not text.text_kind(path) and _HUB_NAME.fullmatch(source):
             found.append(text.HubText(source, split, field))
             continue
         else:
@@ -277,22 +269,17 @@ def _filled(
         say(f"WARNING: {error}; it is left out")
 
 
-class _Done:
-    """A result that is there."""
-
-    def __init__(self, value: list[np.ndarray]):
-        self.value = value
-
-    def result(self) -> list[np.ndarray]:
-        """It."""
-        return self.value
-
-
 @contextlib.contextmanager
 def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
     """A function from a batch of pieces to the future of their tokens."""
     if processes == 1:
-        yield lambda batch: _Done(text.encode(batch, tokenizer))
+
+        def encode(batch: list[text.Piece]) -> concurrent.futures.Future:
+            done: concurrent.futures.Future = concurrent.futures.Future()
+            done.set_result(text.encode(batch, tokenizer))
+            return done
+
+        yield encode
         return
     # Spawned: a fork would copy whatever threads hold at that moment.
     pool = concurrent.futures.ProcessPoolExecutor(

@@ -46,11 +46,8 @@ class ShardWriter:
     def add(self, ids: np.ndarray, ends_document: bool, source: int, pieces: int) -> None:
         """A piece's tokens; `pieces` of its source are then done."""
         if self.file is None:
-            self.file = (
-                shard_files(self.target, shard_name(len(self.shards)))[0]
-                .with_suffix(".partial")
-                .open("wb")
-            )
+            path, _ = shard_files(self.target, shard_name(len(self.shards)))
+            self.file = path.with_suffix(".partial").open("wb")
             self.tokens, self.max_id, self.first_source = 0, 0, source
             self.digest = hashlib.sha256()
             self.starts: list[int] = []
@@ -81,10 +78,7 @@ class ShardWriter:
             hashlib.sha256(content.getvalue()).hexdigest(), self.end, not self.begins,
         )  # fmt: skip
         self.shards.append(shard)
-        write_manifest(self.target / PARTIAL, self._manifest())
-
-    def _manifest(self) -> Manifest:
-        return Manifest.of(self.settings, self.shards)
+        write_manifest(self.target / PARTIAL, Manifest.of(self.settings, self.shards))
 
     def close(self) -> None:
         """Leaves a shard that is not complete to the next run, which removes it."""
@@ -97,6 +91,7 @@ class ShardWriter:
             self._complete()
         if not self.shards:
             raise InputError("the text has no tokens")
-        write_manifest(self.target / MANIFEST, self._manifest())
+        manifest = Manifest.of(self.settings, self.shards)
+        write_manifest(self.target / MANIFEST, manifest)
         (self.target / PARTIAL).unlink()
-        return self._manifest()
+        return manifest

@@ -5,7 +5,6 @@ whatever a file's size, and the tokens of a text do not depend on how it is read
 """
 
 import io
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.data.compressed import SUFFIXES, decompressed
-from finermoe_jax.errors import InputError, import_of_data
+from finermoe_jax.errors import InputError, first_line, import_of_data
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows
 from finermoe_jax.runtime.paths import local
@@ -69,13 +68,8 @@ class TextFile:
         if not text_kind(path):
             raise InputError(f"{path} must end in {KNOWN}")
         refuse_pointer(path)
-        self.path, self.field = path, field
+        self.path, self.name, self.field = path, str(path), field
         self.size, self.position = path.stat().st_size, 0
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
 
     def pieces(self) -> Iterator[Piece]:
         """The text, from the beginning.
@@ -185,15 +179,11 @@ class HubText:
                     )
                 yield from cut_document(row[self.field])
         except Exception as error:  # the library raises many unrelated types
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"the dataset {self.name} cannot be read: {first}") from None
+            raise InputError(
+                f"the dataset {self.name} cannot be read: {first_line(error)}"
+            ) from None
         if number < 0:
             raise InputError(f"{self.name} holds no text")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is no path here may be that of a Hugging Face dataset."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)) and not text_kind(Path(name))
 
 
 def is_text(text: str) -> bool:

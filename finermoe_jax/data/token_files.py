@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import mmap
 import os
 import resource
 from collections.abc import Sequence
@@ -105,17 +104,15 @@ class Corpus:
         return starts
 
 
-def map_file(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """A file's content as an array of its own, memory-mapped, read-only.
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file's content as an array, memory-mapped, read-only.
 
     Raises InputError: a file that is missing, may not be read or is empty.
     """
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.memmap(path, dtype, "r").view(np.ndarray)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    return np.frombuffer(mapped, dtype, offset=offset)
 
 
 # --- our own --------------------------------------------------------------------------------
@@ -197,9 +194,10 @@ def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
 
 def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
     """What the size of a shard's files says against it; empty: nothing."""
+    tokens, documents = shard_files(directory, shard.name)
     for path, least, exact in (
-        (shard_files(directory, shard.name)[0], shard.tokens * dtype.itemsize, True),
-        (shard_files(directory, shard.name)[1], shard.documents * 8, False),
+        (tokens, shard.tokens * dtype.itemsize, True),
+        (documents, shard.documents * 8, False),
     ):
         try:
             size = path.stat().st_size
@@ -212,20 +210,14 @@ def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
 
 
 def open_prepared(
-    directory: Path, tokenizer: str, eos_id: int | None, vocab_size: int = 1 << 32,
-    show_progress: bool = False,
-) -> Corpus:  # fmt: skip
+    directory: Path, tokenizer: str, eos_id: int | None, show_progress: bool = False
+) -> Corpus:
     """A prepared directory, checked against its manifest by size and by the largest token.
 
-    Args:
-      directory: holds manifest.json.
-      tokenizer: `tokenizer_hash` of the run's tokenizer.
-      eos_id: its end-of-text token.
-      vocab_size: token ids must lie below.
-      show_progress: a bar while the tokens are scanned.
+    tokenizer is `tokenizer_hash` of the run's tokenizer, eos_id its end-of-text token.
 
     Raises InputError: another tokenizer, shards that are missing, unreadable, empty or of another
-    size than the manifest says, tokens beyond the vocabulary.
+    size or largest token than the manifest says.
     """
     manifest = read_manifest(directory / MANIFEST)
     for what, theirs, ours in (
@@ -248,16 +240,16 @@ def open_prepared(
             raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
         if damage := shard_damage(directory, shard, dtype):
             raise InputError(f"{damage}: copy it again, or prepare the text anew")
-        files = shard_files(directory, shard.name)
-        arrays.append(map_file(files[0], dtype))
-        documents.append((files[1], shift))
-        if (shape := _load(files[1]).shape) != (shard.documents,):
+        path, starts = shard_files(directory, shard.name)
+        arrays.append(map_file(path, dtype))
+        documents.append((starts, shift))
+        if (shape := _load(starts).shape) != (shard.documents,):
             raise InputError(
-                f"{files[1]} has shape {shape}, and the manifest says "
+                f"{starts} has shape {shape}, and the manifest says "
                 f"{shard.documents} documents: copy it again, or prepare the text anew"
             )
         shift += shard.tokens
-    _check_ids(directory, manifest, arrays, vocab_size, show_progress)
+    _check_ids(directory, manifest, arrays, show_progress)
     identity = {
         "kind": "prepared",
         "manifest_sha256": hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest(),
@@ -293,24 +285,16 @@ def _allow_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _check_ids(
-    directory: Path, manifest: Manifest, arrays: list[np.ndarray], vocab_size: int, bar: bool
-) -> None:
-    """Compares the largest token of each shard with the vocabulary, and with the manifest."""
-    way_out = f"compare the files: finermoe prepare --verify={directory}"
+def _check_ids(directory: Path, manifest: Manifest, arrays: list[np.ndarray], bar: bool) -> None:
+    """Compares the largest token of each shard with the manifest."""
     with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
         for shard, tokens in zip(manifest.shards, arrays, strict=True):
-            path, largest = shard_files(directory, shard.name)[0], id_range(tokens, progress)[1]
-            if largest >= vocab_size:
-                raise InputError(
-                    f"{path} holds the token {largest}, and the model's vocab_size is "
-                    f"{vocab_size}: prepare the text with the model's tokenizer; if the file may "
-                    f"be damaged, {way_out}"
-                )
+            largest = id_range(tokens, progress)[1]
             if largest != shard.max_id:
                 raise InputError(
-                    f"{path}: its largest token is {largest}, and the manifest says "
-                    f"{shard.max_id}; {way_out}"
+                    f"{shard_files(directory, shard.name)[0]}: its largest token is {largest}, and "
+                    f"the manifest says {shard.max_id}; compare the files: finermoe prepare "
+                    f"--verify={directory}"
                 )
 
 

@@ -233,10 +233,14 @@ def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
         settings = {key: value for key, value in own.items() if value is not None} | settings
     for key in _IDS:
         value = settings.pop(key, None)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if known := [each for each in ids if 0 <= each < vocab_size]:
+        if known := [each for each in _listed(value) if 0 <= each < vocab_size]:
             settings[key] = known if isinstance(value, list) else known[0]
     return settings
+
+
+def _listed(ids: Any) -> list:
+    """A setting's ids: None, one, or a list of them."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _stated(directory: Path) -> dict[str, Any]:
@@ -252,8 +256,7 @@ def _stated(directory: Path) -> dict[str, Any]:
     settings |= {key: value for key, value in generation.items() if value is not None}
     for key in _IDS:
         value = settings.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(each, int) or isinstance(each, bool) for each in ids):
+        if any(type(each) is not int for each in _listed(value)):
             raise InputError(f"{directory}: {key}={value!r} must be an integer or a list of them")
     return settings
 
@@ -266,5 +269,4 @@ def end_tokens(files: Path, tokenizer: Any, vocab_size: int) -> frozenset[int]:
     """The tokens that end a text: those of generation_config.json (config.json, where that is
     silent) in `files`, and the tokenizer's own."""
     stated = generation_settings(files, vocab_size).get("eos_token_id")
-    ids = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return frozenset([*_listed(stated), *_listed(tokenizer.eos_token_id)])

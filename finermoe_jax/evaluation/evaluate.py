@@ -6,10 +6,12 @@ import importlib.util
 import itertools
 import math
 import os
+import random
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from finermoe_jax.config.arguments import check_integer
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.data.rows import Mixture
@@ -81,8 +84,7 @@ def evaluate(
     take, no tokenizer, unknown tasks, missing or unusable rows, the extra `eval` not installed.
     After: log-likelihoods that are not finite.
     """
-    if batch_tokens < 1:
-        raise InputError(f"--batch_tokens={batch_tokens} must be at least 1")
+    check_integer("--batch_tokens", batch_tokens, 1)
     file = TextFile(text) if text else None
     tasks = _checked(tasks) if tasks else None
     # Before the harness, which takes many seconds to load.
@@ -105,8 +107,7 @@ def evaluate(
     if text:
         results |= _perplexity(model, documents, sequence_length, stride, **options)
     if tasks:
-        harness = dict(ends=ends, **options)
-        results |= _run(model, tokenizer, tasks, selection, harness)
+        results |= _run(model, tokenizer, tasks, selection, dict(ends=ends, **options))
     return results
 
 
@@ -128,54 +129,45 @@ def perplexity(
     return evaluate(checkpoint, text=text, sequence_length=sequence_length, stride=stride)
 
 
-class Document(NamedTuple):
-    """ids, int32 [N], scored after the token `prefix` and after each other."""
-
-    prefix: int
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 def _documents(
     pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
-) -> list[Document]:
-    """The documents' tokens, without the end-of-text tokens that training puts between them.
+) -> list[tuple[int, np.ndarray]]:
+    """Of each document the token that its first one follows, and its tokens, int32 [N].
 
-    A tokenizer without special tokens has nothing for a document's first token to follow: it is
-    not scored. Raises InputError for a text without any token to score.
+    The end-of-text tokens that training puts between documents are left out. A tokenizer without
+    special tokens has nothing for a document's first token to follow: it is not scored.
+
+    Raises InputError for a text without any token to score.
     """
     ids, starts = tokenize(pieces, tokenizer, show_progress and bool(pieces))
     ends = [*starts[1:], len(ids)] if len(starts) else []
     prefix, closed = prefix_token(tokenizer), tokenizer.eos_token_id is not None
-    documents = []
+    documents: list[tuple[int, np.ndarray]] = []
     for start, end in zip(starts, ends, strict=True):
         own = ids[start : end - closed]
         if prefix is not None:
-            documents.append(Document(prefix, own))
+            documents.append((prefix, own))
         elif len(own):
-            documents.append(Document(int(own[0]), own[1:]))
-    if text and not sum(map(len, documents)):
+            documents.append((int(own[0]), own[1:]))
+    if text and not any(len(own) for _, own in documents):
         raise InputError(f"{text} has no token that could be scored")
     return documents
 
 
 def _perplexity(
     model: Decoder,
-    documents: list[Document],
+    documents: list[tuple[int, np.ndarray]],
     length: int,
     stride: int,
     *,
     batch_tokens: int,
     show_progress: bool,
 ) -> dict[str, float | int]:
-    total, count = 0.0, sum(map(len, documents))
-    parts = (part for one in documents for part in windows(one.ids, one.prefix, length, stride))
-    bar = tqdm(total=count, desc="scoring", unit="token", disable=not show_progress)
-    with bar:
-        # A bounded number at a time: windows of a long text are many times its tokens.
-        for group in itertools.batched(parts, _WINDOWS):
+    total, count = 0.0, sum(len(ids) for _, ids in documents)
+    parts = (part for prefix, ids in documents for part in windows(ids, prefix, length, stride))
+    with tqdm(total=count, desc="scoring", unit="token", disable=not show_progress) as bar:
+        # So many at a time: windows of a long text are many times its tokens.
+        for group in itertools.batched(parts, 512):
             scores = score(model, group, batch_tokens=batch_tokens)
             total += math.fsum(one.log_likelihood for one in scores)
             bar.update(sum(len(part.targets) for part in group))
@@ -184,18 +176,14 @@ def _perplexity(
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "tokens": count}
 
 
-_WINDOWS = 512
-
-
 def _checked(tasks: Tasks) -> Tasks:
     """The tasks with data_dir as a path of this machine; InputError for what is wrong at sight."""
     data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
     if not tasks.names:
         raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
-    if tasks.limit is not None and tasks.limit < 1:
-        raise InputError(f"--limit={tasks.limit} must be at least 1")
-    if tasks.num_fewshot is not None and tasks.num_fewshot < 0:
-        raise InputError(f"--num_fewshot={tasks.num_fewshot} must be 0 or more")
+    for name, value, least in (("limit", tasks.limit, 1), ("num_fewshot", tasks.num_fewshot, 0)):
+        if value is not None:
+            check_integer(f"--{name}", value, least)
     if tasks.skip_missing and tasks.data_dir is None:
         raise InputError("--skip_missing is about the rows of --data_dir; give that too")
     for package in ("lm_eval", "datasets"):
@@ -222,13 +210,9 @@ def _select(tasks: Tasks) -> Any:
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
     """What only the model and its tokenizer can tell; and, as it takes longest, every row."""
-    from finermoe_jax.evaluation.harness import check_limits, check_rows
+    from finermoe_jax.evaluation.harness import check_limits, check_rows, needed_prefix
 
-    if prefix_token(tokenizer) is None:
-        raise InputError(
-            "the tokenizer names no beginning-of-text and no end-of-text token, after which a text "
-            "without a context could be scored; set eos_token in its tokenizer_config.json"
-        )
+    needed_prefix(tokenizer)
     if tasks.chat and not tokenizer.chat_template:
         raise InputError(
             "--apply_chat_template: the tokenizer has no chat_template; leave the flag away for a "
@@ -241,24 +225,32 @@ def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> No
 def _run(
     model: Decoder, tokenizer: Any, tasks: Tasks, selection: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
-    from finermoe_jax.evaluation.harness import HarnessModel, run
+    import lm_eval
+
+    from finermoe_jax.evaluation.harness import HarnessModel, metrics_of
     from finermoe_jax.evaluation.tasks import ALL_TEN, TEN
 
     harness = HarnessModel(model, tokenizer, **options)
-    metrics = run(
-        harness,
-        selection.objects,
-        limit=tasks.limit,
-        num_fewshot=tasks.num_fewshot,
-        chat=tasks.chat,
-        allow_code_execution=tasks.allow_code_execution,
-    )
+    # The harness draws few-shot examples with seeds of its own: a rerun sees the same.
+    random.seed(0)
+    with redirect_stdout(sys.stderr):
+        found = lm_eval.simple_evaluate(
+            model=harness,
+            tasks=selection.objects,
+            limit=tasks.limit,
+            num_fewshot=tasks.num_fewshot,
+            apply_chat_template=tasks.chat,
+            confirm_run_unsafe_code=tasks.allow_code_execution,
+            log_samples=False,
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        )
+    metrics = {name: metrics_of(values) for name, values in found["results"].items()}
     if ALL_TEN in tasks.names:
         values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
         metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
     warn_of_what_is_no_number(metrics)
-    found = {"tasks": metrics, "cut": harness.cut}
-    return found | ({"skipped": selection.skipped} if selection.skipped else {})
+    skipped = {"skipped": selection.skipped} if selection.skipped else {}
+    return {"tasks": metrics, "cut": harness.cut} | skipped
 
 
 def warn_of_what_is_no_number(metrics: dict[str, dict[str, float]]) -> None:

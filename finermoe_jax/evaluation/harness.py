@@ -1,20 +1,17 @@
 """Our models for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
 
 import itertools
-import random
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
-import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
 from finermoe_jax.data.tokenizers import prefix_token
-from finermoe_jax.errors import InputError
-from finermoe_jax.evaluation.scoring import BATCH_TOKENS, Continuation, score, windows
+from finermoe_jax.errors import InputError, first_line
+from finermoe_jax.evaluation.scoring import BATCH_TOKENS, Continuation, Score, score, windows
+from finermoe_jax.evaluation.tasks import examples
 from finermoe_jax.generation.decode import bucket
 from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.generation.text import continue_all
@@ -48,13 +45,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.ends, self.batch_tokens, self.show_progress = ends, batch_tokens, show_progress
-        prefix = prefix_token(tokenizer)
-        if prefix is None:
-            raise InputError(
-                "the tokenizer names no beginning-of-text and no end-of-text token, after which a "
-                "text without a context could be scored; set eos_token in tokenizer_config.json"
-            )
-        self.prefix: int = prefix
+        self.prefix = needed_prefix(tokenizer)
         self.cut = 0
 
     @property
@@ -102,17 +93,16 @@ class HarnessModel(TemplateLM):
         )
         return text
 
+    def _scores(self, parts: list[Continuation], disable_tqdm: bool) -> list[Score]:
+        show = self.show_progress and not disable_tqdm
+        return score(self.model, parts, batch_tokens=self.batch_tokens, show_progress=show)
+
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         parts = [Continuation(context, targets) for _, context, targets in requests]
         self._count_cut(sum(len(c) + len(t) - 1 > self.max_length for c, t in parts), len(parts))
-        found = score(
-            self.model,
-            parts,
-            batch_tokens=self.batch_tokens,
-            show_progress=self.show_progress and not disable_tqdm,
-        )
+        found = self._scores(parts, disable_tqdm)
         for (texts, _, _), one in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(one))
@@ -129,13 +119,7 @@ class HarnessModel(TemplateLM):
             parts += found
             owners += [index] * len(found)
         sums = [0.0] * len(requests)
-        scores = score(
-            self.model,
-            parts,
-            batch_tokens=self.batch_tokens,
-            show_progress=self.show_progress and not disable_tqdm,
-        )
-        for index, one in zip(owners, scores, strict=True):
+        for index, one in zip(owners, self._scores(parts, disable_tqdm), strict=True):
             sums[index] += one.log_likelihood
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -194,6 +178,17 @@ class HarnessModel(TemplateLM):
             )
 
 
+def needed_prefix(tokenizer: Any) -> int:
+    """The token that a text without a context follows. Raises InputError where there is none."""
+    prefix = prefix_token(tokenizer)
+    if prefix is None:
+        raise InputError(
+            "the tokenizer names no beginning-of-text and no end-of-text token, after which a text "
+            "without a context could be scored; set eos_token in its tokenizer_config.json"
+        )
+    return prefix
+
+
 def _room(limit: int, new: int) -> int:
     """Tokens that a prompt may have."""
     if new >= limit:
@@ -241,10 +236,9 @@ def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None)
             try:
                 _use(task, row)
             except Exception as error:  # of jinja, or a task's own code
-                first = (str(error).strip() or "no message").splitlines()[0]
                 raise InputError(
                     f"task {task.task_name}, row {number}: it cannot be used: "
-                    f"{type(error).__name__}: {first}"
+                    f"{type(error).__name__}: {first_line(error)}"
                 ) from None
 
 
@@ -265,9 +259,7 @@ def _use(task: Any, row: Any) -> None:
 
 
 def _check_examples(task: Any, num_fewshot: int | None) -> None:
-    count = task.get_config("num_fewshot") or 0
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-        count = num_fewshot
+    count = examples(task.get_config("num_fewshot"), num_fewshot)
     if not count or not hasattr(task, "fewshot_cfg"):
         return
     rows = len(task.sampler.fewshot_docs()) if hasattr(task, "sampler") else 0
@@ -280,38 +272,11 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
         )
 
 
-def run(
-    model: HarnessModel,
-    objects: list[Any],
-    *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    chat: bool = False,
-    allow_code_execution: bool = False,
-) -> dict[str, dict[str, float]]:
-    """The metrics of tasks and groups (`tasks.Selection.objects`), by name.
+def metrics_of(values: dict[str, Any]) -> dict[str, float]:
+    """A task's metrics from the harness's result of it; "rows" is how many were scored.
 
-    A metric of a named filter is "metric,filter"; "rows" is how many were scored.
+    A metric of a named filter is "metric,filter". What has no number is left out.
     """
-    random.seed(0)
-    # The harness draws few-shot examples with seeds of its own: a rerun sees the same.
-    with redirect_stdout(sys.stderr):
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=objects,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            confirm_run_unsafe_code=allow_code_execution,
-            log_samples=False,
-            task_manager=TaskManager(include_defaults=False),
-        )
-    return {name: _metrics(values) for name, values in results["results"].items()}
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The harness's "metric,filter" keys, without the filter "none"; what has no number is left
-    out."""
     found = {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from finermoe_jax.data.compressed import decompressed
 from finermoe_jax.data.text import HALF_PAIR, is_text
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.errors import InputError, first_line, near_misses
 from finermoe_jax.evaluation.code_execution import own_code_eval
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows, to_json
@@ -229,10 +229,10 @@ def _harness(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # of datasets, the hub's client, jinja, or a task's own code
-        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
-            f"task {name}: its rows cannot be had or used: {type(error).__name__}: {first}\n"
-            "Without a network, give local rows with --data_dir (docs/evaluation.md)"
+            f"task {name}: its rows cannot be had or used: {type(error).__name__}: "
+            f"{first_line(error)}\nWithout a network, give local rows with --data_dir "
+            "(docs/evaluation.md)"
         ) from None
 
 
@@ -276,11 +276,11 @@ def _find_rows(
         needed = {scored, _fewshot_split(config, num_fewshot)} - {None}
         rows: dict[str, list[dict]] = {}
         for split in dict.fromkeys([scored, *filter(None, splits.values())]):
-            places = _places(data_dir, leaf, config, split, split == scored)
-            if (there := next(filter(None, (read() for _, read in places)), None)) is not None:
+            there, place = _rows_of(data_dir, leaf, config, split, split == scored)
+            if there is not None:
                 rows[split] = there
             elif split in needed:
-                missing.setdefault(leaf, places[-1][0])
+                missing.setdefault(leaf, place)
         if leaf in missing:
             continue
         # Left as they are, the harness would read splits that it does not need.
@@ -292,12 +292,15 @@ def _find_rows(
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
+def examples(stated: int | None, asked: int | None) -> int:
+    """Examples in each prompt of a task that states so many, where so many are asked for."""
+    return (stated or 0) if asked is None or stated == 0 else asked
+
+
 def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
     """Where the harness takes examples from; None where it needs none from the rows."""
     fewshot = config.get("fewshot_config") or {}
-    count = config.get("num_fewshot") or 0
-    if num_fewshot is not None and config.get("num_fewshot") != 0:
-        count = num_fewshot
+    count = examples(config.get("num_fewshot"), num_fewshot)
     named = fewshot.get("split") or config.get("fewshot_split")
     if not count or (fewshot.get("samples") and not named):
         return None
@@ -305,20 +308,20 @@ def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
     return named or next((config[key] for key in order if config.get(key)), None)
 
 
-def _places(
+def _rows_of(
     data_dir: Path, task: str, config: dict, split: str, scored: bool
-) -> list[tuple[Path, Callable[[], list[dict] | None]]]:
-    """Where a split's rows may lie, without suffix, and what reads them; the usual one last."""
-    own = data_dir / task / split
-    places: list[tuple[Path, Callable[[], list[dict] | None]]] = [(own, lambda: _read(own))]
+) -> tuple[list[dict] | None, Path]:
+    """A split's rows, None where there are none, and where they lie or should: without suffix."""
+    place = data_dir / task / split
+    rows = _read(place)
     folder, subset = _family(config)
-    if folder and subset:
-        of_all, alone = data_dir / folder / split, data_dir / folder / subset
-        if folder == "mmlu":
-            places.append((of_all, lambda: _of_subject(of_all, subset)))
-        elif scored:
-            places.append((alone, lambda: _read(alone)))
-    return places
+    if rows is None and folder == "mmlu" and subset:
+        place = data_dir / folder / split
+        rows = [row for row in _read(place) or [] if row.get("subject") == subset] or None
+    elif rows is None and folder and subset and scored:
+        place = data_dir / folder / subset
+        rows = _read(place)
+    return rows, place
 
 
 def _family(config: dict) -> tuple[str, str]:
@@ -328,11 +331,6 @@ def _family(config: dict) -> tuple[str, str]:
         return "agieval", path.removeprefix("hails/agieval-")
     folders = {"cais/mmlu": "mmlu", "SaylorTwift/bbh": "bbh", "Idavidrein/gpqa": "gpqa"}
     return folders.get(path, ""), name
-
-
-def _of_subject(path: Path, subject: str) -> list[dict] | None:
-    rows = [row for row in _read(path) or [] if row.get("subject") == subject]
-    return rows or None
 
 
 @functools.lru_cache(maxsize=4)  # MMLU's subjects share a file

@@ -57,10 +57,7 @@ class Sampling(NamedTuple):
 
 
 def choose(
-    logits: Float[Array, "B V"],
-    sampling: Sampling,
-    seen: Bool[Array, "B V"],
-    step: Int[Array, ""],
+    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"], step: Int[Array, ""]
 ) -> Int[Array, " B"]:
     """Each row's next token, int32; `sampling` holds scalars, step counts the tokens drawn.
 

@@ -210,13 +210,8 @@ class _Text:
         # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
         # So does what may become a stop string.
         whole = text.rstrip("\ufffd")
-        certain = len(whole)
-        for s in self.stop:
-            for size in range(min(len(s) - 1, len(whole)), 0, -1):
-                if whole.endswith(s[:size]):
-                    certain = min(certain, len(whole) - size)
-                    break
-        return self._show(whole[:certain])
+        begun = (size for s in self.stop for size in range(1, len(s)) if whole.endswith(s[:size]))
+        return self._show(whole[: len(whole) - max(begun, default=0)])
 
     def rest(self) -> str:
         """What was held back, at the end."""

@@ -97,9 +97,9 @@ class Summed:
       gradient: like sums, of any values; the gradient by it is the sums with this microbatch's.
     """
 
-    weights: Array
-    sums: Array
-    gradient: Array
+    weights: Any  # arrays, or a layer of them
+    sums: Any
+    gradient: Any
 
     def __getitem__(self, index: Any) -> "Summed":
         assert index is ...

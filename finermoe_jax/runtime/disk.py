@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,20 +16,15 @@ def has_room(directory: Path, size: int, files: int = 0) -> bool:
     """True where the disk of a directory takes so many more bytes, and files."""
     found = os.statvfs(directory)
     # Some file systems have no limit of files, and state none.
-    return size <= free(directory) and (not found.f_files or files <= found.f_favail)
-
-
-def free(directory: Path) -> int:
-    """The bytes that are free on the disk of a directory."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    free = shutil.disk_usage(directory).free
+    return size <= free and (not found.f_files or files <= found.f_favail)
 
 
 def free_text(directory: Path) -> str:
     """Says how much is free on the disk of a directory: bytes, and files where they are limited."""
     found = os.statvfs(directory)
     more = f", room for {found.f_favail} more files" if found.f_files else ""
-    return f"{text(free(directory))} free{more}"
+    return f"{text(shutil.disk_usage(directory).free)} free{more}"
 
 
 def text(size: int) -> str:

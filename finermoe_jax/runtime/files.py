@@ -183,7 +183,8 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         ) from None
     try:
         refuse_occupied(target)  # again: the one that had the lock may have made it
-        _empty(partial)
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield partial / target.name
         if target.exists():
             target.rmdir()
@@ -212,8 +213,3 @@ def _claim(partial: Path, target: Path) -> int:
         if partial.exists() and os.fstat(lock).st_ino == partial.stat().st_ino:
             return lock
         os.close(lock)
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -47,13 +47,14 @@ def _way_out(scheme: str, rest: str) -> str:
         return f"{address} is an address: give the path alone, /{rest.partition('/')[2]}"
     if scheme in ("http", "https"):
         host = next((host for host in _HUB_HOSTS if rest.startswith(host)), None)
-        hub_name = None if host is None else rest.removeprefix(host)
+        hub_name = rest.removeprefix(host) if host else ""
     else:
-        hub_name = rest if scheme == "hf" else None
-    if hub_name is not None and (hub_id := _hub_id(hub_name)):
+        hub_name = rest if scheme == "hf" else ""
+    found = re.match(r"(?:(?:datasets|models)/)?([\w.-]+/[\w.-]+)", hub_name)
+    if found:
         return (
-            f"{address} is an address: where a hub id can be given, give {hub_id}; elsewhere "
-            f"download it (hf download {hub_id} --local-dir DIR) and give DIR"
+            f"{address} is an address: where a hub id can be given, give {found[1]}; elsewhere "
+            f"download it (hf download {found[1]} --local-dir DIR) and give DIR"
         )
     if scheme in _COPYING:
         return (
@@ -64,9 +65,3 @@ def _way_out(scheme: str, rest: str) -> str:
         f"{address} is an address, and only local and mounted paths are read and written: copy the "
         "files from or to a local directory, and give its path"
     )
-
-
-def _hub_id(name: str) -> str | None:
-    """owner/name of what follows the Hub's own address; None where it is no repository's."""
-    found = re.match(r"(?:(?:datasets|models)/)?([\w.-]+/[\w.-]+)", name)
-    return found[1] if found else None

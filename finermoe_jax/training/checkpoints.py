@@ -57,12 +57,11 @@ class TrainingCheckpoints:
                 async_options=ASYNC,
                 temporary_path_class=durable(),
             ),
-            item_handlers={
-                **handlers(self.arrays),
-                OPTIMIZER: orbax_files.handler(self.arrays),
-            },
+            item_handlers={**handlers(self.arrays), OPTIMIZER: orbax_files.handler(self.arrays)},
         )
-        self.saves = Saves(self.directory)
+        # Listens to what Orbax's threads log: the failures of this run's saves.
+        self._listening = contextlib.ExitStack()
+        self.failures = self._listening.enter_context(save_errors())
 
     def latest_step(self) -> int | None:
         """The newest complete step; None in a new workdir."""
@@ -97,7 +96,7 @@ class TrainingCheckpoints:
         if step in self.manager.all_steps():
             return
         self.wait()
-        self.saves.refuse_full(step, params, optimizer)
+        self._refuse_full(step, params, optimizer)
         config = described(model.config, model.dtype, model.embed.weight.dtype) | {
             "step": step,
             "logged": dict(logged or {}),
@@ -110,21 +109,20 @@ class TrainingCheckpoints:
             OPTIMIZER: ocp.args.PyTreeSave(optimizer),
         }
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
-        with self.saves.saving():
+        with self._saving():
             self.manager.save(
-                step,
-                args=ocp.args.Composite(**items),
-                metrics=metrics if self.keep_best else None,
+                step, args=ocp.args.Composite(**items), metrics=metrics if self.keep_best else None
             )
 
     def check(self) -> None:
         """Raises RunEnded when the save in progress has failed; costs nothing."""
-        self.saves.check()
+        if self.failures:
+            raise self._ended(self.failures[0])
 
     def wait(self) -> None:
         """Until the save in progress is complete; raises as `save` does."""
         try:
-            with self.saves.saving():
+            with self._saving():
                 self.manager.wait_until_finished()
         finally:
             self.arrays.settle()
@@ -144,16 +142,74 @@ class TrainingCheckpoints:
     def close(self) -> None:
         """Waits for a save in progress; raises as `save` does, once."""
         try:
-            if not self.saves.failures:
+            if not self.failures:
                 self.wait()
         finally:
             self.arrays.settle()
             # After a failure the manager waits for the other processes' parts, which never come.
-            if not self.saves.failures or jax.process_count() == 1:
+            if not self.failures or jax.process_count() == 1:
                 with contextlib.suppress(Exception):  # the failure, once more
                     self.manager.wait_until_finished()
                 self.manager.close()
-            self.saves.close()
+            self._listening.close()
+
+    def _refuse_full(self, step: int, *trees: Any) -> None:
+        """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
+        leaves = jax.tree.leaves(trees)
+        size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
+        if known := saved_steps(self.directory):
+            newest = list((self.directory / str(known[-1])).rglob("*"))
+            size, files = sum(path.stat().st_size for path in newest), len(newest)
+        full = not disk.has_room(self.directory, size, files)
+        if distributed.exchange("full" if full else "")[0]:
+            raise RunEnded(
+                f"step {step} is not saved: a checkpoint needs about {disk.text(size)} and {files} "
+                f"files, and {self._full()}"
+            )
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
+        try:
+            yield
+        except RunEnded:
+            raise
+        except Exception as error:
+            self.failures.append(error)
+            raise self._ended(error) from error
+
+    @contextlib.contextmanager
+    def ending_when_full(self) -> Iterator[None]:
+        """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, RunEnded) or not disk.is_full(error):
+                raise
+            raise self._ended(error) from error
+
+    def _ended(self, error: Exception) -> RunEnded:
+        if disk.is_full(error):
+            return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
+        return RunEnded(
+            f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
+            f"{self._complete()}. Mend that, then run the same command again",
+            alone=True,
+        )
+
+    def _full(self) -> str:
+        return (
+            f"the disk of {self.directory} is full, {disk.free_text(self.directory)}. "
+            f"{self._complete()}. Make room, then run the same command again"
+        )
+
+    def _complete(self) -> str:
+        known = saved_steps(self.directory)
+        return (
+            f"Steps there are complete: {', '.join(map(str, known))}"
+            if known
+            else "No step there is complete"
+        )
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:
@@ -186,81 +242,3 @@ def logged_bytes(checkpoint: Path) -> dict[str, int]:
 def skipped_in_a_row(checkpoint: Path) -> int:
     """The last steps before the save that were left out; 0 for one from before this was kept."""
     return int(read_json(checkpoint / CONFIG / "metadata").get("skipped_in_a_row", 0))
-
-
-class Saves:
-    """A run's saves: those that failed, and whether the disk has room for the next."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._open = contextlib.ExitStack()
-        self.failures = self._open.enter_context(save_errors())
-
-    def close(self) -> None:
-        """Stops listening."""
-        self._open.close()
-
-    def refuse_full(self, step: int, *trees: Any) -> None:
-        """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
-        leaves = jax.tree.leaves(trees)
-        size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
-        if known := saved_steps(self.directory):
-            newest = list((self.directory / str(known[-1])).rglob("*"))
-            size, files = sum(path.stat().st_size for path in newest), len(newest)
-        full = not disk.has_room(self.directory, size, files)
-        if distributed.exchange("full" if full else "")[0]:
-            raise RunEnded(
-                f"step {step} is not saved: a checkpoint needs about {disk.text(size)} and {files} "
-                f"files, and {self._full()}"
-            )
-
-    def check(self) -> None:
-        """Raises RunEnded once a save has failed."""
-        if self.failures:
-            raise self._ended(self.failures[0])
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
-        try:
-            yield
-        except RunEnded:
-            raise
-        except Exception as error:
-            self.failures.append(error)
-            raise self._ended(error) from error
-
-    @contextlib.contextmanager
-    def ending_when_full(self) -> Iterator[None]:
-        """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
-        try:
-            yield
-        except RunEnded:
-            raise
-        except Exception as error:
-            if disk.is_full(error):
-                raise self._ended(error) from error
-            raise
-
-    def _ended(self, error: Exception) -> RunEnded:
-        if disk.is_full(error):
-            return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
-        return RunEnded(
-            f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
-            f"{self._complete()}. Mend that, then run the same command again",
-            alone=True,
-        )
-
-    def _full(self) -> str:
-        return (
-            f"the disk of {self.directory} is full, {disk.free_text(self.directory)}. "
-            f"{self._complete()}. Make room, then run the same command again"
-        )
-
-    def _complete(self) -> str:
-        known = saved_steps(self.directory)
-        return (
-            f"Steps there are complete: {', '.join(map(str, known))}"
-            if known
-            else ("No step there is complete")
-        )

@@ -80,7 +80,7 @@ class Loop:
         saved = first - self.guard.skipped  # updates in the newest checkpoint
         monitor.show_progress(first)
         for step in range(first + 1, steps + 1):
-            if monitor.profile_begins(step):
+            if step == monitor.profile[0]:
                 self._finish()
                 with monitor.pause():
                     monitor.start_profile()
@@ -133,9 +133,9 @@ class Loop:
         last = step == settings.steps
         saves = step % settings.checkpoint_every == 0 or last or stop
         scores = step % settings.eval_every == 0 or last
-        if saves or scores or monitor.profile_ends(step):
+        if saves or scores or step == monitor.profile[1]:
             self._finish()
-        if monitor.profile_ends(step):
+        if step == monitor.profile[1]:
             with monitor.pause():
                 monitor.stop_profile()
         loss = None

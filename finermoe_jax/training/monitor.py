@@ -55,7 +55,7 @@ class Telemetry:
 NOTHING_MORE = Telemetry()
 
 
-def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | None:
+def read_steps(text: str) -> tuple[int, int] | None:
     """The range "a:b" as (a, b), both included; None for an empty text.
 
     Raises InputError unless 1 <= a <= b.
@@ -64,7 +64,9 @@ def read_steps(text: str, flag: str = "--profile_steps") -> tuple[int, int] | No
         return None
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"{flag}={text!r} must be two steps, like 20:22, the first at least 1")
+        raise InputError(
+            f"--profile_steps={text!r} must be two steps, like 20:22, the first at least 1"
+        )
     return int(first), int(last)
 
 
@@ -174,7 +176,8 @@ def memory_gib() -> float:
 class Monitor:
     """One run's figures, from finished steps to wherever they are told. Closes what it opened.
 
-    All processes hold one and call it alike; the first one writes.
+    All processes hold one and call it alike; the first one writes. `profile` are the first and the
+    last step that it traces, zeros where there are none.
     """
 
     def __init__(
@@ -191,15 +194,10 @@ class Monitor:
         Raises InputError when Weights & Biases cannot be reached.
         """
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
-        self.profile: tuple[int, int] | None = None
         # A resumed run traces what is left: the same command must go on.
-        if (
-            telemetry.profile_steps
-            and telemetry.profile_steps[1] > first
-            and jax.process_index() == 0
-        ):
-            begin, end = telemetry.profile_steps
-            self.profile = max(begin, first + 1), end
+        begin, end = telemetry.profile_steps or (0, 0)
+        traces = end > first and jax.process_index() == 0
+        self.profile = (max(begin, first + 1), end) if traces else (0, 0)
         self.profile_directory = workdir / "profile"
         peak = telemetry.peak_flops or peak_flops(jax.devices()[0].device_kind)
         frozen = config.optimizer.freeze_backbone
@@ -258,7 +256,7 @@ class Monitor:
         if step % train.log_every == 0 or last:
             self._log(step, values, load)
         if load is not None and (step % train.load_every == 0 or step == 1 or last):
-            self.log.load({"step": step, **_plain(load)})
+            self.log.append("expert_load.jsonl", {"step": step, **_plain(load)})
             self._write(step, _load_scalars(load))
         if self.bar is not None:
             self.bar.update()
@@ -268,9 +266,7 @@ class Monitor:
         seconds = (now - self.clock - self.paused) / steps
         speed = self.tokens / steps / seconds
         line: dict[str, Any] = {
-            name: float(value) for name, value in values.items() if np.ndim(value) == 0
-        }
-        line |= {
+            **{name: float(value) for name, value in values.items() if np.ndim(value) == 0},
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / self.devices,
             "mfu": None if self.mfu_per_speed is None else speed * self.mfu_per_speed,
@@ -286,7 +282,7 @@ class Monitor:
                 "dead_experts": int(load.dead.sum()),
             }
         self.begin(step)
-        self.log.metrics({"step": step, **line})
+        self.log.append("metrics.jsonl", {"step": step, **line})
         self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
         self.line = line
         self._show()
@@ -308,7 +304,7 @@ class Monitor:
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
         """A held-out loss, of the model of that name."""
-        self.log.evaluation(name, step, loss)
+        self.log.append("evals.jsonl", {"name": name, "step": step, "loss": loss})
         if name.startswith("step"):
             self.held_out = loss
             self._write(step, {"held_out/loss": loss})
@@ -319,14 +315,6 @@ class Monitor:
             writer.write(step, values)
 
     # --- profile ----------------------------------------------------------------------------
-
-    def profile_begins(self, step: int) -> bool:
-        """Whether this step is the first that is traced."""
-        return self.profile is not None and step == self.profile[0]
-
-    def profile_ends(self, step: int) -> bool:
-        """Whether this step is the last that is traced."""
-        return self.profile is not None and step == self.profile[1]
 
     def start_profile(self) -> None:
         """Traces this process and its devices from here on."""

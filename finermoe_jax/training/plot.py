@@ -1,10 +1,6 @@
-"""Pictures of a run: loss.png and load.png, as `finermoe plot WORKDIR` writes them there.
-
-`finermoe plot WORKDIR RIVAL` draws another run's losses beside its own.
-"""
+"""Pictures of a run: loss.png, with another run's losses where asked for, and load.png."""
 
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,11 +46,7 @@ def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
 
 
 def _matplotlib() -> Any:
-    import matplotlib
-
-    if "IPython" not in sys.modules:  # a notebook shows pictures by a backend of its own
-        matplotlib.use("Agg")
-    import matplotlib.pyplot
+    import matplotlib.figure  # without pyplot there is no backend to choose, and nothing to close
 
     return matplotlib
 
@@ -70,12 +62,8 @@ def colours() -> Any:
 
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that hold one: null stands for what was not finite."""
-    kept = [line for line in lines if _is_number(line.get(name))]
+    kept = [line for line in lines if type(line.get(name)) in (int, float)]
     return [line["step"] for line in kept], [line[name] for line in kept]
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
 
 
 def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
@@ -90,10 +78,9 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     metrics, evals = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "evals"))
     if not metrics:
         raise InputError(f"{workdir} holds no metrics.jsonl to draw")
-    plt = _matplotlib().pyplot
-    figure, (top, rate, norm, speed) = plt.subplots(
-        4, 1, figsize=(7.5, 9), height_ratios=(3, 1, 1, 1), sharex=True, layout="constrained"
-    )
+    figure = _matplotlib().figure.Figure(figsize=(7.5, 9), layout="constrained")
+    panels = figure.subplots(4, 1, height_ratios=(3, 1, 1, 1), sharex=True)
+    top, *rates = panels
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
     top.plot(steps, losses, color=_PALE, linewidth=0.8, label="training, each logged step")
@@ -113,15 +100,14 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     top.set_ylabel("loss (nats per token)")
     # Above the curves, which may be anywhere.
     top.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _draw_rates(metrics, rate, norm, speed)
-    for axes in (top, rate, norm, speed):
+    _draw_rates(metrics, *rates)
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
     figure.suptitle(workdir.absolute().name)
     path = workdir / "loss.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 
@@ -170,10 +156,8 @@ def _draw_rival(axes: Any, rival: Path, span: int) -> None:
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:
     """At each place the mean of the last `span` values."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(ends - span, 0)
-    return (sums[ends] - sums[begins]) / (ends - begins)
+    sums = np.convolve(values, np.ones(span))[: len(values)]
+    return sums / np.minimum(np.arange(1, len(values) + 1), span)
 
 
 def draw_load(workdir: Path) -> Path | None:
@@ -185,13 +169,12 @@ def draw_load(workdir: Path) -> Path | None:
     if not records:
         return None
     mpl = _matplotlib()
-    plt = mpl.pyplot
     last = records[-1]
     tokens = np.asarray(last["tokens"], float)
     candidates = np.asarray(last["candidates"])
     layers, slots, choices = candidates.shape
     height = max(2.6, 1.2 + 0.17 * layers)
-    figure = plt.figure(figsize=(13, height + 3.2), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(13, height + 3.2), layout="constrained")
     map_row, curve_row = figure.subfigures(2, 1, height_ratios=(height, 2.8))
     left, right = map_row.subplots(
         1, 2, width_ratios=(1, min(0.5, 0.06 + 0.02 * slots * choices)), sharey=True
@@ -202,7 +185,6 @@ def draw_load(workdir: Path) -> Path | None:
     figure.suptitle(f"{workdir.absolute().name}: load of the experts, step {last['step']}")
     path = workdir / "load.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
@@ -307,8 +289,8 @@ def draw_similarity(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
 ) -> None:
     """Draws the experts' similarity over layers (similarity.py), one curve per model."""
-    plt = _matplotlib().pyplot
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = _matplotlib().figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     styles = itertools.product(("-", "--", ":"), (_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY))
     for (name, (layers, values)), (line, colour) in zip(curves.items(), styles, strict=False):
         label = f"{name}: mean {np.mean(values):.3f}"
@@ -322,4 +304,3 @@ def draw_similarity(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -99,7 +99,7 @@ def train(
         )
         opened.enter_context(contextlib.closing(checkpoints))
         try:
-            with checkpoints.saves.ending_when_full():
+            with checkpoints.ending_when_full():
                 _train(setup, checkpoints, telemetry, opened)
         except OSError as error:
             # Not the user's input any more: a file system that fails, mostly.
@@ -258,7 +258,8 @@ def _report(
         setup.say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
     for prompt in config.prompts:
         words = "".join(complete(model, setup.tokenizer, prompt, config.prompt_tokens))
-        monitor.log.sample(name, step, prompt, words)
+        said = {"name": name, "step": step, "prompt": prompt, "text": words}
+        monitor.log.append("samples.jsonl", said)
         setup.say(f"  {prompt!r} → {words!r}")
     return loss
 

@@ -106,9 +106,11 @@ def _accumulated(
         targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
     free = nnx.traversals.flatten_mapping(free)
     banks = _banks_in_place(model, free)
+    # Cast once, where each microbatch would read them wider than it computes.
+    weights = {path: lax.stop_gradient(_narrowed(free[path], model.dtype)) for path in banks}
 
     def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
-        summed = {p: Summed(lax.stop_gradient(free[p]), sums[p], by[p]) for p in banks}
+        summed = {path: Summed(weights[path], sums[path], by[path]) for path in banks}
         whole = nnx.traversals.unflatten_mapping(by | summed)
         total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets)
         return total / parts, metrics
@@ -136,6 +138,10 @@ def _accumulated(
     metrics["expert_tokens"] = tokens.sum(axis=0)
     grads = {path: sums[path].astype(p.dtype) for path, p in free.items()}
     return metrics, nnx.traversals.unflatten_mapping(grads)
+
+
+def _narrowed(x: Array, dtype: jnp.dtype) -> Array:
+    return x.astype(dtype) if dtype.itemsize < x.dtype.itemsize else x
 
 
 def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:

@@ -13,13 +13,13 @@ import jax
 
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
+from finermoe_jax.data.tokenizers import kept_files, write_files
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
 from finermoe_jax.runtime.locks import LOCK_FILE
 from finermoe_jax.training import plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
-from finermoe_jax.weights.hf_weights import copy_tokenizer
 from finermoe_jax.weights.integrity import saved_steps
 
 _PARTIAL = ".config.json.partial"  # of files.write
@@ -81,13 +81,11 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
     free = _PLACES if (workdir / "data.json").is_file() else ()
     lines, missing = [], []
     for name, (old, new) in changed.items():
-        reason = next((why for what, why in _FIXED.items() if _within(name, what)), "")
-        if reason:
-            lines.append(
-                f"{name}: {old!r} there, {new!r} in the config; it cannot change: {reason}"
-            )
+        line = f"{name}: {old!r} there, {new!r} in the config"
+        if reasons := [why for what, why in _FIXED.items() if _within(name, what)]:
+            lines.append(f"{line}; it cannot change: {reasons[0]}")
         elif not any(_within(name, group) for group in (*allow, *free)):
-            lines.append(f"{name}: {old!r} there, {new!r} in the config")
+            lines.append(line)
             missing.append(name)
     if lines:
         way_out = "give a new --workdir, or the config that the run began with"
@@ -146,7 +144,7 @@ def fill_workdir(
         partial = workdir / ".tokenizer.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        copy_tokenizer(tokenizer_files, partial, ends_files)
+        write_files(kept_files(tokenizer_files, ends_files), partial)
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
         files.commit(partial, workdir / "tokenizer")
 
@@ -253,22 +251,11 @@ class Log:
     def __init__(self, workdir: Path):
         self.workdir = workdir
 
-    def _append(self, file: str, values: dict) -> None:
+    def append(self, file: str, values: dict) -> None:
+        """Adds a record to one of the files."""
         if jax.process_index() == 0:
             with (self.workdir / file).open("a") as stream:
                 stream.write(to_json(values) + "\n")
-
-    def metrics(self, values: dict) -> None:
-        """A logged step, into metrics.jsonl."""
-        self._append("metrics.jsonl", values)
-
-    def load(self, values: dict) -> None:
-        """What each expert got in a step, into expert_load.jsonl."""
-        self._append("expert_load.jsonl", values)
-
-    def evaluation(self, name: str, step: int, loss: float) -> None:
-        """A held-out loss, into evals.jsonl."""
-        self._append("evals.jsonl", {"name": name, "step": step, "loss": loss})
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the model after this step has been scored."""
@@ -282,10 +269,6 @@ class Log:
             path = self.workdir / "config_changes.jsonl"
             lines = [*plot.read_lines(path), {"step": step, "changes": changes}]
             files.write(path, "".join(to_json(line) + "\n" for line in lines))
-
-    def sample(self, name: str, step: int, prompt: str, text: str) -> None:
-        """A prompt's continuation, into samples.jsonl."""
-        self._append("samples.jsonl", {"name": name, "step": step, "prompt": prompt, "text": text})
 
     def cut(self, step: int) -> None:
         """Drops what an interrupted run logged after the step that is resumed from."""

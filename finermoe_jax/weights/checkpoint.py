@@ -30,26 +30,15 @@ from jax.typing import DTypeLike
 from finermoe_jax.config.arguments import check_path
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import from_dict
-from finermoe_jax.data.tokenizers import check_kept
+from finermoe_jax.data.tokenizers import check_kept, kept_files, write_files
 from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params, with_shapes
 from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
-from finermoe_jax.weights import lazy, orbax_files
-from finermoe_jax.weights.hf_weights import check_saving, copy_tokenizer
-from finermoe_jax.weights.integrity import (
-    Known,
-    damage,
-    hashed_along,
-    in_training,
-    newest_whole,
-    refuse_renamed,
-    saved_steps,
-    unreadable,
-    write_checksums,
-)
+from finermoe_jax.weights import integrity, lazy, orbax_files
+from finermoe_jax.weights.hf_weights import to_save
 from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.orbax_files import save_errors
 
@@ -77,27 +66,21 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(save(), name="tokenizer")]
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
-        """Writes the files (`copy_tokenizer`); the first process alone."""
+        """Writes the files (`kept_files`); the first process alone."""
         if jax.process_index() == 0 and args.source is not None:
-            copy_tokenizer(args.source, Path(directory))
+            write_files(kept_files(args.source), Path(directory))
 
-    def restore(self, directory: epath.Path, args: "TokenizerRestore") -> Path:
-        """The directory that holds them."""
+    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Path:
+        """The directory that holds them: the files are used where they are."""
         return Path(directory)
 
 
-@ocp.args.register_with_handler(TokenizerHandler, for_save=True)
+@ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class TokenizerSave(ocp.args.CheckpointArgs):
     """The directory whose tokenizer files are saved; None saves none."""
 
     source: Path | None
-
-
-@ocp.args.register_with_handler(TokenizerHandler, for_restore=True)
-@dataclasses.dataclass
-class TokenizerRestore(ocp.args.CheckpointArgs):
-    """Nothing to say: the files are used where they are."""
 
 
 def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
@@ -145,7 +128,8 @@ def write_checkpoint(
         }
     )
     arrays = orbax_files.ArrayHandler(written)
-    with save_errors(), hashed_along(_partial(target)) as known:
+    partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
+    with save_errors(), integrity.hashed_along(partial) as known:
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=ASYNC), **handlers(arrays)
         )
@@ -168,23 +152,18 @@ def save_checkpoint(
 
     Raises InputError when path is occupied, or the tokenizer cannot be kept.
     """
-    check_saving(model, path, tokenizer)
-    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
-    source = Path(local(tokenizer)) if tokenizer is not None else None
+    weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
-        write_checkpoint(model.config, model.dtype, weights, directory, source)
-
-
-def _partial(target: Path) -> Path:
-    """Where Orbax writes what is about to become `target`."""
-    return target.with_name(f"{target.name}{_PARTIAL}")
+        write_checkpoint(model.config, model.dtype, weights, directory, files)
 
 
 # Orbax's writers wait minutes for directories that a thread was to make and could not.
 ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
-def durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+def durable(
+    known: integrity.Known | None = None,
+) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
     """Orbax's class of temporary directories, with checksums and an fsync before the rename.
 
     `known` holds the checksums taken already. Orbax finalizes when all processes have written, in
@@ -205,7 +184,7 @@ def durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRenameT
                 await super().finalize()
             finally:
                 self._final_path = epath.Path(final)
-            write_checksums(whole, known)
+            integrity.write_checksums(whole, known)
             commit(whole, final)
 
     return Durable
@@ -213,7 +192,7 @@ def durable(known: Known | None = None) -> type[ocp.path.atomicity.AtomicRenameT
 
 def newest_checkpoint(steps: Path) -> Path | None:
     """The newest complete step of a directory of numbered checkpoints."""
-    numbers = saved_steps(steps)
+    numbers = integrity.saved_steps(steps)
     return steps / str(numbers[-1]) if numbers else None
 
 
@@ -223,7 +202,7 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
     Items in `skip` are not looked at.
     """
     if (path / PARAMS).is_dir() and (path / CONFIG).is_dir():
-        found = damage(path, skip)
+        found = integrity.damage(path, skip)
         if not path.is_dir():
             raise _removed(path)
         if found:
@@ -232,10 +211,10 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
                 "it anew"
             )
         if path.parent.name == "checkpoints" and path.name.isdecimal():
-            refuse_renamed(path)
+            integrity.refuse_renamed(path)
         return path
     steps = steps_of(path)
-    newest = newest_whole(steps, skip)
+    newest = integrity.newest_whole(steps, skip)
     if newest is None and newest_checkpoint(steps) is not None:
         raise InputError(f"{steps} holds no checkpoint without damage")
     if newest is None:
@@ -304,7 +283,7 @@ def readable(checkpoint: Path) -> Iterator[None]:
         if not checkpoint.exists():
             raise _removed(checkpoint) from None
         if any(reason in str(error) for reason in _UNREADABLE):
-            raise unreadable(checkpoint, first_line(error)) from None
+            raise integrity.unreadable(checkpoint, first_line(error)) from None
         raise InputError(
             f"checkpoint {checkpoint} is damaged or incomplete: {first_line(error)}"
         ) from None
@@ -327,7 +306,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
         with readable(directory):
             return assembled(config, lazy.cast(weights, param_dtype), dtype, mesh)
 
-    return in_training(steps_of(path), load)
+    return integrity.in_training(steps_of(path), load)
 
 
 def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:

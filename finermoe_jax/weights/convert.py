@@ -1,6 +1,7 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
-from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled
 
 # As a shell tells of Ctrl-C.
@@ -43,9 +44,7 @@ def convert(
     casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
     source has to be one of these experts already.
 
-    No more of the model than a few blocks is in memory at a time.
-
-    Returns the architecture that was written.
+    Returns the architecture that was written. A few blocks of the model are in memory at a time.
 
     Raises InputError for whatever the source, the target or the sizes have wrong and for a disk
     without room, RunEnded on SIGTERM and Ctrl-C. Nothing of the target is then left.
@@ -54,7 +53,11 @@ def convert(
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
-    _refuse_mixed(source, model, dtype)
+    if dtype is None and len(model.stored) > 1:
+        raise InputError(
+            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
+            "dtype: say which by --dtype"
+        )
     if to == "hf":
         model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
     else:
@@ -85,23 +88,15 @@ def convert(
     return config
 
 
-def _refuse_mixed(source: str, model: ModelSource, dtype: str | None) -> None:
-    """Raises InputError for weights of several dtypes where none is asked for."""
-    if dtype is None and len(model.stored) > 1:
-        raise InputError(
-            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
-            "dtype: say which by --dtype"
-        )
-
-
 @contextlib.contextmanager
 def _room(target: Path, size: int) -> Iterator[None]:
     """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not disk.has_room(place, size):
+        free = disk.text(shutil.disk_usage(place).free)
         raise InputError(
-            f"{target} would take {disk.text(size)}, and its disk has "
-            f"{disk.text(disk.free(place))} free: make room, or give a directory elsewhere"
+            f"{target} would take {disk.text(size)}, and its disk has {free} free: make room, or "
+            "give a directory elsewhere"
         )
     filled = (
         f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "

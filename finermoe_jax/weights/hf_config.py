@@ -2,11 +2,17 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from finermoe_jax.config.model import ROPE_FIELDS, ModelConfig, MoEConfig, RopeScaling
+from finermoe_jax.config.model import (
+    GRANULARITIES,
+    ROPE_FIELDS,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+)
+from finermoe_jax.config.parse import from_dict, typed
 from finermoe_jax.errors import InputError
 
 FINERMOE_TYPE, FINERMOE_ARCHITECTURE = "finer_moe", "FineRMoeForCausalLM"
@@ -46,40 +52,14 @@ SUPPORTED_TYPES = tuple(_FAMILIES)
 # Of Mistral, and of Qwen's layers from the second number on; again where config.json is silent.
 _WINDOW, _FIRST_WINDOWED_LAYER, _SWITCH = 4096, 28, "use_sliding_window"
 _ORIGINAL = "original_max_position_embeddings"
-
-
-class _Fields:
-    """Typed access to a config.json; a missing or ill-typed key is an InputError."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"{self.where}: {key}={value!r} must be an integer")
-        if abs(value) >= 1 << 63:
-            digits = len(str(abs(value)))
-            raise InputError(f"{self.where}: {key} has {digits} digits; it must fit 64 bits")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise InputError(f"{self.where}: {key}={value!r} must be a number")
-        try:
-            number = float(value)
-        except OverflowError:  # an integer of more digits
-            number = math.inf
-        if not (math.isfinite(number) and number > 0):
-            raise InputError(f"{self.where}: {key}={value!r} must be positive and finite")
-        return number
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {key}={value!r} must be true or false")
-        return value
+# What config.json and ModelConfig call the same.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SAME = (
+    *(*_SIZES, "num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_theta", "tie_word_embeddings"),
+)
+# FineRMoE's keys and MoEConfig's fields; T_I it states by num_experts_per_tok.
+_GRANULARITIES = {key: field for key, field in GRANULARITIES.items() if key != "T_I"}
 
 
 def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -90,129 +70,126 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     RopeType, sliding windows, biases of o_proj or the FFN, other activations), and for numbers that
     contradict each other, naming both.
     """
-    fields = _Fields(values, where)
+    try:
+        return _model_config(values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _read(values: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """A key's value. Raises InputError where it is missing or of another type."""
+    return typed(values.get(key, default), (kind,), key)
+
+
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in SUPPORTED_TYPES:
         raise InputError(
-            f"{where}: model_type={kind!r} is not supported; supported are "
-            f"{', '.join(SUPPORTED_TYPES)}"
+            f"model_type={kind!r} is not supported; supported are {', '.join(SUPPORTED_TYPES)}"
         )
     family = _FAMILIES[kind]
-    _refuse_unsupported(fields, kind)
-    theta, scaling = _rope(fields)
-    heads = fields.integer("num_attention_heads")
+    _refuse_unsupported(values, kind)
+    theta, scaling = _rope(values)
+    sizes = {key: _read(values, key, int) for key in (*_SIZES, "vocab_size")}
+    heads = sizes["num_attention_heads"]
     kv_heads = heads
     if values.get("num_key_value_heads", 0) is not None:  # null: as many
-        kv_heads = fields.integer("num_key_value_heads", family.kv_heads or heads)
-    moe = _moe_config(fields) if kind == FINERMOE_TYPE else None
+        kv_heads = _read(values, "num_key_value_heads", int, family.kv_heads or heads)
+    head_dim = values.get("head_dim")
+    moe = _moe_config(values) if kind == FINERMOE_TYPE else None
     config = ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=kv_heads,
         rope_theta=theta,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=fields.integer("max_position_embeddings", family.positions),
-        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        attention_bias=family.attention_bias if moe is None else fields.flag("qkv_bias", True),
-        qk_norm=family.qk_norm if moe is None else fields.flag("qk_norm", False),
-        head_dim=family.head_dim if values.get("head_dim") is None else fields.integer("head_dim"),
+        rms_norm_eps=_read(values, "rms_norm_eps", float, 1e-6),
+        max_position_embeddings=_read(values, "max_position_embeddings", int, family.positions),
+        tie_word_embeddings=_read(values, "tie_word_embeddings", bool, False),
+        attention_bias=_read(values, "qkv_bias", bool, True) if moe else family.attention_bias,
+        qk_norm=_read(values, "qk_norm", bool, False) if moe else family.qk_norm,
+        head_dim=family.head_dim if head_dim is None else _read(values, "head_dim", int),
         rope_scaling=scaling,
         moe=moe,
     )
     if moe is not None:
-        size = fields.integer("moe_intermediate_size", config.expert_intermediate_size)
+        size = _read(values, "moe_intermediate_size", int, config.expert_intermediate_size)
         if size != config.expert_intermediate_size:
             raise InputError(
-                f"{where}: moe_intermediate_size={size}, but intermediate_size="
-                f"{config.intermediate_size} / G_I={moe.intermediate_granularity} = "
-                f"{config.expert_intermediate_size}"
+                f"moe_intermediate_size={size}, but intermediate_size={config.intermediate_size} / "
+                f"G_I={moe.intermediate_granularity} = {config.expert_intermediate_size}"
             )
     return config
 
 
-def _refuse_unsupported(fields: _Fields, kind: str) -> None:
+def _refuse_unsupported(values: Mapping[str, Any], kind: str) -> None:
     """Raises InputError for features that this decoder does not compute."""
-    activation = fields.values.get("hidden_act", "silu")
-    for key, value, unsupported in (
-        ("hidden_act", activation, activation not in ("silu", "swish")),  # two names of one
-        ("mlp_bias", True, fields.flag("mlp_bias", False)),
+    for key, default, computed in (
+        ("hidden_act", "silu", ("silu", "swish")),  # two names of one
+        ("mlp_bias", False, (False,)),
     ):
-        if unsupported:
-            raise InputError(f"{fields.where}: {key}={value!r} is not supported")
-    _refuse_windows(fields, kind)
+        if (value := values.get(key, default)) not in computed:
+            raise InputError(f"{key}={value!r} is not supported")
+    _refuse_windows(values, kind)
     # Of Qwen2 the key is not read: it has biases always, and never on o_proj.
-    if kind != "qwen2" and fields.flag("attention_bias", False):
-        raise InputError(
-            f"{fields.where}: attention_bias=True is not supported: with it o_proj has a bias, too"
-        )
+    if kind != "qwen2" and _read(values, "attention_bias", bool, False):
+        raise InputError("attention_bias=True is not supported: with it o_proj has a bias, too")
 
 
-def _refuse_windows(fields: _Fields, kind: str) -> None:
+def _refuse_windows(values: Mapping[str, Any], kind: str) -> None:
     """Raises InputError where a layer's attention reaches back a window only."""
-    kinds = fields.values.get("layer_types")
+    kinds = values.get("layer_types")
     kinds = [] if kinds is None else kinds
     if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
-        raise InputError(f"{fields.where}: layer_types={kinds!r} is not supported")
-    window, why = fields.values.get("sliding_window", _WINDOW), ""
+        raise InputError(f"layer_types={kinds!r} is not supported")
+    window, why = values.get("sliding_window", _WINDOW), ""
     if kind == "llama" or window is None:  # Llama has none, whatever its keys say
         return
     if kind != "mistral":
-        layers, switched = fields.integer("num_hidden_layers"), fields.flag(_SWITCH, False)
-        first = fields.integer("max_window_layers", _FIRST_WINDOWED_LAYER)
-        if not switched or kinds or first >= layers:
+        first = _read(values, "max_window_layers", int, _FIRST_WINDOWED_LAYER)
+        switched = _read(values, _SWITCH, bool, False)
+        if not switched or kinds or first >= _read(values, "num_hidden_layers", int):
             return
         why = f" in the layers from max_window_layers={first} on ({_SWITCH}=True)"
-    raise InputError(f"{fields.where}: sliding_window={window!r}{why} is not supported")
+    raise InputError(f"sliding_window={window!r}{why} is not supported")
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base and the scaling of rotary embeddings.
 
     Raises InputError for what is not known of them, since it may change the computation.
     """
-    stated, rope = _stated_rope(fields)
+    stated, rope = _stated_rope(values)
     kind = rope.pop("rope_type", "default")
     fit = [*itertools.chain(*ROPE_FIELDS[kind])] if kind in list(ROPE_FIELDS) else []
-    beside = fields.values.get(_ORIGINAL)
+    beside = values.get(_ORIGINAL)
     if beside is not None and _ORIGINAL in fit and rope.setdefault(_ORIGINAL, beside) != beside:
         raise InputError(
-            f"{fields.where}: {_ORIGINAL}={beside!r} and {stated} contradict each other: leave out "
-            "the one that the model was not trained with"
+            f"{_ORIGINAL}={beside!r} and {stated} contradict each other: leave out the one that "
+            "the model was not trained with"
         )
     whole = rope.pop("partial_rotary_factor", 1) == 1
     strange = {name: rope[name] for name in rope if name not in ("rope_theta", *fit)}
     if kind not in ["default", *ROPE_FIELDS] or strange or not whole:
         what = f" with {strange!r}" if strange else ""
         raise InputError(
-            f"{fields.where}: {stated}: rotary embeddings of rope_type={kind!r}{what} are not "
-            f"supported; supported are the types default, {', '.join(ROPE_FIELDS)}, over the whole "
-            "head"
+            f"{stated}: rotary embeddings of rope_type={kind!r}{what} are not supported; supported "
+            f"are the types default, {', '.join(ROPE_FIELDS)}, over the whole head"
         )
-    theta = _Fields({"rope_theta": 10000.0, **rope}, fields.where).number("rope_theta")
-    read = _Fields(rope, f"{fields.where}: {stated}")
+    theta = _read(rope, "rope_theta", float, 10000.0)
     if kind == "default":
         return theta, None
     # What is not stated stays so: versions of transformers differ in what that means.
-    numbers: dict[str, Any] = {
-        name: read.integer(name) if name == _ORIGINAL else read.number(name)
-        for name in fit
-        if name != "truncate" and (name in rope or name in ROPE_FIELDS[kind][0])
-    }
-    truncate = read.flag("truncate", True) if "truncate" in rope else None
-    return theta, RopeScaling(rope_type=kind, truncate=truncate, **numbers)
+    numbers = {name: rope[name] for name in fit if name in rope}
+    return theta, from_dict(RopeScaling, {"rope_type": kind, **numbers}, stated)
 
 
-def _stated_rope(fields: _Fields) -> tuple[str, dict[str, Any]]:
+def _stated_rope(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Every value that is stated of rotary embeddings, as it stands there and by its name.
 
     Published files carry rope_theta and rope_scaling, transformers 5 writes rope_parameters. Raises
     InputError where they contradict each other.
     """
     keys = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
-    given = {key: fields.values[key] for key in keys if fields.values.get(key) is not None}
+    given = {key: values[key] for key in keys if values.get(key) is not None}
     stated = ", ".join(f"{key}={value!r}" for key, value in given.items())
     rope: dict[str, Any] = {}
     for key, value in given.items():
@@ -220,39 +197,30 @@ def _stated_rope(fields: _Fields) -> tuple[str, dict[str, Any]]:
             name = "rope_type" if name == "type" else name
             if one is not None and rope.setdefault(name, one) != one:
                 raise InputError(
-                    f"{fields.where}: {stated} state both {name}={rope[name]!r} and {one!r}: leave "
-                    "out the one that the model was not trained with"
+                    f"{stated} state both {name}={rope[name]!r} and {one!r}: leave out the one "
+                    "that the model was not trained with"
                 )
     return stated, rope
 
 
-def _moe_config(fields: _Fields) -> MoEConfig:
-    slots = fields.integer("G_O")
-    active = fields.integer("num_experts_per_tok")
+def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
+    slots, active = (_read(values, key, int) for key in ("G_O", "num_experts_per_tok"))
     if slots < 1 or active < 1 or active % slots:
-        raise InputError(
-            f"{fields.where}: num_experts_per_tok={active} must be a positive multiple of "
-            f"G_O={slots}"
-        )
-    layers = fields.values.get("mlp_only_layers") or []
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise InputError(f"{fields.where}: mlp_only_layers={layers!r} must be a list of integers")
+        raise InputError(f"num_experts_per_tok={active} must be a positive multiple of G_O={slots}")
+    layers = values.get("mlp_only_layers") or []
     moe = MoEConfig(
-        intermediate_granularity=fields.integer("G_I"),
-        output_granularity=slots,
-        intermediate_expansion=fields.integer("R_I"),
-        output_expansion=fields.integer("R_O"),
+        **{field: _read(values, key, int) for key, field in _GRANULARITIES.items()},
         active_per_group=active // slots,
-        shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size", 0),
-        norm_topk_prob=fields.flag("norm_topk_prob", False),
-        concat_proj="routed" if fields.flag("moe_concat_proj", False) else "none",
-        decoder_sparse_step=fields.integer("decoder_sparse_step", 1),
-        mlp_only_layers=tuple(layers),
+        shared_expert_intermediate_size=_read(values, "shared_expert_intermediate_size", int, 0),
+        norm_topk_prob=_read(values, "norm_topk_prob", bool, False),
+        concat_proj="routed" if _read(values, "moe_concat_proj", bool, False) else "none",
+        decoder_sparse_step=_read(values, "decoder_sparse_step", int, 1),
+        mlp_only_layers=typed(layers, (tuple[int, ...],), "mlp_only_layers"),
     )
-    stated = fields.integer("num_experts", moe.num_experts)
+    stated = _read(values, "num_experts", int, moe.num_experts)
     if stated != moe.num_experts:
         raise InputError(
-            f"{fields.where}: num_experts={stated}, but G_O*R_O*R_I*G_I = "
+            f"num_experts={stated}, but G_O*R_O*R_I*G_I = "
             f"{moe.output_granularity}*{moe.output_expansion}*{moe.intermediate_expansion}*"
             f"{moe.intermediate_granularity} = {moe.num_experts}"
         )
@@ -267,16 +235,7 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """
     values: dict[str, Any] = {
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        **{key: getattr(config, key) for key in _SAME},
         "torch_dtype": dtype,
         "use_sliding_window": False,
         "attention_dropout": 0.0,
@@ -301,10 +260,7 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "auto_map": AUTO_MAP,
         "model_type": FINERMOE_TYPE,
         **values,
-        "G_I": moe.intermediate_granularity,
-        "G_O": moe.output_granularity,
-        "R_I": moe.intermediate_expansion,
-        "R_O": moe.output_expansion,
+        **{key: getattr(moe, field) for key, field in _GRANULARITIES.items()},
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_active,
         "moe_intermediate_size": config.expert_intermediate_size,

@@ -1,6 +1,7 @@
 """The one table between Hugging Face tensor names and the decoder's parameters, for both ways."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -87,19 +88,14 @@ class Parts:
     experts: int
 
     @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the axes over which tensors are spread: (), (repeats,) or (repeats, experts)."""
+        return tuple(size for size in (len(self.layers), self.experts) if size)
+
+    @property
     def count(self) -> int:
         """How many tensors."""
-        return len(self.rules) * max(1, len(self.layers)) * max(1, self.experts)
-
-    def places(self) -> Iterator[tuple[int, ...]]:
-        """Every place on the leading axes: (), (repeat,) or (repeat, expert)."""
-        if not self.layers:
-            yield ()
-        for repeat in range(len(self.layers)):
-            if self.experts:
-                yield from ((repeat, expert) for expert in range(self.experts))
-            else:
-                yield (repeat,)
+        return len(self.rules) * math.prod(self.leading)
 
     def name(self, rule: Rule, place: tuple[int, ...]) -> str:
         """The HF tensor's name of one rule at one place."""
@@ -110,11 +106,10 @@ class Parts:
 
     def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor, given the parameter's shape."""
-        leading = bool(self.layers) + bool(self.experts)
         # A view of one element tells the HF tensor's shape without allocating one.
-        ours = np.broadcast_to(np.empty((), np.int8), shape[leading:])
+        ours = np.broadcast_to(np.empty((), np.int8), shape[len(self.leading) :])
         theirs = [(rule, rule.view(ours).shape) for rule in self.rules]
-        for place in self.places():
+        for place in np.ndindex(*self.leading):
             yield from ((self.name(rule, place), size) for rule, size in theirs)
 
 

@@ -3,11 +3,12 @@
 Only safetensors are read: nothing is unpickled or executed.
 """
 
+import functools
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from finermoe_jax.data.tokenizers import (
     kept_files,
     write_files,
 )
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
 from finermoe_jax.runtime.files import new_directory
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -82,9 +83,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
     except InputError:
         raise
     except Exception as error:  # the hub client raises many unrelated types
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"{source} is no directory here and could not be had from the hub: {first}"
+            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
         ) from None
 
 
@@ -115,8 +115,7 @@ def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
     _check_tensors(files, table, shapes, config)
     stored = jnp.dtype(dtype or DTYPES[files.dtype(_EMBEDDING)])
     return config, {
-        path: LazyArray(shape, stored, _reader(files, table[path], shape, stored))
-        for path, shape in shapes.items()
+        path: _stored(files, table[path], shape, stored) for path, shape in shapes.items()
     }
 
 
@@ -127,40 +126,26 @@ def stored_dtypes(directory: Path) -> list[str]:
     return sorted(DTYPES.get(name, name) for name in found)
 
 
-def _reader(
-    files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[lazy.Index], np.ndarray]:
-    leading = bool(where.layers) + bool(where.experts)
+def _stored(files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
+    axes, first = len(where.leading), where.rules[0]
 
     def laid_out(*place: int) -> np.ndarray:
-        whole = np.empty(shape[leading:], dtype)
+        whole = np.empty(shape[axes:], dtype)
         for rule in where.rules:
             rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
         return whole
 
     kept = lazy.last_kept(laid_out)
 
-    def one(place: tuple[int, ...], index: lazy.Index) -> np.ndarray:
-        first = where.rules[0]
+    def read(*at: Any) -> np.ndarray:
+        *place, index = at
         if first.same:
-            return _cast(files, where.name(first, place), dtype, index)
-        if lazy.is_whole(index, shape[leading:]):
+            return _cast(files, where.name(first, tuple(place)), dtype, index)
+        if lazy.is_whole(index, shape[axes:]):
             return laid_out(*place)
         return kept(*place)[index]
 
-    def read(index: lazy.Index) -> np.ndarray:
-        outer, inner = index[:leading], index[leading:]
-        if not outer:
-            return one((), inner)
-        counts = [each.stop - each.start for each in outer]
-        starts = np.array([each.start for each in outer])
-        places = [tuple(map(int, starts + place)) for place in np.ndindex(*counts)]
-        if len(places) == 1:
-            return one(places[0], inner)[(np.newaxis,) * leading]
-        values = np.stack([one(place, inner) for place in places])
-        return values.reshape(*counts, *values.shape[1:])
-
-    return read
+    return lazy.stacked(shape, dtype, axes, read)
 
 
 def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()) -> np.ndarray:
@@ -178,19 +163,14 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     Raises InputError as `open_hf` does, and for another dtype.
     """
     check_path("source", source)
-    _check_float(dtype)
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
     config, weights = open_hf(resolve_source(source), dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
-
-
-def _check_float(dtype: DTypeLike | None) -> None:
-    """Raises InputError for a dtype that weights cannot have; None can be."""
-    try:
-        right = dtype is None or jnp.dtype(dtype).name in FLOATS
-    except TypeError:
-        right = False
-    if not right:
-        raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
 
 
 def _check_tensors(
@@ -216,21 +196,20 @@ def _check_tensors(
                 f"from {_EMBEDDING}; set tie_word_embeddings to false in config.json"
             )
         present.remove(_HEAD)
-    complaints = []
-    if missing := sorted(wanted.keys() - present):
-        complaints.append(f"{len(missing)} missing:{listing(missing)}")
-    if extra := sorted(present - wanted.keys()):
-        complaints.append(f"{len(extra)} unexpected:{listing(extra)}")
-    misshapen, dtypes = [], []
-    for name in sorted(wanted.keys() & present):
-        if files.shape(name) != wanted[name]:
-            misshapen.append(f"{name} {files.shape(name)}, config.json implies {wanted[name]}")
-        if files.dtype(name) not in DTYPES:
-            dtypes.append(f"{name} is {files.dtype(name)}")
-    if misshapen:
-        complaints.append(f"{len(misshapen)} of the wrong shape:{listing(misshapen)}")
-    if dtypes:
-        complaints.append(f"{len(dtypes)} not of {', '.join(DTYPES)}:{listing(dtypes)}")
+    known = sorted(wanted.keys() & present)
+    faults = {
+        "missing": sorted(wanted.keys() - present),
+        "unexpected": sorted(present - wanted.keys()),
+        "of the wrong shape": [
+            f"{name} {files.shape(name)}, config.json implies {wanted[name]}"
+            for name in known
+            if files.shape(name) != wanted[name]
+        ],
+        f"not of {', '.join(DTYPES)}": [
+            f"{name} is {files.dtype(name)}" for name in known if files.dtype(name) not in DTYPES
+        ],
+    }
+    complaints = [f"{len(of)} {fault}:{listing(of)}" for fault, of in faults.items() if of]
     if complaints:
         raise InputError(
             f"the tensors in {files.directory} do not fit its config.json\n" + "\n".join(complaints)
@@ -241,16 +220,15 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
     shape = files.shape(one)
     if shape != files.shape(other) or files.dtype(one) != files.dtype(other):
         return False
-    if not shape or files.dtype(one) not in DTYPES:
+    if 0 in shape or files.dtype(one) not in DTYPES:
         return True  # refused for that
-    rows = max(1, lazy.BLOCK_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
-
-    def part(name: str, start: int) -> np.ndarray:
-        return files.tensor(name, (slice(start, min(start + rows, shape[0])),))
-
+    dtype = jnp.dtype(DTYPES[files.dtype(one)])
+    first, second = (
+        LazyArray(shape, dtype, functools.partial(files.tensor, name)) for name in (one, other)
+    )
     return all(
-        part(one, start).tobytes() == part(other, start).tobytes()
-        for start in range(0, shape[0], rows)
+        first[index].tobytes() == second[index].tobytes()
+        for index in lazy.blocks(shape, lazy.block_shape(first))
     )
 
 
@@ -273,9 +251,10 @@ def write_hf(
         check_kept(tokenizer, texts)
     directory.mkdir()
     if config.moe is not None:
-        copy_model_code(directory)
+        for file in model_code():
+            shutil.copyfile(file, directory / file.name)
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, directory)
+        write_files(kept_files(tokenizer), directory)
     for name, text in texts.items():
         (directory / name).write_text(text)
     table = parts(config, list(weights))
@@ -305,8 +284,7 @@ def _pieces(
     """(name, values) in the order of `Parts.shapes`; large tensors in runs of rows."""
     for path, array in weights.items():
         where = table[path]
-        leading = bool(where.layers) + bool(where.experts)
-        block = lazy.block_shape(array)
+        leading, block = len(where.leading), lazy.block_shape(array)
         if not where.rules[0].same:
             block = (*block[:leading], *array.shape[leading:])
         indices = list(lazy.blocks(array.shape, block))
@@ -317,31 +295,27 @@ def _pieces(
                     yield where.name(rule, at), rule.view(values[place])
 
 
-def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> None:
-    """Writes the `kept_files` of source (and model) into target."""
-    write_files(kept_files(source, model), target)
-
-
 def model_code() -> list[Path]:
     """The files that auto_map names: the model for transformers; none of them runs here."""
     modules = {place.split(".")[0] for place in AUTO_MAP.values()}
     return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
 
 
-def copy_model_code(target: Path) -> None:
-    """Copies `model_code`."""
-    for file in model_code():
-        shutil.copyfile(file, target / file.name)
+def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None]:
+    """A model's weights, and the directory of its tokenizer, if any.
 
-
-def check_saving(model: Any, path: Any, tokenizer: Any) -> None:
-    """Raises InputError for arguments of another type, or a tokenizer that is no directory."""
+    Raises InputError for arguments of another type, or a tokenizer that is no directory.
+    """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     check_path("path", path)
-    if tokenizer is not None:
-        check_path("tokenizer", tokenizer)
-        if not Path(local(tokenizer)).is_dir():
-            raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
+    if tokenizer is None:
+        return weights, None
+    check_path("tokenizer", tokenizer)
+    files = Path(local(tokenizer))
+    if not files.is_dir():
+        raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+    return weights, files
 
 
 def save_hf(
@@ -360,9 +334,7 @@ def save_hf(
     Raises:
       InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
     """
-    check_saving(model, path, tokenizer)
-    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
-    files = Path(local(tokenizer)) if tokenizer is not None else None
+    weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
         for _ in write_hf(model.config, weights, directory, files):
             pass

@@ -1,6 +1,7 @@
 """Checksums of checkpoints: written as part of each, compared before one is used."""
 
 import contextlib
+import hashlib
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ _THREADS = 4
 TRIES = 10
 # Seconds between looks at a directory that is being written, and for which a file must have rested.
 _PAUSE, _RESTED = 0.1, 0.5
+# Errors of a file that is missing, or something else.
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # Hashes of files.
 Known = dict[State, str]
 
@@ -35,14 +38,12 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
     Files in `known` (`hashed_along`) are not read again.
     """
     known = known or {}
-    names = sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
-    )
-    names = [name for name in names if name != CHECKSUMS]
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted({str(path.relative_to(directory)) for path in paths} - {CHECKSUMS})
 
     def entry(name: str) -> tuple[int, str]:
         found = state(directory / name)
-        return (found[1], known[found]) if found in known else _hash(directory / name)
+        return found[1], known[found] if found in known else _hash(directory / name)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         files = dict(zip(names, pool.map(entry, names), strict=True))
@@ -72,7 +73,7 @@ def hashed_along(directory: Path) -> Iterator[Known]:
                     path = Path(entry.path)
                     found = state(path)
                     if time.time_ns() - found[2] > _RESTED * 1e9:
-                        known[found] = _hash(path)[1]
+                        known[found] = _hash(path)
                         seen.add(found[0])
                         forget(path)
 
@@ -94,12 +95,8 @@ def hashed_along(directory: Path) -> Iterator[Known]:
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
     """What of a checkpoint differs from its checksums; an empty list where nothing does.
 
-    Args:
-      directory: the checkpoint.
-      skip: items (directories in it) that are not wanted and not read.
-      part, parts: of the files, only part, part + parts, … are read.
-
-    A checkpoint of before there were checksums has nothing to differ from.
+    Items (directories in it) of `skip` are not read; of the files, part, part + parts, … are. A
+    checkpoint of before there were checksums has nothing to differ from.
 
     Raises InputError where it cannot be told: permissions, a failing disk, too many open files.
     """
@@ -111,7 +108,7 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
             for name in ("config/metadata", CHECKSUMS):
                 if (directory / name).exists():
                     (directory / name).open("rb").close()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except _GONE as error:
         return [f"{error.filename} is missing or no file"]
     try:
         described = read_json(directory / "config" / "metadata")
@@ -133,8 +130,8 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
         with _unreadable(directory):
             try:
                 length = path.stat().st_size
-                found = _hash(path)[1] if length == size else ""
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                found = _hash(path) if length == size else ""
+            except _GONE:
                 return f"{name} is missing ({size} bytes when saved)"
         if length != size:
             return f"{name} has {length} bytes, {size} when saved"
@@ -149,7 +146,7 @@ def _unreadable(checkpoint: Path) -> Iterator[None]:
     """Tells what cannot be read now from what is damaged."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except _GONE:
         raise
     except OSError as error:
         raise unreadable(checkpoint, f"{error.filename}: {error.strerror}") from None
@@ -163,29 +160,20 @@ def unreadable(checkpoint: Path, reason: str) -> InputError:
     )
 
 
-def stated_step(checkpoint: Path) -> int | None:
-    """The training step that a checkpoint says it holds; None for older and converted ones."""
-    step = read_json(checkpoint / "config" / "metadata").get("step")
-    return step if isinstance(step, int) else None
-
-
 def refuse_renamed(checkpoint: Path) -> None:
     """Raises InputError for a numbered checkpoint that holds another step than its name says."""
-    step = stated_step(checkpoint)
-    if step is not None and str(step) != checkpoint.name:
+    step = read_json(checkpoint / "config" / "metadata").get("step")
+    # Older and converted ones say none.
+    if isinstance(step, int) and str(step) != checkpoint.name:
         raise InputError(
             f"{checkpoint} holds step {step}: it was renamed, or another one was put in its place. "
             f"Rename it to {checkpoint.with_name(str(step))}"
         )
 
 
-def _hash(path: Path) -> tuple[int, str]:
-    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(1 << 20))
+def _hash(path: Path) -> str:
     with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return size, digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _describe(step: Path, found: list[str]) -> str:
@@ -203,13 +191,9 @@ def saved_steps(steps: Path) -> list[int]:
 
 
 def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
-    """Renames the newest checkpoints of a run to damaged-N until one is whole.
+    """Renames the newest checkpoints of a run to damaged-N until one is whole, and says so.
 
     Every process of the run calls this, and reads a share of the files.
-
-    Args:
-      steps: the directory of the numbered checkpoints.
-      say: what is told about each, with the step used instead.
 
     Raises InputError, on all processes: none is whole though there have been some; the newest
     cannot be read; it holds another step than its name says. Nothing is renamed then.
@@ -232,11 +216,9 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
             return
         with distributed.together():
             if jax.process_index() == 0:
-                aside = steps / f"damaged-{newest.name}"
-                for again in range(2, 1000):
-                    if not aside.exists():
-                        break
-                    aside = steps / f"damaged-{newest.name}-{again}"
+                name = f"damaged-{newest.name}"
+                names = (name, *(f"{name}-{again}" for again in range(2, 1000)))
+                aside = next(steps / each for each in names if not (steps / each).exists())
                 rename(newest, aside)
                 instead = f"step {known[-2]} is used" if len(known) > 1 else "there is no other"
                 say(f"{_describe(newest, found)} It is now {aside}; {instead} instead.")
@@ -257,43 +239,31 @@ def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
     Raises InputError when the newest one cannot be read, or holds another step than its name says.
     """
 
-    def choose() -> Path | None:
-        known, told, chosen = saved_steps(steps), [], None
-        while known and chosen is None:
-            checkpoint = steps / str(known.pop())
-            if found := damage(checkpoint, skip):
-                told.append(_describe(checkpoint, found) + " An older one is used.")
-            else:
+    def choose() -> tuple[Path | None, list[str]]:
+        known = saved_steps(steps)
+        told: list[str] = []
+        for step in reversed(known):
+            checkpoint = steps / str(step)
+            found = damage(checkpoint, skip)
+            if not found:
                 refuse_renamed(checkpoint)
-                chosen = checkpoint
-        if told:
-            raise _PassedOver(told, chosen)
-        return chosen
+                return checkpoint, told
+            told.append(_describe(checkpoint, found) + " An older one is used.")
+            if saved_steps(steps)[-1:] != known[-1:]:
+                raise InputError(f"{checkpoint} is not the newest any more")  # in_training repeats
+        return None, told
 
-    try:
-        return in_training(steps, choose)
-    except _PassedOver as passed:
-        print(*passed.told, sep="\n", file=sys.stderr)
-        return passed.chosen
-
-
-class _PassedOver(InputError):
-    """Damaged checkpoints, and the one to use instead."""
-
-    def __init__(self, told: list[str], chosen: Path | None):
-        super().__init__("; ".join(told))
-        self.told, self.chosen = told, chosen
+    chosen, told = in_training(steps, choose)
+    for message in told:
+        print(message, file=sys.stderr)
+    return chosen
 
 
 def in_training[T](steps: Path, read: Callable[[], T]) -> T:
     """Returns read(), which reads the newest checkpoint; repeats it if there is a newer one now.
 
-    A run in training removes old checkpoints when it has saved newer ones, also while they are
-    read. Other errors of `read` are raised.
-
-    Args:
-      steps: the directory of the numbered checkpoints.
-      read: raises InputError where it meets an incomplete checkpoint.
+    A run in training removes old checkpoints from `steps` when it has saved newer ones, also while
+    they are read: `read` then raises InputError. Other errors of `read` are raised.
     """
     for _ in range(TRIES):
         newest = saved_steps(steps)[-1:]

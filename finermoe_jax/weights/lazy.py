@@ -95,6 +95,22 @@ def _refuse_infinite(values: np.ndarray, wanted: np.ndarray, what: str) -> None:
 Weights = dict[ParamPath, LazyArray]
 
 
+def stacked(
+    shape: tuple[int, ...], dtype: DTypeLike, axes: int, read: Callable[..., np.ndarray]
+) -> LazyArray:
+    """An array made of read(place on each of the first `axes` axes, index of the others)."""
+
+    def values(index: Index) -> np.ndarray:
+        outer, inner = index[:axes], index[axes:]
+        places = list(itertools.product(*(range(each.start, each.stop) for each in outer)))
+        if len(places) == 1:  # as most blocks are: no copy
+            return read(*places[0], inner)[(np.newaxis,) * axes]
+        found = np.stack([read(*place, inner) for place in places])
+        return found.reshape(*(each.stop - each.start for each in outer), *found.shape[1:])
+
+    return LazyArray(shape, np.dtype(dtype), values)
+
+
 def of_array(array: Any) -> LazyArray:
     """What is in memory already."""
     values = np.asarray(array)

@@ -98,12 +98,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     ) -> Sequence[ocp.future.Future]:
         """Copies jax.Arrays to the host, then starts a thread that writes all leaves."""
         args = args or [ocp.SaveArgs()] * len(values)
-        if isinstance(values[0], LazyArray):
-            parts = [_blocks(value) for value in values]
-            at_a_time = _MADE_AT_A_TIME
-        else:
-            parts = _on_host(values)
-            at_a_time = _HELD_AT_A_TIME
+        made = isinstance(values[0], LazyArray)
+        parts = [_blocks(value) for value in values] if made else _on_host(values)
 
         async def write() -> None:
             for info in infos:
@@ -118,7 +114,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
                     for store, part in zip(stores, parts, strict=True)
                     for place, make in part.values.items()
                 ),
-                at_a_time,
+                _MADE_AT_A_TIME if made else _HELD_AT_A_TIME,
             )
 
         self.commits.append(
@@ -207,13 +203,11 @@ def _create(
 
 
 def _open(infos: Sequence[Any]) -> list[tensorstore.TensorStore]:
-    def spec(info: Any) -> tensorstore.Spec:
-        return tensorstore.Spec(
-            ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
-        )
-
+    read = ocp.type_handlers.get_json_tspec_read
+    specs = [tensorstore.Spec(read(i, use_ocdbt=i.is_ocdbt_checkpoint)) for i in infos]
     return _settled(
-        tensorstore.open(spec(info), open=True, context=info.ts_context) for info in infos
+        tensorstore.open(spec, open=True, context=info.ts_context)
+        for spec, info in zip(specs, infos, strict=True)
     )
 
 

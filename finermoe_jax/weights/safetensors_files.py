@@ -36,9 +36,7 @@ def indexed_files(directory: Path) -> list[str] | None:
     if not index.exists():
         return None
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} - {str}:
         raise InputError(f"{index} has no usable weight_map")
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -47,15 +45,14 @@ def indexed_files(directory: Path) -> list[str] | None:
     return names
 
 
-class TensorFiles(contextlib.ExitStack):
-    """The safetensors of a HF directory, opened lazily and memory-mapped.
+class TensorFiles:
+    """The safetensors of a HF directory, memory-mapped.
 
     Raises InputError for a directory without safetensors, an index that points outside it or at
     missing files, and for files whose header does not hold.
     """
 
     def __init__(self, directory: Path):
-        super().__init__()
         self.directory = directory
         self.files: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
@@ -79,21 +76,19 @@ class TensorFiles(contextlib.ExitStack):
             return names
         if (self.directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
-        pickles = sorted(
-            p.name for end in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(end)
-        )
-        hint = (
-            f"; {', '.join(pickles)} would have to be unpickled, which can execute code: "
-            "convert it to safetensors first"
-            if pickles
-            else ""
-        )
+        found = self.directory.iterdir()
+        hint = ""
+        if pickles := sorted(p.name for p in found if p.suffix in (".bin", ".pt", ".pth")):
+            hint = (
+                f"; {', '.join(pickles)} would have to be unpickled, which can execute code: "
+                "convert it to safetensors first"
+            )
         raise InputError(f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
     def _open(self, file: str) -> Any:
         path = self.directory / file
         try:
-            self.files[file] = self.enter_context(safe_open(path, framework="numpy"))
+            self.files[file] = safe_open(path, framework="numpy")
             self.sizes[file] = path.stat().st_size
         except (OSError, MemoryError, SafetensorError) as error:
             if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x04"):
@@ -191,10 +186,9 @@ def write_tensors(
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    count = len(shards)
-    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    if count == 1:
-        files = [SINGLE_FILE]
+    count, files = len(shards), [SINGLE_FILE]
+    if count > 1:
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     coming = iter(pieces)
     for file, shard in zip(files, shards, strict=True):
         with (directory / file).open("wb") as stream, _flushed(stream) as flush:

@@ -90,17 +90,17 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
         return ModelSource(config, weights, dtype, stored_dtypes(directory), directory, states)
-    return in_training(steps_of(place), lambda: _open_checkpoint(place, dtype))
 
+    def load() -> ModelSource:
+        step = whole_checkpoint(place, NOT_READ)
+        files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+        with readable(step):
+            states = {file: state(file) for file in files if file.is_file()}
+        config, weights, computed, stored = open_checkpoint(step)
+        weights = lazy.cast(weights, dtype)
+        return ModelSource(config, weights, jnp.dtype(computed), [stored], step / TOKENIZER, states)
 
-def _open_checkpoint(path: Path, dtype: DTypeLike | None) -> ModelSource:
-    step = whole_checkpoint(path, NOT_READ)
-    files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
-    with readable(step):
-        states = {file: state(file) for file in files if file.is_file()}
-    config, weights, activations, stored = open_checkpoint(step)
-    weights = lazy.cast(weights, dtype)
-    return ModelSource(config, weights, jnp.dtype(activations), [stored], step / TOKENIZER, states)
+    return in_training(steps_of(place), load)
 
 
 def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:

@@ -4,8 +4,6 @@ Letters: config/model.py.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +28,6 @@ from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Standard deviation of the router, of the shared expert's gate and of concat_proj (paper §3.3).
 NEW_WEIGHT_STD = 0.02
-# The dense FFN as it lies in a layer's parameters.
-_DENSE_FFN = ("mlp/gate", "mlp/up", "mlp/down")
 
 
 def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
@@ -83,24 +79,6 @@ def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
     return config
 
 
-def refuse_other_experts(
-    source: str, found: ModelConfig, moe: MoEConfig, upcycling: UpcycleConfig
-) -> None:
-    """Raises InputError where a source that has experts already has others than `moe`'s, or where
-    `upcycling`, which it cannot have any more, is not the default."""
-    refuse_differences(
-        f"{source} is a mixture already and contradicts config.moe",
-        dataclasses.asdict(found),
-        dataclasses.asdict(upcycled_config(found, moe)),
-        "change config.moe, or start from a dense model",
-    )
-    if upcycling != PUBLISHED_UPCYCLING:
-        raise InputError(
-            f"{source} is a mixture already, and {upcycling} would do nothing: leave "
-            "config.upcycle alone, or start from a dense model"
-        )
-
-
 def upcycle_weights(
     dense: ModelConfig,
     weights: Weights,
@@ -127,7 +105,7 @@ def upcycle_weights(
     # Of a dense model all layers lie in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
-    drawn = [name for name in _DRAWN if any(path[-1] == name for path in shapes)]
+    drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]
     # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
     drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
@@ -140,8 +118,10 @@ def upcycle_weights(
             return _restacked(stacks[name], layers)
         if name[:2] == ("moe", "shared"):
             whole = _restacked(stacks["mlp", name[2]], layers)
-            scaled = upcycling.function_preserving and name[2] == "down"
-            return _scaled(whole, upcycle_variants.SHARED_SCALE) if scaled else whole
+            if not upcycling.function_preserving or name[2] != "down":
+                return whole
+            scale = upcycle_variants.SHARED_SCALE
+            return dataclasses.replace(whole, read=lambda at: lazy.scaled(whole[at], scale))
         if kinds[path].bank and name[1] == "down" and upcycling.function_preserving:
             return _zeros(shape, stacks["mlp", "down"].dtype)
         if kinds[path].bank:
@@ -152,10 +132,10 @@ def upcycle_weights(
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
         if not std or (name[1] == "shared_gate" and upcycling.function_preserving):
             return _zeros(shape, dtype)
-        array = _drawn(of_layers, shape, dtype, std)
+        rows = np.arange(shape[1])
         if upcycling.virtual_groups and name[1] == "router":
-            return _changed_rows(array, upcycle_variants.virtual_group_rows(moe))
-        return array
+            rows = upcycle_variants.virtual_group_rows(moe)
+        return _drawn(of_layers, shape, dtype, std, rows)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
 
@@ -171,59 +151,51 @@ def upcycled(
 ) -> tuple[ModelConfig, Weights]:
     """`upcycle_weights` of a dense model; the model itself where it has experts, or moe is None.
 
-    With `stated`, a model with experts has to have these. Raises InputError as
-    `refuse_other_experts` and `upcycle_weights` do.
+    With `stated`, a model with experts has to have these, and `upcycling`, which it cannot have
+    any more, has to be the default. Raises InputError for that, and as `upcycle_weights` does.
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
     if moe is not None and stated:
-        refuse_other_experts(source, config, moe, upcycling)
+        refuse_differences(
+            f"{source} is a mixture already and contradicts config.moe",
+            dataclasses.asdict(config),
+            dataclasses.asdict(upcycled_config(config, moe)),
+            "change config.moe, or start from a dense model",
+        )
+        if upcycling != PUBLISHED_UPCYCLING:
+            raise InputError(
+                f"{source} is a mixture already, and {upcycling} would do nothing: leave "
+                "config.upcycle alone, or start from a dense model"
+            )
     return config, weights
 
 
 # What upcycling draws, in the order in which a layer's keys are given out.
-_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
-
-
-def _per_layer(shape: tuple[int, ...], dtype: Any, read: Callable[[int, Index], Any]) -> LazyArray:
-    """An array stacked from read(place on the leading axis, index of the rest)."""
-
-    def stack(index: Index) -> np.ndarray:
-        places = range(index[0].start, index[0].stop)
-        if len(places) == 1:  # as most blocks are: no copy
-            return np.asarray(read(places[0], index[1:]))[np.newaxis]
-        return np.stack([np.asarray(read(place, index[1:])) for place in places])
-
-    return LazyArray(shape, np.dtype(dtype), stack)
+DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
     """These layers of a stack of all."""
     shape = (len(layers), *stack.shape[1:])
-    return _per_layer(
-        shape, stack.dtype, lambda i, rest: stack[slice(layers[i], layers[i] + 1), *rest][0]
-    )
+    return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
     return LazyArray(shape, dtype, lambda index: np.zeros([i.stop - i.start for i in index], dtype))
 
 
-def _scaled(array: LazyArray, factor: int) -> LazyArray:
-    return dataclasses.replace(array, read=lambda index: lazy.scaled(array[index], factor))
-
-
-def _drawn(keys: list[Array], shape: tuple[int, ...], dtype: np.dtype, std: float) -> LazyArray:
+def _drawn(
+    keys: list[Array],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    std: float,
+    rows: Int[np.ndarray, " E"],
+) -> LazyArray:
+    """Draws of each layer by its key; in place e of a layer what is drawn for rows[e]."""
     draw = normal(std)
-    return _per_layer(
-        shape, dtype, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rest]
-    )
-
-
-def _changed_rows(array: LazyArray, rows: Int[np.ndarray, " E"]) -> LazyArray:
-    """Of [L, E, …]: in place e of every layer what was in place rows[e]."""
-    return _per_layer(
-        array.shape, array.dtype, lambda i, rest: array.row(i)[:, *rest[1:]][rows[rest[0]]]
+    return lazy.stacked(
+        shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rows][rest]
     )
 
 
@@ -239,7 +211,7 @@ def _experts(
     """`gate_up` or `down` of all experts of these layers."""
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
-    gate, up, down = (stacks[tuple(ffn.split("/"))] for ffn in _DENSE_FFN)
+    gate, up, down = (stacks["mlp", part] for part in ("gate", "up", "down"))
 
     def make(layer: int, expert: int) -> np.ndarray:
         if name == "gate_up":
@@ -254,13 +226,11 @@ def _experts(
     # Each block of an expert that is read in several takes the whole of it to make.
     kept = lazy.last_kept(make)
 
-    def read(i: int, rest: Index) -> np.ndarray:
-        one = make if lazy.is_whole(rest[1:], shape[2:]) else kept
-        return np.stack(
-            [one(layers[i], expert)[rest[1:]] for expert in range(rest[0].start, rest[0].stop)]
-        )
+    def read(i: int, expert: int, rest: Index) -> np.ndarray:
+        one = make if lazy.is_whole(rest, shape[2:]) else kept
+        return one(layers[i], expert)[rest]
 
-    return _per_layer(shape, down.dtype, read)
+    return lazy.stacked(shape, down.dtype, 2, read)
 
 
 def upcycle_model(
@@ -279,12 +249,6 @@ def upcycle_model(
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(dense)))
     config, made = upcycle_weights(dense.config, weights, moe, key, start)
     return with_params(config, lazy.in_memory(made), dtype=dense.dtype)
-
-
-def cast(model: Decoder, param_dtype: Any, dtype: Any = None) -> Decoder:
-    """The same model with weights of another dtype; dtype is the activations', None keeps it."""
-    params = jax.tree.map(lambda p: p.astype(param_dtype), nnx.to_pure_dict(nnx.state(model)))
-    return with_params(model.config, params, dtype=dtype or model.dtype)
 
 
 def upcycle(

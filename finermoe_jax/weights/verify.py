@@ -6,7 +6,6 @@ laid back over the dense FFN, which every set of copies has to cover.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +24,10 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_names import Parts, parts, run_layers
 from finermoe_jax.weights.hf_weights import json_files, model_code
-from finermoe_jax.weights.lazy import Index, ParamPath, Weights
+from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 from finermoe_jax.weights.safetensors_files import listing
 from finermoe_jax.weights.source import ModelSource, open_model
-from finermoe_jax.weights.upcycle import upcycled
-
-# The values of a block as the source implies them; None where they are drawn at random.
-Expected = Callable[[Index], np.ndarray] | None
+from finermoe_jax.weights.upcycle import DRAWN, upcycled
 
 
 @dataclasses.dataclass
@@ -139,12 +135,12 @@ def _compared(
     size = sum(array.nbytes for array in made.weights.values())
     with tqdm(total=size, desc=title, unit="B", unit_scale=True) as bar:
         for path, array in made.weights.items():
-            drawn = new_experts and path[-1] in _DRAWN
-            expected: Expected = None
+            drawn = new_experts and path[-1] in DRAWN
+            expected = None
             if new_experts and (anew or (drawn and draws)):
-                expected = again[path].__getitem__
+                expected = again[path]
             elif not drawn:
-                expected = _expected(given, made.config, path)
+                expected = _expected(given, made.config, path, array.shape)
             digest.update(repr((path, array.shape, str(array.dtype))).encode())
             for index in lazy.blocks(array.shape, lazy.block_shape(array)):
                 values = np.ascontiguousarray(array[index])
@@ -153,15 +149,11 @@ def _compared(
                 bar.update(values.nbytes)
             kind = "copied"
             if new_experts:
-                kind = "drawn" if drawn else "anew" if anew else "copied"
-                kind = "slices" if kind == "copied" and kinds[path].bank else kind
-            tensors = sum(1 for _ in table[path].shapes(array.shape))
-            setattr(report, kind, getattr(report, kind) + tensors)
+                compared = "slices" if kinds[path].bank else "copied"
+                kind = "drawn" if drawn else "anew" if anew else compared
+            setattr(report, kind, getattr(report, kind) + table[path].count)
     report.digest = digest.hexdigest()
     return report
-
-
-_DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
@@ -204,40 +196,41 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
             values["moe"]["shared_expert_intermediate_size"] = config.shared_expert_size
         return values
 
-    stated, found = comparable(given), comparable(made)
     refuse_differences(
         f"{target} has another architecture than {source}",
-        found,
-        stated,
+        comparable(made),
+        comparable(given),
         "give the source that the target was made of, the conversion's --config, and --to=hf if it "
         "was an export",
         "as the source and the config imply",
     )
 
 
-def _expected(given: ModelSource, made: ModelConfig, path: ParamPath) -> Expected:
-    """What the source implies of one parameter of the target."""
+def _expected(
+    given: ModelSource, made: ModelConfig, path: ParamPath, shape: tuple[int, ...]
+) -> LazyArray:
+    """What the source implies of one parameter of the target; none is drawn at random."""
     weights = given.weights
     if given.config.moe is not None or made.moe is None:
-        return weights[path].__getitem__
+        return weights[path]
     if path[0] != "runs":
-        return weights.get(path, weights["embed", "weight"]).__getitem__
+        return weights.get(path, weights["embed", "weight"])
     layers, name = run_layers(made, path[1], path[2]), path[3:]
     if parameter_kinds(made)[path].bank:
-        return _slices(given, made, layers, name[1])
-    if name[-1] in _DRAWN:
-        return None
+        return _slices(given, made, layers, name[1], shape)
     # A dense model is one stack of all layers; the shared expert is its FFN.
     stack = weights["runs", 0, 0, *(("mlp", name[2]) if name[:2] == ("moe", "shared") else name)]
 
-    def copied(index: Index) -> np.ndarray:
-        mine = layers[index[0]]
-        return np.concatenate([stack[slice(at, at + 1), *index[1:]] for at in mine])
-
-    return copied
+    return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
 
 
-def _slices(given: ModelSource, made: ModelConfig, layers: tuple[int, ...], name: str) -> Expected:
+def _slices(
+    given: ModelSource,
+    made: ModelConfig,
+    layers: tuple[int, ...],
+    name: str,
+    shape: tuple[int, ...],
+) -> LazyArray:
     """The dense FFN's part that each expert has to be (Eq. 9-10), one expert after the other."""
     moe = made.moe
     assert moe is not None
@@ -251,23 +244,17 @@ def _slices(given: ModelSource, made: ModelConfig, layers: tuple[int, ...], name
     dense = {part: given.weights["runs", 0, 0, "mlp", part] for part in ("gate", "up", "down")}
     scale = 1 if made.shared_expert_size else moe.intermediate_granularity
 
-    def one(layer: int, expert: int) -> np.ndarray:
+    def one(i: int, expert: int, rest: Index) -> np.ndarray:
+        layer = layers[i]
         slot, _, _, place = map(int, np.unravel_index(expert, numbers))
         channels = slice(place * wide, (place + 1) * wide)
         if name == "gate_up":
-            return np.concatenate([dense[part].row(layer)[channels] for part in ("gate", "up")])
+            both = [dense[part].row(layer)[channels] for part in ("gate", "up")]
+            return np.concatenate(both)[rest]
         outputs = slice(slot * wide_out, (slot + 1) * wide_out)
-        return lazy.scaled(dense["down"].row(layer)[outputs, channels].T, scale)
+        return lazy.scaled(dense["down"].row(layer)[outputs, channels].T, scale)[rest]
 
-    def expected(index: Index) -> np.ndarray:
-        experts = range(index[1].start, index[1].stop)
-        of_layers = [
-            np.stack([one(layer, expert)[index[2:]] for expert in experts])
-            for layer in layers[index[0]]
-        ]
-        return np.stack(of_layers)
-
-    return expected
+    return lazy.stacked(shape, dense["down"].dtype, 2, one)
 
 
 def _compare(
@@ -276,11 +263,11 @@ def _compare(
     shape: tuple[int, ...],
     index: Index,
     values: np.ndarray,
-    expected: Expected,
+    expected: LazyArray | None,
     drawn: bool,
 ) -> None:
     """Adds the names of the tensors of a block that are not as expected."""
-    wanted = None if expected is None else np.ascontiguousarray(expected(index))
+    wanted = None if expected is None else np.ascontiguousarray(expected[index])
     if drawn:
         numbers = values.astype(np.float64)
         report.squares += float((numbers * numbers).sum())
@@ -295,7 +282,7 @@ def _compare(
             return
         bits = np.dtype(f"u{values.dtype.itemsize}")
         wrong = wanted.view(bits) != values.view(bits)
-    leading = bool(where.layers) + bool(where.experts)
+    leading = len(where.leading)
     for place in np.ndindex(*values.shape[:leading]):
         if not wrong[place].any():
             continue

@@ -11,12 +11,17 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import finermoe_jax as fm
 from finermoe_jax.data.token_files import tokenizer_hash
-from finermoe_jax.data.tokenizers import check_kept, end_tokens, kept_files, load_tokenizer
+from finermoe_jax.data.tokenizers import (
+    check_kept,
+    end_tokens,
+    kept_files,
+    load_tokenizer,
+    write_files,
+)
 from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import fill_workdir
 from finermoe_jax.weights.convert import convert
-from finermoe_jax.weights.hf_weights import copy_tokenizer
 from finermoe_jax.weights.verify import verify
 from tests.support import GOLDEN
 
@@ -97,8 +102,8 @@ def test_the_kept_tokenizer_is_the_source_s(source, tmp_path, kind):
     check_kept(source)
     kept, again = tmp_path / "kept", tmp_path / "again"
     kept.mkdir(), again.mkdir()
-    copy_tokenizer(source, kept)
-    copy_tokenizer(kept, again)
+    write_files(kept_files(source), kept)
+    write_files(kept_files(kept), again)
     assert kept_files(kept) == kept_files(again)
     assert not list(kept.glob("*.py"))
     wanted = load_tokenizer(source, 96)

@@ -55,7 +55,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_blocks_nothing(tmp_path):
     fill_workdir(tmp_path, tiny_run(steps=9), find("demo/model"))
     (tmp_path / "tokenizer" / "merges.txt").write_text("of another tokenizer")
     (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir()
-    Log(tmp_path).evaluation("step 0", 0, 1.0)
+    Log(tmp_path).append("evals.jsonl", {"name": "step 0", "step": 0, "loss": 1.0})
     assert claim(tmp_path, tiny_run(steps=4)) == {}
     fill_workdir(tmp_path, tiny_run(steps=4), find("demo/model"))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 4

@@ -41,7 +41,7 @@ def by_hf_name(config, params):
     return {
         where.name(rule, place): rule.view(np.asarray(flat[path])[place])
         for path, where in parts(config, list(flat)).items()
-        for place in where.places()
+        for place in np.ndindex(*where.leading)
         for rule in where.rules
     }
 

@@ -68,7 +68,7 @@ def test_steps_that_are_not_run_and_missing_packages_are_named(monkeypatch):
 def test_a_resumed_run_drops_later_records_and_json_knows_no_nan(tmp_path):
     log = Log(tmp_path)
     for step in (1, 10, 20):
-        log.load({"step": step, "entropy": [float("nan"), 0.5]})
+        log.append("expert_load.jsonl", {"step": step, "entropy": [float("nan"), 0.5]})
     log.cut(10)
     assert read_lines(tmp_path / "expert_load.jsonl") == [
         {"step": 1, "entropy": [None, 0.5]}, {"step": 10, "entropy": [None, 0.5]},

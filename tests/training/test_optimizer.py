@@ -175,5 +175,5 @@ def test_unknown_optimizers_are_refused():
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"
-    with pytest.raises(InputError, match="adamw, adafactor"):
+    with pytest.raises(InputError, match="'adamw', 'adafactor'"):
         run_config(values)
