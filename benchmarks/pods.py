@@ -1,7 +1,7 @@
 """The train step compiled for slices that are not here: the tables and plots of docs/scaling.md.
 
     pip install -e '.[compile-tpu]'
-    python benchmarks/pods.py --results=DIR [--only=slices,sequences,chips,experts] [--plot=docs]
+    python benchmarks/pods.py --results=DIR [--only=slices,traffic,sequences,chips,experts] [--plot=docs]
 
 Runs finermoe aot once per row, one after the other, and keeps each row's figures
 in DIR; a row that is there with the same arguments is not compiled again. Every figure is a
@@ -117,7 +117,45 @@ def experts() -> Iterator[Row]:
                   count)  # fmt: skip
 
 
-TABLES = {"slices": slices, "gpu": gpu, "sequences": sequences, "chips": chips, "experts": experts}
+def traffic() -> Iterator[Row]:
+    """HBM bytes of the experts: one chip with four layers, and full depth with experts split."""
+    four = ("--config.dense.num_hidden_layers=4",)
+    for size, topology in (
+        ("0.5B", "v5e:1x1"), ("1.5B", "v5e:1x1"), ("7B", "v6e:1x1"), ("0.5B", "v6e:1x1"),
+        ("1.5B", "v6e:1x1"),
+    ):  # fmt: skip
+        config = f"qwen{size.replace('.', 'p').lower()}.py:lean"
+        yield Row(f"{size} lean, 4 layers", config, topology, (1, 1, 1, 1), 1, four)
+    lean = "qwen0p5b.py:lean"
+    wide = (*four, "--config.train.param_dtype=float32")
+    yield Row("0.5B float32, 4 layers", lean, "v5e:1x1", (1, 1, 1, 1), 1, wide)
+    for program in ("eval", "prefill", "decode"):
+        yield Row(f"0.5B {program}", lean, "v5e:1x1", (1, 1, 1, 1), 1, (f"--program={program}",))
+    for name, config, topology, mesh in (
+        ("0.5B", "qwen0p5b.py", "v5e:2x4", (1, 1, 8, 1)),
+        ("0.5B", "qwen0p5b.py", "v6e:2x4", (1, 1, 8, 1)),
+        ("1.5B", "qwen1p5b.py", "v5e:4x4", (1, 1, 16, 1)),
+        ("7B", "qwen7b.py", "v6e:8x8", (1, 1, 64, 1)),
+        ("7B", "qwen7b.py", "v5e:16x16", (2, 1, 128, 1)),
+    ):
+        yield Row(name, config, topology, mesh, PAPER // (mesh[0] * mesh[1] * mesh[2]))
+    # One step of one microbatch, gradients kept as the weights are.
+    for batch, sizes in ((8, (1, 1, 8, 1)), (8, (2, 1, 4, 1))):
+        options = (
+            f"--config.data.global_batch_size={batch}",
+            "--config.train.param_dtype=bfloat16",
+        )
+        yield Row("0.5B bfloat16, 1 microbatch", "qwen0p5b.py", "v5e:2x4", sizes, 1, options)
+
+
+TABLES = {
+    "slices": slices,
+    "traffic": traffic,
+    "gpu": gpu,
+    "sequences": sequences,
+    "chips": chips,
+    "experts": experts,
+}
 
 
 def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
@@ -146,12 +184,21 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     return found
 
 
+def experts_moved(figures: dict[str, Any]) -> tuple[str, str]:
+    """HBM bytes of the experts' weights and gradients, and their ratio to the least possible."""
+    if "expert_bytes" not in figures:
+        return "", ""
+    moved = figures["expert_bytes"]
+    return f"{moved / 1e9:,.1f}", f"{moved / figures['expert_bound_bytes']:.2f}"
+
+
 def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
         "| model | slice | data, fsdp, expert | sequence | state | temporaries | peak / limit, GiB "
-        "| TFLOP | HBM, GB | wire, GB | at most tokens/s/device | compiled in |",
-        "|" + "---|" * 12,
+        "| TFLOP | HBM, GB | experts, GB | of the least | wire, GB | at most tokens/s/device "
+        "| compiled in |",
+        "|" + "---|" * 14,
     ]
     for row, f in zip(rows, found, strict=True):
         if "peak_bytes" not in f:
@@ -174,11 +221,12 @@ def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
                 peak,
                 f"{flops / 1e12:,.0f}",
                 f"{f['hbm_bytes'] / 1e9:,.0f}",
+                *experts_moved(f),
                 f"{wire:,.0f}" + (f" + {far:,.0f} between slices" if far else ""),
                 f"{f['bounds']['overlapped']['tokens_per_second_per_device']:,.0f}",
             ]
         else:
-            cells += ["", peak, "", "", "", ""]
+            cells += ["", peak, "", "", "", "", "", ""]
         cells.append(f"{f['compile_seconds']:.0f} s, {f.get('host_bytes', 0) / GIB:.1f} GiB")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
