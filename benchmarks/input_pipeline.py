@@ -1,6 +1,6 @@
 """Tokens per second of the input path, from memory-mapped files, on one core.
 
-    python benchmarks/input_pipeline.py [--tokens=134217728]
+    python benchmarks/input_pipeline.py [--tokens=134217728] [--batches=20]
 
 Writes a prepared directory and a Megatron pair of random tokens and documents into a temporary
 directory, and reads global batches of them in this process: row by row as training does
@@ -90,6 +90,7 @@ def main() -> None:
     """Prints one line per way of reading."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1 << 27, help="of each source")
+    parser.add_argument("--batches", type=int, default=20, help="read for each measurement")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -112,7 +113,7 @@ def main() -> None:
                     out[row] = mapped[start : start + length + 1]
                 return out.size - len(out)
 
-            limit = _speed(raw, 0, 20)
+            limit = _speed(raw, 0, arguments.batches)
             print(f"{f'raw copies of {length}':34}{limit:14,.0f}{1:8.0%}")
             for packing in ("stream", "documents"):
                 for chosen in (sources[:1], sources[1:], sources):
@@ -125,7 +126,7 @@ def main() -> None:
                     mixture, _ = split_held_out(list(zip(chosen, weights, strict=True)), config)
                     opened = time.perf_counter() - began
                     read = batch_reader(mixture, config, range(rows))
-                    speed = _speed(lambda step, read=read: _real(read(step)), 0, 20)
+                    speed = _speed(lambda step, read=read: _real(read(step)), 0, arguments.batches)
                     kind = "mixture" if len(chosen) > 1 else chosen[0].identity["kind"]
                     print(
                         f"{f'{packing} {length}, {kind}':34}{speed:14,.0f}{speed / limit:8.0%}"

@@ -14,25 +14,20 @@ import typing
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )
-# Most of a test's time is compiling: programs this small need no optimised machine code.
+# Most of a test's time is compiling: programs this small need no optimised machine code. The
+# processes that tests start inherit this; those of test_demo.py compile as a user's do.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Workers, and the processes that tests start, share what they compile, for this run of the tests.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="finermoe-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
 import pytest
-
-jax.devices()  # reads the flags
-# The processes that tests start are a user's.
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(
-    " --xla_backend_optimization_level=0"
-)
 
 
 def _of_shapes(annotation):

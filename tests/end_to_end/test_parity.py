@@ -101,15 +101,13 @@ def test_routing(case, output):
 
 
 def test_losses(case, output):
-    data, model = case
+    data, _ = case
     np.testing.assert_allclose(output.aux_loss, data["aux_loss"], rtol=1e-4)
     ids = data["input_ids"]
     logits = np.asarray(output.logits, np.float64)[:, :-1]
     chosen = np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
     loss = np.mean(np.log(np.exp(logits).sum(-1)) - chosen)
     np.testing.assert_allclose(loss, data["lm_loss"][0], rtol=1e-4)
-    chunked = jax.jit(lm_loss, static_argnums=0)(*nnx.split(model), ids)
-    np.testing.assert_allclose(chunked, data["lm_loss"][0], rtol=1e-4)
 
 
 def lm_loss(graphdef, state, ids):
@@ -125,30 +123,39 @@ def aux_sum(graphdef, state, ids):
     return nnx.merge(graphdef, state).features(ids).aux_loss.sum()
 
 
-# Compiling takes all the time: one forward pass for both losses, and LLVM's passes left out.
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
-def _gradients(graphdef, state, ids):
+# Compiling takes all the time: one forward and one backward pass for both losses.
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_and_gradient(graphdef, state, ids, cotangents):
+    """Both losses, and the gradient of their sum as weighted by the cotangents."""
+
     def losses(state):
         return lm_loss(graphdef, state, ids), aux_sum(graphdef, state, ids)
 
-    _, pull = jax.vjp(losses, state)
-    return pull((1.0, 0.0))[0], pull((0.0, 1.0))[0]
+    values, pull = jax.vjp(losses, state)
+    return values, pull(cotangents)[0]
 
 
 @pytest.fixture(scope="module")
-def gradients(case):
-    """Gradients of the language model's loss and of the summed load-balancing losses."""
+def trained(case):
+    """The losses (the language model's, the summed load-balancing ones) and each one's gradient."""
     data, model = case
-    grads = _gradients(*nnx.split(model), jnp.asarray(data["input_ids"]))
-    return [by_hf_name(model.config, nnx.to_pure_dict(state)) for state in grads]
+    arguments = (*nnx.split(model), jnp.asarray(data["input_ids"]))
+    losses, first = _losses_and_gradient(*arguments, (1.0, 0.0))
+    _, second = _losses_and_gradient(*arguments, (0.0, 1.0))
+    return losses, [by_hf_name(model.config, nnx.to_pure_dict(s)) for s in (first, second)]
 
 
 @pytest.mark.slow
-def test_gradients_of_the_language_model_loss(case, gradients):
+def test_loss_in_chunks(case, trained):
     data, _ = case
-    grads, _ = gradients
+    (loss, _), _ = trained
+    np.testing.assert_allclose(loss, data["lm_loss"][0], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_of_the_language_model_loss(case, trained):
+    data, _ = case
+    _, (grads, _) = trained
     given = {k.removeprefix("grad."): v for k, v in data.items() if k.startswith("grad.")}
     assert len(given) >= 6
     errors = {name: relative(grads[name], wanted) for name, wanted in given.items()}
@@ -162,9 +169,9 @@ def test_gradients_of_the_language_model_loss(case, gradients):
 
 
 @pytest.mark.slow
-def test_gradients_of_the_load_balancing_loss(case, gradients):
+def test_gradients_of_the_load_balancing_loss(case, trained):
     data, model = case
-    _, grads = gradients
+    _, (_, grads) = trained
     given = {k.removeprefix("grad_aux."): v for k, v in data.items() if k.startswith("grad_aux.")}
     assert len(given) == model.config.num_hidden_layers
     errors = {name: relative(grads[name], wanted) for name, wanted in given.items()}

@@ -25,13 +25,13 @@ IMPLEMENTATIONS = ["cpu", "reference", "tpu", "gpu"]
 ON_GPU = [("ragged", jnp.bfloat16), ("odd widths", jnp.bfloat16), ("no rows", jnp.float32)]
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def compute(arguments, cotangent, implementation):
-    """Output and gradients, by the implementation."""
+@functools.partial(jax.jit, static_argnames=("implementation", "strict"))
+def compute(arguments, cotangent, implementation, strict=None):
+    """Output and gradients, by the implementation; strict: parameters of the interpreter."""
     sizes = arguments["group_sizes"]
 
     def forward(rows, gate_up, down, row_weights):
-        interpret = implementation in ("tpu", "gpu")
+        interpret = strict or implementation in ("tpu", "gpu")
         return expert_ffn(rows, gate_up, down, sizes, row_weights, implementation, interpret)
 
     y, pull = jax.vjp(forward, *(arguments[name] for name in ARRAYS))
@@ -41,13 +41,16 @@ def compute(arguments, cotangent, implementation):
 @pytest.mark.parametrize(
     ("name", "dtype", "implementation"),
     [
-        pytest.param(name, dtype, implementation, id=f"{name}-{dtype.__name__}-{implementation}")
+        pytest.param(
+            name, dtype, implementation, id=f"{name}-{dtype.__name__}-{implementation}",
+            marks=[pytest.mark.slow] * (implementation == "gpu" and name != "no rows"),
+        )
         for implementation in IMPLEMENTATIONS
         for name in GROUPS
         for dtype in TOLERANCE
         if implementation != "gpu" or (name, dtype) in ON_GPU
     ],
-)
+)  # fmt: skip
 def test_output_and_gradients(name, dtype, implementation):
     arguments, cotangent = make(name, dtype)
     got = compute(arguments, cotangent, implementation)
@@ -67,7 +70,10 @@ def test_random_group_sizes(seed, implementation):
     assert_close(got, truth(arguments, cotangent), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.slow)],
+)
 def test_weights_of_another_dtype_than_rows(implementation):
     arguments, cotangent = make("ragged", jnp.bfloat16)
     arguments["row_weights"] = arguments["row_weights"].astype(jnp.float32)
@@ -133,12 +139,7 @@ def test_tpu_kernels_under_the_strict_interpreter(name, stored):
     for weights in ("gate_up", "down"):  # another dtype than the rows' is cast on chip
         arguments[weights] = arguments[weights].astype(stored)
 
-    def forward(rows, gate_up, down, row_weights):
-        sizes = arguments["group_sizes"]
-        return expert_ffn(rows, gate_up, down, sizes, row_weights, "tpu", strict)
-
-    y, pull = jax.vjp(forward, *(arguments[name] for name in ARRAYS))
-    got = {"y": y} | dict(zip(ARRAYS, pull(cotangent), strict=True))
+    got = compute(arguments, cotangent, "tpu", strict)
     assert_close(got, truth(arguments, cotangent), TOLERANCE[jnp.bfloat16])
 
 

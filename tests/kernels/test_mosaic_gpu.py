@@ -65,7 +65,7 @@ def test_output(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("one row", jnp.bfloat16),
+        pytest.param("one row", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("ragged", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("odd widths", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("not a multiple of any block", jnp.bfloat16, marks=pytest.mark.slow),

@@ -1,5 +1,6 @@
 """Groups of rows, arguments, and expert_ffn in float64, for the tests of every kernel."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,14 +37,15 @@ def make(name, dtype, seed=0):
     m, e = sum(sizes), len(sizes)
 
     def draw(*shape, scale=1.0):
-        return jnp.asarray(rng.standard_normal(shape) * scale, dtype)
+        # jnp.asarray would compile a program for each shape.
+        return jax.device_put((rng.standard_normal(shape) * scale).astype(dtype))
 
     arguments = {
         "rows": draw(m, d),
         "gate_up": draw(e, 2 * f, d, scale=d**-0.5),
         "down": draw(e, f, w, scale=f**-0.5),
-        "group_sizes": jnp.asarray(sizes, jnp.int32),
-        "row_weights": jnp.asarray(rng.uniform(0.1, 1.0, m), dtype),
+        "group_sizes": jax.device_put(np.asarray(sizes, np.int32)),
+        "row_weights": jax.device_put(rng.uniform(0.1, 1.0, m).astype(dtype)),
     }
     return arguments, draw(m, w)
 

@@ -185,6 +185,7 @@ def test_packed_documents_do_not_see_each_other():
     assert max(relative_distances(parts_grads, grads).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_padding_balances_no_experts():
     """Neither padding's tokens nor its place touch the load-balancing loss."""
     batch = _eight(_documents((9, 7, 4), range(3)).read([0, 1]))
