@@ -40,6 +40,15 @@ def check_fields(config: Any) -> None:
         check_kind(name, getattr(config, name), kinds)
 
 
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "None",
+}
+
+
 def check_kind(name: str, value: Any, kinds: tuple) -> None:
     """Raises InputError for a value that is of none of these types."""
     if not any(_is_of(value, kind) for kind in kinds):
@@ -50,8 +59,8 @@ def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return "tuple, in files a list"
-    return "None" if kind is type(None) else kind.__name__
+        return "a tuple, in files a list"
+    return _WORDS.get(kind, kind.__name__)
 
 
 @functools.cache

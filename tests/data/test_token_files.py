@@ -127,7 +127,7 @@ def _edit(manifest, **changes):
         (lambda d: _edit(d / "manifest.json", shards=[]), "the list of shards is empty"),
         (lambda d: _edit(d / "manifest.json", tokens=1), "speaks of 1 tokens of 12 documents"),
         (lambda d: _edit(d / "manifest.json", shards__1__tokens=0), "shard 00001 is empty"),
-        (lambda d: _edit(d / "manifest.json", shards__1__tokens="1"), "must be int"),
+        (lambda d: _edit(d / "manifest.json", shards__1__tokens="1"), "must be an integer"),
         (lambda d: _edit(d / "manifest.json", shards__1__name="../x"), "00001.*'../x'"),
         (lambda d: _edit(d / "manifest.json", shards__1__more=1), "has no field 'more'"),
         (lambda d: _edit(d / "manifest.json", settings__dtype="float32"), "dtype 'float32'"),

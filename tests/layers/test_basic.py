@@ -90,7 +90,7 @@ def test_the_context_may_stand_beside_the_scaling():
 @pytest.mark.parametrize(
     ("scaling", "words"),
     [
-        (dict(type="yarn"), ["factor=None"]),
+        (dict(type="yarn"), ["lacks factor"]),
         (dict(type="yarn", factor=math.nan), ["factor=nan"]),
         (dict(type="yarn", factor=4.0, beta_fast=-1), ["beta_fast=-1"]),
         (dict(type="yarn", factor=4.0, truncate="no"), ["truncate='no'"]),
