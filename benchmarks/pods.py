@@ -185,21 +185,31 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     return found
 
 
-def experts_moved(figures: dict[str, Any]) -> tuple[str, str]:
-    """HBM bytes of the experts' weights and gradients, and their ratio to the least possible."""
-    if "expert_bytes" not in figures:
-        return "", ""
-    moved = figures["expert_bytes"]
-    return f"{moved / 1e9:,.1f}", f"{moved / figures['expert_bound_bytes']:.2f}"
+def experts_table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: HBM bytes of the experts' weights and gradients, against the least possible."""
+    lines = [
+        "| program | slice | data, fsdp, expert | microbatches | experts, GB | the least, GB "
+        "| ratio | copies in loops, GB | all HBM, GB |",
+        "|" + "---|" * 9,
+    ]
+    for row, f in zip(rows, found, strict=True):
+        if "expert_bytes" not in f:
+            lines.append(f"| {row.name} | {row.topology} | {row.mesh[:3]} | did not compile |")
+            continue
+        moved, least = f["expert_bytes"] / 1e9, f["expert_bound_bytes"] / 1e9
+        cells = [row.name, row.topology, ", ".join(map(str, row.mesh[:3])), str(row.accumulation)]
+        cells += [f"{moved:,.2f}", f"{least:,.2f}", f"{moved / least:.2f}"]
+        cells += [f"{f['expert_bytes_in_loops'] / 1e9:.2f}", f"{f['hbm_bytes'] / 1e9:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
         "| model | slice | data, fsdp, expert | sequence | state | temporaries | peak / limit, GiB "
-        "| TFLOP | HBM, GB | experts, GB | of the least | wire, GB | at most tokens/s/device "
-        "| compiled in |",
-        "|" + "---|" * 14,
+        "| TFLOP | HBM, GB | wire, GB | at most tokens/s/device | compiled in |",
+        "|" + "---|" * 12,
     ]
     for row, f in zip(rows, found, strict=True):
         if "peak_bytes" not in f:
@@ -222,12 +232,11 @@ def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
                 peak,
                 f"{flops / 1e12:,.0f}",
                 f"{f['hbm_bytes'] / 1e9:,.0f}",
-                *experts_moved(f),
                 f"{wire:,.0f}" + (f" + {far:,.0f} between slices" if far else ""),
                 f"{f['bounds']['overlapped']['tokens_per_second_per_device']:,.0f}",
             ]
         else:
-            cells += ["", peak, "", "", "", "", "", ""]
+            cells += ["", peak, "", "", "", ""]
         cells.append(f"{f['compile_seconds']:.0f} s, {f.get('host_bytes', 0) / GIB:.1f} GiB")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -294,7 +303,8 @@ def main() -> None:
         python = arguments.gpu_python if name == "gpu" else sys.executable
         found = [figures(row, arguments.results.absolute(), python) for row in rows]
         revisions = ", ".join(sorted({f.get("revision", "") for f in found} - {""}))
-        print(f"\n### {name} ({revisions})\n\n{table(rows, found)}", flush=True)
+        made = (experts_table if name == "traffic" else table)(rows, found)
+        print(f"\n### {name} ({revisions})\n\n{made}", flush=True)
         if arguments.plot and name in ("chips", "experts"):
             plot(name, rows, found, arguments.plot)
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": "Hugging Face weights to a checkpoint, upcycled on the way; or back",
     "prepare": "tokenise text into memory-mapped shards",
     "params": "parameter counts, and how a mesh splits the parameters",
-    "aot": "compile the train step for hardware that is not there: does it fit?",
+    "aot": "compile a run's programs for hardware that is not there: do they fit?",
     "similarity": "how alike a layer's experts are",
     "plot": "pictures of a run, beside another one's losses",
 }
