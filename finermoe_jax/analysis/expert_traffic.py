@@ -2,8 +2,9 @@
 
 A pass reads the weights of every expert of a layer once; training reads them a second time in the
 backward pass, whether it recomputes or not, and writes their gradient once. What is beyond that are
-copies: `finermoe aot` prints them, tests/analysis looks for them. The update of the parameters is
-not counted, nor the norm of the gradients: they read and write every parameter alike.
+copies: `finermoe aot` prints them, tests/analysis looks for them. Not counted are the norm of the
+gradients and the update, which read and write every parameter alike, and the sum of gradients over
+devices that hold the same experts, once a step.
 """
 
 import dataclasses
@@ -102,14 +103,14 @@ class _Walk:
             return
         operands = [inside.instructions[name] for name in instruction.operands]
         read = [leaf for operand in operands for leaf in operand.leaves if self._is_bank(leaf)]
-        written = [leaf for leaf in instruction.leaves if self._is_bank(leaf)]
+        written = [leaf for leaf in _results(instruction) if self._is_bank(leaf)]
         if target == "tpu_custom_call" and "expert_ffn" in instruction.attributes:
             # Stacks of gradients that go in are those that come out; they come last.
             moved = (read if self.adds else read[: len(read) - len(written)]) + written
             self.traffic.kernels += times * sum(map(self._window, moved))
             return
-        if not loop and not written:  # the norm of the gradients
-            return
+        if not loop and (not written or instruction.opcode.startswith("all-reduce")):
+            return  # read for the norm of the gradients, or summed over devices
         size = sum(self._window(leaf) if loop else leaf.bytes for leaf in read + written)
         if size:
             if loop:
@@ -129,3 +130,13 @@ class _Walk:
     def _window(self, leaf: Leaf) -> float:
         """Bytes of one layer's experts."""
         return leaf.bytes * self.experts / math.prod(leaf.dims[:-2])
+
+
+def _results(instruction: Instruction) -> tuple[Leaf, ...]:
+    """What an instruction writes; that of an asynchronous copy names its operand as well."""
+    match instruction.opcode:
+        case "copy-start":
+            return instruction.leaves[:1]
+        case "slice-start" | "dynamic-slice-start":
+            return instruction.leaves[-2:-1]
+    return instruction.leaves
