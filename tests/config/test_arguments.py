@@ -73,7 +73,7 @@ WRONG = [
     ("with_layer(moe, dict)", "must be a subclass of FineRMoE"),
     ("with_layer(moe, Mine(moe.config, dtype='float32', rngs=rngs))", "must be a subclass"),
     ("with_layer('moe', Mine)", "model is of type str, not Decoder"),
-    ("upcycle(dense, intermediate_granularity=4.0)", "intermediate_granularity=4.0 must be an integer"),
+    ("upcycle(dense, intermediate_granularity=4.0)", "granularity=4.0 must be an integer"),
     ("upcycle(dense, output_granularity=True)", "output_granularity=True must be an integer"),
     ("upcycle(dense, active_per_group='1')", "active_per_group='1' must be an integer"),
     ("upcycle(dense, output_expansion=0)", "output_expansion=0 must be at least 1"),
