@@ -54,9 +54,12 @@ def slices() -> Iterator[Row]:
     yield Row("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 1)
     for name, config, topology, mesh in (
         ("0.5B", "qwen0p5b.py", "v5e:2x4", (1, 1, 8, 1)),
+        ("1.5B", "qwen1p5b.py", "v5e:4x4", (1, 1, 16, 1)),
         ("1.5B", "qwen1p5b.py", "v5e:4x4", (1, 2, 8, 1)),
+        ("7B", "qwen7b.py", "v5e:16x16", (2, 1, 128, 1)),
         ("7B", "qwen7b.py", "v5e:16x16", (2, 8, 16, 1)),
         ("7B", "qwen7b.py", "v5p:4x4x4", (1, 4, 16, 1)),
+        ("7B", "qwen7b.py", "v6e:8x8", (1, 1, 64, 1)),
         ("7B", "qwen7b.py", "v6e:8x8", (1, 4, 16, 1)),
     ):
         devices = mesh[0] * mesh[1] * mesh[2]

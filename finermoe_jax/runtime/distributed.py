@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime import rendezvous
-from finermoe_jax.runtime.launchers import find_launch
+from finermoe_jax.runtime.launchers import find_launch, mpi_ends
 
 HEARTBEAT_SECONDS = 60.0
 START_SECONDS = 300.0
@@ -45,7 +45,9 @@ def initialize(
 
     Raises InputError when the environment speaks of several processes and they cannot be joined.
     """
-    with _within(start_seconds):
+    # A second later than the alarm in this process, which also has an exit code of its own.
+    late = mpi_ends(os.environ, start_seconds + 1, _missing(start_seconds))
+    with _within(start_seconds), late:
         launch = find_launch(os.environ)
     if launch is None:
         return
@@ -85,12 +87,15 @@ def _within(seconds: float) -> Iterator[None]:
 
 def _not_joined(seconds: float) -> None:
     """Ends this process, whose main thread waits inside JAX for the others."""
-    message = (
-        f"error: not all processes of this run have started within {seconds:g} s: see what the "
-        "launcher says of the others, or wait longer with --start_timeout"
-    )
-    os.write(2, f"\n{message}\n".encode())
+    os.write(2, _missing(seconds).encode())
     os._exit(2)
+
+
+def _missing(seconds: float) -> str:
+    return (
+        f"\nerror: not all processes of this run have started within {seconds:g} s: see what the "
+        "launcher says of the others, or wait longer with --start_timeout\n"
+    )
 
 
 # --- agreeing -------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Who started this process, and how it joins the others: read from the environment."""
 
+import contextlib
+import os
 import re
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +164,32 @@ def _mpi_address(environment: Mapping[str, str]) -> str:
             free.bind(("", 0))
             address = f"{socket.gethostname()}:{_port(environment, free.getsockname()[1])}"
     return MPI.COMM_WORLD.bcast(address, root=0)
+
+
+# Waits for its input to end; where that takes longer it ends its parent with a message.
+_WATCH = """
+import os, select, signal, sys
+seconds, parent, message = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if not select.select([0], [], [], seconds)[0]:
+    os.write(2, message.encode())
+    os.kill(parent, signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def mpi_ends(environment: Mapping[str, str], seconds: float, message: str) -> Iterator[None]:
+    """Ends this process with a message where joining Open MPI 5 takes longer.
+
+    MPI_Init waits for every process of mpirun and holds Python's lock, so that no thread of this
+    process could end it. A process of its own does.
+    """
+    five = "OMPI_COMM_WORLD_SIZE" in environment and "OMPI_MCA_orte_hnp_uri" not in environment
+    if not five or environment.get("JAX_COORDINATOR_ADDRESS") or find_spec("mpi4py") is None:
+        yield
+        return
+    command = [sys.executable, "-S", "-c", _WATCH, str(seconds), str(os.getpid()), message]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # its input ends with this block
+        yield
 
 
 def tpu_address(environment: Mapping[str, str]) -> str:

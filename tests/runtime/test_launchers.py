@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -157,6 +158,22 @@ def test_open_mpi_5_tells_all_where_rank_0_is(monkeypatch, rank, port):
     assert (number == (port or number)) if rank == 0 else number == "7"
     assert member.bind == f"[::]:{number}" and int(number) > 0
     assert (member.index, member.processes, member.port_name) == (3, 4, PORT)
+
+
+def test_a_process_that_never_reaches_mpi_is_waited_for_no_longer_than_asked(tmp_path):
+    """MPI_Init holds Python's lock meanwhile, as this one does."""
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").touch()
+    (tmp_path / "mpi4py" / "MPI.py").write_text("import ctypes; ctypes.PyDLL(None).sleep(60)\n")
+    program = "from finermoe_jax.runtime import distributed; distributed.initialize(10, 2)"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | OPEN_MPI_5 | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    said = "error: not all processes of this run have started within 2 s"
+    assert done.stderr.strip().startswith(said) and "--start_timeout" in done.stderr
 
 
 def test_tpu_hosts_may_come_in_a_file(tmp_path):
