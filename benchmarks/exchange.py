@@ -1,4 +1,4 @@
-"""What the exchange of rows between experts' devices moves, counted from its send sizes.
+"""The traffic of the exchange of rows between experts' devices, counted from its send sizes.
 
     python benchmarks/exchange.py [--tokens=8192]
 
@@ -54,7 +54,7 @@ class Counts(NamedTuple):
 
 
 def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
-    """What the exchange moves (moe/exchange.py) for so many tokens on all devices together."""
+    """The traffic of the exchange (moe/exchange.py) for so many tokens on all devices together."""
     moe = model.moe
     assert moe is not None
     devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)

@@ -139,7 +139,7 @@ def logged(workdir: Path) -> int:
 
 
 def saving(workdir: Path) -> bool:
-    """Whether a save is being written, or was when the run ended."""
+    """Returns whether a save is being written, or was when the run ended."""
     try:
         names = os.listdir(workdir / "checkpoints")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a compiled program computes while rows travel between experts' devices.
+"""The computation of a compiled program while rows travel between experts' devices.
 
     finermoe aot --config=… --topology=… --hlo=step.hlo
     python benchmarks/overlap.py step.hlo

@@ -20,7 +20,7 @@ class RunEnded(Exception):
     """A run that ends before its work is done, through no mistake in its input.
 
     The commands print its message and exit with its code. All processes of a run raise it
-    together; where `alone`, the others have to be told.
+    together; with `alone`, the others have to be notified.
     """
 
     def __init__(self, message: str, code: int = 1, alone: bool = False):

@@ -58,7 +58,7 @@ def heads(group_sizes: Array, rows: int, count: int) -> tuple[Array, Array, Arra
 
 
 def pad(x: Array, block: int) -> Array:
-    """`x` and one block of zeros after its last row, so that every block lies inside."""
+    """`x` and one block of zeros after its last row, so that every block is inside."""
     return jnp.pad(x, ((0, block),) + ((0, 0),) * (x.ndim - 1))
 
 

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: a block's three warpgroups, its ring, tiles of rows, stores.
+"""Shared parts of the Hopper kernels: a block's three warpgroups, its ring, row tiles, stores.
 
 One persistent block runs on each multiprocessor; of n blocks each takes every n-th item of the
 kernel's work. A block has three warpgroups, threads that run side by side:
@@ -25,7 +25,7 @@ freed. `fill` is the left column, `drain` the right one.
 **Tiles.** TMA cuts an array in HBM into whole groups of eight rows and of 128 bytes (the tiles that
 wgmma reads), so tiles of rows begin at the multiple of eight at or before the first row of their
 expert. A tile may therefore reach into the rows of the experts before and after its own; `work`
-says which rows are its own. TMA fills what lies outside an array with zeros, so no size need divide
+says which rows are its own. TMA fills what is outside an array with zeros, so no size need divide
 a tile, but arrays whose last axis is not a multiple of 64, or the one before it of 8, are padded to
 that in HBM first (`padded`): a copy that the published sizes never need.
 
@@ -230,11 +230,11 @@ class Ring(NamedTuple):
     left: Any  # [slots, ...]
     right: Any  # [slots, ...]
     filled: Any  # of each slot: passes when all copies of its step have arrived
-    freed: Any  # of each slot: passes when both warpgroups have multiplied what lies there
+    freed: Any  # of each slot: passes when both warpgroups have multiplied what it holds
 
     @property
     def slots(self) -> int:
-        """How many slots there are."""
+        """The number of slots."""
         return self.filled.shape[0]
 
 
@@ -339,7 +339,7 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scratch:
-    """What the references of every kernel end with: of its ring and of its stage."""
+    """The last references of every kernel: those of its ring and of its stage."""
 
     x_ring: Any
     filled: Any

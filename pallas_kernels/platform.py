@@ -11,8 +11,8 @@ Implementation = Literal["reference", "cpu", "tpu", "gpu"]
 def platform() -> Platform:
     """The platform being compiled for: of the abstract mesh's device, else JAX's default backend.
 
-    A mesh set by `jax.sharding.use_abstract_mesh` names a device where the program is compiled
-    ahead of time for a platform that this machine lacks.
+    A mesh set by `jax.sharding.use_abstract_mesh` names a device when the program is compiled ahead
+    of time for a platform that the host lacks.
 
     Raises:
       NotImplementedError: neither cpu, tpu nor gpu.

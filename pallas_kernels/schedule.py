@@ -1,9 +1,9 @@
-"""What a grouped kernel visits, in order: (tile of rows, expert) pairs.
+"""The visits of a grouped kernel, in order: (tile of rows, expert) pairs.
 
-Rows are sorted by expert and cut into tiles of equal size; a tile that holds rows of several
-experts is visited once for each of them. Visits run in the order of the rows, so that a tile
-stays on chip until its last visit and an expert's weights until its last row: each is moved
-once. Letters: E experts, M rows.
+Rows are sorted by expert and cut into tiles of equal size. A tile that holds rows of several
+experts is visited once for each of them. Visits run in the order of the rows, so a tile stays on
+chip until its last visit and an expert's weights until its last row: each is moved once. Letters:
+E experts, M rows.
 """
 
 from typing import NamedTuple

@@ -16,14 +16,14 @@ _TERMS, _LANES = 80, 32
 
 
 def partial_sums(width: int) -> int:
-    """How many partial sums a sum over `width` products has."""
+    """The number of partial sums in a sum over `width` products."""
     return max(_LANES, 1 << (-(-width // _TERMS) - 1).bit_length())
 
 
 def row_products(columns: Callable[[int, int], Array], x: Array) -> Array:
     """(w * x).sum(-1) in float32, of w [..., N, K] and float32 x [..., 1, K].
 
-    columns(start, stop) are those columns of w, cut out of where it lies.
+    columns(start, stop) are those columns of w, sliced from where it is stored.
     """
     width = x.shape[-1]
     lanes = partial_sums(width)
@@ -48,7 +48,7 @@ def row_products(columns: Callable[[int, int], Array], x: Array) -> Array:
 def combined_rows(rows: Callable[[int, int], Array], a: Array) -> Array:
     """(a[..., None] * w).sum(-2) in float32, of float32 a [..., F] and w [..., F, W].
 
-    rows(start, step) are the rows start, start + step, … of w, cut out of where it lies.
+    rows(start, step) are the rows start, start + step, … of w, sliced from where it is stored.
     """
     count = a.shape[-1]
     # Every step-th row in one sum; a divisor, so that all sums are of like length.

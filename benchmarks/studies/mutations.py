@@ -1,4 +1,4 @@
-"""How good the tests are: faults put in one by one, and which of them some test finds.
+"""The strength of the tests: faults put in one by one, and which of them some test finds.
 
     python benchmarks/studies/mutations.py OUT.json             # half an hour on 2 CPU cores
     python benchmarks/studies/mutations.py OUT.json --only=WORDS --most=1 --again
@@ -382,7 +382,7 @@ class Tree:
 
     @classmethod
     def copied(cls, folder: Path) -> "Tree":
-        """What git knows and what is new, without what it ignores."""
+        """Lists the files that git tracks and the new ones, without those that it ignores."""
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, capture_output=True, check=True,
@@ -466,7 +466,7 @@ def tried(mutation: Mutation, tree: Tree, narrow: bool) -> dict:
 
 
 def known(mutation: Mutation, record: dict | None) -> bool:
-    """Whether a record is of this very mutation."""
+    """Returns whether a record is of this very mutation."""
     return record is not None and dataclasses.asdict(mutation).items() <= record.items()
 
 

@@ -133,7 +133,7 @@ class _Walk:
 
 
 def _results(instruction: Instruction) -> tuple[Leaf, ...]:
-    """What an instruction writes; that of an asynchronous copy names its operand as well."""
+    """The arrays that an instruction writes. An asynchronous copy's type also lists its operand."""
     match instruction.opcode:
         case "copy-start":
             return instruction.leaves[:1]

@@ -1,4 +1,4 @@
-"""What one device does in a compiled program: FLOPs, HBM bytes, bytes on the wire.
+"""The costs of a compiled program on one device: FLOPs, HBM bytes, bytes on the wire.
 
 Counted from the compiled HLO text, with loops as often as they run, which XLA's own
 cost_analysis() leaves out. All of it is the compiler's program as it stands, nothing measured.

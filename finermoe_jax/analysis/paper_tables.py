@@ -1,4 +1,4 @@
-"""The parameter counts that the paper prints, and ours beside them."""
+"""The parameter counts that the paper prints, and this code's beside them."""
 
 import dataclasses
 
@@ -92,12 +92,12 @@ def _billions(total: float, active: float, digits: int) -> str:
 
 
 def agrees(row: Row, counts: Counts) -> bool:
-    """Whether the counts are the paper's to its printed digits."""
+    """Returns whether the counts are the paper's to its printed digits."""
     return (round(counts.total / 1e9, 2), round(counts.active / 1e9, 2)) == (row.total, row.active)
 
 
 def text() -> str:
-    """Tables 1, 2, 4 and 8: the paper's counts, ours by its formula, and the true ones."""
+    """Tables 1, 2, 4 and 8: the paper's counts, those by its formula, and the true ones."""
     head = (
         f"{'':<6}{'':<16}{'experts':>16}{'the paper':>19}{'by its formula':>19}{'true':>23}   "
         "billions, total / active"

@@ -1,4 +1,4 @@
-"""What analysis/aot.py prints: memory by kind, the program's costs, a roofline, a verdict."""
+"""The report of analysis/aot.py: memory by kind, the program's costs, a roofline, a verdict."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def gib(size: float | int) -> str:
 
 
 def heading(program: Program, target: Target) -> str:
-    """What is compiled."""
+    """The lines that name the compiled program."""
     data, train = program.config.data, program.config.train
     where = f"{target.name}, {len(target.devices)} devices"
     if target.slices > 1:

@@ -1,4 +1,4 @@
-"""How alike a layer's experts are (paper, Appendix D and Figure 4).
+"""The similarity of a layer's experts (paper, Appendix D and Figure 4).
 
 For each layer this is the mean cosine similarity over all pairs of experts, an expert being its
 three matrices laid end to end. With û an expert over its norm, the N experts' pairs need not be
@@ -58,7 +58,7 @@ def _open(source: str) -> ModelSource:
 
 
 def _of_model(model: ModelSource, name: str, read: Callable[[int], None]) -> Similarity:
-    """read(bytes) is told of each block of weights."""
+    """The similarity of each layer's experts; calls read(bytes) for each block of weights."""
     assert model.config.moe is not None
     found: dict[int, float] = {}
     for (_, run, place), banks in itertools.groupby(_banks(model), lambda path: path[:3]):

@@ -117,7 +117,7 @@ class Flags:
         return getattr(self.values, name)
 
     def given(self, name: str) -> bool:
-        """Whether a flag is on the command line."""
+        """Returns whether a flag is on the command line."""
         return bool(self.values[name].present)
 
     def need(self, name: str) -> Any:
@@ -132,7 +132,7 @@ class Flags:
         return run_config(self.values.config.to_dict())
 
     def help(self) -> str:
-        """What --help says of the flags: the required ones first, each with its default."""
+        """The part of --help on flags: the required ones first, each with its default."""
         known = [name for name in self.values if name not in ("flagfile", "undefok")]
         optional = [name for name in known if name not in self._required]
         parts = [("Required:", self._required), ("Optional:", optional)]
@@ -174,7 +174,7 @@ class _PathParser(flags.ArgumentParser):
 
 
 def wants_help() -> bool:
-    """Whether the command line asks for help."""
+    """Returns whether the command line asks for help."""
     return any(each in _HELP for each in sys.argv)
 
 

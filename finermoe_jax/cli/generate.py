@@ -89,7 +89,7 @@ def _printed(pieces: Iterator[str], shown: str) -> str:
 
 
 def _said(first: str) -> Iterator[str]:
-    """What a user says: `first`, then line by line from stdin, without the empty ones."""
+    """Yields a user's messages: `first`, then line by line from stdin, without the empty ones."""
     if first:
         yield first
     while True:

@@ -64,7 +64,7 @@ def errors_told() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # The reader of our output has gone; nothing is left to say.
+        # The reader of the output has gone; nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:

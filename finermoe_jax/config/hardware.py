@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' published figures."""
+"""Peak figures of accelerators, as their makers publish them."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

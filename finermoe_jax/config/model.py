@@ -1,4 +1,4 @@
-"""What a model is: frozen dataclasses, their validation, the glossary of symbols.
+"""The model's config: frozen dataclasses, their validation, the glossary of symbols.
 
 Symbols of the paper (arXiv 2603.13364) and their names here:
 
@@ -194,7 +194,7 @@ LayerKind = Literal["dense", "moe"]
 _MOST_LAYERS = 1024
 
 
-# Beyond this float32 could not tell one position from the next million.
+# Beyond this float32 could not distinguish one position from the next million.
 _MOST_POSITIONS = 1e15
 RopeType = Literal["linear", "llama3", "yarn"]
 # Of each type: the fields that it needs, and those that it may have.

@@ -1,4 +1,4 @@
-"""What presets are made of: every architecture of the paper by name, and dense shapes of Qwen's.
+"""Parts of presets: every architecture of the paper by name, and Qwen's dense shapes.
 
 `--config=configs/NAME.py:ARCHITECTURE` picks one.
 
@@ -21,7 +21,7 @@ from finermoe_jax.errors import InputError, near_misses
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Where one of the paper's models differs from the published one; moe None: dense."""
+    """The differences of one of the paper's models from the published one; moe None: dense."""
 
     about: str
     moe: MoEConfig | None
@@ -133,7 +133,7 @@ def architecture(name: str) -> Architecture:
 
 
 def apply_variant(config: Any, variant: str) -> None:
-    """What `--config=configs/NAME.py:VARIANT` changes in a preset, in place; "" changes nothing.
+    """Applies VARIANT of `--config=configs/NAME.py:VARIANT` to a preset in place; "" is a no-op.
 
     An architecture replaces config.moe and config.upcycle as a whole: whatever granularities the
     preset has, `c32a2` is the paper's. Raises InputError for names that are unknown or empty, and

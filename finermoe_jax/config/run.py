@@ -1,4 +1,4 @@
-"""What a run is: model, start, data, optimizer, mesh, training."""
+"""The config of a run: model, start, data, optimizer, mesh, training."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from finermoe_jax.runtime.paths import local, local_list
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on, in rows of sequence_length tokens (docs/data.md)."""
+    """The training data, in rows of sequence_length tokens (docs/data.md)."""
 
     # Text, a directory of finermoe_jax.prepare_data, a Megatron .bin/.idx pair, or a mixture
     # "path:weight,path:weight".
@@ -119,9 +119,9 @@ class RunConfig:
     dense: ModelConfig | None = None
     # How the FFNs become experts; None trains the model as init_from holds it.
     moe: MoEConfig | None = None
-    # What those experts start from.
+    # The start of those experts.
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
-    # HF directory, hub id or checkpoint of ours to start from; empty: random weights.
+    # HF directory, hub id or finermoe checkpoint to start from; empty: random weights.
     init_from: str = ""
     # Prompts whose continuations are shown before and after training.
     prompts: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""How a dense FFN becomes experts: the fields, and which of them go with which architecture."""
+"""Upcycling config, dense FFN to experts: its fields, and the architectures each one fits."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from finermoe_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleConfig:
-    """How a dense FFN becomes experts, where the architecture alone does not say it.
+    """The choices in turning a dense FFN into experts that the architecture leaves open.
 
     The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
     finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.

@@ -80,7 +80,7 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
 
 
 def _lies_there(name: str) -> bool:
-    """Whether a path names something to read."""
+    """Returns whether a path names something to read."""
     try:
         return find(name).exists() or megatron_prefix(find(name)) is not None
     except OSError:  # no name of a file: too long, say
@@ -98,7 +98,7 @@ def _place(name: str) -> Path:
 def open_source(
     name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, show_progress: bool
 ) -> Corpus:
-    """What a path of data.path or data.eval_path names, by what lies there.
+    """Opens a path of data.path or data.eval_path, according to what is stored there.
 
     Raises InputError for what is none of the known kinds, and whatever is wrong with it.
     """
@@ -201,7 +201,7 @@ def _rows(source: Corpus, config: DataConfig, held_out: float) -> tuple[Rows, Ro
 
 
 class RunData(NamedTuple):
-    """What a run reads: `identity`, JSON, tells it from other data."""
+    """The data that a run reads. `identity`, JSON, distinguishes it from other data."""
 
     train: Mixture
     held_out: Mixture | None
@@ -215,13 +215,13 @@ def open_data(
     vocab_size: int,
     show_progress: bool = False,
 ) -> RunData:
-    """Opens and checks all that a run reads; None is held out where nothing is to be.
+    """Opens and checks all that a run reads; held_out is None if no data is held out.
 
     Args:
       config: what to read.
       tokenizer: of text; prepared tokens must come from the same.
       files: the directory that the tokenizer was loaded from.
-      vocab_size: the model's; token ids must lie below.
+      vocab_size: the model's; token ids must be below it.
       show_progress: a bar where text is tokenised or tokens are scanned.
 
     Raises InputError for whatever is wrong with the data.
@@ -317,8 +317,10 @@ def train_batches(
 
 
 def batch_identity(rows: Mixture, config: DataConfig, step: int) -> list[dict[str, Any]]:
-    """What the global batch of a step, counted from 1, is made of: a row's source, and in it the
-    row's number, its first token, and the epoch."""
+    """The rows in the global batch of a step, counted from 1.
+
+    Each is given by its source, and in it by the row's number, its first token, and the epoch.
+    """
     order, found = Order(rows, config.seed), []
     first = (step - 1) * config.global_batch_size
     for row in range(config.global_batch_size):

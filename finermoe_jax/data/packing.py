@@ -34,7 +34,7 @@ def counted(batch: Batch) -> Any:
 
 
 def masks(batch: Batch) -> dict[str, Any]:
-    """What Decoder.features needs to keep documents apart, by name, int32 [B, T].
+    """The arguments by which Decoder.features keeps documents apart, by name, int32 [B, T].
 
     Positions begin anew in each document.
     """

@@ -2,7 +2,7 @@
 
 One process reads and writes, the others tokenise. What is written follows from the text, the
 tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
-Started once more with the same arguments, it goes on behind the last complete shard.
+Started once more with the same arguments, it resumes after the last complete shard.
 """
 
 import collections
@@ -68,9 +68,9 @@ def prepare(
       text_field: where a JSON line, a row of parquet or of a dataset has its text.
       split: of Hugging Face datasets.
       shard_tokens: a shard ends with the piece of text that reaches so many.
-      say: takes what there is to tell.
+      say: takes the messages.
 
-    A file without text is left out, and said.
+    A file without text is left out and reported.
 
     Raises InputError: nothing to read or unreadable, a target that holds something else or was
     begun with other settings, is being written by another process, or on a full disk.

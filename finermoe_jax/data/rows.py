@@ -25,7 +25,7 @@ class Windows:
         return self.count
 
     def first_token(self, index: int) -> int:
-        """Where in the source window `index` begins."""
+        """The position in the source at which window `index` begins, in tokens."""
         return self.first + index * self.length
 
     def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:
@@ -47,7 +47,7 @@ class Packed:
         return len(self.ranges)
 
     def first_token(self, index: int) -> int:
-        """Where in the source row `index` begins."""
+        """The position in the source at which row `index` begins, in tokens."""
         return int(self.ranges[index, 0])
 
     def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:

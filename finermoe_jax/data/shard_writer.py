@@ -1,4 +1,4 @@
-"""Writes a prepared directory, shard by shard (token_files.py says what lies there)."""
+"""Writes a prepared directory, shard by shard (token_files.py describes its files)."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from finermoe_jax.runtime.json_files import to_json
 
 
 def being_written(manifest: Path) -> Path:
-    """What a manifest is called until it is whole."""
+    """The path of a manifest until it is complete."""
     return manifest.with_name(f".{manifest.name}.partial")
 
 

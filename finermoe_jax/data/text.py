@@ -187,8 +187,10 @@ class HubText:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string has a form in UTF-8: halves of surrogate pairs, which JSON can spell, have
-    none."""
+    """Returns whether a string has a form in UTF-8.
+
+    Halves of surrogate pairs, which JSON can spell, have none.
+    """
     try:
         return text.isascii() or text.encode() is not None
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Tokens in memory-mapped files: streams of them, and our prepared directories.
+"""Tokens in memory-mapped files: streams of them, and prepared directories.
 
 A prepared directory (finermoe prepare) holds
 
@@ -6,7 +6,7 @@ A prepared directory (finermoe prepare) holds
     00000.bin              tokens, little-endian uint16 or uint32
     00000.documents.npy    int64: where in the shard documents begin
 
-The shards in a row are one stream; a document may go on in the next shard.
+The shards in a row are one stream; a document may continue in the next shard.
 """
 
 import bisect
@@ -75,7 +75,7 @@ class Corpus:
       tokens: all of them.
       document_files: int64 arrays of the documents' first tokens, or .npy files of them, and what
         to add to each.
-      identity: what tells this data from other data, JSON.
+      identity: distinguishes this data from other data, JSON.
     """
 
     path: str
@@ -115,13 +115,14 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-# --- our own --------------------------------------------------------------------------------
+# --- prepared directories -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One pair of files. `end` is the source it ends in, by number, and that source's pieces of
-    text (finermoe_jax/data/text.py) up to there; `open`: its last document goes on in the next."""
+    text (finermoe_jax/data/text.py) up to there; `open`: its last document continues in the next.
+    """
 
     name: str
     tokens: int
@@ -136,7 +137,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the content of a prepared directory follows from; sources with their sizes in bytes."""
+    """The settings that determine a prepared directory's content; sources with sizes in bytes."""
 
     tokenizer: str
     vocab_size: int
@@ -183,17 +184,17 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def shard_name(number: int) -> str:
-    """What the files of a shard are called."""
+    """The name of a shard's files, without a suffix."""
     return f"{number:05d}"
 
 
 def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
-    """Where a shard's tokens and its documents lie."""
+    """The paths of a shard's tokens and of its documents."""
     return directory / f"{name}.bin", directory / f"{name}.documents.npy"
 
 
 def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
-    """What the size of a shard's files says against it; empty: nothing."""
+    """Describes the damage that the size of a shard's files shows; empty if none."""
     tokens, documents = shard_files(directory, shard.name)
     for path, least, exact in (
         (tokens, shard.tokens * dtype.itemsize, True),

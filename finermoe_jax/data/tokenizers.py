@@ -64,7 +64,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many ids a tokenizer needs: one more than its largest."""
+    """The number of ids that a tokenizer needs: one more than its largest."""
     return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
@@ -185,7 +185,7 @@ _PROBE = "The 2nd  of 1234 tests isn't\n\n\tça naïve — 東京 Привет �
 
 
 def _behaviour(directory: Path) -> tuple:
-    """All by which two tokenizers could be told apart."""
+    """Everything by which two tokenizers could be distinguished."""
     tokenizer = load_tokenizer(directory, ANY_VOCABULARY)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoded: Any
@@ -209,7 +209,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 
 def prefix_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """What the first token of a text follows: the beginning-of-text token, else the end's."""
+    """The token before a text's first: the beginning-of-text token, else the end-of-text token."""
     begin: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
 
@@ -218,11 +218,11 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
-    """What generation_config.json of a model with this directory's tokenizer has to say.
+    """Returns the generation_config.json settings of a model with this directory's tokenizer.
 
-    The directory's own generation_config.json; for special tokens on which it is silent the ids of
-    a config.json; and, if neither names an end of text, those of the tokenizer. Ids outside the
-    vocabulary, which never come up, are left out. Empty when there are none of these files.
+    They come from the directory's own generation_config.json. Special tokens that it omits come
+    from a config.json and, if neither names an end of text, from the tokenizer. Ids outside the
+    vocabulary, which never come up, are left out. Empty if there are none of these files.
 
     Raises InputError: files that cannot be read, ids that are no integers.
     """

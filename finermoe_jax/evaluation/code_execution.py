@@ -49,9 +49,9 @@ with open(done, "w") as file:
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Whether a Python program reaches its end within the time and without an error.
+    """Returns whether a Python program reaches its end in time and without an error.
 
-    Its name is not "__main__", so that what a script would do besides its tests is left out.
+    Its name is not "__main__", so what a script would do besides its tests is left out.
     """
     folder = Path(tempfile.mkdtemp(prefix="finermoe-code-"))
     try:

@@ -38,9 +38,12 @@ from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """What to run of the evaluation harness. names, data_dir, num_fewshot, skip_missing and
-    allow_code_execution as in `tasks.select`; limit: rows of each task, None for all; chat: prompts
-    in the tokenizer's chat template."""
+    """The selection of evaluation harness tasks to run.
+
+    names, data_dir, num_fewshot, skip_missing and allow_code_execution are as in `tasks.select`.
+    limit is the number of rows of each task, None for all. chat puts prompts in the tokenizer's
+    chat template.
+    """
 
     names: Sequence[str]
     data_dir: Path | None = None
@@ -177,7 +180,7 @@ def _perplexity(
 
 
 def _checked(tasks: Tasks) -> Tasks:
-    """The tasks with data_dir as a path of this machine; InputError for what is wrong at sight."""
+    """Returns the tasks with data_dir as a local path; InputError for errors visible at once."""
     data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
     if not tasks.names:
         raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
@@ -209,7 +212,7 @@ def _select(tasks: Tasks) -> Any:
 
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
-    """What only the model and its tokenizer can tell; and, as it takes longest, every row."""
+    """Checks what needs the model and its tokenizer, and then, as it takes longest, every row."""
     from finermoe_jax.evaluation.harness import check_limits, check_rows, needed_prefix
 
     needed_prefix(tokenizer)

@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context follows."""
+        """The token that precedes a text without a context."""
         return self.prefix
 
     @property
@@ -243,7 +243,7 @@ def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None)
 
 
 def _use(task: Any, row: Any) -> None:
-    """What the harness will ask of a row."""
+    """Asks of a row what the harness will ask of it, and raises for an unusable answer."""
     text, target = task.doc_to_text(row), task.doc_to_target(row)
     if not isinstance(text, str | int):
         raise TypeError(f"its text is {text!r}")

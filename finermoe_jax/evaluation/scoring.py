@@ -28,7 +28,7 @@ _CHUNK = 256  # scored positions whose logits exist at one time
 
 
 class Continuation(NamedTuple):
-    """What is scored: `targets`, each given all tokens before it. Neither may be empty."""
+    """A scored text: `targets`, each given all tokens before it. Neither field may be empty."""
 
     context: Sequence[int]
     targets: Sequence[int]

@@ -139,7 +139,7 @@ def _manager(names: Sequence[str]) -> TaskManager:
 
 
 def _members(name: str, index: dict) -> list[str] | None:
-    """What a group or a tag holds; None for a task."""
+    """Returns the members of a group or a tag; None for a task."""
     entry = index[name]
     match entry.kind.name:
         case "TAG":
@@ -225,7 +225,7 @@ def _with_rows(
 
 
 def _harness(name: str, load: Callable[[], Any]) -> Any:
-    """What the harness loads, its many errors as one."""
+    """Runs a load of the harness and turns its many kinds of errors into one InputError."""
     try:
         return load()
     except Exception as error:  # of datasets, the hub's client, jinja, or a task's own code
@@ -298,7 +298,7 @@ def examples(stated: int | None, asked: int | None) -> int:
 
 
 def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
-    """Where the harness takes examples from; None where it needs none from the rows."""
+    """The split that the harness takes examples from; None if it needs none from the rows."""
     fewshot = config.get("fewshot_config") or {}
     count = examples(config.get("num_fewshot"), num_fewshot)
     named = fewshot.get("split") or config.get("fewshot_split")
@@ -311,7 +311,7 @@ def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
 def _rows_of(
     data_dir: Path, task: str, config: dict, split: str, scored: bool
 ) -> tuple[list[dict] | None, Path]:
-    """A split's rows, None where there are none, and where they lie or should: without suffix."""
+    """A split's rows, None if there are none, and their path, present or not, without a suffix."""
     place = data_dir / task / split
     rows = _read(place)
     folder, subset = _family(config)
@@ -361,7 +361,7 @@ def _read(path: Path) -> list[dict] | None:
 
 
 def _dataset(rows: dict[str, list[dict]]) -> Callable[..., Any]:
-    """What the harness calls for a dataset, in memory."""
+    """A function that the harness calls for a dataset; it returns one in memory."""
     return lambda **_: datasets.DatasetDict(
         {split: datasets.Dataset.from_list(of_split) for split, of_split in rows.items()}
     )

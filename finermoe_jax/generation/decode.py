@@ -93,7 +93,7 @@ def bucket(tokens: int) -> int:
 
 
 class _Running(NamedTuple):
-    """What passes from step to step; donated, so that the cache is written in place."""
+    """The state passed from step to step. It is donated, so the cache is written in place."""
 
     cache: KVCache
     seen: Bool[Array, "B V"]

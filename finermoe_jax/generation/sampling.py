@@ -15,12 +15,13 @@ NO_TOKEN = -1
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn. All are arguments of one compiled program, none recompiles it.
+    """Settings for drawing tokens. All are arguments of one compiled program; none recompiles it.
 
-    temperature 0 takes the most likely token. Else logits are divided by it, and drawn from are
-    the top_k most likely tokens (0: all), of these the fewest that hold top_p of the probability.
-    Before all that the logits of tokens that the row has seen are divided by repetition_penalty
-    where positive, multiplied where not (1: none). Each row draws from its own key of the seed.
+    temperature 0 takes the most likely token. Any other value divides the logits. The draw is then
+    among the top_k most likely tokens (0: all), and of these the fewest that hold top_p of the
+    probability. Before all that, the logits of tokens that the row has seen are divided by
+    repetition_penalty where positive and multiplied by it where not (1: no penalty). Each row draws
+    from its own key of the seed.
     """
 
     temperature: float = 0.0

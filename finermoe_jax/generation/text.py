@@ -196,7 +196,7 @@ class _Text:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """What a further token makes certain; what follows the end is ignored."""
+        """Returns the text that one more token makes certain; ignores tokens after the end."""
         if self.ended:
             return ""
         if token in self.ends:
@@ -214,7 +214,7 @@ class _Text:
         return self._show(whole[: len(whole) - max(begun, default=0)])
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """Returns the text still held back at the end."""
         if self.ended:
             return ""
         self.ended = True

@@ -34,7 +34,7 @@ def param(
 ) -> nnx.Param:
     """A parameter: its shape, logical axis names, dtype and start.
 
-    The axes say where it lies on a mesh (sharding.RULES) and how it is trained and stored
+    The axes decide its place on a mesh (sharding.RULES) and how it is trained and stored
     (parameters.KINDS). Raises InputError for axes that are of no kind.
     """
     assert len(shape) == len(axes), (shape, axes)

@@ -1,7 +1,7 @@
 """Causal attention: over whole sequences, without all scores in memory at once, and of one query.
 
-What a token sees: itself and what came before it in its own segment. Padding is a segment of its
-own, wherever it lies.
+A token sees itself and what came before it in its own segment. Padding is a segment of its own,
+wherever it is.
 
     TPU  the library's splash kernel, whatever the segments
     GPU  cuDNN's kernel in 16-bit types where all tokens are of one segment, as in training; the
@@ -63,7 +63,7 @@ def causal_attention(
       v: values.
       segment_ids: None: one segment, without padding.
       placement: mesh and kernel; "cpu" and "reference" are blocks of queries on any platform.
-      interpret: tries the TPU's kernel, named in placement, on this machine.
+      interpret: runs the TPU's kernel, named in placement, in interpret mode on any platform.
 
     Raises:
       NotImplementedError: no kernels for this platform, or another platform's named.
@@ -105,7 +105,7 @@ def _on_one_device(
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, interpret: bool) -> Array:
-    """The library's kernel. It wants whole blocks: what is added lies behind all real queries."""
+    """The library's kernel. It needs whole blocks; padding is added after all real queries."""
     tokens, heads, width = q.shape[1:]
     block, padded = _even_blocks(tokens, SPLASH_BLOCK, LANES)
     # Unfused, the backward pass computes scores twice, but stores no dq per block of keys.

@@ -86,7 +86,7 @@ def _times(x: Float[Array, "M K"], weight: Array) -> Float[Array, "M N"]:
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU does so natively (AVX-512 BF16 or AMX); elsewhere it is slow."""
+    """Returns whether this CPU does so natively (AVX-512 BF16 or AMX); elsewhere it is slow."""
     try:
         features = Path("/proc/cpuinfo").read_text()
     except OSError:  # no Linux

@@ -11,7 +11,7 @@ from finermoe_jax.config.model import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of a stack of layers; each head's slots lie side by side."""
+    """Keys (rotated) and values of a stack of layers; each head's slots are contiguous."""
 
     keys: Float[Array, "L B K S H"]
     values: Float[Array, "L B K S H"]
@@ -55,7 +55,7 @@ class KVCache(NamedTuple):
 
 
 class CacheUse(NamedTuple):
-    """What one layer needs of the cache: its stack and place there, the next slot, and which slots
+    """One layer's part of the cache: its stack and place there, the next slot, and the slots that
     its token sees."""
 
     stack: LayerCache

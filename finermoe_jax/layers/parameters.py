@@ -1,8 +1,8 @@
 """Kinds of parameters: the one table from logical axes to how a parameter is trained and stored.
 
-A parameter's axes are named where it is made (`basic.param`). Whoever has to know whether it is
-decayed, frozen, quantized or a bank of experts asks here, and never for a name, a path or a rank.
-Where its axes lie on a mesh is the other table, sharding.RULES.
+A parameter's axes are named where it is made (`basic.param`). Code that has to know whether it is
+decayed, frozen, quantized or a bank of experts asks here, and never goes by a name, path or rank.
+The other table, sharding.RULES, places its axes on a mesh.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LAYER = "layer"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a parameter is trained and stored.
+    """The way a parameter is trained and stored.
 
     Attributes:
       decayed: weight decay acts on it.

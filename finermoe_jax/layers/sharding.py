@@ -57,7 +57,7 @@ MUST_DIVIDE = ("expert",)
 
 
 class Placement(NamedTuple):
-    """Where and how a model is computed."""
+    """The mesh and the kernels with which a model is computed."""
 
     mesh: Mesh | None = None  # None: one device
     # Of the experts (pallas_kernels.expert_ffn) and of attention (causal.py); None: the platform's.
@@ -203,7 +203,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict,
 
 
 def constrain(x: Array, axes: Sequence[str], placement: Placement, name: str) -> Array:
-    """x, told to the partitioner to be an activation of that name with these logical axes."""
+    """Constrains x, an activation of that name, to the sharding of these logical axes."""
     if placement.mesh is None or placement.mesh.size == 1:
         return x
     partition, _ = spec(axes, x.shape, placement.mesh, name)
@@ -262,10 +262,10 @@ def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) 
 def row_major(tree: Any, shardings: Any, model: nnx.Module) -> Any:
     """A Format per leaf: its sharding and, for banks of experts, row-major memory.
 
-    tree holds parameters of the model, or an optimizer's state, whose leaves lie as the parameter
-    that they are of. Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in the
-    minor axis, because its width of 448 is no multiple of 128; every call of a kernel then begins
-    with a copy.
+    tree holds parameters of the model, or an optimizer's state, whose leaves are laid out like the
+    parameters they belong to. Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in
+    the minor axis, because its width of 448 is no multiple of 128. Every call of a kernel then
+    begins with a copy.
     """
     shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     banks = {path: shapes[path] for path, kind in kinds(model).items() if kind.bank}
@@ -280,7 +280,7 @@ def row_major(tree: Any, shardings: Any, model: nnx.Module) -> Any:
 def as_kernels_read(state: nnx.State) -> nnx.State:
     """The state with banks of experts in row-major memory on a TPU (`row_major`).
 
-    Once for all the calls that follow, where they lie otherwise, in place of a copy at each.
+    Banks in another layout are copied once here, not at each call that follows.
     """
 
     def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:

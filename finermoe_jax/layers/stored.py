@@ -1,9 +1,9 @@
-"""Weights as generation reads them: layers where they lie in their stack, and int8 with scales.
+"""Weights as generation reads them: layers in place in their stack, and int8 with scales.
 
-Generation reads every weight once per token, so that a copy would double its time, and a scan over
-a stack of layers hands out copies. `OfLayer` leaves a layer in its stack: accelerators fuse the
-cutting into the product, and kernels take the stack. XLA on a CPU copies there too; for it
-layers/cpu.py holds the layers as arrays of their own.
+Generation reads every weight once per token, so a copy would double its time, and a scan over a
+stack of layers hands out copies. `OfLayer` leaves a layer in its stack: accelerators fuse the slice
+into the product, and kernels take the stack. XLA on a CPU copies there too; for it layers/cpu.py
+holds the layers as arrays of their own.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class OfLayer:
         return lax.dynamic_slice(self.stack, begin, (1, count, *self.shape[1:]))[0]
 
     def whole(self) -> Array:
-        """A copy, unless the compiler can read it where it lies."""
+        """A copy, unless the compiler can read it in place."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
     def astype(self, dtype: DTypeLike) -> Array:

@@ -41,7 +41,7 @@ class Features(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What `model(input_ids)` returns; see `Features`."""
+    """The result of `model(input_ids)`; see `Features`."""
 
     logits: Float[Array, "B T V"]
     aux_loss: Float[Array, " L"]

@@ -91,7 +91,7 @@ def run_layers(
       MoE layers).
     """
     banks = [_bank(block, caches is None, shared) for block in run]
-    # A bank is read where it lies; the other parameters of a layer the loop hands out.
+    # A bank is read in place; the loop hands out a layer's other parameters.
     in_place = [bank is not None for bank in banks]
     graphdef, state = nnx.split(run)
     of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)

@@ -6,9 +6,9 @@ behind it. So it hands out windows: the kernel reads the experts where they are 
 backward pass writes their gradients where those of the whole run are wanted (expert_ffn_of_run says
 how).
 
-Over a mesh a window is the device's own E / P experts of the layer. Where the same experts lie on
-several devices (the axes data and tensor), each device gathers gradients of its own tokens in a
-stack of its own, [R, L, E, ...] split over these axes, which are summed once behind the loop.
+Over a mesh a window is the device's own E / P experts of the layer. If several devices store the
+same experts (the axes data and tensor), each device gathers gradients of its own tokens in a stack
+of its own, [R, L, E, ...] split over these axes, which are summed once after the loop.
 Experts that are stored in pieces (the axis fsdp) are gathered layer by layer, and the gathered
 layer is a bank of one layer.
 """
@@ -137,7 +137,7 @@ def bank_of_layer(gate_up: Any, down: Any, placement: Placement) -> ExpertBank:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the experts of a bank lie on a mesh.
+    """The placement of a bank's experts on a mesh.
 
     Attributes:
       experts: the mesh axes that the experts are split over.

@@ -20,8 +20,8 @@ backward pass sends W, and gets D and the weight's gradient. The rows that arriv
 round are kept for it, later rounds send them again.
 
 **No second copy** of a token to a device is saved, because the published layout sends none: the
-experts of one slot are neighbours, so a token's slots lie on different devices from two devices
-on. (Several active experts per slot would share a device while a group is not split.)
+experts of one slot are neighbours, so with two devices or more a token's slots are on different
+devices. (Several active experts per slot would share a device while a group is not split.)
 """
 
 import functools
@@ -176,7 +176,7 @@ dispatch.defvjp(
 
 
 class Exchange(NamedTuple):
-    """Who sends how much to whom; the same on all devices of the expert axis but for `device`."""
+    """The rows each device sends to each other; only `device` differs along the expert axis."""
 
     sizes: Int[Array, "P E"]  # rows of each source for each expert
     device: Int[Array, ""]
@@ -190,7 +190,7 @@ class Exchange(NamedTuple):
 
     @property
     def rounds(self) -> Int[Array, ""]:
-        """How often the buffer is filled: as often as the fullest pair needs."""
+        """The number of times the buffer is filled: as many as the fullest pair needs."""
         return (self.counts.max() + self.quota - 1) // self.quota
 
     def moved(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
@@ -198,7 +198,7 @@ class Exchange(NamedTuple):
         return jnp.clip(self.counts - step * self.quota, 0, self.quota)
 
     def first(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
-        """Where the rows for p of that round begin among those of s."""
+        """The index, among the rows of s, at which that round's rows for p begin."""
         counts = self.counts
         begin = jnp.cumsum(counts, axis=1) - counts + step * self.quota
         return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))
@@ -218,11 +218,11 @@ def quota(rows: int, devices: int) -> int:
 
 
 def _padded(rows: Array) -> bool:
-    """Whether places that hold no row travel as well.
+    """Returns whether places that hold no row are sent as well.
 
-    They do where XLA has no ragged exchange: on a CPU, and on v5e slices of more than 16 chips
-    ("limited ICI routing"). One number a row always travels so: a TPU's ragged exchange would fill
-    it up to 256.
+    They are where XLA has no ragged exchange: on a CPU, and on v5e slices of more than 16 chips
+    ("limited ICI routing"). An array of one number a row is always sent so: a TPU's ragged exchange
+    would pad it to 256.
     """
     if rows.ndim == 1 or platform() == "cpu":
         return True

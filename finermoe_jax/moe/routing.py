@@ -37,7 +37,7 @@ def route(
       weight_dtype: dtype that the weights, a float32 softmax, are cast to.
       candidate_logits: a second router's logits of the candidate groups, separate_routers only. The
         paper gives no formula for it: that a slot is scaled by the chosen candidate's probability
-        is our reading.
+        is this code's reading.
 
     Returns:
       The routing, and the order [*T, A] that brings its experts into slot order: applied to
@@ -93,7 +93,7 @@ def _select_in_groups(
     if candidate_logits is None:
         return experts, None
     # The paper gives no formula for separate routers. Through an argmax alone the second router
-    # would never learn; scaling its slot by the chosen candidate's probability is our reading.
+    # would never learn, so the chosen candidate's probability scales its slot: one reading of it.
     probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     scale = jnp.take_along_axis(probabilities, chosen[..., None], axis=-1)
     return experts, jnp.repeat(scale[..., 0], moe.active_per_group, axis=-1)

@@ -1,4 +1,4 @@
-"""Full disks: found before a write where possible, and told from other errors after it."""
+"""Full disks: detected before a write if possible, and distinguished from other errors after it."""
 
 import contextlib
 import errno

@@ -29,7 +29,7 @@ _hosts: list[str] = []
 
 
 class RefusedByAll(InputError):
-    """An InputError that every process raises: nobody needs to be told."""
+    """An InputError that every process raises, so none has to notify the others."""
 
 
 # --- joining --------------------------------------------------------------------------------
@@ -59,9 +59,9 @@ def initialize(
     with _within(start_seconds):
         jax.distributed.initialize(
             **launch.arguments,
-            # JAX's own watch ends a process without a word on checkpoints: ours comes first.
+            # JAX's own watch ends a process without naming a checkpoint; heartbeats act first.
             heartbeat_timeout_seconds=max(1, round(2 * heartbeat_seconds)),
-            initialization_timeout=round(start_seconds) + 60,  # ours comes first here, too
+            initialization_timeout=round(start_seconds) + 60,  # _within acts first
         )
     _hosts[:] = exchange(socket.gethostname())  # now: later a coordinator may not answer
 

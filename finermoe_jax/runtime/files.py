@@ -28,7 +28,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 def find(path: str | os.PathLike) -> Path:
     """A relative path as it stands in the working directory or, failing that, in the package.
 
-    So `demo/model` and `configs/demo.py` work from anywhere: configs/ lies beside the package in a
+    So `demo/model` and `configs/demo.py` work from anywhere: configs/ is beside the package in a
     clone and inside it in an installed wheel.
 
     Raises InputError for an address (paths.py).
@@ -39,7 +39,7 @@ def find(path: str | os.PathLike) -> Path:
 
 
 def state(path: Path) -> State:
-    """What changes with a file's content. Raises OSError where there is none."""
+    """Returns values that change with a file's content. Raises OSError if there is no file."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -163,8 +163,8 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
 
     After that, a power cut cannot take it away, or a part of it (`commit`).
 
-    It lies in a hidden directory beside target. What a killed process has left in that one is
-    removed by the next that writes the same target.
+    The path is in a hidden directory beside target. The next process that writes the same target
+    removes what a killed one left there.
 
     Raises InputError when target is occupied, or while another process is writing it.
     """
@@ -209,7 +209,7 @@ def _claim(partial: Path, target: Path) -> int:
                 f"another process is writing {target} (into {partial}): wait for it, or give "
                 "another directory"
             )
-        # The one that had it may have removed it between our opening and locking it.
+        # Its previous owner may have removed it after the open and before the lock.
         if partial.exists() and os.fstat(lock).st_ino == partial.stat().st_ino:
             return lock
         os.close(lock)

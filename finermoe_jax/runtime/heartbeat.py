@@ -24,13 +24,13 @@ _DONE = "done"
 def heartbeats(heartbeat_seconds: float, way_on: Callable[[], str]) -> Iterator[None]:
     """Ends this process when another is lost or fails, with one message that says which.
 
-    A process that dies is missed after heartbeat_seconds, the coordinator at once; a failure is
-    told to the others. The exit code is then 1. JAX's own watch does the same after twice that
-    time, should this process be unable to.
+    A process that dies is missed after heartbeat_seconds, the coordinator at once. A failure is
+    reported to the others. The exit code is then 1. JAX's own watch does the same after twice that
+    time if this process is unable to.
 
     Args:
       heartbeat_seconds: how long a process may be silent.
-      way_on: a sentence on where the run can go on, asked for when it must end.
+      way_on: returns one sentence on how to resume the run; called when the run must end.
     """
     if not jax.distributed.is_initialized():
         yield

@@ -1,4 +1,4 @@
-"""How this process's allocator treats freed memory, for training on a CPU."""
+"""Settings of the process's allocator for freed memory, for training on a CPU."""
 
 import ctypes
 import os

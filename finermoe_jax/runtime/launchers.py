@@ -1,4 +1,4 @@
-"""Who started this process, and how it joins the others: read from the environment."""
+"""Detects the launcher and how this process joins the others, from the environment."""
 
 import contextlib
 import os
@@ -27,10 +27,10 @@ _TPU_INDEX, _TPU_NUMBER = "process index", "number of processes"
 
 
 class Launch(NamedTuple):
-    """How this process joins the others.
+    """The way this process joins the others.
 
     Attributes:
-      arguments: what jax.distributed.initialize is told; the rest it finds out by itself.
+      arguments: passed to jax.distributed.initialize, which finds out the rest by itself.
         Without a member, a coordinator_bind_address is one at which this process will listen.
       member: what the meeting before it needs; None where JAX alone knows the address.
     """
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """How this process joins the others; None for one process on its own.
+    """Returns how this process joins the others; None for one process on its own.
 
     Raises InputError for several processes that jax.distributed could not join.
     """
@@ -97,10 +97,10 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 
 def _member(environment: Mapping[str, str], launcher: str) -> Member | None:
-    """This process for the meeting; None where the environment does not tell all of it.
+    """Returns this process's entry for the meeting; None if the environment lacks part of it.
 
-    What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say goes before what the
-    launcher says, as it does in JAX.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID take precedence over the
+    launcher's variables, as they do in JAX.
     """
     index_name, number_name, find_address = _TELLING.get(launcher, ("", "", lambda _: ""))
     if launcher == "Cloud TPU":
@@ -150,7 +150,7 @@ def open_mpi_address(environment: Mapping[str, str]) -> str:
 
 
 def _mpi_address(environment: Mapping[str, str]) -> str:
-    """Rank 0's host name and a port that is free there, told to all through MPI; as JAX does.
+    """Rank 0's host name and a port that is free there, broadcast through MPI as JAX does.
 
     All processes must call it. "" without mpi4py.
     """
@@ -203,7 +203,7 @@ def tpu_address(environment: Mapping[str, str]) -> str:
 
 
 def _tpu_numbers(environment: Mapping[str, str]) -> dict[str, str]:
-    """This process's index over all slices, and how many there are; empty where it is not told."""
+    """This process's index over all slices and the number of processes; empty if not given."""
     hosts, slices = len(_tpu_hosts(environment)), 1
     if not hosts or not environment.get("TPU_WORKER_ID"):
         return {}
@@ -228,7 +228,7 @@ def _tpu_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def _bind(environment: Mapping[str, str], launcher: str) -> dict[str, str]:
-    """Where the coordinator will listen, for process 0; its address JAX alone finds out."""
+    """The coordinator's bind address, for process 0; JAX alone finds the address to connect to."""
     index, port = environment.get("JAX_PROCESS_ID"), 0
     if launcher == "Kubernetes":
         index, port = index or environment["JOB_COMPLETION_INDEX"], _KUBERNETES_PORT
@@ -256,8 +256,8 @@ def _of_run(number: int) -> int:
     return _FIRST_PORT + number % _PORTS
 
 
-# Launchers that tell each process all that a meeting needs: what they call its index and the
-# number of processes, and the coordinator's address.
+# Launchers that give each process all that a meeting needs: the variables with its index and the
+# number of processes, and the function that finds the coordinator's address.
 _TELLING: dict[str, tuple[str, str, Callable[[Mapping[str, str]], str]]] = {
     "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", slurm_address),
     "Cloud TPU": (_TPU_INDEX, _TPU_NUMBER, tpu_address),
@@ -269,7 +269,7 @@ _TELLING: dict[str, tuple[str, str, Callable[[Mapping[str, str]], str]]] = {
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
-    """Who started several processes so that jax.distributed finds out about them; or nobody."""
+    """Names the launcher that started several processes and that jax.distributed detects; or ""."""
     if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         return "Open MPI"
     tasks = environment.get("SLURM_NTASKS", "1")
@@ -299,7 +299,7 @@ def _launcher(environment: Mapping[str, str]) -> str:
 
 
 def _metadata(name: str) -> str:
-    """What the TPU VM's metadata server, which libtpu asks too, knows; "" without an answer."""
+    """Asks the TPU VM's metadata server, as libtpu does too; returns "" without an answer."""
     request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h: the same command again goes on.
+# EX_TEMPFAIL of sysexits.h: running the same command again resumes.
 EXIT_CODE = 75
 
 

@@ -98,8 +98,8 @@ async def _meet(member: Member, seconds: float) -> None:
     else:
         register = _Register(member, seconds)
         server = await _listen(member.bind, member.port_name, register.receive)
-        # Process 0 asks at the common address, too: a second process 0, on another machine, is
-        # then told by the first.
+        # Process 0 asks at the common address, too: a second process 0, on another machine, then
+        # gets the first one's answer.
         message = await _ask(member, seconds)
         await register.all_told()
         server.close()
@@ -144,7 +144,7 @@ class _Register:
         )
 
     async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Holds a process's connection until there is something to tell it."""
+        """Holds a process's connection until there is an answer to send."""
         task = asyncio.current_task()
         assert task is not None
         self.telling.add(task)
@@ -162,7 +162,7 @@ class _Register:
                 self.present.pop(hello["index"], None)
 
     async def _unless_decided(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
-        """What is read; nothing if the verdict comes first."""
+        """Returns the bytes read, or b"" if the verdict comes first."""
         task = asyncio.ensure_future(reading)
         first: list[asyncio.Future[Any]] = [task, self.verdict]
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -236,7 +236,7 @@ async def _ask(member: Member, seconds: float) -> str:
 
 
 def _read(line: bytes) -> dict | None:
-    """What a process of ours says; None of anything else."""
+    """Parses a greeting from a process of the run; returns None for anything else."""
     try:
         values = parse_json(line, "a greeting")
     except InputError:

@@ -1,4 +1,4 @@
-"""A run's checkpoints: saved while training goes on, the newest few kept; saves that fail."""
+"""A run's checkpoints: asynchronous saves, the newest few kept, and saves that fail."""
 
 import contextlib
 import math
@@ -82,7 +82,7 @@ class TrainingCheckpoints:
         logged: Mapping[str, int] | None = None,
         skipped_in_a_row: int = 0,
     ) -> None:
-        """Starts a save of this step; training may go on while it is written.
+        """Starts a save of this step; training may continue while it is written.
 
         It counts as saved when `wait` returns: then a power cut cannot take it away, and older
         ones may be removed.
@@ -213,13 +213,13 @@ class TrainingCheckpoints:
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:
-    """What checkpoints are ranked by; those without, or whose loss is NaN, come last."""
+    """The loss that ranks checkpoints; those without one, or whose loss is NaN, come last."""
     loss = metrics.get("loss", math.inf)
     return loss if math.isfinite(loss) else math.inf
 
 
 def _chunks(model: Decoder, params: dict) -> Any:
-    """How the arrays of weights are cut on the disk."""
+    """Save arguments that say how the arrays of weights are chunked on the disk."""
     kinds = parameter_kinds(model.config)
 
     def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:

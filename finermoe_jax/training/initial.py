@@ -1,4 +1,4 @@
-"""What a run begins with: the model, from wherever the config takes it, and its tokenizer."""
+"""The start of a run: the model, from wherever the config takes it, and its tokenizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,12 +26,12 @@ from finermoe_jax.weights.upcycle import upcycled
 
 @dataclasses.dataclass
 class InitialModel:
-    """What a run begins with.
+    """The start of a run.
 
-    `model` has shapes in place of arrays; `place` makes its weights, on shardings like its
-    parameters' (a pure dict), every device's part for it alone. `ends_files` is the directory that
-    names the ends of text if `tokenizer_files` does not. `dense` is the model that it was upcycled
-    from, if any.
+    `model` has shapes in place of arrays. `place` takes the shardings of its parameters (a pure
+    dict) and makes its weights on them, each device's part for that device alone. `ends_files` is
+    the directory that names the ends of text if `tokenizer_files` does not. `dense` is the model
+    that it was upcycled from, if any.
     """
 
     model: Decoder
@@ -96,7 +96,7 @@ def _lazy_model(
 
 
 def resumed_model(config: RunConfig, checkpoint: Path, workdir: Path) -> InitialModel:
-    """What a resumed run begins with: the tokenizer that the workdir keeps, and no weights yet."""
+    """The start of a resumed run: the tokenizer that the workdir keeps, and no weights yet."""
     model_config, _, _ = read_description(checkpoint)
     model = with_shapes(model_config, config.train.compute_dtype)
 

@@ -40,7 +40,7 @@ class RunSetup:
     initial: InitialModel
     tokenizer: Any
     data: RunData
-    say: Callable[[str], None]  # what is told along the way
+    say: Callable[[str], None]  # takes messages along the way
 
 
 @dataclasses.dataclass
@@ -117,7 +117,7 @@ class Loop:
         return compiled, params, opt_state
 
     def _finish(self) -> None:
-        """Waits for the steps under way, and tells of them."""
+        """Blocks on in-flight steps and logs their metrics."""
         for step, told in self.under_way:
             values = jax.device_get(told)
             try:
@@ -142,8 +142,8 @@ class Loop:
         if scores:
             with monitor.pause():
                 loss = self.report(f"step {step}", rebuild(nnx.split(model)[0], params), step)
-        # Saved when scored and logged, so that a run that goes on from here has both. Not when all
-        # steps since the last save were left out: the same weights would displace others.
+        # Saved after scoring and logging, so that a run resumed from here has both. Not saved if
+        # all steps since the last save were skipped: the same weights would displace others.
         updates = step - self.guard.skipped
         if not saves or not (updates > saved or stop or last):
             return saved

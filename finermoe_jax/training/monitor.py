@@ -1,7 +1,7 @@
-"""What a run tells of itself: files, the progress line, TensorBoard, Weights & Biases, a profile.
+"""A run's output: files, the progress line, TensorBoard, Weights & Biases, a profile.
 
 docs/monitoring.md says what each figure means. Everything here runs on the host, on values that
-are there already: nothing waits for a device.
+are ready: nothing waits for a device.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-    """What is asked for beyond the workdir's JSON-lines files; nothing of it changes the run."""
+    """The output requested beyond the workdir's JSON-lines files; none of it changes the run."""
 
     tensorboard: bool = False
     wandb: str = ""  # the project; empty: not used
@@ -71,7 +71,7 @@ def read_steps(text: str) -> tuple[int, int] | None:
 
 
 def check(telemetry: Telemetry, steps: int) -> None:
-    """Raises InputError for what cannot be told of a run of so many steps.
+    """Raises InputError for telemetry that a run of so many steps cannot provide.
 
     That is: a package that is not installed, steps that are not run, a peak that is no rate.
     """
@@ -99,7 +99,7 @@ def check(telemetry: Telemetry, steps: int) -> None:
 
 
 class Load(NamedTuple):
-    """How a step's tokens spread over the experts, per MoE layer."""
+    """The spread of a step's tokens over the experts, per MoE layer."""
 
     aux_loss: Float[np.ndarray, " L"]  # Eq. 11, 1 where even
     tokens: Int[np.ndarray, "L E"]
@@ -164,7 +164,7 @@ def _progress(steps: int, first: int) -> tqdm:
 
 
 def memory_gib() -> float:
-    """The peak so far, in GiB: of the fullest device here, or of this process where none tells."""
+    """The peak so far, in GiB: of the fullest local device; of this process if none reports one."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -174,10 +174,10 @@ def memory_gib() -> float:
 
 
 class Monitor:
-    """One run's figures, from finished steps to wherever they are told. Closes what it opened.
+    """Reports one run's finished steps to all its outputs, and closes what it opened.
 
-    All processes hold one and call it alike; the first one writes. `profile` are the first and the
-    last step that it traces, zeros where there are none.
+    All processes hold one and call it alike; the first one writes. `profile` holds the first and
+    the last step that it traces, zeros if there are none.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Monitor:
         Raises InputError when Weights & Biases cannot be reached.
         """
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
-        # A resumed run traces what is left: the same command must go on.
+        # A resumed run traces the steps that are left: the same command must be able to resume.
         begin, end = telemetry.profile_steps or (0, 0)
         traces = end > first and jax.process_index() == 0
         self.profile = (max(begin, first + 1), end) if traces else (0, 0)
@@ -238,7 +238,7 @@ class Monitor:
         yield
         self.paused += time.perf_counter() - began
 
-    # --- what is told -----------------------------------------------------------------------
+    # --- what is reported -------------------------------------------------------------------
 
     def show_progress(self, first: int) -> None:
         """Shows the progress line and starts the clock."""

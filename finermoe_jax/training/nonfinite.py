@@ -1,4 +1,4 @@
-"""What is done about steps whose loss or gradient is not finite."""
+"""Records steps whose loss or gradient is not finite; stops a run after too many in a row."""
 
 import io
 import math

@@ -52,9 +52,10 @@ def _matplotlib() -> Any:
 
 
 def colours() -> Any:
-    """The map of loads: purple less than even, white even, orange more; told apart by everybody.
+    """The colour map of loads: purple is less than even, white even, orange more.
 
-    Without the darkest ends of Matplotlib's map, which look like the black of what is dead.
+    Everybody can distinguish these colours. The darkest ends of Matplotlib's map are left out: they
+    look like the black of dead experts.
     """
     mpl = _matplotlib()
     return mpl.colors.ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256)))

@@ -76,9 +76,9 @@ def train(
 
     Args:
       config: the run.
-      workdir: a new directory, or that of a run to go on with.
-      say: what is told along the way.
-      telemetry: what else is told, and where to.
+      workdir: a new directory, or that of a run to resume.
+      say: takes the messages along the way.
+      telemetry: what else is reported, and where to.
       allow_changes: fields of the config (dotted, or groups) that may differ from the run's.
 
     Raises InputError for whatever is wrong with the input, before the first step, and on every
@@ -113,7 +113,7 @@ def train(
 
 
 def _silent(message: str) -> None:
-    """What processes other than the first say."""
+    """Drops a message: `say` of all processes but the first."""
 
 
 def _claimed(

@@ -31,10 +31,10 @@ def train_step(
 ) -> tuple[dict, Any, dict[str, Array]]:
     """One optimizer step on a global batch.
 
-    Returned with what is told of the step: loss, aux_loss (the sum over layers), grad_norm,
-    learning_rate, skipped and tokens (of the input, padding apart), float32 []; layer_aux_loss,
-    float32 [L]; expert_tokens, int32 [L, E], how many tokens of the global batch selected each
-    expert (L counts the MoE layers; 0 in a dense model).
+    Returns params, opt_state and the step's metrics: loss, aux_loss (the sum over layers),
+    grad_norm, learning_rate, skipped and tokens (of the input, without padding), float32 [];
+    layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E], how many tokens of the global batch
+    selected each expert (L counts the MoE layers; 0 in a dense model).
 
     The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
     sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
@@ -77,7 +77,7 @@ def train_step(
 def _gradients(
     graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
 ) -> tuple[dict[str, Array], dict]:
-    """The loss of a global batch, as `batch_loss` tells it, and its gradients by `free`."""
+    """The metrics of a global batch, as `batch_loss` returns them, and its gradients by `free`."""
     parts = config.train.grad_accumulation
     if parts > 1:
         return _accumulated(graphdef, config, params, free, batch)
@@ -145,7 +145,7 @@ def _narrowed(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:
-    """The banks among flat parameters that are not stored in pieces, and where they lie."""
+    """The banks among flat parameters that are not stored in pieces, and their mesh places."""
     found = {
         path: Places.of(free[path].shape[1], model.placement)
         for path, kind in kinds(model).items()
@@ -155,7 +155,7 @@ def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:
 
 
 def updates_made(opt_state: Any) -> Int[Array, ""]:
-    """How many updates an optimizer's state has seen."""
+    """The number of updates that an optimizer's state has seen."""
     (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
     return count
 

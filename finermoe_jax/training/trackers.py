@@ -16,7 +16,7 @@ class TensorBoard:
     def __init__(self, workdir: Path, first: int):
         from tensorboardX import SummaryWriter
 
-        # What an interrupted run told of later steps is not shown.
+        # Hides what an interrupted run logged of later steps.
         self.writer = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first + 1, flush_secs=30
         )
@@ -32,7 +32,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; the workdir's wandb_run_id says which, so that it goes on."""
+    """A run of Weights & Biases. It is resumed by the id in the workdir's wandb_run_id."""
 
     def __init__(self, project: str, workdir: Path, config: RunConfig):
         import wandb
@@ -55,7 +55,7 @@ class WeightsAndBiases:
                 f"--wandb={project}: {error}\nlog in (wandb login), or set WANDB_MODE=offline and "
                 "send the run later (wandb sync)"
             ) from None
-        # Steps as an axis of their own: W&B's counter would drop what a resumed run tells again.
+        # Steps as an axis of their own: W&B's counter would drop what a resumed run logs again.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -43,9 +43,9 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
     A run that ended before its first checkpoint holds nothing: any config may take its place. A run
     that has lost its checkpoints is refused.
 
-    The mesh may differ: a run may go on on more devices, or fewer. So may the places of the data,
+    The mesh may differ: a run may resume on more devices, or fewer. So may the paths of the data,
     whose content is compared (claim_data), and the fields named in `allow` (dotted, or a whole
-    group of them) but those that a checkpoint is made of. Nothing is written.
+    group of them), except those that a checkpoint is made of. Nothing is written.
 
     Returns the changed fields, each with its value there and in the config.
 
@@ -102,7 +102,7 @@ def _within(name: str, group: str) -> bool:
 
 
 def _unfinished(workdir: Path) -> bool:
-    """Whether nothing is there but what a run killed at its very beginning leaves."""
+    """Returns whether the workdir holds only what a run killed at its very beginning leaves."""
     names = {path.name for path in workdir.iterdir()}
     checkpoints = workdir / "checkpoints"
     return names <= {LOCK_FILE, _PARTIAL, "checkpoints"} and not (
@@ -111,7 +111,7 @@ def _unfinished(workdir: Path) -> bool:
 
 
 def _ended_before_saving(workdir: Path) -> bool:
-    """Whether a run has no checkpoint yet; raises InputError where it has lost those it had.
+    """Returns whether a run has no checkpoint yet; raises InputError if it has lost those it had.
 
     No step is logged before the first checkpoint is saved.
     """
@@ -136,7 +136,7 @@ def fill_workdir(
     """
     if jax.process_index() != 0:
         return
-    # In this order: killed in between, the same command goes on (_unfinished).
+    # In this order: after a kill in between, the same command still works (_unfinished).
     files.make_directory(workdir / "checkpoints")
     files.write(workdir / "config.json", to_json(dataclasses.asdict(config), indent=2) + "\n")
     if tokenizer_files != workdir / "tokenizer":
@@ -150,11 +150,11 @@ def fill_workdir(
 
 
 def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
-    """Refuses to go on with other data than the run began with.
+    """Refuses to resume with other data than the run began with.
 
-    Where it lies may differ. `allow` lets what is trained on differ by data.path, and what is held
-    out by data.eval_path. Raises InputError naming what differs of `identity` (data.open_data) and
-    data.json.
+    The data may be stored elsewhere. data.path in `allow` lets the training data differ,
+    data.eval_path the held-out data. Raises InputError that names the differences between
+    `identity` (data.open_data) and data.json.
     """
     changed = {
         name: values
@@ -172,7 +172,7 @@ def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = (
 
 
 def record_data(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes data.json, and what a run goes on with that differs; the first process alone."""
+    """Writes data.json and logs how a resumed run's data differ; only the first process does."""
     if jax.process_index() != 0:
         return
     newest = newest_checkpoint(workdir.absolute() / "checkpoints")
@@ -186,7 +186,7 @@ def record_data(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
-    """What differs of the data, but its place; nothing where no data is recorded."""
+    """The differences of the data, except in its path; empty if no data is recorded."""
     if not (workdir / "data.json").is_file():
         return {}
     try:
@@ -232,7 +232,7 @@ def find_shared(workdir: Path) -> None:
 
 
 def way_on(workdir: Path) -> str:
-    """Where a run that must end now can go on, in a sentence."""
+    """One-line hint on how to resume this run."""
     steps = workdir.absolute() / "checkpoints"
     with contextlib.suppress(OSError):
         files.sync(steps)  # the newest one may have got its name just now
@@ -258,7 +258,7 @@ class Log:
                 stream.write(to_json(values) + "\n")
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the model after this step has been scored."""
+        """Returns whether the model after this step has been scored."""
         return any(
             e.get("name") == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
         )
@@ -281,7 +281,7 @@ class Log:
                 files.write(path, b"".join(lines))
 
     def last_step(self) -> int:
-        """The last step that any of the files tells of; 0 where there is none."""
+        """The last step that any of the files records; 0 if there is none."""
         logs = [read_log(self.workdir / file) for file in self.CUT]
         return max((values["step"] for log in logs for _, values in log), default=0)
 

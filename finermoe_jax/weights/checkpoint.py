@@ -113,7 +113,7 @@ def write_checkpoint(
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
-    dtype is the activations'; written(bytes) is told of each block of weights.
+    dtype is the activations'; written(bytes) is called for each block of weights.
 
     Raises InputError, before anything is written, for a tokenizer that would not be the same one
     in the checkpoint (`check_kept`).
@@ -290,7 +290,7 @@ def readable(checkpoint: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """The model of an Orbax checkpoint of ours, or of a training workdir's newest step.
+    """Returns the model of a finermoe Orbax checkpoint, or of a training workdir's newest step.
 
     With a mesh each device gets its part of every weight (layers/sharding.py), read for it
     alone; otherwise all are on one device.

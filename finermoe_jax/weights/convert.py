@@ -22,7 +22,7 @@ from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled
 
-# As a shell tells of Ctrl-C.
+# The exit code by which a shell reports Ctrl-C.
 _INTERRUPTED = 130
 
 

@@ -23,7 +23,7 @@ def _flat_out(ours: np.ndarray) -> np.ndarray:
 class Rule:
     """One HF tensor (per layer, and per expert where the name holds {e}).
 
-    view maps our array, without its layer and expert axes, to the HF tensor's [out, in] shape;
+    view maps the JAX array, without its layer and expert axes, to the HF tensor's [out, in] shape;
     it must be a view, so that one rule serves import (write into it) and export (read it).
     """
 
@@ -33,7 +33,7 @@ class Rule:
 
     @property
     def same(self) -> bool:
-        """Whether the two are the same array, so that a part of one is a part of the other."""
+        """Returns whether both are the same array, so that a part of one is a part of the other."""
         return self.view is _same
 
 
@@ -94,7 +94,7 @@ class Parts:
 
     @property
     def count(self) -> int:
-        """How many tensors."""
+        """The number of tensors."""
         return len(self.rules) * math.prod(self.leading)
 
     def name(self, rule: Rule, place: tuple[int, ...]) -> str:
@@ -106,7 +106,7 @@ class Parts:
 
     def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor, given the parameter's shape."""
-        # A view of one element tells the HF tensor's shape without allocating one.
+        # A view of one element gives the HF tensor's shape without allocating one.
         ours = np.broadcast_to(np.empty((), np.int8), shape[len(self.leading) :])
         theirs = [(rule, rule.view(ours).shape) for rule in self.rules]
         for place in np.ndindex(*self.leading):

@@ -240,8 +240,8 @@ def write_hf(
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet, and yields bytes of weights as written.
 
-    config.json has the authors' keys; tokenizer is a directory whose tokenizer files are copied,
-    and which tells where text ends (`generation_settings`).
+    config.json has the authors' keys. tokenizer is a directory whose tokenizer files are copied,
+    and which names the ends of text (`generation_settings`).
 
     Raises InputError: the variant has no HF form, files of the tokenizer cannot be read, or it
     would be another tokenizer in the export (`check_kept`).
@@ -267,7 +267,7 @@ def write_hf(
 
 
 def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
-    """What `write_hf` writes into config.json and, if there is anything to say, GENERATION_FILE."""
+    """The content that `write_hf` writes to config.json and, unless empty, to GENERATION_FILE."""
     values = model_config_to_hf(config, dtype)
     generation = generation_settings(tokenizer, config.vocab_size) if tokenizer is not None else {}
     for key in ("bos_token_id", "eos_token_id"):
@@ -328,8 +328,8 @@ def save_hf(
     Args:
       model: any decoder whose variant the published HF model can express.
       path: a new or empty directory; it appears only when complete.
-      tokenizer: a directory whose tokenizer files are copied along; without it, transformers is
-        not told at which token text ends.
+      tokenizer: a directory whose tokenizer files are copied along; without it, transformers does
+        not know at which token text ends.
 
     Raises:
       InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.

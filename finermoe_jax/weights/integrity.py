@@ -93,12 +93,12 @@ def hashed_along(directory: Path) -> Iterator[Known]:
 
 
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
-    """What of a checkpoint differs from its checksums; an empty list where nothing does.
+    """Lists the differences of a checkpoint from its checksums; empty if there are none.
 
     Items (directories in it) of `skip` are not read; of the files, part, part + parts, … are. A
-    checkpoint of before there were checksums has nothing to differ from.
+    checkpoint older than checksums has nothing to differ from.
 
-    Raises InputError where it cannot be told: permissions, a failing disk, too many open files.
+    Raises InputError if it cannot be read: permissions, a failing disk, too many open files.
     """
     try:
         with _unreadable(directory):
@@ -233,7 +233,7 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
 def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
     """The newest checkpoint without damage, for a reader who changes nothing; or None.
 
-    Each damaged one that is passed over is told on stderr. One that a run in training removes
+    Each damaged one that is passed over is reported on stderr. One that a run in training removes
     meanwhile is not damaged: the newer one is taken.
 
     Raises InputError when the newest one cannot be read, or holds another step than its name says.

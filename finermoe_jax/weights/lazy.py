@@ -112,7 +112,7 @@ def stacked(
 
 
 def of_array(array: Any) -> LazyArray:
-    """What is in memory already."""
+    """Wraps an array that is in memory already."""
     values = np.asarray(array)
     return LazyArray(values.shape, values.dtype, lambda index: values[index])
 
@@ -208,7 +208,7 @@ def last_kept[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray
 
 
 def is_whole(index: Index, shape: tuple[int, ...]) -> bool:
-    """Whether the index takes all of an array of this shape."""
+    """Returns whether the index takes all of an array of this shape."""
     return all(each.stop - each.start == size for each, size in zip(index, shape, strict=True))
 
 

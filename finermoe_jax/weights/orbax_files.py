@@ -132,7 +132,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     def settle(self) -> None:
         """Blocks until every write has ended, well or badly.
 
-        Orbax raises the first failure of a save while the writes of its other items go on.
+        Orbax raises the first failure of a save while its other items are still being written.
         """
         while self.commits:
             with contextlib.suppress(Exception):

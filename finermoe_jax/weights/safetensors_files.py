@@ -154,7 +154,7 @@ def listing(items: list[str], limit: int = 200) -> str:
 
 
 class Entry(NamedTuple):
-    """What a file's header says of one tensor."""
+    """The entry of one tensor in a file's header."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A model wherever it lies: a checkpoint of ours, a workdir, a Hugging Face directory, the Hub."""
+"""Opens a model from a finermoe checkpoint, a workdir, a Hugging Face directory or the Hub."""
 
 import contextlib
 import dataclasses
@@ -36,10 +36,10 @@ from finermoe_jax.weights.lazy import Weights
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model wherever it lies, not read yet.
+    """A model that is opened and not read yet.
 
-    dtype is the activations', stored are the dtypes of the weights as they lie there; files is
-    where its tokenizer is; states are those of the files that hold the weights and, of a
+    dtype is the activations'. stored holds the dtypes in which the weights are stored. files is the
+    directory with its tokenizer. states are those of the files that hold the weights and, of a
     checkpoint, the tokenizer.
     """
 
@@ -66,8 +66,10 @@ class ModelSource:
 
 
 def _is_hf(directory: Path) -> bool:
-    """Whether this is a Hugging Face directory. A workdir has a config.json, too, and a Hugging
-    Face directory may hold a trainer's checkpoints/."""
+    """Returns whether this is a Hugging Face directory.
+
+    A workdir has a config.json, too. A Hugging Face directory may hold a trainer's checkpoints/.
+    """
     if any(directory.glob("*.safetensors")):
         return True
     if not (directory / "checkpoints").is_dir():

@@ -102,7 +102,7 @@ def upcycle_weights(
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
     shapes, kinds = parameter_shapes(config), parameter_kinds(config)
-    # Of a dense model all layers lie in one stack.
+    # All layers of a dense model are stored in one stack.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
     drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]

@@ -1,4 +1,4 @@
-"""What experts start from where it is more than a copied slice: pure functions of one layer.
+"""Starts of experts that are more than a copied slice: pure functions of one layer.
 
 Letters: config/model.py.
 """

@@ -1,6 +1,6 @@
-"""Whether a conversion's target holds its source: every tensor, bit for bit.
+"""Verifies that a conversion's target holds its source: every tensor, bit for bit.
 
-An upcycled target is checked the other way round from how it was made: its experts' slices are
+An upcycled target is checked in the opposite direction from its making: its experts' slices are
 laid back over the dense FFN, which every set of copies has to cover.
 """
 
@@ -69,11 +69,11 @@ def verify(
     dtype: str | None = None,
     stated: bool = False,
 ) -> Report:
-    """Whether `target` is what `convert` with the same arguments makes.
+    """Verifies that `target` is what `convert` with the same arguments makes.
 
-    ModelSource and target may be a HF directory or a checkpoint of ours; of the latter the files'
-    checksums are compared as well. Where the target was cast, the source's values are cast for
-    comparison. A few blocks are in memory at a time.
+    Source and target may each be a HF directory or a finermoe checkpoint. Of a checkpoint the
+    files' checksums are compared as well. If the target was cast, the source's values are cast for
+    the comparison. A few blocks are in memory at a time.
 
     Args:
       source, target, moe, stated: as the conversion had them.
@@ -167,7 +167,7 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
 
 
 def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
-    """Compares what lies beside the weights: the tokenizer and, of an export, all that loads it."""
+    """Compares the files beside the weights: the tokenizer and, of an export, all that loads it."""
     exported = (made / "config.json").is_file()
     # An export says anew where text ends.
     wanted = {
@@ -209,7 +209,7 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
 def _expected(
     given: ModelSource, made: ModelConfig, path: ParamPath, shape: tuple[int, ...]
 ) -> LazyArray:
-    """What the source implies of one parameter of the target; none is drawn at random."""
+    """The values that the source implies for a parameter of the target; none is drawn at random."""
     weights = given.weights
     if given.config.moe is not None or made.moe is None:
         return weights[path]
@@ -287,7 +287,7 @@ def _compare(
         if not wrong[place].any():
             continue
         at = tuple(index[axis].start + i for axis, i in enumerate(place))
-        # Gate and up lie in one array, of which the block may hold a part.
+        # Gate and up are stored in one array, of which the block may hold a part.
         whole = np.zeros(shape[leading:], bool)
         whole[index[leading:]] = wrong[place]
         for rule in where.rules:

@@ -85,9 +85,9 @@ def expert_ffn_of_run(
 
     A loop over layers carries `gradients` from call to call. Nothing reads them; only their
     cotangents count. The cotangent that arrives from the layer above, a stack of the run's
-    shape, goes on to the layer below with this layer's gradients written into it, so that behind
-    the loop's backward pass it is the gradient of the whole run, each entry written once. `unread`
-    begins that pass. The weights themselves are constants (take stop_gradient of them).
+    shape, is passed to the layer below with this layer's gradients written into it. After the
+    loop's backward pass it is therefore the gradient of the whole run, each entry written once.
+    `unread` begins that pass. The weights themselves are constants (take stop_gradient of them).
 
     Args:
       rows: [M, D], sorted by expert.
@@ -100,7 +100,7 @@ def expert_ffn_of_run(
         empty: the weights get no gradient, and none is computed.
       implementation: as in expert_ffn.
       interpret: as in expert_ffn.
-      adds: this layer's gradients are added to what lies in their place, not written over it.
+      adds: adds this layer's gradients to what is stored in their place, not overwriting it.
 
     Returns:
       [M, W] as of expert_ffn, and `gradients`, to be handed on.

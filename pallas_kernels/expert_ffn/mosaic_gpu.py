@@ -15,7 +15,7 @@ reaches HBM. An item is such a tile; its stages, in this order:
       for each 64 of D:                          after the chunk's last step:
       x ring ◀── x [R rows, 64]                    silu(gate) · up ──▶ active [.., the chunk]
       w ring ◀── gate [128, 64], up [128, 64]
-    2 (goes on: the ring alone holds it back)    R = 64: waits at `both` for the other warpgroup,
+    2 (does not wait: only the ring limits it)   R = 64: waits at `both` for the other warpgroup,
                                                  which made the other columns of active
     3 for each tile of 128 columns of W,         acc += active [.., 64 of F] · w ring
       for each 64 of F:                          after the tile's last step:
@@ -110,7 +110,7 @@ def forward(
     """See api.expert_ffn. Weights of an expert without rows reach nothing.
 
     Weights are cast to a two-byte dtype of rows. Those that need a cast or padding for TMA are
-    copied, the window's alone; others are read where they lie.
+    copied, the window's alone; others are read in place.
 
     Raises:
       NotImplementedError: a GPU older than Hopper.
@@ -189,8 +189,8 @@ def _prepare(
     """The kernels' arrays: [M, D], [2N, F, D] and [N, F, W] padded for TMA, float32 weights, and
     the first expert of the N.
 
-    A half of an expert's gate_up is an array of its own, so that the zeros with which TMA fills
-    what lies past its F rows stand where the other half's would be.
+    A half of an expert's gate_up is an array of its own. TMA fills what is past its F rows with
+    zeros, which then stand in place of the other half's rows.
     """
     ready = gate_up.dtype == down.dtype == rows.dtype
     if not (ready and gate_up.shape[2] % STEP == 0 and down.shape[2] % STEP == 0):
@@ -280,7 +280,7 @@ def _forward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """How the forward kernel is cut, in numbers known when it is compiled."""
+    """The partition of the forward kernel, in numbers known when it is compiled."""
 
     tile: int  # rows
     split: bool  # the warpgroups share the columns of a tile instead of its rows
@@ -292,7 +292,7 @@ class _Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _ForwardRefs(Scratch):
-    """What a block of the forward kernel reads, writes and works in."""
+    """The references that a block of the forward kernel reads, writes and works in."""
 
     table: Any  # of hopper.work
     count: Any
@@ -314,7 +314,7 @@ class _ForwardRefs(Scratch):
 
 @dataclasses.dataclass(frozen=True)
 class _Half:
-    """What a warpgroup has of the forward kernel's tiles: 64 rows, of all columns or of half."""
+    """A warpgroup's part of the forward kernel's tiles: 64 rows, of all columns or of half."""
 
     warpgroup: Array
     offset: Array | int  # its first row
@@ -494,7 +494,7 @@ def _backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """How the backward kernel is cut, in numbers known when it is compiled."""
+    """The partition of the backward kernel, in numbers known when it is compiled."""
 
     f_blocks: int  # blocks of F
     d_steps: int  # steps of D
@@ -513,7 +513,7 @@ class _Backward:
 
 @dataclasses.dataclass(frozen=True)
 class _BackwardRefs(Scratch):
-    """What a block of the backward kernel reads, writes and works in."""
+    """The references that a block of the backward kernel reads, writes and works in."""
 
     table: Any  # of hopper.work
     count: Any

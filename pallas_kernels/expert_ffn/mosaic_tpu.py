@@ -4,8 +4,8 @@ Letters: M rows, D model width, E experts, F intermediate, W expert output width
 
 Everything of size F is held transposed, [F, S]: F is the sublane axis, where a multiple of 8
 needs no padding (the published 152, 280 and 592 would be padded to a multiple of 128 along
-lanes), gate and up are split without moving data, and a row's routing weight lies along lanes,
-where it multiplies [F, S] without a transpose and where the gradient of the weights ends up.
+lanes), gate and up are split without moving data, and routing weights are laid out along lanes,
+where they multiply [F, S] without a transpose and where the gradient of the weights ends up.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ type Scalar = Array | int
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a kernel is cut: multiples of 128 rows, `rows` one of `step`."""
+    """The tile sizes of a kernel: multiples of 128 rows, `rows` one of `step`."""
 
     rows: int  # moved at once, and computed at once where one expert owns them all
     step: int  # computed at once elsewhere
@@ -58,11 +58,11 @@ class Call:
     tiles: Tiles
     gradients: tuple[jnp.dtype, ...] = ()  # of the stacks that they go to; empty: none are made
     layers: int = 1  # of those stacks
-    adds: bool = False  # to what lies there
+    adds: bool = False  # to what is stored there
 
     @property
     def casts(self) -> bool:
-        """Whether weights are cast on chip, once per expert."""
+        """Says whether weights are cast on chip, once per expert."""
         return {self.in_dtype, self.out_dtype} != {self.row_dtype}
 
     @property
@@ -161,7 +161,7 @@ def _dot(a: Array, b: Array, contraction: Any) -> Array:
 
 
 def _edges(indices: Any) -> tuple[Array, Array]:
-    """Whether this visit is the first, and whether it is the last, with its index."""
+    """Returns whether this visit is the first with its index, and whether it is the last."""
     visit, last = pl.program_id(0), pl.num_programs(0) - 1
     before, here = indices[jnp.maximum(visit - 1, 0)], indices[visit]
     after = indices[jnp.minimum(visit + 1, last)]
@@ -281,7 +281,7 @@ def _backward_kernel(
 
 
 def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
-    """What the kernel moves at each visit, in and out; a block that stays is not moved again.
+    """The blocks that the kernel moves at each visit, in and out; a block that stays is not moved.
 
     The index maps take the visit, and the schedule's arrays unless `plan` is given.
     """
@@ -442,7 +442,7 @@ def backward(
       dy: [M, W].
       into: stacks [L, E, 2F, D] and [L, E, F, W], overwritten at `layer`; empty: no gradients.
       layer: of the stacks.
-      adds: added to what lies there instead.
+      adds: gradients are added to what is stored there instead.
       interpret: as in api.expert_ffn.
     """
     m, experts = rows.shape[0], group_sizes.shape[0]

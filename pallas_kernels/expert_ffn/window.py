@@ -1,4 +1,4 @@
-"""Copies, for what cannot read or write its experts in the run of layers that they lie in."""
+"""Copies, for code that cannot read or write its experts in place in their run of layers."""
 
 import functools
 from collections.abc import Sequence

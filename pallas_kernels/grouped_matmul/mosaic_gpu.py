@@ -164,7 +164,7 @@ def product(
     """The kernel behind grouped_matmul: a sum over S sections of K.
 
     Args:
-      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What lies between
+      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What is between
         K and K' of a section meets zeros, and must be finite.
       weights: [E or more, S, K, N], or [.., S, N, K] with transpose_weights; the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
@@ -202,7 +202,7 @@ def product(
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """How a product is cut, in numbers known when it is compiled."""
+    """The partition of a product, in numbers known when it is compiled."""
 
     transpose: bool  # weights are [.., N, K]
     columns: int  # of a tile
@@ -223,7 +223,7 @@ class _Product:
 
 @dataclasses.dataclass(frozen=True)
 class _ProductRefs(Scratch):
-    """What a block of `product` reads, writes and works in."""
+    """The references that a block of `product` reads, writes and works in."""
 
     table: Any  # of hopper.work
     count: Any
@@ -335,7 +335,7 @@ def sum_of_products(
     """The kernel behind weight_gradient, for rows in S sections.
 
     Args:
-      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What lies between
+      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What is between
         K and K' of a section is left out.
       cotangent: [M, N], the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
@@ -385,7 +385,7 @@ def _rows_of_experts(group_sizes: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Gradient:
-    """How a weight gradient is cut, in numbers known when it is compiled."""
+    """The partition of a weight gradient, in numbers known when it is compiled."""
 
     columns: int  # of a tile
     experts: int
@@ -411,7 +411,7 @@ class _Gradient:
 
 @dataclasses.dataclass(frozen=True)
 class _GradientRefs(Scratch):
-    """What a block of `sum_of_products` reads, writes and works in."""
+    """The references that a block of `sum_of_products` reads, writes and works in."""
 
     table: Any  # of _rows_of_experts
     x: Any  # [M, S K']

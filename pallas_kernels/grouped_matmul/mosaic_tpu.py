@@ -38,13 +38,13 @@ class Tiles:
 
 
 class Visits(Protocol):
-    """What a kernel and its index maps ask about a visit."""
+    """The questions of a kernel and its index maps about a visit."""
 
     def expert(self, visit: Any) -> Any:
-        """Whose rows the visit computes."""
+        """The expert whose rows the visit computes."""
 
     def weights(self, visit: Any) -> Any:
-        """Whose weights are on chip."""
+        """The expert whose weights are on chip."""
 
     def tile(self, visit: Any) -> Any:
         """The tile of rows."""
@@ -56,7 +56,7 @@ class Visits(Protocol):
         """One past the expert's last row."""
 
     def used(self, visit: Any) -> Any:
-        """Whether this is a visit at all, or pads the grid."""
+        """Says whether this is a real visit or pads the grid."""
 
 
 @dataclasses.dataclass(frozen=True)

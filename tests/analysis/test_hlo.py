@@ -1,4 +1,4 @@
-"""What is counted in compiled programs whose costs are known by hand, on 8 devices."""
+"""Counts in compiled programs whose costs are known by hand, on 8 devices."""
 
 import functools
 

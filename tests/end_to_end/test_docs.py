@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)")
 
 
 def defined(module, name):
-    """Whether a module defines Class, function, constant, or Class.method, or imports the name."""
+    """Says whether a module defines a class, function, constant or Class.method, or imports it."""
     body = ast.parse(module.read_text()).body
     for part in name.split("."):
         found = [node for node in body if part in names_of(node)]
@@ -45,7 +45,7 @@ def names_of(node):
 
 
 def is_there(dotted):
-    """Whether a dotted name is a module, or a name in one."""
+    """Returns whether a dotted name is a module, or a name in one."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         place, name = ROOT.joinpath(*parts[:end]), ".".join(parts[end:])

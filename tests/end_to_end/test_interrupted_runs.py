@@ -61,7 +61,7 @@ from tests.support.training import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes are started, as forks, with one cache of compiled programs."""
+    """A directory for runs; processes start as forks, with one cache of compiled programs."""
     starts = SimpleNamespace(**vars(subprocess) | {"Popen": Process})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kill_campaign, "subprocess", starts)

@@ -13,7 +13,7 @@ from finermoe_jax.evaluation.code_execution import own_code_eval, passes
 
 
 def _namespaces():
-    """Whether this system gives an ordinary process namespaces of its own."""
+    """Returns whether this system gives an ordinary process namespaces of its own."""
     flags = "os.CLONE_NEWUSER | os.CLONE_NEWPID"
     done = subprocess.run([sys.executable, "-c", f"import os; os.unshare({flags})"], check=False)
     return done.returncode == 0
@@ -26,7 +26,7 @@ needs_namespaces = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """Where the programs' directories are made; nothing may be left of them."""
+    """Makes the programs' directories under tmp_path; nothing may be left of them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
     assert not glob.glob(f"{tmp_path}/finermoe-code-*")

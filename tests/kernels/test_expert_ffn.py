@@ -105,7 +105,7 @@ def test_default_is_an_implementation_that_works_without_jit():
 
 @pytest.mark.parametrize("implementation", ["cpu", "tpu"])
 def test_experts_without_rows_are_not_read(implementation):
-    """What the weights of an idle expert hold reaches no output; its gradient is exactly 0."""
+    """The weights of an idle expert reach no output; its gradient is exactly 0."""
     arguments, cotangent = make("empty groups", jnp.float32)
     idle = np.asarray(arguments["group_sizes"]) == 0
     clean = compute(arguments, cotangent, implementation)

@@ -139,7 +139,7 @@ def test_the_tolerance_catches_one_wrong_row(dtype):
 
 @pytest.mark.parametrize("implementation", ["cpu", *SLOW_ON_GPU[2:]])
 def test_experts_without_rows_are_not_read(implementation):
-    """What the weights of an idle expert hold reaches no output; its gradient is exactly 0."""
+    """The weights of an idle expert reach no output; its gradient is exactly 0."""
     rows, weights, sizes, cotangent = make("empty groups", jnp.float32)
     idle = np.flatnonzero(np.asarray(sizes) == 0)
     clean = compute(rows, weights, sizes, cotangent, implementation=implementation)

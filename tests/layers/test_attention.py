@@ -82,7 +82,7 @@ LAYOUTS = tuple(layouts(4))
 
 
 def visible(mask, ids, tokens):
-    """What a real query sees, and which queries are real."""
+    """Returns the keys that each real query sees, and which queries are real."""
     real = np.ones((2, tokens), bool) if mask is None else mask == 1
     ids = np.zeros((2, tokens), np.int32) if ids is None else ids
     sees = np.tril(np.ones((tokens, tokens), bool)) & (ids[:, :, None] == ids[:, None, :])

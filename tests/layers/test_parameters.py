@@ -1,4 +1,4 @@
-"""What the logical axes of a parameter say of it, against the rules by name that they replace."""
+"""The logical axes of a parameter, against the rules by name that they replace."""
 
 import dataclasses
 

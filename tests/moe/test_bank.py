@@ -87,7 +87,7 @@ def test_gradients_are_those_of_layers_handed_out(case, handed_out):
 
 
 def test_the_bank_is_what_computes_them(monkeypatch, handed_out):
-    """What the comparisons above would not see: both sides took the same way."""
+    """Checks what the comparisons above would not see: both sides taking the same way."""
     used = []
 
     def seen(*arguments):

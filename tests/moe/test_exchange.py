@@ -30,7 +30,7 @@ def _arguments(dtype=jnp.float32):
 
 
 def _experts():
-    """Who is chosen: evenly, one expert alone, and few experts in falling shares."""
+    """Choices of experts: evenly, one expert alone, and few experts in falling shares."""
     even = jax.random.randint(jax.random.key(7), (B, T, A), 0, E)
     return {"even": even, "one": jnp.full_like(even, 5), "few": (even % 3) * (even % 2)}
 
@@ -88,7 +88,7 @@ def _ragged_all_to_all(
 
 
 def _poisoned(x, count):
-    """What a kernel leaves unspecified, at its worst."""
+    """The rows that a kernel leaves unspecified, at their worst."""
     return jnp.where((jnp.arange(x.shape[0]) < count).reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
 
 

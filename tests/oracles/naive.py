@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What one layer is. The defaults are the behaviour of the published inference model."""
+    """The config of one layer. The defaults are the behaviour of the published inference model."""
 
     hidden_size: int
     intermediate_size: int

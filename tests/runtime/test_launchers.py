@@ -1,4 +1,4 @@
-"""What the environment says of a run's processes, and two that SLURM seems to have started."""
+"""The environment's account of a run's processes, and two that SLURM seems to have started."""
 
 import io
 import json

@@ -22,7 +22,7 @@ SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "JAX_COORDINATOR_PORT")
 
 
 def meeting(*members, port=None, seconds=20.0, names=()):
-    """What each (index, number of processes, delay) is told; "" where all have met."""
+    """The answer to each (index, number of processes, delay); "" where all have met."""
     address, told = f"127.0.0.1:{port or free_port()}", {}
 
     def take_part(number, index, processes, delay):
@@ -88,7 +88,7 @@ def test_another_number_of_processes(names):
 
 
 def test_an_address_that_is_another_machine():
-    """Where mpirun runs on a machine without processes, JAX takes that for the coordinator."""
+    """If mpirun runs on a machine without processes, JAX takes that for the coordinator."""
     listens, elsewhere = free_port(), free_port()
     member = Member(f"127.0.0.1:{elsewhere}", f"127.0.0.1:{listens}", 0, 2)
     with pytest.raises(InputError, match=r"cannot reach itself at .* in JAX_COORDINATOR_ADDRESS"):

@@ -69,7 +69,7 @@ class Process:
         return self._process.exitcode
 
     def communicate(self, timeout=None):
-        """What it wrote to stdout and stderr, when it has ended."""
+        """Waits for the end, and returns what it wrote to stdout and stderr."""
         self.wait(timeout)
         if self._said is None:
             self._said = [file and Path(file.name).read_text() for file in self._own]
@@ -89,7 +89,7 @@ class Process:
 
 
 def run(command, timeout=600, **settings):
-    """What subprocess.run returns, of a fork."""
+    """Returns for a fork what subprocess.run returns."""
     process = Process(command, **settings)
     try:
         out, err = process.communicate(timeout)

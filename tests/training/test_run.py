@@ -390,7 +390,7 @@ def test_a_foreign_directory_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_frozen_backbone():
-    """What trains has the gradients that it has anyway; the rest stands still, without moments."""
+    """Trained parameters keep their gradients; the rest stands still, without moments."""
     config = small_run(8)
     unclipped = dataclasses.replace(config.optimizer, clip_norm=1e12)
     config = dataclasses.replace(config, optimizer=unclipped)

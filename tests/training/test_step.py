@@ -1,4 +1,4 @@
-"""What one optimizer step adds up, in which dtype, and with which draws."""
+"""The sums of one optimizer step, their dtype and the draws."""
 
 import dataclasses
 

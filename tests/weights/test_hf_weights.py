@@ -172,7 +172,7 @@ def test_hub_id_from_the_cache(tmp_path, monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a server: the files of a revision, and each of them."""
+    """The answers that huggingface_hub asks of a server: a revision's files, and each of them."""
 
     folder, revision, fetched = Path(), "1" * 40, []
 

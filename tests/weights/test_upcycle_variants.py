@@ -1,4 +1,4 @@
-"""What experts start from: drop-upcycling, virtual groups, the function-preserving start."""
+"""Starts of experts: drop-upcycling, virtual groups, the function-preserving start."""
 
 import dataclasses
 
@@ -135,7 +135,7 @@ def test_every_layer_and_parameter_is_drawn_with_a_key_of_its_own():
 
 
 def test_some_layers_of_a_mixture_are_those_layers_of_the_dense_model():
-    """What is copied lands in its own layer, however the layers fall into runs."""
+    """Copied weights land in their own layer, however the layers fall into runs."""
     dense = dataclasses.replace(DENSE, num_hidden_layers=5)
     rng = np.random.default_rng(0)
     arrays = {

@@ -126,5 +126,5 @@ class FineRMoeConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     def has_experts(self, layer):
-        """Whether layer number `layer`, from 0, has experts."""
+        """Returns whether layer number `layer`, from 0, has experts."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0

@@ -82,8 +82,8 @@ class FineRMoeAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *angles), rotate(k, *angles), v))
         if cache is not None:
             cache, past = cache
-            # A static cache has to be told, before transformers 5, which places the tokens take,
-            # and gives back all it has.
+            # Before transformers 5, a static cache needs the places that the tokens take. It
+            # returns all it holds.
             end = past + x.shape[1]
             places = {"cache_position": torch.arange(past, end, device=x.device)}
             k, v = (t[:, :, :end] for t in cache.update(k, v, self.layer, places))
@@ -136,7 +136,7 @@ def yarn_range(rope, dim, theta, original):
 
 
 def yarn_scale(rope):
-    """What yarn multiplies rotated queries and keys with."""
+    """The factor by which yarn multiplies rotated queries and keys."""
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     grown = math.log(max(rope["factor"], 1))
@@ -156,14 +156,14 @@ def rotate(x, cos, sin):
 def packed_texts(position_ids):
     """Numbers [B or 1, T] of the texts in each row; None where every row is one text.
 
-    A text begins where position_ids [B or 1, T] do not go on by one, as everywhere in transformers.
+    A text begins where position_ids [B or 1, T] do not rise by one, as everywhere in transformers.
     """
     begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return F.pad(begins.cumsum(1), (1, 0)) if begins.any() else None
 
 
 def added_to_scores(attention_mask, texts, x, past):
-    """What is added to the scores of queries x [B, T, D], which follow `past` cached tokens.
+    """The mask added to the scores of queries x [B, T, D], which follow `past` cached tokens.
 
     attention_mask: None, or [B, S], 0 at padding, or [B or 1, heads or 1, T, S or more], which is
     all that counts: True where a query sees a key, or floats to be added. texts: `packed_texts`.
@@ -341,7 +341,7 @@ class FineRMoeDecoderLayer(nn.Module):
 
 
 class FineRMoePreTrainedModel(PreTrainedModel):
-    """What transformers has to know of both models below."""
+    """The settings that transformers needs of both models below."""
 
     config_class = FineRMoeConfig
     base_model_prefix = "model"
