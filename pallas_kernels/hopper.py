@@ -34,7 +34,7 @@ time. The stage has two halves: one is written while TMA reads the other. Where 
 another expert's, only the own ones are written, in powers of two (`store_partial`).
 
 **Interpreted**, each warpgroup is a thread of XLA's CPU pool, and a pool of fewer threads may wait
-for ever: on a machine of few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
+forever: with few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def by_warpgroup(
     """Runs a block: `copy` on one warpgroup, `multiply(warpgroup)` on the two others.
 
     Both take an item of the kernel's `items` and the number of its first step, and return the
-    number of the step behind its last. They count alike, so that they meet at the same slots.
+    number of the step after its last. They count alike, so they meet at the same slots.
     """
     warpgroup = lax.axis_index("warpgroup")
 
@@ -260,7 +260,7 @@ def fill(
     copies: Callable[[Array], Sequence[tuple[Any, Any, Any]]],
     missing: int = 0,
 ) -> Array:
-    """Starts the copies of `steps` steps, each once its slot is free; returns the step behind them.
+    """Starts the copies of `steps` steps, each once its slot is free; returns the step after them.
 
     copies(i) are those of the i-th: (from, left or right of the ring, rows of the slot). Where they
     are fewer than the ring's arrivals, `missing` says by how many.

@@ -1,4 +1,4 @@
-"""Which platform the kernels of a computation are for, and which implementation it gets."""
+"""The platform that a computation's kernels are for, and the implementation it gets."""
 
 from typing import Any, Literal, cast, get_args
 

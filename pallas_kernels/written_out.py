@@ -3,7 +3,7 @@
 XLA on a CPU makes one loop on all cores of element-wise work, casts and gathers included, that runs
 at the speed of the memory. Its sums and small matrix products want their operands in memory, cast
 and gathered before. So sums over an axis of n are gathered in n / 80 or more partial sums, each of
-at most 80 terms that stand in the program one by one.
+at most 80 terms that are written out in the program one by one.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def row_products(columns: Callable[[int, int], Array], x: Array) -> Array:
     """
     width = x.shape[-1]
     lanes = partial_sums(width)
-    x = jax.lax.optimization_barrier(x)  # what made it would be done again for every output
+    x = jax.lax.optimization_barrier(x)  # its computation would be repeated for every output
 
     def terms(start: int, stop: int) -> Array:
         return columns(start, stop).astype(jnp.float32) * x[..., start:stop]

@@ -40,7 +40,7 @@ class Instruction:
     opcode: str
     leaves: tuple[Leaf, ...]
     operands: tuple[str, ...]
-    inside: str  # what stands in the parentheses: a constant's value, a parameter's number
+    inside: str  # what the parentheses hold: a constant's value, a parameter's number
     attributes: str
 
     def attribute(self, pattern: str) -> str | None:

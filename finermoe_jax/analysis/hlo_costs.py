@@ -1,7 +1,7 @@
 """The costs of a compiled program on one device: FLOPs, HBM bytes, bytes on the wire.
 
 Counted from the compiled HLO text, with loops as often as they run, which XLA's own
-cost_analysis() leaves out. All of it is the compiler's program as it stands, nothing measured.
+cost_analysis() leaves out. Every figure is of the compiler's program; nothing is measured.
 
 What is counted: the FLOPs of matrix products and of kernels that state a CostEstimate (elementwise
 work is not); the operands and results of every instruction that reads or writes HBM, slices of an

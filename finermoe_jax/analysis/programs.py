@@ -133,7 +133,7 @@ def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
 
 
 def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
-    """A prompt of data.sequence_length tokens, or one token behind it."""
+    """A prompt of data.sequence_length tokens, or one token after it."""
     if mesh.size > 1:
         raise InputError(
             f"--program={name}: generation runs on one device, and {target.name} has {mesh.size}: "

@@ -121,7 +121,7 @@ def table(found: dict[str, Similarity]) -> str:
 
 
 def similarities(sources: dict[str, str]) -> dict[str, Similarity]:
-    """Label → similarity of the experts of the model at that label's source, behind a bar.
+    """Label → similarity of the experts of the model at that label's source; shows a progress bar.
 
     Raises InputError as `expert_similarity` does, before any weight is read.
     """

@@ -135,9 +135,9 @@ def architecture(name: str) -> Architecture:
 def apply_variant(config: Any, variant: str) -> None:
     """Applies VARIANT of `--config=configs/NAME.py:VARIANT` to a preset in place; "" is a no-op.
 
-    An architecture replaces config.moe and config.upcycle as a whole: whatever granularities the
-    preset has, `c32a2` is the paper's. Raises InputError for names that are unknown or empty, and
-    for two architectures in one variant.
+    An architecture replaces config.moe and config.upcycle as a whole, so `c32a2` is the paper's for
+    any granularities of the preset. Raises InputError for names that are unknown or empty, and for
+    two architectures in one variant.
     """
     chosen: list[str] = []
     changes: list[Mapping[str, Any]] = []

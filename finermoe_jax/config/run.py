@@ -106,7 +106,7 @@ class TrainConfig:
     # The newest so many are kept and, beside them, those of the lowest held-out loss.
     keep_checkpoints: int = 3
     keep_best: int = 0
-    # A step whose loss or gradient is not finite is left out; so many in a row end the run.
+    # A step whose loss or gradient is not finite is skipped; so many in a row end the run.
     max_skipped_steps: int = 10
     seed: int = 0
 

@@ -18,8 +18,8 @@ class UpcycleConfig:
     drop_ratio: float = 0.0
     # NVShard: one router row for all slices of a copy, so that whole copies are chosen.
     virtual_groups: bool = False
-    # Starts at the dense model's logits: the shared expert alone speaks, with its gate's 1/2
-    # made good, and every routed down-projection is zero.
+    # Starts at the dense model's logits. Only the shared expert contributes, with its gate's 1/2
+    # compensated; every routed down-projection is zero.
     function_preserving: bool = False
     # Standard deviation of concat_proj; 0 gives zeros.
     concat_proj_std: float = 0.02

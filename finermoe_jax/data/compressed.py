@@ -74,7 +74,7 @@ class _Gzip:
 class _Streams(io.RawIOBase):
     """The plain bytes of compressed streams in a row, one rule for all formats.
 
-    The standard library's own files differ: lzma's ends without a word at the first stream behind
+    The standard library's own files differ: lzma's ends without an error at the first stream after
     another that it cannot read.
     """
 
@@ -109,7 +109,7 @@ class _Streams(io.RawIOBase):
         return not self.ended
 
     def _behind(self) -> bytes:
-        """The first bytes behind a stream and its padding; empty at the end of the file."""
+        """The first bytes after a stream and its padding; empty at the end of the file."""
         zeros, rest = 0, self.stream.unused_data or self.raw.read(_READ_BYTES)
         while rest:
             begin = rest.lstrip(b"\0")

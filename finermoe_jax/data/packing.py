@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def counted(batch: Batch) -> Any:
-    """Which targets belong to the document of their input, bool [B, T]: the loss takes those."""
+    """Marks the targets in the document of their input, bool [B, T]: the loss counts those."""
     if batch.segment_ids is None:
         return jnp.ones(batch.tokens[:, 1:].shape, bool)
     inputs, targets = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
@@ -36,7 +36,7 @@ def counted(batch: Batch) -> Any:
 def masks(batch: Batch) -> dict[str, Any]:
     """The arguments by which Decoder.features keeps documents apart, by name, int32 [B, T].
 
-    Positions begin anew in each document.
+    Positions start again at 0 in each document.
     """
     if batch.segment_ids is None:
         return {}
@@ -81,7 +81,7 @@ def pack(starts: np.ndarray, first: int, last: int, size: int) -> np.ndarray:
                 begins.append(begin)
                 ends.append(begin + size)
                 begin += size - 1
-            # What is left of it shares its row with the documents behind it.
+            # The rest of it shares its row with the documents after it.
             place = int(np.searchsorted(bounds, begin + size, side="right")) - 1
             begins.append(begin)
             ends.append(int(bounds[place]))

@@ -47,7 +47,7 @@ from finermoe_jax.runtime.files import find, make_directory, sync
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
 
-_AHEAD = 4  # batches of text under way for each process
+_AHEAD = 4  # in-flight batches of text for each process
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
@@ -176,11 +176,11 @@ def _alone(target: Path) -> Iterator[None]:
         finally:
             if (target / MANIFEST).is_file():
                 lock.path.unlink(missing_ok=True)
-                sync(target)  # so that what has gone does not come back after a power cut
+                sync(target)  # a power cut does not bring back the removed files
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
-    """The complete shards that a killed run has left; whatever else it left is removed."""
+    """Returns the complete shards that a killed run left, and removes what else it left."""
     begins = being_written(target / PARTIAL)  # killed there, a run has left nothing else
     shards: list[Shard] = []
     if (target / PARTIAL).is_file():
@@ -308,7 +308,7 @@ def _begin_worker(files: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent would leave its workers waiting for ever."""
+    """Ends a worker whose parent was killed; it would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

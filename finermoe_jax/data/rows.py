@@ -51,7 +51,7 @@ class Packed:
         return int(self.ranges[index, 0])
 
     def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:
-        """Writes row `index` into int32 [length + 1] arrays; 0 and segment 0 behind its end."""
+        """Writes row `index` into int32 [length + 1] arrays; token 0 and segment 0 pad its end."""
         assert segments is not None
         begin, end = self.ranges[index].tolist()
         size = end - begin
@@ -103,10 +103,10 @@ class Mixture:
         return part, index - self.starts[part]
 
     def turn(self, place: int) -> tuple[int, int]:
-        """Whose turn comes at `place` of the endless mixture, and how often it came before.
+        """The source at `place` of the endless mixture, and how often it came before.
 
-        Of any first n places each source has its share of n, to within the number of sources; in
-        exact arithmetic, so for ever.
+        After any first n places each source has had its share of n, off by at most the number of
+        sources. The arithmetic is exact, so this holds for every n.
         """
         # The places up to here and the next one's are dealt out source by source: the first takes
         # its share, rounded up, the rest is the others'.

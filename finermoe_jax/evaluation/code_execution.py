@@ -88,9 +88,9 @@ def _run(folder: Path, program: str, seconds: float) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a directory, whose program may have taken rights away; what cannot go stays.
+    """Removes a directory, whose program may have revoked permissions; leaves what is undeletable.
 
-    By the system's commands: they bear any depth, at which Python's recursion ends.
+    Uses the system's commands, which handle any depth; Python's recursion does not.
     """
     for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
         subprocess.run([*command, str(folder)], stderr=subprocess.DEVNULL, check=False)
@@ -103,7 +103,7 @@ class CodeEval:
         self, references: list[str], predictions: list[list[str]], k: list[int]
     ) -> tuple[dict[str, float], dict]:
         """pass@k: the chance that one of k programs, drawn from a task's predictions, passes the
-        test that stands in references; the mean over the tasks."""
+        test in references; the mean over the tasks."""
         chances: dict[str, list[float]] = {f"pass@{count}": [] for count in k}
         for test, programs in zip(references, predictions, strict=True):
             passed = sum(passes(f"{program}\n{test}\n") for program in programs)

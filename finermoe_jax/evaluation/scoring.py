@@ -156,7 +156,7 @@ def _log_likelihoods(
     """log p [M] of the targets, and whether each is the likeliest token of its place."""
     pad = -len(places) % _CHUNK
     chunks = [np.pad(x, (0, pad)).astype(np.int32).reshape(-1, _CHUNK) for x in (places, targets)]
-    # All are under way before the first is waited for.
+    # All are in flight before the first is waited for.
     found = [_of_chunk(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
     log_p, likeliest = (np.concatenate(x) for x in zip(*jax.device_get(found), strict=True))
     return log_p[: len(places)], likeliest[: len(places)]

@@ -52,7 +52,7 @@ class Sampling(NamedTuple):
                 raise InputError(f"{name}={getattr(self, name)} must be {what}")
 
     def scalars(self) -> "Sampling":
-        """As arrays of fixed types, so that no value is a compilation of its own."""
+        """The settings as arrays of fixed types, so that no value causes a compilation."""
         kinds = (np.float32, np.int32, np.float32, np.float32, np.uint32)
         return jax.tree.map(lambda kind, x: kind(x), Sampling(*kinds), self)  # type: ignore
 

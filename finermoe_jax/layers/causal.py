@@ -204,5 +204,5 @@ def _even_blocks(tokens: int, most: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def _pad(x: Array, tokens: int) -> Array:
-    """Zeros behind, up to so many tokens."""
+    """Appends zeros, up to so many tokens."""
     return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

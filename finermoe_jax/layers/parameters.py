@@ -25,7 +25,7 @@ class Kind:
 
     Attributes:
       decayed: weight decay acts on it.
-      backbone: it stands still where the backbone is frozen.
+      backbone: it is not trained if the backbone is frozen.
       summed: the axes, from the end, that its product sums over: int8 weights have one scale for
         each place of the others. Empty: it stays as it is in a quantized model.
       bank: the weights of all experts of a layer, of which a token needs few. It is stored

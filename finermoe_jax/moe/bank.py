@@ -1,10 +1,9 @@
 """ExpertBank: the experts of a run of layers, and a window on those of one.
 
-A run's layers are stacked, [L, E, ...], and looped over. If the loop cut a layer's experts out of
-their stack, that would be a copy in front of the kernel, at every pass, and their gradients another
-behind it. So it hands out windows: the kernel reads the experts where they are stored, and its
-backward pass writes their gradients where those of the whole run are wanted (expert_ffn_of_run says
-how).
+A run's layers are stacked, [L, E, ...], and looped over. If the loop sliced a layer's experts from
+their stack, every pass would copy them before the kernel and their gradients after it. So it hands
+out windows: the kernel reads the experts where they are stored, and its backward pass writes their
+gradients where those of the whole run are wanted (expert_ffn_of_run says how).
 
 Over a mesh a window is the device's own E / P experts of the layer. If several devices store the
 same experts (the axes data and tensor), each device gathers gradients of its own tokens in a stack
@@ -243,7 +242,7 @@ _from_sums.defvjp(
 def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:
     """Raises InputError where a layer's experts were not computed by its bank.
 
-    Their gradients would be whatever memory held.
+    Their gradients would be uninitialised memory.
     """
     if before and bank.gradients is before:
         raise InputError(

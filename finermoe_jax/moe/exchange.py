@@ -10,10 +10,10 @@ runs inside shard_map. Each device holds R routed rows, sorted by expert, and E 
 P the size of the axis. Devices are numbered along the axis; s is a source, p a destination.
 
 **Dropless in bounded memory.** A pair (s, p) exchanges at most `quota` rows at once, about twice
-the balanced share, so that a device never buffers more than twice its own rows. What is left goes
-in further rounds through the same buffer; their number depends on the fullest pair alone and is 1
-unless a pair holds more than twice its share. It is the same along the expert axis, not beyond: a
-round may hold no collective over another axis, or devices would wait for each other for ever.
+the balanced share, so a device never buffers more than twice its own rows. The rest goes through
+the same buffer in further rounds. The number of rounds depends on the fullest pair alone and is 1
+unless a pair holds more than twice its share. It is the same along the expert axis, not beyond it:
+a collective over another axis within a round would deadlock.
 
 **Bytes.** A row travels as D values and its weight, and comes back as W = D / G_O values; the
 backward pass sends W, and gets D and the weight's gradient. The rows that arrived in the first

@@ -43,7 +43,7 @@ def initialize(
     They meet first where the environment says where. Then JAX joins them, which aborts where one
     does not come: after start_seconds this process prints one message and ends with exit code 2.
 
-    Raises InputError when the environment speaks of several processes and they cannot be joined.
+    Raises InputError when the environment names several processes and they cannot be joined.
     """
     # A second later than the alarm in this process, which also has an exit code of its own.
     late = mpi_ends(os.environ, start_seconds + 1, _missing(start_seconds))

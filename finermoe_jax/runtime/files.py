@@ -3,8 +3,8 @@
 A new directory is there whole or not at all, and is never written over (`new_directory`).
 
 Without an fsync a file, its name or its new name may be missing or empty after a power cut, in any
-combination. So whatever has to last is written by `write`, or made beside its place and moved there
-by `commit`. Both return when the disk has everything.
+combination. So a file that has to last is written by `write`, or made beside its place and moved
+there by `commit`. Both return when everything is on the disk.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ def refuse_pointer(path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Lets what is on the disk already of a file leave the page cache, where the system has a way.
+    """Drops a file's written pages from the page cache, on systems that can.
 
-    Whoever streams more than the memory holds would otherwise push out all that others need.
+    Streaming more than the memory holds would otherwise evict the pages that others need.
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb", buffering=0) as stream:

@@ -1,6 +1,6 @@
 """JSON in and out: every file and line that is read, every text that is written.
 
-`import json` stands in this module alone (tests/runtime/test_json_files.py).
+Only this module imports json (tests/runtime/test_json_files.py).
 """
 
 import codecs

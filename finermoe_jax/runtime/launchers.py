@@ -22,7 +22,7 @@ _UNKNOWN_TO_JAX = ("PMI_SIZE", "WORLD_SIZE")
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _FIRST_PORT, _PORTS = 61440, 4096  # JAX's range for the coordinator
 _TPU_PORT, _KUBERNETES_PORT = 8482, 55527  # where it goes by no number of a run
-# Sums and products of what GKE sets; they stand where others set a variable.
+# Sums and products of what GKE sets, used where other launchers set a variable.
 _TPU_INDEX, _TPU_NUMBER = "process index", "number of processes"
 
 

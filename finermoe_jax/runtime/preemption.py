@@ -22,7 +22,7 @@ def interrupts_arrive() -> Iterator[None]:
 
     Python raises KeyboardInterrupt wherever the program happens to be. In a finalizer or a callback
     of the garbage collector, such as JAX's, it can go no further: Python hands it to
-    sys.unraisablehook, and the program would run on.
+    sys.unraisablehook, and the program would continue.
     """
     before = sys.unraisablehook
 
@@ -48,8 +48,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     To be asked after every step, in order, by all processes; true at the same step for all. One
     process listens to SIGTERM itself; of several any may get the signal, and JAX's preemption
     service agrees on a step that none has passed. Ctrl-C counts as SIGTERM the first time and ends
-    the process at once the second time; SIGTERM can be repeated without effect. Outside the main
-    thread no signal is listened to.
+    the process at once the second time; repeating SIGTERM is a no-op. Outside the main thread no
+    signal is handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False

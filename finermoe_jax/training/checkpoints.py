@@ -89,7 +89,7 @@ class TrainingCheckpoints:
 
         `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
         the bytes of each log up to this step (`logged_bytes`). `skipped_in_a_row` are the last
-        steps that were left out (`skipped_in_a_row`).
+        steps that were skipped (`skipped_in_a_row`).
 
         Raises RunEnded when the disk has no room for it, or when the save before has failed.
         """
@@ -169,7 +169,7 @@ class TrainingCheckpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Raises RunEnded instead of whatever a failed save makes Orbax raise."""
+        """Raises RunEnded instead of the errors that Orbax raises for a failed save."""
         try:
             yield
         except RunEnded:
@@ -240,5 +240,5 @@ def logged_bytes(checkpoint: Path) -> dict[str, int]:
 
 
 def skipped_in_a_row(checkpoint: Path) -> int:
-    """The last steps before the save that were left out; 0 for one from before this was kept."""
+    """The skipped steps directly before the save; 0 for a checkpoint from before this was kept."""
     return int(read_json(checkpoint / CONFIG / "metadata").get("skipped_in_a_row", 0))

@@ -63,9 +63,9 @@ class Loop:
     def run(self, first: int, params: dict, opt_state: Any) -> dict:
         """Steps first + 1 … steps, and the parameters after them.
 
-        The host is a step ahead: it hands the device step n + 1 before it asks for what step n
-        gave. It waits for a step itself only where a save, a held-out score or a profile comes
-        after it; what a checkpoint holds is in the log before it is saved.
+        The host is a step ahead: it dispatches step n + 1 before it asks for the result of step n.
+        It waits for a step itself only if a save, a held-out score or a profile comes after it. The
+        steps in a checkpoint are logged before it is saved.
 
         Raises RunEnded when it is asked to stop, the disk is full, or steps are not finite.
         """

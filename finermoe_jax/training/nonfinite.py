@@ -18,11 +18,11 @@ from finermoe_jax.runtime.json_files import to_json
 
 
 class Guard:
-    """Counts the steps that train_step has left out, names their batches, and ends the run.
+    """Counts the steps that train_step skipped, names their batches, and ends the run.
 
     Attributes:
-      skipped: steps left out since the run began, interruptions included.
-      in_a_row: of these, the last ones without a step between them, interruptions included.
+      skipped: steps skipped since the run began, across interruptions.
+      in_a_row: the last of these without another step between them, across interruptions.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Guard:
         self.skipped, self.in_a_row = skipped, in_a_row
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes note of one step's metrics; to be called for every step, in order, at any delay.
+        """Records one step's metrics; to be called for every step, in order, at any delay.
 
         Raises RunEnded, on all processes, after train.max_skipped_steps in a row.
         """

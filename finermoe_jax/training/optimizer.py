@@ -105,7 +105,7 @@ def _adafactor(
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation on gradients and parameters cast to float32, its state included.
 
-    A moving average in bfloat16 stands still once its step is below half a unit in the last
+    A moving average in bfloat16 stops changing once its step is below half a unit in the last
     place, and Adafactor's shrinks to a 600th over a run.
     """
 

@@ -16,7 +16,7 @@ _GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
 _DEAD = "black"
 # The score of the dense model that an upcycled one was made of, before any step.
 _BASE = "dense base"
-# A colour stands for a load between an eighth of the even one and eight times as much.
+# The colours cover loads between an eighth of the even one and eight times as much.
 _OCTAVES = 3
 
 
@@ -62,7 +62,7 @@ def colours() -> Any:
 
 
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that hold one: null stands for what was not finite."""
+    """Steps and values of the lines that hold one; null means that it was not finite."""
     kept = [line for line in lines if type(line.get(name)) in (int, float)]
     return [line["step"] for line in kept], [line[name] for line in kept]
 

@@ -72,7 +72,7 @@ def train(
     needs the workdir and the data, not init_from.
 
     With several processes all of them call this, with the same arguments and a workdir that they
-    share; the first one writes and speaks.
+    share; only the first one writes files and messages.
 
     Args:
       config: the run.
@@ -242,7 +242,7 @@ def _train(
         if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
             report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
         log.sync()
-        checkpoints.wait()  # here, so that a request to stop does not cut the last save off
+        checkpoints.wait()  # here: a request to stop must not cut off the last save
 
 
 def _report(

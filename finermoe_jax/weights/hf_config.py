@@ -183,7 +183,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _stated_rope(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Every value that is stated of rotary embeddings, as it stands there and by its name.
+    """Every stated value of rotary embeddings, unchanged and by its name.
 
     Published files carry rope_theta and rope_scaling, transformers 5 writes rope_parameters. Raises
     InputError where they contradict each other.

@@ -2,8 +2,8 @@
 
 A model's weights as `Weights` have their shapes and dtypes at once and their values block by block:
 from safetensors (hf_weights.py), from a checkpoint (orbax_files.py), from a dense model that is
-being upcycled (upcycle.py), or from memory. Whoever writes or places them asks for blocks, so that
-no host ever holds more of a model than a few of those.
+being upcycled (upcycle.py), or from memory. Code that writes or places them asks for blocks, so no
+host ever holds more of a model than a few blocks.
 """
 
 import dataclasses
@@ -191,8 +191,8 @@ def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
 def last_kept[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray]:
     """`make`, whose last result is kept.
 
-    For what takes the whole to make, however small the block that is asked for. Threads that ask
-    meanwhile wait, so that one result is made at a time.
+    For results that need the whole array, however small the requested block. Threads that ask in
+    the meantime wait, so only one result is made at a time.
     """
     last: dict[Any, np.ndarray] = {}
     making = threading.Lock()

@@ -155,8 +155,8 @@ def _blocks(array: LazyArray) -> _Parts:
 def _on_host(arrays: Sequence[jax.Array]) -> list[_Parts]:
     """Copies what this process writes of the arrays; returns once training may overwrite them.
 
-    Of a shard with replicas one is written. The replicas take turns by array, so that processes
-    that hold the same shards share the work.
+    One replica of each shard is written. The replicas take turns by array, so processes that hold
+    the same shards share the work.
     """
 
     def own(array: jax.Array, number: int) -> list[jax.Shard]:

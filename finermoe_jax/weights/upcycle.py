@@ -31,7 +31,7 @@ NEW_WEIGHT_STD = 0.02
 
 
 def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
-    """Which slice of the intermediate width an expert computes, and which slot of the output.
+    """The slice of the intermediate width that an expert computes, and its slot of the output.
 
     The numbering runs over (slot, candidate, copy, slice), the slice fastest (Eq. 9-10).
     """

@@ -93,7 +93,7 @@ def virtual_group_rows(moe: MoEConfig) -> Int[np.ndarray, " E"]:
     The weights are scaled by Eq. 2 (section 2.3.1): by N G_I / T_I in all, for a softmax over all
     experts, each of which then has the weight 1/N. Over the T_I chosen ones, as here, each has
     1/T_I, and the same reasoning gives G_I. Eq. 2 puts the factor's cube root into each matrix,
-    which is exact for the paper's squared ReLU and not for SwiGLU. Here it stands whole in the
+    which is exact for the paper's squared ReLU and not for SwiGLU. Here the whole factor is in the
     down-projections, as in every start without a shared expert: the layer is the dense FFN, to
     rounding.
     """

@@ -76,13 +76,13 @@ def verify(
     the comparison. A few blocks are in memory at a time.
 
     Args:
-      source, target, moe, stated: as the conversion had them.
-      to: as well; None takes a target in either form for what "orbax" makes, so that an export can
-        be compared with the dense model where it all began.
-      upcycling: as the conversion had it. Where experts are not the dense FFN's slices, they are
-        compared with experts made anew.
-      seed: of the conversion; what it drew is compared with what it draws again, to the last few
-        bits, which are another CPU's own. None: what was drawn has to be finite only.
+      source, target, moe, stated: as in the conversion.
+      to: as in the conversion. None treats a target in either form as the result of "orbax", so
+        that an export can be compared with the original dense model.
+      upcycling: as in the conversion. Experts that are not the dense FFN's slices are compared with
+        experts upcycled again.
+      seed: the conversion's. Its random values are drawn again and compared to all but the last few
+        bits, which depend on the CPU. None: random values only have to be finite.
       dtype: the weights' in the target; None: the source's.
 
     Raises InputError: another form or architecture than was asked for, damage, or the tensors that
@@ -123,8 +123,8 @@ def _compared(
 ) -> Report:
     """Compares all blocks of `made` with what the source implies.
 
-    `again` are the weights as upcycled anew: with `anew` experts are compared with these, with
-    `draws` what was drawn.
+    `again` are the weights, upcycled again. With `anew` experts are compared with these, with
+    `draws` the random values.
     """
     new_experts = again is not given.weights
     report, digest = Report(), xxhash.xxh3_128()
@@ -169,7 +169,7 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
 def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
     """Compares the files beside the weights: the tokenizer and, of an export, all that loads it."""
     exported = (made / "config.json").is_file()
-    # An export says anew where text ends.
+    # An export states the ends of text itself.
     wanted = {
         name: content
         for name, content in kept_files(given.files).items()

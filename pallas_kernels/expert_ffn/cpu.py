@@ -26,8 +26,8 @@ _FEW, _MANY = 4, 32
 def _blocks(rows: int, experts: int) -> tuple[int, int]:
     """Rows of a block, and rows of each expert that are computed at once (0: none).
 
-    What is left behind these belongs to experts with many rows: larger blocks read their weights
-    less often.
+    The rows after these belong to experts with many rows: larger blocks read their weights less
+    often.
     """
     block, mean = block_rows(rows, experts), rows / experts
     if not _FEW <= mean <= _MANY:

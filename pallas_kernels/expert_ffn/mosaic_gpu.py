@@ -54,7 +54,7 @@ elements of two bytes, the copies bring in, in elements,
 
 and write M W and 3 M F'. HBM carries less: a tile's rows are read again and again by the one
 multiprocessor that needs them, and an expert's weights by those that work on its tiles side by
-side, so that both come from the L2 cache but for the first time. At best, then,
+side. Both therefore come from the L2 cache after the first read. At best, then,
 
     forward:   M D + X + M W                             X = touched experts' 3 matrices
     backward:  M (3 D + 2 W) + 8 M F' + X + Y + gradients         Y = their gate and up
@@ -222,7 +222,7 @@ def _sigmoid(x: Array) -> Array:
 def _gate_and_up(
     refs: "_ForwardRefs | _BackwardRefs", expert: Array, first: Array, blocks: int, depth: Any
 ) -> list[tuple[Any, Any, Any]]:
-    """Copies of the gate rows of some blocks, the first at `first`, and behind them the up rows."""
+    """Copies of the gate rows of some blocks, the first at `first`, and after them the up rows."""
     rows = blocks * BLOCK
     some_f = pl.ds(first, rows)
     return [
@@ -404,7 +404,7 @@ def _multiply_forward(
 def _activate(
     plan: _Forward, refs: _ForwardRefs, half: _Half, chunk: Array, blocks: int, step: Array
 ) -> Array:
-    """silu(gate) * up of one or two blocks of F goes to active; returns the step behind it."""
+    """silu(gate) * up of one or two blocks of F goes to active; returns the step after it."""
     # In the ring: gate, then up. Whole rows take both at once; a half of the columns takes its own
     # block of each.
     columns, starts = 2 * blocks * BLOCK, cast(list[Array | int], [0])

@@ -464,8 +464,8 @@ def _seconds(
 ) -> float:
     """For the visits of one expert's rows, with one piece of k and n on chip.
 
-    What an expert moves, and not its rows, is moved during one of its visits only (or anew in
-    `every_visit`): many visits of few rows wait for it.
+    Data that an expert moves besides its rows is moved during one of its visits only (or again in
+    each with `every_visit`): many visits of few rows wait for it.
     """
     passes = 1 if set(dtypes) == {jnp.dtype(jnp.bfloat16)} else 6
     rows = max(min(tiles.rows, _up(share, tiles.step)), tiles.step)
@@ -521,7 +521,7 @@ def product_tiles(
     def cost(tiles: Tiles) -> float:
         n_steps, k_steps = _ceil(n, tiles.n), _ceil(k, tiles.k)
         row_bytes = x * (tiles.k + tiles.n // k_steps)
-        # In several pieces of k, an expert's weights come anew for each of its tiles.
+        # In several pieces of k, an expert's weights are moved again for each of its tiles.
         one = _seconds(
             chip,
             tiles,

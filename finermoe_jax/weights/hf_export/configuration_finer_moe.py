@@ -67,7 +67,7 @@ class FineRMoeConfig(PretrainedConfig):
         and add it, times router_aux_loss_coef, to the loss.
 
     The attention: qkv_bias (Qwen2 has it, Llama has not) and qk_norm (Qwen3's norm of every query
-    and key head). The base of the rotary positions may stand in rope_theta, and their scaling in
+    and key head). The base of the rotary positions may be in rope_theta, and their scaling in
     rope_scaling, as in the published files, or both in rope_parameters, as transformers 5 writes
     them. rope_type is "default", "linear", "llama3" or "yarn".
 
