@@ -137,7 +137,7 @@ def compile_one(target: str, size: str, rows: int) -> dict:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.expert_ffn import mosaic_gpu
+    from pallas_kernels.expert_ffn import expert_ffn
 
     (d, f), m = SIZES[size], EXPERTS * rows
     w = d // 2
@@ -162,7 +162,7 @@ def compile_one(target: str, size: str, rows: int) -> dict:
     )
 
     def forward(sizes, x, w_in, w_out, weights):
-        return mosaic_gpu.expert_ffn(x, w_in, w_out, sizes, weights, interpret=False)
+        return expert_ffn(x, w_in, w_out, sizes, weights, "gpu")
 
     def gradients(sizes, dy, *arrays):
         y, pull = jax.vjp(lambda *arrays: forward(sizes, *arrays), *arrays)

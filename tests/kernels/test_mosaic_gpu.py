@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.expert_ffn import mosaic_gpu as ffn
 from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
 from tests.support import ROOT
@@ -25,7 +26,7 @@ RACES = plgpu.InterpretGPUParams(detect_races=True)
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def forward(arguments, interpret=True):
-    return ffn.expert_ffn(**arguments, interpret=interpret)
+    return expert_ffn(**arguments, implementation="gpu", interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -34,7 +35,7 @@ def compute(arguments, cotangent, interpret=True):
     sizes = arguments["group_sizes"]
 
     def run(rows, gate_up, down, row_weights):
-        return ffn.expert_ffn(rows, gate_up, down, sizes, row_weights, interpret=interpret)
+        return expert_ffn(rows, gate_up, down, sizes, row_weights, "gpu", interpret)
 
     y, pull = jax.vjp(run, *(arguments[name] for name in ARRAYS))
     return {"y": y} | dict(zip(ARRAYS, pull(cotangent), strict=True))
@@ -150,12 +151,13 @@ def test_nothing_of_the_intermediates_size_is_kept_for_the_backward_pass():
 
     def saved(x, w_in, w_out, sizes, weights):
         def run(*arrays):
-            return ffn.expert_ffn(*arrays[:3], sizes, arrays[3], interpret=True)
+            return expert_ffn(*arrays[:3], sizes, arrays[3], "gpu", True)
 
         return jax.vjp(run, x, w_in, w_out, weights)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(saved, x, w_in, w_out, sizes, weights))
-    assert {array.shape for array in kept} <= {x.shape, w_in.shape, w_out.shape, (e,), (m,)}
+    known = {x.shape, w_in.shape, w_out.shape, (e,), (m,), ()}
+    assert {array.shape for array in kept} <= known
 
 
 # --- grouped matmuls ------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def test_tiles_start_at_whole_eights_and_own_each_row_once(name, tile):
 def test_no_gpu_is_an_error_that_names_the_device():
     arguments, _ = make("one row", jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"'cpu'.*compute capability 9"):
-        ffn.expert_ffn(**arguments, interpret=False)
+        ffn.forward(**arguments, first_expert=0, interpret=False)
 
 
 @pytest.mark.slow
