@@ -164,7 +164,8 @@ def test_a_missing_compiler_is_named_with_its_extra(name, package, extra, monkey
         topology.describe(name)
 
 
-# Overrides of the demo, and the program. The last one's experts are stored in pieces, and gathered.
+# Overrides of the demo, and the program. The last one's experts are stored in pieces and gathered,
+# which shows that copies are found.
 IN_PLACE = [
     ("v5e:1x1", "train", ["--config.train.remat=full"]),
     ("v5e:1x1", "train", ["--config.train.remat=dots", "--config.train.param_dtype=float32"]),
@@ -175,6 +176,7 @@ IN_PLACE = [
     ("v5e:2x4", "eval", ["--config.mesh.expert=8"]),
     ("v5e:1x1", "prefill", []),
     ("v5e:1x1", "decode", []),
+    ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]),
 ]
 RUN_ALL = """
 import json, sys
@@ -207,8 +209,13 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
     for i, case in enumerate(IN_PLACE):
         figures = json.loads((tmp_path / f"{i}.json").read_text())
         assert "tpu_custom_call" in (tmp_path / f"{i}.txt").read_text()
-        assert figures["expert_copies"] == [], case
-        assert figures["expert_bytes"] == pytest.approx(figures["expert_bound_bytes"]), case
+        copies = [each for each in figures["expert_copies"] if not each.startswith("outside")]
+        if "--config.mesh.fsdp=2" in case[2]:
+            assert copies and figures["expert_bytes_in_loops"] > 0
+            continue
+        assert copies == [] and figures["expert_bytes_in_loops"] == 0, case
+        if case[1] != "train":  # small stacks go to the chip and back for the update
+            assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_the_home_directory():
 # --- every way in ---------------------------------------------------------------------------
 
 # Of the flags that take text, those that name no path.
-NO_PATHS = {"wandb", "profile_steps", "to", "dtype", "prompt", "system", "topology", "text_field",
+NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology", "text_field",
             "split", "config"}  # fmt: skip
 
 
