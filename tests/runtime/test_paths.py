@@ -88,8 +88,8 @@ def test_the_home_directory():
 # --- every way in ---------------------------------------------------------------------------
 
 # Of the flags that take text, those that name no path.
-NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology", "text_field",
-            "split", "config"}  # fmt: skip
+NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology",
+            "text_field", "split", "config"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
