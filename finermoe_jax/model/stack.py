@@ -22,7 +22,7 @@ from finermoe_jax.layers.parameters import axes_of, kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import OfLayer
 from finermoe_jax.model.block import Block
-from finermoe_jax.moe.bank import Run, bank_of_run, check_used
+from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
 from finermoe_jax.moe.routing import Routing
 
 # What the backward pass finds stored; the rest of a layer it computes again.
@@ -103,9 +103,9 @@ def run_layers(
             state = _in_place(stacked, layer, shared.placement)
         state = sharding.gather_dense(state, x.dtype, shared.placement)
         blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
-        for block, bank, handed_on in zip(blocks, banks, gradients, strict=True):
-            if bank is not None:
-                block.moe.bank = bank.bank.at(layer, handed_on)
+        for block, carried, handed_on in zip(blocks, banks, gradients, strict=True):
+            if carried is not None:
+                block.moe.bank = carried.bank.at(layer, handed_on)
         (x, caches), traces = _apply(blocks, x, caches, layer, shared)
         return (x, caches, _handed_on(blocks, gradients)), traces
 
@@ -130,7 +130,7 @@ def run_layers(
     return x, caches, _in_order(traces, repeats)
 
 
-def _bank(block: Block, differentiated: bool, shared: Pass) -> Run | None:
+def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
     """The bank of a place's MoE layers, if they have one that is read in place."""
     if not hasattr(block, "moe"):
         return None

@@ -43,7 +43,7 @@ class ExpertBank:
       gradients: what each use hands on to the next (expert_ffn_of_run); `ffn` replaces it. Empty:
         the experts get no gradient.
       adds: their gradients are added to what is handed on (`Summed`).
-      ends: the run whose last use the next one is, if it is.
+      ends: set where the next use is the last one: its `end` closes the loop.
     """
 
     gate_up: Array
@@ -52,7 +52,7 @@ class ExpertBank:
     scales: tuple[Array, Array] | None = None
     gradients: tuple[Array, ...] = ()
     adds: bool = False
-    ends: "Run | None" = None
+    ends: "CarriedBank | None" = None
 
     @property
     def experts(self) -> int:
@@ -107,22 +107,24 @@ class Summed:
 
 def bank_of_run(
     gate_up: Any, down: Any, placement: Placement, frozen: bool = False
-) -> "Run | None":
+) -> "CarriedBank | None":
     """The bank of a run's stacked arrays [L, E, ...] (or int8 of them), to be read in place.
 
     None where experts are stored in pieces over the mesh. frozen: they get no gradient.
     """
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
         scales = gate_up.scale, down.scale
-        return Run(ExpertBank(gate_up.values, down.values, scales=scales), placement)
+        return CarriedBank(ExpertBank(gate_up.values, down.values, scales=scales), placement)
     if isinstance(gate_up, Summed) and isinstance(down, Summed):
         bank = ExpertBank(gate_up.weights, down.weights, adds=True)
-        return Run(bank, placement, (gate_up.gradient, down.gradient), (gate_up.sums, down.sums))
+        return CarriedBank(
+            bank, placement, (gate_up.gradient, down.gradient), (gate_up.sums, down.sums)
+        )
     places = Places.of(gate_up.shape[1], placement)
     if places.pieces:
         return None
     bank = ExpertBank(lax.stop_gradient(gate_up), lax.stop_gradient(down))
-    return Run(bank, placement, () if frozen else places.carried((gate_up, down)))
+    return CarriedBank(bank, placement, () if frozen else places.carried((gate_up, down)))
 
 
 def bank_of_layer(gate_up: Any, down: Any, placement: Placement) -> ExpertBank:
@@ -150,7 +152,7 @@ class Places:
 
     @staticmethod
     def of(experts: int, placement: Placement) -> "Places":
-        """Of so many experts."""
+        """Returns the places of so many experts on the placement's mesh."""
         mesh = placement.mesh
         if mesh is None or mesh.size == 1:
             return Places((), (), None)
@@ -198,8 +200,15 @@ class Places:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A bank, what a loop over its layers carries from one to the next, and sums before them."""
+class CarriedBank:
+    """A run's bank with what a loop over its layers carries.
+
+    Attributes:
+      bank: the window is set by the loop.
+      placement: the mesh that the bank is on.
+      carried: `Places.carried`, what the first use is given as its gradients; empty: none are made.
+      sums: float32, like carried: what the gradients are added to; empty: they are written.
+    """
 
     bank: ExpertBank
     placement: Placement
@@ -207,7 +216,7 @@ class Run:
     sums: tuple[Array, ...] = ()
 
     def end(self, x: Array, gradients: tuple[Array, ...]) -> Array:
-        """x, which comes of all uses; `gradients` are what the last one handed on."""
+        """Returns x, which depends on every use; `gradients` are what the last use handed on."""
         if not gradients:
             return x
         if self.sums:
