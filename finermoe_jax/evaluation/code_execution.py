@@ -16,6 +16,7 @@ import math
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -54,10 +55,15 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
     Its name is not "__main__", so what a script would do besides its tests is left out.
     """
     folder = Path(tempfile.mkdtemp(prefix="finermoe-code-"))
+    # Opened now: the program may revoke its own rights, or put a link in place of its folder.
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return _run(folder, program, seconds)
     finally:
-        _remove(folder)
+        _empty(opened)
+        os.close(opened)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _run(folder: Path, program: str, seconds: float) -> bool:
@@ -87,13 +93,37 @@ def _run(folder: Path, program: str, seconds: float) -> bool:
         process.wait()
 
 
-def _remove(folder: Path) -> None:
-    """Removes a directory, whose program may have revoked permissions; leaves what is undeletable.
+def _empty(folder: int) -> None:
+    """Removes what an open directory holds; what cannot be removed stays.
 
-    Uses the system's commands, which handle any depth; Python's recursion does not.
+    Directories inside move up, one by one. A recursion would end at Python's limit, a long path at
+    the system's.
     """
-    for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-        subprocess.run([*command, str(folder)], stderr=subprocess.DEVNULL, check=False)
+    moved: list[str] = []
+
+    def clear(directory: int) -> None:
+        os.fchmod(directory, stat.S_IRWXU)
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):
+                if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode):
+                    os.unlink(name, dir_fd=directory)
+                    continue
+                os.chmod(name, stat.S_IRWXU, dir_fd=directory)
+                up = secrets.token_hex()
+                os.rename(name, up, src_dir_fd=directory, dst_dir_fd=folder)
+                moved.append(up)
+
+    with contextlib.suppress(OSError):
+        clear(folder)
+    while moved:
+        with contextlib.suppress(OSError):
+            name = moved.pop()
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            try:
+                clear(inner)
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=folder)
 
 
 class CodeEval:

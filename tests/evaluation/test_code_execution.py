@@ -39,6 +39,25 @@ def test_directories_of_any_depth_are_removed():
     assert passes(deep + "open('file', 'w').close(); os.symlink('/', 'root')", seconds=60.0)
 
 
+def test_a_link_in_place_of_the_directory_is_not_followed(tmp_path):
+    """Clearing up leaves what the link points at, its content and its rights, as it was."""
+    (other := tmp_path / "other").mkdir()
+    (other / "file").touch()
+    (other / "file").chmod(0o440)
+    swap = f"""
+import os
+mine, away = os.getcwd(), {str(tmp_path / "away")!r}
+open("left", "w").close()
+os.rename(mine, away)
+os.symlink({str(other)!r}, mine)
+"""
+    passes(swap, seconds=20.0)
+    assert (other / "file").stat().st_mode & 0o777 == 0o440
+    (link,) = tmp_path.glob("finermoe-code-*")
+    assert link.is_symlink() and not any((tmp_path / "away").iterdir())
+    link.unlink()
+
+
 HOSTILE = (
     "import os; os.mkdir('a'); os.mkdir('a/b'); os.chmod('a/b', 0); os.chmod('a', 0)",
     "import os; os.chmod('.', 0)",
