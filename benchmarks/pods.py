@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,61 +188,62 @@ def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
     return found
 
 
-def experts_table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: HBM bytes of the experts' weights and gradients, against the least possible."""
-    lines = [
-        "| program | slice | data, fsdp, expert | microbatches | experts, GB | the least, GB "
-        "| ratio | copies in loops, GB | all HBM, GB |",
-        "|" + "---|" * 9,
-    ]
-    for row, f in zip(rows, found, strict=True):
-        if "expert_bytes" not in f:
-            lines.append(f"| {row.name} | {row.topology} | {row.mesh[:3]} | did not compile |")
-            continue
-        moved, least = f["expert_bytes"] / 1e9, f["expert_bound_bytes"] / 1e9
-        cells = [row.name, row.topology, ", ".join(map(str, row.mesh[:3])), str(row.accumulation)]
-        cells += [f"{moved:,.2f}", f"{least:,.2f}", f"{moved / least:.2f}"]
-        cells += [f"{f['expert_bytes_in_loops'] / 1e9:.2f}", f"{f['hbm_bytes'] / 1e9:,.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+SLICES = (
+    "model", "slice", "data, fsdp, expert", "sequence", "state", "temporaries", "peak / limit, GiB",
+    "TFLOP", "HBM, GB", "wire, GB", "at most tokens/s/device", "compiled in",
+)  # fmt: skip
+TRAFFIC = (
+    "program", "slice", "data, fsdp, expert", "microbatches", "experts, GB", "the least, GB",
+    "ratio", "copies in loops, GB", "all HBM, GB",
+)  # fmt: skip
 
 
-def table(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| model | slice | data, fsdp, expert | sequence | state | temporaries | peak / limit, GiB "
-        "| TFLOP | HBM, GB | wire, GB | at most tokens/s/device | compiled in |",
-        "|" + "---|" * 12,
-    ]
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    found: Sequence[dict[str, Any]],
+    cells: Callable[[Row, dict[str, Any]], list[str]],
+) -> str:
+    """Markdown; `cells` makes those of a row after the first three."""
+    lines = [columns, ["---"] * len(columns)]
     for row, f in zip(rows, found, strict=True):
-        if "peak_bytes" not in f:
-            lines.append(f"| {row.name} | {row.topology} | {row.mesh[:3]} | did not compile |")
-            continue
-        tokens = next(
-            (o.rpartition("=")[2] for o in row.options if "sequence_length" in o),
-            "2048" if "lean" in row.config else "8192",
-        )
-        state = (f["parameter_bytes"] + f["optimizer_bytes"]) / GIB
-        verdict = "" if f["fits"] else " **does not fit**"
-        cells = [row.name, row.topology, ", ".join(map(str, row.mesh[:3])), tokens, f"{state:.2f}"]
-        peak = f"{f['peak_bytes'] / GIB:.2f} / {f['limit_bytes'] / GIB:.2f}{verdict}"
-        if "matmul_flops" in f:
-            flops = f["matmul_flops"] + f["kernel_flops"] + f["attention_flops"]
-            wire = sum(f["sent_bytes"].values()) / 1e9
-            far = sum(f["crossing_bytes"].values()) / 1e9
-            cells += [
-                f"{f['temporary_bytes'] / GIB:.2f}",
-                peak,
-                f"{flops / 1e12:,.0f}",
-                f"{f['hbm_bytes'] / 1e9:,.0f}",
-                f"{wire:,.0f}" + (f" + {far:,.0f} between slices" if far else ""),
-                f"{f['bounds']['overlapped']['tokens_per_second_per_device']:,.0f}",
-            ]
-        else:
-            cells += ["", peak, "", "", "", ""]
-        cells.append(f"{f['compile_seconds']:.0f} s, {f.get('host_bytes', 0) / GIB:.1f} GiB")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        named = [row.name, row.topology, ", ".join(map(str, row.mesh[:3]))]
+        lines.append([*named, *(cells(row, f) if "peak_bytes" in f else ["did not compile"])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def traffic_cells(row: Row, f: dict[str, Any]) -> list[str]:
+    """HBM bytes of the experts' weights and gradients, against the least possible."""
+    moved, least = f["expert_bytes"] / 1e9, f["expert_bound_bytes"] / 1e9
+    ratio, copied = f"{moved / least:.2f}", f"{f['expert_bytes_in_loops'] / 1e9:.2f}"
+    sizes = [f"{moved:,.2f}", f"{least:,.2f}", ratio, copied, f"{f['hbm_bytes'] / 1e9:,.0f}"]
+    return [str(row.accumulation), *sizes]
+
+
+def slices_cells(row: Row, f: dict[str, Any]) -> list[str]:
+    """Memory, FLOPs and traffic of a step; memory alone where it does not fit."""
+    tokens = next(
+        (o.rpartition("=")[2] for o in row.options if "sequence_length" in o),
+        "2048" if "lean" in row.config else "8192",
+    )
+    state = (f["parameter_bytes"] + f["optimizer_bytes"]) / GIB
+    verdict = "" if f["fits"] else " **does not fit**"
+    peak = f"{f['peak_bytes'] / GIB:.2f} / {f['limit_bytes'] / GIB:.2f}{verdict}"
+    cells = ["", peak, "", "", "", ""]
+    if "matmul_flops" in f:
+        flops = f["matmul_flops"] + f["kernel_flops"] + f["attention_flops"]
+        wire = sum(f["sent_bytes"].values()) / 1e9
+        far = sum(f["crossing_bytes"].values()) / 1e9
+        cells = [
+            f"{f['temporary_bytes'] / GIB:.2f}",
+            peak,
+            f"{flops / 1e12:,.0f}",
+            f"{f['hbm_bytes'] / 1e9:,.0f}",
+            f"{wire:,.0f}" + (f" + {far:,.0f} between slices" if far else ""),
+            f"{f['bounds']['overlapped']['tokens_per_second_per_device']:,.0f}",
+        ]
+    compiled = f"{f['compile_seconds']:.0f} s, {f.get('host_bytes', 0) / GIB:.1f} GiB"
+    return [tokens, f"{state:.2f}", *cells, compiled]
 
 
 def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -306,7 +307,8 @@ def main() -> None:
         python = arguments.gpu_python if name == "gpu" else sys.executable
         found = [figures(row, arguments.results.absolute(), python) for row in rows]
         revisions = ", ".join(sorted({f.get("revision", "") for f in found} - {""}))
-        made = (experts_table if name == "traffic" else table)(rows, found)
+        form = (TRAFFIC, traffic_cells) if name == "traffic" else (SLICES, slices_cells)
+        made = table(form[0], rows, found, form[1])
         print(f"\n### {name} ({revisions})\n\n{made}", flush=True)
         if arguments.plot and name in ("chips", "experts"):
             plot(name, rows, found, arguments.plot)
