@@ -4,8 +4,10 @@ Names: `v5e:16x16`, `v5p:4x4x8`, `v6e:16x16`, `tpu7x:4x4x4` (chips; a tpu7x has 
 one or several slices of that shape; `h100:8` (GPUs of one node).
 """
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +67,6 @@ def describe(name: str, num_slices: int = 1) -> Target:
     jax.config.update("jax_platforms", "cpu")
     if generation == "h100":
         return _gpus(name, shape, num_slices)
-    for key, value in _TPU_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             f"--topology={name} needs the TPU compiler: pip install 'finermoe-jax[compile-tpu]' "
@@ -76,7 +76,8 @@ def describe(name: str, num_slices: int = 1) -> Target:
     if shape in ("1x1", "1x1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(name, platform="tpu", **options)
+        with _defaults(_TPU_ENVIRONMENT):
+            found = topologies.get_topology_desc(name, platform="tpu", **options)
     except Exception as error:  # what the plugin raises is not documented
         raise InputError(f"--topology={name}: the TPU compiler says {first_line(error)}") from None
     devices = tuple(found.devices)
@@ -96,17 +97,32 @@ def _gpus(name: str, count: str, num_slices: int) -> Target:
             f"--topology={name} needs the CUDA compiler: pip install "
             "'finermoe-jax[compile-cuda]' (in a clone: pip install -e '.[compile-cuda]')"
         )
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
-        found = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            target_config=target_description("h100"),
-            topology=f"1x1x{count}",  # NVLink domains, processes in each, GPUs of each
-        )
+        with _defaults({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name="",
+                target_config=target_description("h100"),
+                topology=f"1x1x{count}",  # NVLink domains, processes in each, GPUs of each
+            )
     except Exception as error:
         raise InputError(f"--topology={name}: the CUDA compiler says {first_line(error)}") from None
     return Target(name, CHIPS["h100"], "cuda", tuple(found.devices), 1, int(count))
+
+
+@contextlib.contextmanager
+def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets those environment variables that are unset, and unsets them at the end.
+
+    Left behind, they would name this process a TPU worker to jax.distributed.
+    """
+    added = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def target_description(gpu: str) -> str:

@@ -164,6 +164,24 @@ def test_a_missing_compiler_is_named_with_its_extra(name, package, extra, monkey
         topology.describe(name)
 
 
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])
+def test_a_description_leaves_no_environment_behind(name, monkeypatch):
+    """TPU_WORKER_ID would make a TPU worker of this process, for whatever it does next."""
+    seen = []
+
+    def describes(*_, **__):
+        seen.append(dict(os.environ))
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describes)
+    before = dict(os.environ)
+    with pytest.raises(InputError, match="no compiler"):
+        topology.describe(name)
+    assert set(seen[0]) > set(before)
+    assert dict(os.environ) == before
+
+
 # Overrides of the demo, and the program. The last one's experts are stored in pieces and gathered,
 # which shows that copies are found.
 IN_PLACE = [
