@@ -20,7 +20,9 @@ COMMANDS = {
     "params": "parameter counts, and how a mesh splits the parameters",
     "aot": "compile a run's programs for hardware that is not there: do they fit?",
     "similarity": "how alike a layer's experts are",
-    "plot": "pictures of a run, beside another one's losses",
+    "plot": "pictures of a run; several runs overlaid",
+    "compare": "final losses of runs, their spread over seeds, and what differs in their configs",
+    "sweep": "train several configs with several seeds each, and compare them",
 }
 
 

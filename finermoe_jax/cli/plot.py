@@ -4,7 +4,8 @@ from pathlib import Path
 
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
-from finermoe_jax.training.plot import draw
+from finermoe_jax.runtime.paths import local
+from finermoe_jax.training import compare, plot
 
 
 def define(flags: Flags) -> None:
@@ -13,9 +14,15 @@ def define(flags: Flags) -> None:
 
 def main(flags: Flags) -> None:
     """Runs the command."""
-    if len(flags.rest) not in (1, 2):
-        raise InputError("a run, or a run and its rival, are needed: finermoe plot RUN [RIVAL]")
-    print(*draw(*map(Path, flags.rest)), sep="\n")
+    runs = [Path(local(run)) for run in flags.rest]
+    if not runs:
+        raise InputError("a run is needed, or several to compare: finermoe plot RUN [RUN …]")
+    if len(runs) == 1:
+        print(*plot.draw(*runs), sep="\n")
+        return
+    groups = compare.compare(runs)
+    print(compare.table(groups))
+    print(compare.draw(groups, runs[0] / "comparison.png"))
 
 
-COMMAND = Command("RUN [RIVAL]", define, main, rest=True)
+COMMAND = Command("RUN [RUN …]", define, main, rest=True)

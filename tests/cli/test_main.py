@@ -152,7 +152,7 @@ def test_every_command_is_listed_with_its_flags_and_defaults(capsys):
         (["zzz"], ["'zzz' is no command. Known: aot, convert, "]),
         (["train", "--config=demmo"], ["Did you mean demo?"]),
         (["train", "demo"], ["unexpected argument 'demo'"]),
-        (["plot"], ["finermoe plot RUN [RIVAL]"]),
+        (["plot"], ["finermoe plot RUN [RUN …]"]),
         (["similarity"], ["finermoe similarity [LABEL=]CHECKPOINT"]),
     ],
 )
