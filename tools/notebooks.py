@@ -18,16 +18,20 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from set_repository import stored_address, with_address, with_badge
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def notebook(source: Path) -> nbformat.NotebookNode:
     """Converts a source to a notebook without outputs; deterministic."""
-    result = jupytext.read(source)
+    result, address = jupytext.read(source), stored_address()
     result.metadata.pop("jupytext", None)
     for number, cell in enumerate(result.cells):
         cell.id = f"{source.stem}-{number}"  # Jupytext's ids are random
+        cell.source = with_address(cell.source, address)
+    badge = with_badge(result.cells[0].source, f"{source.stem}.ipynb", address)
+    result.cells[0].source = badge
     return result
 
 
@@ -43,14 +47,14 @@ def execute(source: Path, work: Path, output: Path | None) -> None:
     print(f"{source.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", help="notebook names without suffix; default: all")
     parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     parser.add_argument("--run", action="store_true", help="execute the notebooks")
     parser.add_argument("--output", type=Path, help="with --run: directory for the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     # In this order: look_inside reads the checkpoint that upcycle_and_train writes.
     known = [FOLDER / f"{n}.py" for n in ("upcycle_and_train", "look_inside", "your_own_layer")]
     if unknown := {*options.names} - {source.stem for source in known}:

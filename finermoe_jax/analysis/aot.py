@@ -96,11 +96,7 @@ def compile_program(
 
 
 def _experts(program: Program, text: str) -> dict[str, Any]:
-    """Returns HBM bytes of the experts' weights and gradients, and their minimum.
-
-    A microbatch reads the weights twice, in the dtype it computes in, and reads and writes the
-    float32 gradient sums once.
-    """
+    """Returns HBM bytes of the experts' weights and gradients, and their minimum."""
     assert program.model.moe is not None
     train, total = program.config.train, program.model.moe.num_experts
     places = Places.of(total, Placement(program.mesh))
@@ -108,7 +104,7 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
     stored = jnp.dtype(program.stored).itemsize
     computed = min(stored, jnp.dtype(train.compute_dtype).itemsize)
     parts = train.grad_accumulation if program.trains else 1
-    if parts > 1:
+    if parts > 1:  # each reads the weights twice, and reads and writes float32 gradient sums
         least = parts * (2 * computed + 2 * 4)
     else:
         least = 2 * stored + stored if program.trains else stored

@@ -255,10 +255,7 @@ class _Walk:
     # --- fusions ----------------------------------------------------------------------------
 
     def _fused(self, fused: Computation, times: float, chains: set[str]) -> None:
-        """Counts products and collectives inside a fusion.
-
-        On TPU one asynchronous collective may span several fusions, which share a chain_id.
-        """
+        """Counts products and collectives in a fusion; TPU fusions of one share a chain_id."""
         for instruction in fused.instructions.values():
             self.costs.matmul_flops += times * flops(instruction, fused)
             if instruction.opcode == "fusion":

@@ -113,10 +113,7 @@ def _gpus(name: str, count: str, num_slices: int) -> Target:
 
 @contextlib.contextmanager
 def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets unset environment variables temporarily.
-
-    If they remained, jax.distributed would treat this process as a TPU worker.
-    """
+    """Sets unset variables temporarily: jax.distributed would take this for a TPU worker."""
     added = [name for name in variables if name not in os.environ]
     os.environ.update({name: variables[name] for name in added})
     try:

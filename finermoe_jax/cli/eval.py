@@ -21,13 +21,9 @@ def define(flags: Flags) -> None:
     flags.add_path("checkpoint", "checkpoint, workdir, HF directory or Hub id", required=True)
     flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
     flags.add_integer(
-        "sequence_length",
-        0,
-        "with --text: tokens per window (default: the model's context, at most 2048)",
+        "sequence_length", 0, "with --text: window size (default: the model's context, max. 2048)"
     )
-    flags.add_integer(
-        "stride", 0, "with --text: tokens between window starts (default: half a window)"
-    )
+    flags.add_integer("stride", 0, "with --text: tokens between windows (default: half a window)")
     flags.add_names(
         "tasks",
         "comma-separated lm-evaluation-harness tasks, such as arc_easy,hellaswag; finermoe stands "
@@ -35,16 +31,11 @@ def define(flags: Flags) -> None:
     )
     flags.add_integer("limit", None, "with --tasks: rows scored per task (default: all)")
     flags.add_integer(
-        "num_fewshot", None, "with --tasks: examples per prompt (default: the task's own number)"
+        "num_fewshot", None, "with --tasks: examples per prompt (default: the task's)"
     )
-    flags.add_path(
-        "data_dir",
-        "with --tasks: read rows from this directory (docs/evaluation.md) and download nothing",
-    )
+    flags.add_path("data_dir", "with --tasks: local rows (docs/evaluation.md); downloads nothing")
     flags.add_boolean("skip_missing", "with --tasks: skip tasks that have no rows in --data_dir")
-    flags.add_boolean(
-        "apply_chat_template", "with --tasks: wrap prompts in the chat template, for chat models"
-    )
+    flags.add_boolean("apply_chat_template", "with --tasks: use the chat template, for chat models")
     flags.add_boolean(
         "allow_code_execution",
         "with --tasks: let tasks such as MBPP run programs that the model writes, with your "

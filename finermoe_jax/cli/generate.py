@@ -15,27 +15,14 @@ def define(flags: Flags) -> None:
     flags.add_path("checkpoint", "checkpoint, workdir, HF directory or Hub id", required=True)
     flags.add_text("prompt", "", "text to continue; required without --chat")
     flags.add_integer("max_new_tokens", 64, "maximum number of new tokens")
-    flags.add_number(
-        "temperature", 0.0, "0 takes the most likely token; above 0 samples at this temperature"
-    )
+    flags.add_number("temperature", 0.0, "sampling temperature; 0 takes the most likely token")
     flags.add_integer("top_k", 0, "sample from the k most likely tokens; 0 means all")
-    flags.add_number(
-        "top_p", 1.0, "sample from the smallest set of tokens with this total probability"
-    )
-    flags.add_number(
-        "repetition_penalty", 1.0, "above 1 makes tokens that already occurred less likely"
-    )
+    flags.add_number("top_p", 1.0, "sample from the fewest tokens with this total probability")
+    flags.add_number("repetition_penalty", 1.0, "above 1 makes previous tokens less likely")
     flags.add_integer("seed", 0, "seed for sampling")
-    flags.add(
-        absl_flags.DEFINE_multi_string,
-        "stop",
-        [],
-        "stop before this text; may be repeated",
-    )
-    flags.add_boolean(
-        "chat",
-        "chat in the tokenizer's template: answer --prompt, if given, then each line of stdin",
-    )
+    stop_help = "stop before this text; may be repeated"
+    flags.add(absl_flags.DEFINE_multi_string, "stop", [], stop_help)
+    flags.add_boolean("chat", "chat: answer --prompt, if given, then each line of stdin")
     flags.add_text("system", "", "with --chat: system message")
     flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
 

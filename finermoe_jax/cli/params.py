@@ -15,9 +15,7 @@ def define(flags: Flags) -> None:
     flags.add_boolean("shardings", "show how config.mesh shards every parameter")
     flags.add_boolean("paper", "compare with the counts in the paper's Tables 1, 2, 4 and 8")
     flags.add_integer(
-        "devices",
-        0,
-        "with --shardings: devices of the mesh (default: the product of its sizes, -1 counts as 1)",
+        "devices", 0, "with --shardings: number of devices (default: the mesh sizes, -1 as 1)"
     )
 
 
@@ -29,10 +27,7 @@ def main(flags: Flags) -> None:
         print(paper_tables.text() if flags.paper else table(published_models()))
         return
     if flags.paper:
-        raise InputError(
-            f"--paper shows the paper's models, --config={flags.config_name} another one; remove "
-            "one of them"
-        )
+        raise InputError("--paper shows the paper's models and --config another one: remove one")
     config = flags.run_config()
     if flags.devices < 0:
         raise InputError(f"--devices={flags.devices} must be at least 1")

@@ -19,15 +19,9 @@ def define(flags: Flags) -> None:
         required=True,
         several=True,
     )
-    flags.add_path(
-        "target",
-        "output directory; an interrupted run with the same arguments is resumed",
-        required=True,
-    )
+    flags.add_path("target", "output directory; rerun the same command to resume", required=True)
     flags.add_path("tokenizer", "directory with a tokenizer", required=True)
-    flags.add_integer(
-        "processes", os.cpu_count() or 1, "processes that tokenise (default: one per core)"
-    )
+    flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
     flags.add_text("text_field", "text", "field or column that contains the text")
     flags.add_text("split", "train", "split of Hugging Face datasets")
     flags.add_integer("shard_tokens", 1 << 27, "approximate tokens per shard")

@@ -17,12 +17,8 @@ from finermoe_jax.training.plot import draw_similarity
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add(
-        absl_flags.DEFINE_multi_string,
-        "output",
-        [],
-        "also write this .png or .json; may be repeated",
-    )
+    text = "also write this .png or .json file; may be repeated"
+    flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
 
 
 def main(flags: Flags) -> None:

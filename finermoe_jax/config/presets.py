@@ -26,18 +26,13 @@ class Architecture:
 
 
 def _moe(g_i: int, g_o: int, r_i: int, r_o: int, t_i: int = 1, *, shared: bool = True) -> MoEConfig:
-    """Returns an MoEConfig with the paper's numbers and its training code's routing.
-
-    At G_O = 1 that code selects the T_I best of all experts, ignoring candidate groups. A single
-    active expert gets the softmax over all experts as its weight. (The HF model's softmax over
-    one logit is constantly 1 and gives the router no gradient.)
-    """
+    """Returns an MoEConfig with the paper's numbers and the routing of its training code."""
     shared_size = None if shared else 0
     return MoEConfig(
         *(g_i, g_o, r_i, r_o, t_i),
         shared_expert_intermediate_size=shared_size,
-        # With one candidate group both selections are equal.
-        plain_top_k=g_o == 1 and r_o > 1,
+        plain_top_k=g_o == 1 and r_o > 1,  # no difference at r_o = 1
+        # The HF model's softmax over one logit is constantly 1: no gradient for the router.
         pre_softmax=g_o == 1 and t_i == 1,
     )
 

@@ -91,10 +91,7 @@ def _run(folder: Path, program: str, seconds: float) -> bool:
 
 
 def _empty(folder: int) -> None:
-    """Deletes the content of an open directory as far as possible.
-
-    Moves nested directories up one by one, to avoid limits on recursion and path length.
-    """
+    """Deletes an open directory's content; moves nested directories up to avoid path limits."""
     moved: list[str] = []
 
     def clear(directory: int) -> None:

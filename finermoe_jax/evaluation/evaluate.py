@@ -134,12 +134,7 @@ def perplexity(
 def _documents(
     pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
 ) -> list[tuple[int, np.ndarray]]:
-    """Returns each document's prefix token and tokens, int32 [N], without end-of-text tokens.
-
-    Without special tokens in the tokenizer, a document's first token is the prefix and not scored.
-
-    Raises InputError if there is no token to score.
-    """
+    """Returns each document's prefix (or else first) token and tokens to score, int32 [N]."""
     ids, starts = tokenize(pieces, tokenizer, show_progress and bool(pieces))
     ends = [*starts[1:], len(ids)] if len(starts) else []
     prefix, closed = prefix_token(tokenizer), tokenizer.eos_token_id is not None

@@ -102,11 +102,7 @@ def score(
 def _batches(
     ordered: list[tuple[int, ...]], limit: int, batch_tokens: int, mesh: Any
 ) -> Iterator[tuple[list[tuple[int, ...]], Any, Any]]:
-    """Yields batches of rows, longest first, with their ids and mask [B, T].
-
-    T is the bucket of the longest row and determines B. The last batch may have fewer rows, a power
-    of two per device.
-    """
+    """Yields rows, longest first, with ids and mask [B, T]; T is the longest row's bucket."""
     parts = sharding.batch_parts(mesh) if mesh else 1
     start = 0
     while start < len(ordered):

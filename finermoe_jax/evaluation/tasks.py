@@ -341,11 +341,7 @@ def _family(config: dict) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=4)  # MMLU's subjects share one file
 def _read(path: Path) -> list[dict] | None:
-    """Reads the rows of path.jsonl or path.jsonl.gz; returns None if neither exists.
-
-    Raises InputError for a damaged or empty file, invalid UTF-8, or a line that is not a JSON
-    object.
-    """
+    """Reads the rows of path.jsonl or path.jsonl.gz; returns None if neither exists."""
     plain, packed = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".jsonl.gz"))
     file = plain if plain.is_file() else packed
     if not file.is_file():

@@ -57,7 +57,7 @@ def initialize(
     with _within(start_seconds):
         jax.distributed.initialize(
             **launch.arguments,
-            # Longer than our own timeouts, which give better messages.
+            # Longer than our own timeouts, which have better messages.
             heartbeat_timeout_seconds=max(1, round(2 * heartbeat_seconds)),
             initialization_timeout=round(start_seconds) + 60,
         )

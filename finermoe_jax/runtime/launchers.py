@@ -97,11 +97,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 
 def _member(environment: Mapping[str, str], launcher: str) -> Member | None:
-    """Returns this process's Member; None if the environment lacks index, count or address.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID take precedence over the
-    launcher's variables, as they do in JAX.
-    """
+    """Returns this process's Member, preferring JAX's variables; None if any value is missing."""
     index_name, number_name, find_address = _LAUNCHERS.get(launcher, ("", "", lambda _: ""))
     if launcher == "Cloud TPU":
         environment = {**environment, **_tpu_numbers(environment)}
@@ -153,10 +149,7 @@ def open_mpi_address(environment: Mapping[str, str]) -> str:
 
 
 def _mpi_address(environment: Mapping[str, str]) -> str:
-    """Broadcasts rank 0's host name and a free port through MPI, as JAX does.
-
-    All processes must call it. Returns "" without mpi4py.
-    """
+    """Broadcasts rank 0's host name and a free port through MPI, as JAX does; "" without mpi4py."""
     if find_spec("mpi4py") is None:
         return ""
     from mpi4py import MPI  # calls MPI_Init

@@ -84,15 +84,8 @@ class TrainingCheckpoints:
     ) -> None:
         """Starts an asynchronous save of this step. It is complete when `wait` returns.
 
-        Args:
-          step: number of finished steps; a no-op if already saved.
-          model: gives config and dtypes.
-          params: pure dict of arrays.
-          optimizer: optimizer state.
-          tokenizer: directory of the tokenizer files.
-          loss: held-out loss, for keep_best.
-          logged: size of each log at this step, in bytes (`logged_bytes`).
-          skipped_in_a_row: steps skipped directly before this save.
+        `loss` is the held-out loss for keep_best, `logged` the size of each log in bytes,
+        `skipped_in_a_row` the number of steps skipped directly before this save.
 
         Raises RunEnded if the disk is full or the previous save failed.
         """

@@ -92,8 +92,8 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (Shazeer and Stern, 2018) with AdamW's schedule and decay.
 
-    Unlike optax.adafactor it does not scale the rate by the parameter's root mean square, and its
-    decay follows the schedule. Clipping is per array, that is, per stack of layers and experts.
+    Unlike optax.adafactor, it does not scale the rate by the parameter's root mean square, and
+    decay follows the schedule.
     """
     return optax.chain(
         in_float32(optax.scale_by_factored_rms()),

@@ -93,10 +93,7 @@ def _gradients(
 def _accumulated(
     graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
 ) -> tuple[dict[str, Array], dict]:
-    """`_gradients` in microbatches, summed in float32.
-
-    The experts' kernels add their gradients to the sums themselves (Summed in moe/bank.py).
-    """
+    """`_gradients` in microbatches, summed in float32; for experts by the kernels (Summed)."""
     parts, model = config.train.grad_accumulation, rebuild(graphdef, params)
     targets = None
     if batch.segment_ids is not None:

@@ -111,13 +111,11 @@ def _unfinished(workdir: Path) -> bool:
 
 
 def _ended_before_saving(workdir: Path) -> bool:
-    """Returns True if a run has no checkpoint yet. Raises InputError if it has lost them.
-
-    Steps are logged only after the first checkpoint is saved.
-    """
+    """Returns True if a run has no checkpoint yet. Raises InputError if it has lost them."""
     steps = workdir / "checkpoints"
     if saved_steps(steps) or any(steps.glob("damaged-*")):
         return False
+    # Steps are logged only after the first save.
     if last := Log(workdir).last_step():
         raise InputError(
             f"{workdir} has logged {last} steps, but {steps} contains no checkpoint. Restore the "
