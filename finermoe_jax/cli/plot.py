@@ -9,14 +9,14 @@ from finermoe_jax.training import compare, plot
 
 
 def define(flags: Flags) -> None:
-    """Defines no flags: the command takes runs."""
+    """Defines no flags: the command takes workdirs."""
 
 
 def main(flags: Flags) -> None:
     """Runs the command."""
     runs = [Path(local(run)) for run in flags.rest]
     if not runs:
-        raise InputError("a run is needed, or several to compare: finermoe plot RUN [RUN …]")
+        raise InputError("no workdir given: give a run, or several (finermoe plot RUN [RUN …])")
     if len(runs) == 1:
         print(*plot.draw(*runs), sep="\n")
         return
@@ -25,4 +25,9 @@ def main(flags: Flags) -> None:
     print(compare.draw(groups, runs[0] / "comparison.png"))
 
 
-COMMAND = Command("RUN [RUN …]", define, main, rest=True)
+COMMAND = Command(
+    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one.",
+    define,
+    main,
+    rest=True,
+)
