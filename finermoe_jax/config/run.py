@@ -113,7 +113,17 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything train.py needs; configs/*.py make one through `default_config`."""
+    """All settings of a training run. `run_config` makes one from a preset or a ConfigDict.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> run = fm.run_config(fm.preset("demo"))
+      >>> run.data.path, run.moe.intermediate_granularity
+      ('demo/pydoc_small.txt', 8)
+    """
 
     # The dense architecture. With init_from it must agree with the source; None: as the source.
     dense: ModelConfig | None = None

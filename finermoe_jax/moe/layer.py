@@ -20,7 +20,23 @@ from finermoe_jax.moe.routing import Routing, route
 
 
 class FineRMoE(nnx.Module):
-    """Routed experts, fine in both dimensions, beside a gated shared expert."""
+    """The FineRMoE layer: fine-grained routed experts plus a gated shared expert (paper §3).
+
+    Subclass it and override `route` or `__call__` to try another router (`with_layer`).
+
+    Examples:
+      >>> import dataclasses
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model").config
+      >>> config = dataclasses.replace(dense, moe=fm.MoEConfig(intermediate_granularity=8))
+      >>> layer = fm.FineRMoE(config, "float32", nnx.Rngs(0))
+      >>> y, routing, aux_loss = jax.jit(layer)(jnp.ones((1, 3, 128)), jnp.ones((1, 3), bool))
+      >>> y.shape, routing.experts.shape  # two slots, one active expert each
+      ((1, 3, 128), (1, 3, 2))
+    """
 
     bank: ExpertBank | None = None  # set by model/stack.py while it computes the layer
 
@@ -52,10 +68,16 @@ class FineRMoE(nnx.Module):
         mask: Bool[Array, "B T"],
         placement: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
-        """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
+        """Computes the layer.
 
-        mask marks real tokens; it touches the loss only. placement says on which devices, and
-        by which kernel, the experts are computed.
+        Args:
+          x: [B, T, D].
+          mask: bool [B, T], True at real tokens; only the loss uses it.
+          placement: the devices and the kernel that compute the experts.
+
+        Returns:
+          The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
+          of Eq. 11, weight not applied.
         """
         routing, slot_order = self.route(x)  # Algorithm 1
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
@@ -75,9 +97,16 @@ class FineRMoE(nnx.Module):
         return y, routing, aux_loss
 
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
-        """Each token's experts and weights, and their order by slots (`routing.route`).
+        """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose otherwise: the T_I experts of every slot have to be of that slot.
+        A subclass may choose others, if each slot gets T_I experts of its own.
+
+        Args:
+          x: [B, T, D].
+
+        Returns:
+          A `Routing`, and int [B, T, A]: the order that sorts its experts by slot
+          (`moe.routing.route`).
         """
         dtype = jnp.dtype(self.moe.router_dtype)
 

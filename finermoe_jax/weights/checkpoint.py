@@ -146,11 +146,20 @@ def write_checkpoint(
 def save_checkpoint(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes the model as an Orbax checkpoint at `path`, a new or empty directory.
+    """Writes the model as an Orbax checkpoint.
 
-    tokenizer is a directory whose tokenizer files the checkpoint takes along.
+    Args:
+      model: the decoder to save.
+      path: a new or empty directory. It appears only when complete.
+      tokenizer: a directory whose tokenizer files are copied into the checkpoint.
 
-    Raises InputError when path is occupied, or the tokenizer cannot be kept.
+    Raises:
+      InputError: `path` is not empty, or the tokenizer's files cannot be copied.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model")
+      >>> fm.save_checkpoint(model, "demo_orbax", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
@@ -290,12 +299,24 @@ def readable(checkpoint: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """Returns the model of a finermoe Orbax checkpoint, or of a training workdir's newest step.
+    """Loads a model from a finermoe Orbax checkpoint.
 
-    With a mesh each device gets its part of every weight (layers/sharding.py), read for it
-    alone; otherwise all are on one device.
+    Args:
+      path: a checkpoint, or a training workdir (its newest step).
+      mesh: shards the weights over these devices; each reads only its own part
+        (`layers.sharding`). None: all weights go to one device.
 
-    Raises InputError when there is none, or when it is damaged.
+    Returns:
+      The model, with the dtypes it was saved with.
+
+    Raises:
+      InputError: there is no checkpoint at `path`, or it is damaged.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> fm.save_checkpoint(fm.load_hf("finermoe_jax/demo/model"), "demo_saved")
+      >>> fm.load_checkpoint("demo_saved").config.num_hidden_layers
+      4
     """
     check_path("path", path)
     path = Path(local(path)).absolute()

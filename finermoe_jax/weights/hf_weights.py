@@ -154,13 +154,25 @@ def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()
 
 
 def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decoder:
-    """A decoder from a HF directory or hub id: dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE.
+    """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
-      source: a directory with config.json and safetensors, or a hub id.
-      dtype: float dtype of weights and activations; None keeps the embedding's.
+      source: a directory with config.json and safetensors, or a Hub id ("Qwen/Qwen2.5-0.5B").
+      dtype: float dtype of weights and activations; None keeps that of the embedding.
 
-    Raises InputError as `open_hf` does, and for another dtype.
+    Returns:
+      The model, on one device.
+
+    Raises:
+      InputError: no such directory or Hub repository, an architecture that is not supported,
+        tensors that are missing, unexpected or of the wrong shape or dtype (one message lists
+        all of them), or an unknown `dtype`.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model", dtype="float32")
+      >>> model.config.hidden_size, model.config.vocab_size
+      (128, 2048)
     """
     check_path("source", source)
     try:
@@ -321,18 +333,27 @@ def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None
 def save_hf(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes a HF directory: config.json with the authors' keys, safetensors, tokenizer files.
+    """Writes a Hugging Face directory: config.json, safetensors and tokenizer files.
 
-    A model with experts takes its code for transformers along (docs/huggingface.md).
+    For a model with experts, config.json has the keys of the published models, and the directory
+    contains the model's code for transformers (docs/huggingface.md).
 
     Args:
-      model: any decoder whose variant the published HF model can express.
-      path: a new or empty directory; it appears only when complete.
-      tokenizer: a directory whose tokenizer files are copied along; without it, transformers does
-        not know at which token text ends.
+      model: a dense decoder, or a FineRMoE variant that the published HF model can express.
+      path: a new or empty directory. It appears only when complete.
+      tokenizer: a directory whose tokenizer files are copied. Without it transformers does not know
+        which token ends a text.
 
     Raises:
-      InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
+      InputError: `path` is not empty, the variant has no HF form, or the tokenizer cannot be read.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0))
+      >>> fm.save_hf(model, "demo_moe_hf", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:

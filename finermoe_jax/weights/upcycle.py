@@ -236,11 +236,32 @@ def _experts(
 def upcycle_model(
     dense: Decoder, moe: MoEConfig, key: Array, start: UpcycleConfig = PUBLISHED_UPCYCLING
 ) -> Decoder:
-    """A FineRMoE decoder from a dense one, in the dense weights' dtype (`upcycle_weights`).
+    """Upcycles a dense decoder to a FineRMoE (paper Eq. 9-10).
 
-    The published start is not function-preserving: the shared gate is near 1/2.
+    The published start does not preserve the dense model's outputs, since the shared expert's gate
+    starts near 1/2. `UpcycleConfig(function_preserving=True)` does.
 
-    Raises InputError as `upcycle_weights` does, and for arguments of another type.
+    Args:
+      dense: a model without experts; it is not changed.
+      moe: the layer's granularities and expansions.
+      key: a key of `jax.random`, for the router and the other new weights.
+      start: choices that the architecture leaves open.
+
+    Returns:
+      A new model with the dtypes of the dense one. Its lm_head is not tied to the embedding.
+
+    Raises:
+      InputError: `dense` has experts already, sizes do not divide, the shared expert's width is not
+        the dense FFN's, or `start` contradicts `moe`.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0))
+      >>> model.config.moe.num_experts
+      32
     """
     check_type("the dense model", dense, Decoder, LOAD_A_MODEL)
     check_type("moe", moe, MoEConfig, "MoEConfig() is the published one")
@@ -263,7 +284,39 @@ def upcycle(
     key: Array | None = None,
     start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
-    """`upcycle_model` with the paper's five numbers spelled out; key defaults to seed 0."""
+    """Calls `upcycle_model` with the paper's five numbers as arguments.
+
+    Args:
+      dense_model: a model without experts; it is not changed.
+      intermediate_granularity: G_I, slices along the intermediate width.
+      output_granularity: G_O, slots along the output width.
+      intermediate_expansion: R_I, copies of each slice inside a group.
+      output_expansion: R_O, candidate groups per slot.
+      active_per_group: T_I, active experts in the chosen group.
+      shared_expert: keeps the whole dense FFN as a shared expert.
+      key: a key of `jax.random`; None: `jax.random.key(0)`.
+      start: choices that the architecture leaves open.
+
+    Returns:
+      A new model with the dtypes of the dense one.
+
+    Raises:
+      InputError: as `upcycle_model`.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> model = fm.upcycle(
+      ...     dense,
+      ...     intermediate_granularity=8,
+      ...     output_granularity=2,
+      ...     intermediate_expansion=1,
+      ...     output_expansion=2,
+      ...     active_per_group=1,
+      ... )
+      >>> model.config.moe.num_experts, model.config.moe.num_active
+      (32, 2)
+    """
     check_type("shared_expert", shared_expert, bool, "give True or False")
     moe = MoEConfig(
         intermediate_granularity=intermediate_granularity,

@@ -27,36 +27,44 @@ def expert_ffn(
     first_expert: Index | None = None,
     scales: tuple[Array, Array] | None = None,
 ) -> Array:
-    """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
+    """Computes a weighted SwiGLU expert for every row; rows are sorted by expert.
 
-    Dropless for every distribution of rows; differentiable in every array but group_sizes.
+    Row m of expert e is row_weights_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e. Dropless for every
+    distribution of rows. Differentiable in every array but group_sizes.
 
     Args:
-      rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, as the weights.
+      rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, like the weights.
       gate_up: [N, 2F, D], the F gate rows first, then the F up rows.
       down: [N, F, W].
-      group_sizes: int32 [E], rows of each expert; they sum to M. Only weights of experts that own
-        a row are read (but by "reference").
+      group_sizes: int32 [E], rows of each expert; they sum to M. Weights of experts without rows
+        are not read, except by "reference". Under jit the sum is not checked, and rows past it get
+        unspecified values.
       row_weights: [M].
       implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX, work
-        proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: by the
-        platform compiled for (pallas_kernels.platform).
-      interpret: True, or Pallas' own parameters: run "tpu" or "gpu" interpreted, on any device.
-      first_expert: int32, 0 ... N - E: the expert of the first group. None: there are as many
-        groups as experts.
-      scales: float32 [N, 2F] and [N, W] of int8 weights, one for each output. "cpu" computes these
-        on every platform, forward only.
+        proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: chosen by
+        the platform compiled for (`pallas_kernels.platform`).
+      interpret: True, or parameters of Pallas's interpreter: runs "tpu" or "gpu" on any device.
+      first_expert: int32 in 0 ... N - E, the expert of the first group. None: E must equal N.
+      scales: float32 [N, 2F] and [N, W], one scale per output of int8 weights. These always run as
+        "cpu", forward only.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
 
     Raises:
-      ValueError: shapes or dtypes that contradict each other, group sizes (where concrete) that
-        are negative or do not sum to M, an unknown implementation, interpret without a kernel,
-        int8 weights without scales.
-      NotImplementedError: a device that the chosen implementation has no kernel for.
+      ValueError: shapes or dtypes that contradict each other, group sizes (if concrete) that are
+        negative or do not sum to M, an unknown implementation, interpret without a Pallas kernel,
+        or int8 weights without scales.
+      NotImplementedError: the chosen implementation has no kernel for this device.
 
-    Under a trace group sizes are not checked; rows past their sum get unspecified values.
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels.expert_ffn import expert_ffn
+      >>> rows = jnp.ones((3, 8))  # two rows of expert 0, one of expert 1
+      >>> gate_up, down = jnp.ones((2, 2 * 4, 8)), jnp.ones((2, 4, 6))
+      >>> y = expert_ffn(rows, gate_up, down, jnp.array([2, 1]), jnp.array([1.0, 1.0, 0.5]))
+      >>> y.shape
+      (3, 6)
     """
     _check(rows, gate_up, down, group_sizes, row_weights, first_expert, scales is not None)
     first = 0 if first_expert is None else first_expert
