@@ -424,7 +424,7 @@ def test_a_kernel_of_another_platform(dense, tmp_path, kernel):
 def test_a_mixture_with_other_granularities(tmp_path):
     write_tokenizer(tmp_path, WORDS)
     refuses_training(
-        ["mixture already", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
+        ["already has experts", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
         tmp_path, MIXTURE, text_file(tmp_path), data__tokenizer=str(tmp_path),
     )  # fmt: skip
 

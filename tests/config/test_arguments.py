@@ -81,7 +81,7 @@ WRONG = [
     ("upcycle(dense, key=0)", "key=0 must be a key of JAX"),
     ("upcycle(dense, start=dict(drop_ratio=0.5))", "start is of type dict, not UpcycleConfig"),
     ("upcycle('dense')", "the dense model is of type str, not Decoder"),
-    ("upcycle(moe)", "mixture of experts already"),
+    ("upcycle(moe)", "has experts already"),
     ("fm.upcycle_model(dense, dict(), jax.random.key(0))", "moe is of type dict, not MoEConfig"),
     ("fm.MoEConfig(router_dtype='float8')", "router_dtype='float8' must be 'float32', 'bfloat16'"),
     ("fm.MoEConfig(mlp_only_layers=[0])", "mlp_only_layers=[0] must be a tuple"),
