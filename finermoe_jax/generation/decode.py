@@ -141,13 +141,13 @@ def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
+    """Returns the state with layers stored as decoding reads them (cpu.separate_layers)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = axes_of(variable, path)
         if LAYER not in axes or kind_of(axes).bank:  # a bank is read in place everywhere
             return variable
-        return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
+        return variable.replace(jax.tree.map(cpu.separate_layers, variable.get_value()))
 
     return nnx.map_state(cut, state)
 

@@ -1,4 +1,4 @@
-"""The decoder: Qwen2, Llama or Qwen3, with dense or FineRMoE layers.
+"""The decoder: Qwen2, Qwen3 or Llama, with dense or FineRMoE layers.
 
 Axis letters: config/model.py.
 """
@@ -29,8 +29,8 @@ from finermoe_jax.moe.routing import Routing
 class Features(NamedTuple):
     """The decoder's result before the vocabulary.
 
-    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11, weight not
-    applied; expert_tokens are how many real tokens selected each expert.
+    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11 without its
+    weight. expert_tokens counts the real tokens that selected each expert.
     """
 
     hidden: Float[Array, "B T D"]
@@ -48,15 +48,15 @@ class Output(NamedTuple):
     routing: tuple[Routing, ...]
 
 
-LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) gives one"
+LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) returns one"
 
 
-def _is_here(array: Any) -> bool:
-    """True for values that this process can look at: not traced, nor on other processes."""
+def _is_concrete(array: Any) -> bool:
+    """True for values that this process can read: not traced, nor on other processes."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
-# Scores want the vocabulary split, lookups the width (finermoe_jax/layers/sharding.py).
+# Logits need the vocabulary split, lookups the width (layers/sharding.py).
 _HEAD_AXES = ("scored_vocab", "width")
 
 
@@ -131,10 +131,10 @@ class Decoder(nnx.Module):
         masks = dict(
             attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
         )
-        if _is_here(input_ids):
+        if _is_concrete(input_ids):
             check_ids(self.config, rectangular("input_ids", input_ids))
         for name, mask in masks.items():
-            if mask is not None and _is_here(mask):
+            if mask is not None and _is_concrete(mask):
                 check_mask(name, rectangular(name, mask), np.shape(input_ids))
         given = (None if x is None else jnp.asarray(x) for x in masks.values())
         return _output(*nnx.split(self), jnp.asarray(input_ids), *given)
@@ -201,10 +201,10 @@ class Decoder(nnx.Module):
 
 
 def with_shapes(config: ModelConfig, dtype: DTypeLike = "float32") -> Decoder:
-    """The decoder with shapes in place of arrays; nothing is allocated. dtype: activations'."""
+    """Returns a decoder with shapes in place of arrays. dtype is that of the activations."""
     graphdef, state = _shapes(config, jnp.dtype(dtype))
-    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
-    decoder.config = config  # equal to the one it was traced with, but perhaps 1.0 where that had 1
+    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # new variables
+    decoder.config = config  # the cached one is equal but may have 1.0 for 1
     return decoder
 
 
@@ -218,18 +218,18 @@ def _shapes(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.St
 
 
 def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
-    """Every parameter's path and shape, stacked over its run's layers."""
+    """Returns every parameter's path and shape, stacked over its run's layers."""
     return dict(_parameter_shapes(config))
 
 
-@functools.lru_cache(maxsize=8)  # a conversion asks several times
+@functools.lru_cache(maxsize=8)
 def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
 def parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
-    """Every parameter's path and kind, for weights that are known by their paths alone."""
+    """Returns every parameter's path and kind."""
     return dict(_parameter_kinds(config))
 
 
@@ -239,7 +239,7 @@ def _parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
 
 
 def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:
-    """The decoder of `config` around existing arrays (or their shapes), which are not copied."""
+    """Returns a decoder around existing arrays (or their shapes), which are not copied."""
     graphdef, state = nnx.split(with_shapes(config, dtype))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
@@ -280,7 +280,7 @@ def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
     layers = [block.moe for run in changed.runs for block in run if hasattr(block, "moe")]
     if not layers:
         raise InputError(
-            f"the model has no MoE layer that could become a {layer.__name__}: upcycle it first"
+            f"the model has no MoE layer to replace by {layer.__name__}: upcycle it first"
         )
     for moe in layers:
         moe.__class__ = layer
@@ -295,7 +295,7 @@ def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
 
 
 def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...]]:
-    """All runs' records together: Eq. 11's losses [L], tokens of each expert [L, E], routing."""
+    """Concatenates all runs' losses of Eq. 11 [L], tokens per expert [L, E] and routing."""
     if not traces:
         return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), ()
     aux_loss = jnp.concatenate([each.aux_loss for each in traces])

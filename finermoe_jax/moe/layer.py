@@ -1,7 +1,7 @@
 """The FineRMoE layer: route, exchange, experts, combine (paper §3).
 
-Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
-their slots (moe/exchange.py). Letters: config/model.py.
+Dropless: routed rows are sorted by expert, computed in groups of any size, and returned to their
+slots (moe/exchange.py). Letters: config/model.py.
 """
 
 import jax
@@ -38,7 +38,7 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    bank: ExpertBank | None = None  # set by model/stack.py while it computes the layer
+    bank: ExpertBank | None = None  # set by model/stack.py for each layer
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.moe is not None
@@ -49,8 +49,8 @@ class FineRMoE(nnx.Module):
         self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
         if moe.separate_routers:
             self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
-        # Gate rows first, then up rows. The model width is minor: stored the other way round,
-        # XLA pads a copy of all experts at every call on a TPU.
+        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
+        # copy of all experts at every call on a TPU.
         self.gate_up = param(
             rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
         )
@@ -85,7 +85,7 @@ class FineRMoE(nnx.Module):
             jnp.take_along_axis(chosen, slot_order, axis=-1)
             for chosen in (routing.experts, routing.weights)
         )
-        # The exchange, and the experts with their weights: [B, T, A, W].
+        # [B, T, A, W]
         y = routed_experts(x, experts, weights, self.experts(placement), placement)
         y = self._combine(y)  # Eq. 7
         if self.moe.concat_proj == "routed":
@@ -111,8 +111,8 @@ class FineRMoE(nnx.Module):
         dtype = jnp.dtype(self.moe.router_dtype)
 
         def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
-            # HIGHEST: a TPU would otherwise round the operands to bfloat16, and 0.08 % of the
-            # tokens would choose other experts.
+            # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other
+            # experts.
             return jnp.einsum(
                 "BTD,ED->BTE",
                 x.astype(dtype),
@@ -124,13 +124,13 @@ class FineRMoE(nnx.Module):
         return route(logits(self.router), self.moe, x.dtype, candidates)
 
     def experts(self, placement: Placement) -> ExpertBank:
-        """The experts, in the bank of the layer's run where the loop over layers gave one."""
+        """Returns the layer's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank
         return bank_of_layer(self.gate_up[...], self.down[...], placement)
 
     def _combine(self, y: Float[Array, "B T A W"]) -> Float[Array, "B T D"]:
-        """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
+        """Sums the T_I weighted experts of each slot and concatenates the slots."""
         slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
         tokens = y.shape[:2]
         return y.reshape(*tokens, slots, per_slot, -1).sum(axis=3).reshape(*tokens, -1)
@@ -138,7 +138,7 @@ class FineRMoE(nnx.Module):
     def _gated_shared(
         self, x: Float[Array, "B T D"], placement: Placement
     ) -> Float[Array, "B T D"]:
-        """The shared expert times a gate of each token's own."""
+        """Returns the shared expert's output times its per-token gate."""
         gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
         return jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
 

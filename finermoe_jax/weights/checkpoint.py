@@ -235,7 +235,7 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
 
 
 def steps_of(path: Path) -> Path:
-    """Returns a workdir's directory of numbered checkpoints; `path` itself if it is not a workdir."""
+    """Returns a workdir's directory of numbered checkpoints, or `path` if it is not a workdir."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 

@@ -33,7 +33,7 @@ class Rule:
 
     @property
     def same(self) -> bool:
-        """True if both arrays have the same layout, so that a slice of one is a slice of the other."""
+        """True if both arrays have the same layout: a slice of one is a slice of the other."""
         return self.view is _same
 
 

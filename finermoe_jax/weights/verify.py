@@ -128,7 +128,7 @@ def verify(
 def _compared(
     given: ModelSource, made: ModelSource, again: Weights, draws: bool, recomputed: bool, title: str
 ) -> Report:
-    """Compares all blocks of `made` with the source, or with `again`, the weights upcycled again."""
+    """Compares all blocks of `made` with the source or `again`, the weights upcycled again."""
     new_experts = again is not given.weights
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:

@@ -102,7 +102,7 @@ def weight_gradient(
     _check_rank(rows=(rows, 2), cotangent=(cotangent, 2), group_sizes=(group_sizes, 1))
     if cotangent.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"cotangent's rows against rows' M: {cotangent.shape[0]} != {rows.shape[0]}"
+            f"cotangent must have as many rows as rows: {cotangent.shape[0]} != {rows.shape[0]}"
         )
     out_dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
     _check_dtypes(chosen, rows=rows.dtype, cotangent=cotangent.dtype, out_dtype=out_dtype)
@@ -122,7 +122,7 @@ def _product(
     if 0 in rows.shape or 0 in weights.shape:
         width = weights.shape[1 if transpose_weights else 2]
         return jnp.zeros((rows.shape[0], width), rows.dtype)
-    # A platform's Pallas is imported where it runs: another's may lack what it needs.
+    # Imported here because another platform's Pallas may lack what it needs.
     match implementation:
         case "reference":
             return reference.grouped_matmul(
@@ -225,11 +225,11 @@ def _check(
     for what, got, wanted in (
         (
             f"K of weights {weights.shape} with transpose_weights={transpose_weights} "
-            f"against K of rows {rows.shape}",
+            f"must be K of rows {rows.shape}",
             contracted,
             rows.shape[1],
         ),
-        ("group_sizes' length against the experts", group_sizes.shape[0], weights.shape[0]),
+        ("group_sizes must have one entry per expert", group_sizes.shape[0], weights.shape[0]),
     ):
         if got != wanted:
             raise ValueError(f"{what}: {got} != {wanted}")
@@ -259,9 +259,9 @@ def _check_group_sizes(group_sizes: Array, rows: int) -> None:
     if group_sizes.shape[0] == 0:
         raise ValueError("group_sizes is empty; there must be at least one expert")
     if not isinstance(group_sizes, jax.core.Tracer):
-        sizes = np.asarray(group_sizes)  # values, under a trace of other arguments too
+        sizes = np.asarray(group_sizes)  # concrete even if other arguments are traced
         if (sizes < 0).any() or sizes.sum() != rows:
             raise ValueError(
-                f"group_sizes must be non-negative and sum to the {rows} rows; they sum to "
-                f"{sizes.sum()}, the smallest is {sizes.min()}"
+                f"group_sizes must be non-negative and sum to the {rows} rows, but they sum to "
+                f"{sizes.sum()} and the smallest is {sizes.min()}"
             )

@@ -96,7 +96,7 @@ def _edit(manifest, **changes):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda d: _cut(d / "00001.bin"), r"00001\.bin has \d+ bytes, and the manifest says \d+"),
+        (lambda d: _cut(d / "00001.bin"), r"00001\.bin has \d+ bytes, but the manifest says \d+"),
         (lambda d: (d / "00001.bin").unlink(), r"00001\.bin cannot be read: .*No such file"),
         (lambda d: (d / "00000.documents.npy").unlink(), r"00000\.documents\.npy cannot be read"),
         (
@@ -116,7 +116,7 @@ def _edit(manifest, **changes):
         ),
         (
             lambda d: np.save(d / "00000.documents.npy", np.zeros(99, np.int64)),
-            r"00000\.documents\.npy has shape \(99,\), and the manifest says \d documents",
+            r"00000\.documents\.npy has shape \(99,\), but the manifest says \d documents",
         ),
         (
             lambda d: (d / "manifest.json").write_text("{"),
@@ -141,15 +141,15 @@ def _edit(manifest, **changes):
         ),
         (
             lambda d: _edit(d / "manifest.json", shards__2__max_id=70_000),
-            r"00002\.bin: its largest token is \d+, and the manifest says 70000; .*--verify=",
+            r"00002\.bin: its largest token is \d+, but the manifest says 70000; .*--verify=",
         ),
         (
             lambda d: _overwrite(d / "00001.bin", 40, b"\x00\x08"),
-            r"00001\.bin: its largest token is 2048, and the manifest says \d+; .*--verify=",
+            r"00001\.bin: its largest token is 2048, but the manifest says \d+; .*--verify=",
         ),
         (
             lambda d: (d / "manifest.json").rename(d / "manifest.partial.json"),
-            "is not prepared to the end: start",
+            "is not fully prepared: rerun",
         ),
     ],
 )
@@ -245,15 +245,21 @@ def _overwrite(path, offset, content):
     [
         (lambda p: _megatron(p, version=2), "has version 2 and dtype code 8; version 1"),
         (lambda p: _megatron(p, code=6), "dtype code 6"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 0, b"X"), "does not begin as an index"),
+        (
+            lambda p: _overwrite(p.with_suffix(".idx"), 0, b"X"),
+            "does not begin with MMIDIDX, as an index",
+        ),
         (lambda p: p.with_suffix(".idx").write_bytes(b""), r"x\.idx cannot be read"),
-        (lambda p: p.with_suffix(".idx").write_bytes(b"MMIDIDX"), "does not begin as an index"),
+        (
+            lambda p: p.with_suffix(".idx").write_bytes(b"MMIDIDX"),
+            "does not begin with MMIDIDX, as an index",
+        ),
         (lambda p: _cut(p.with_suffix(".idx")), "bytes; its 4 sequences and 5 document marks"),
         (lambda p: _cut(p.with_suffix(".bin")), r"has 78 bytes, and .* speaks of 40 tokens of 2"),
         (lambda p: p.with_suffix(".bin").unlink(), "has 0 bytes, and"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34, b"\4"), "do not lie in"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48, b"\1"), "marks do not rise from 0"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48 + 9, b"\1"), "marks do not rise"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34, b"\4"), "are not contiguous in"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48, b"\1"), "marks do not ascend from 0"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48 + 9, b"\1"), "marks do not ascend"),
         (lambda p: _megatron(p, [[]]), "is empty"),
         (lambda p: _megatron(p, [[-1, 2, 3]], code=4), "holds the negative token -1"),
         (

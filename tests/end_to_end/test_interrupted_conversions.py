@@ -208,10 +208,10 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
     assert said[4::2] == [small, filled]
     target = re.escape(f"{place}/target")
     assert re.fullmatch(
-        rf"{target} would take [\d.]+MB, and its disk has [\d.]+MB free: make room, or .*", small
+        rf"{target} needs [\d.]+MB, but its disk has [\d.]+MB free: free some space, or .*", small
     )
     assert re.fullmatch(
-        rf"{target} takes [\d.]+MB, and its disk was full before it was written\. .* left.*", filled
+        rf"the disk filled up while {target} \([\d.]+MB\) was written\. .* left.*", filled
     )
 
 

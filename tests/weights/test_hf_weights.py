@@ -723,8 +723,8 @@ def test_weights_that_are_no_file(source):
     ("place", "words"),
     [
         ("{tmp}/nowhere", ["nowhere", "neither a directory nor a Hub id"]),
-        ("nobody/has-this-model-cached", ["nobody/has-this-model-cached", "hub"]),
-        ("a/b/c", ["a/b/c", "hub id"]),
+        ("nobody/has-this-model-cached", ["nobody/has-this-model-cached", "Hub"]),
+        ("a/b/c", ["a/b/c", "Hub id"]),
         ("{tmp}/file", ["file", "directory that contains config.json"]),
     ],
 )

@@ -94,7 +94,7 @@ class FineRMoeAttention(nn.Module):
 
 
 def rotary_angles(positions, config):
-    """Returns cosines and sines [..., head_dim / 2], float32, of positions [...]; yarn scales both."""
+    """Returns float32 cosines and sines [..., head_dim / 2] of positions, yarn-scaled."""
     dim, rope = config.head_dim, config.rope_parameters
     pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     powers, scale = config.rope_theta ** (pairs / dim), 1.0
