@@ -140,7 +140,6 @@ def open_source(
 
 
 def _refuse_mixture(eval_path: str) -> None:
-    """Raises InputError if data.eval_path looks like a mixture or has a weight."""
     name, colon, _ = eval_path.rpartition(":")
     if not _exists(eval_path) and ("," in eval_path or (colon and _exists(name))):
         raise InputError(
@@ -217,20 +216,11 @@ def open_data(
     vocab_size: int,
     show_progress: bool = False,
 ) -> RunData:
-    """Opens and checks all data of a run.
+    """Opens and checks all data of a run; held_out is None if nothing is held out.
 
-    Args:
-      config: the data to read.
-      tokenizer: tokenizes text; prepared tokens must come from the same one.
-      files: the directory that the tokenizer was loaded from.
-      vocab_size: that of the model; token ids must be smaller.
-      show_progress: shows a bar while tokenizing text or scanning tokens.
-
-    Returns:
-      The data; held_out is None if nothing is held out.
-
-    Raises:
-      InputError: anything is wrong with the data.
+    Prepared tokens must come from this tokenizer, which was loaded from the directory `files`, and
+    token ids must be below the model's vocab_size. Raises InputError if anything is wrong with the
+    data.
     """
     if not config.path:
         raise InputError(

@@ -46,15 +46,11 @@ def zstd_module(path: Path) -> Any:
 
 
 class _Format(NamedTuple):
-    """A compression format.
+    """A compression format."""
 
-    `new` creates a decompressor of one stream, which raises `error`. Zero bytes may follow a stream
-    in multiples of `padding`; 0: none may.
-    """
-
-    new: Callable[[], Any]
-    error: type[Exception]
-    padding: int
+    new: Callable[[], Any]  # makes a decompressor of one stream
+    error: type[Exception]  # that it raises
+    padding: int  # zero bytes may follow a stream in multiples of it; 0: none
 
 
 class _Gzip:

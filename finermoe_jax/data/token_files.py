@@ -263,7 +263,6 @@ def open_prepared(
 
 
 def _check_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raises InputError if a manifest contradicts itself."""
     empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
     if empty or not manifest.shards:
         what = f"shard {empty[0]}" if empty else "the list of shards"
@@ -289,7 +288,6 @@ def _allow_files(count: int) -> None:
 
 
 def _check_ids(directory: Path, manifest: Manifest, arrays: list[np.ndarray], bar: bool) -> None:
-    """Compares the largest token of each shard with the manifest."""
     with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
         for shard, tokens in zip(manifest.shards, arrays, strict=True):
             largest = id_range(tokens, progress)[1]

@@ -201,5 +201,4 @@ def _even_blocks(tokens: int, most: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def _pad(x: Array, tokens: int) -> Array:
-    """Appends zeros up to `tokens` tokens."""
     return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

@@ -21,7 +21,7 @@ LAYER = "layer"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a parameter is trained and stored.
+    """The way a parameter is trained and stored.
 
     Attributes:
       decayed: weight decay applies.

@@ -147,8 +147,8 @@ def spec(
 ) -> tuple[PartitionSpec, list[str]]:
     """Returns the PartitionSpec of an array with logical `axes`, and notes on axes not fully split.
 
-    If an axis is not divisible by the product of its mesh axes, it is split by the longest
-    divisible prefix of them. With `gathered`, returns the spec for use, after the gather.
+    An axis is split by all of its mesh axes or, if these do not divide it, by their longest prefix
+    that does. With `gathered`, returns the spec for use, after the gather.
 
     Raises InputError for a logical axis without a rule, two logical axes on one mesh axis, or
     experts that the expert axis does not divide.

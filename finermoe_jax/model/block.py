@@ -36,11 +36,7 @@ class Block(nnx.Module):
         cache: CacheUse | None,
         placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
-        """Returns x, the written cache, and an MoE layer's trace.
-
-        The trace is the routing, and Eq. 11's loss with the tokens [B, E] of each expert; None in a
-        dense layer.
-        """
+        """Returns x, the written cache, and an MoE layer's (routing, (loss, tokens per expert))."""
         attended, written = self.attention(
             self.input_norm(x), angles, segment_ids, placement, cache
         )

@@ -152,13 +152,9 @@ class Decoder(nnx.Module):
     ) -> Features:
         """Returns the final hidden states, [B, T, D] in `dtype`, and the routers' records.
 
+        The first four arguments are those of `__call__`.
+
         Args:
-          input_ids: int32 [B, T].
-          attention_mask: [B, T], nonzero at real tokens, padded left or right; None: no padding.
-          position_ids: int32 [B, T], rotary positions; None: the real tokens of each row count
-            from 0.
-          segment_ids: int32 [B, T], the documents packed into a row; attention stays inside each.
-            Positions do not restart at a document unless position_ids say so.
           cache: an empty cache takes whole prompts, a filled one takes one token of every row.
           remat: "none" or a key of REMAT_POLICIES: what the backward pass recomputes.
           unroll: layers (or repeats of their pattern) per iteration of the scan.

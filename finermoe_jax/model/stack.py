@@ -130,7 +130,6 @@ def run_layers(
 
 
 def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
-    """Returns the bank of a block's MoE layers if it can be read in place, else None."""
     if not hasattr(block, "moe"):
         return None
     gate_up, down = block.moe.gate_up[...], block.moe.down[...]

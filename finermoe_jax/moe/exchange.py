@@ -52,15 +52,8 @@ def routed_experts(
     """Applies each token's A active experts, weighted, on one device or over a mesh.
 
     Tokens are split over every mesh axis, tensor included. If an axis does not divide batch or
-    sequence, its devices compute the same tokens.
-
-    Args:
-      x: tokens.
-      experts: the active experts of each token.
-      weights: their routing weights.
-      bank: all experts at this layer. Its weights are not cast here, since only those of experts
-        with rows are read. Its gradients are replaced.
-      placement: mesh and kernel.
+    sequence, its devices compute the same tokens. The bank's weights are not cast here, since only
+    those of experts with rows are read. Its gradients are replaced.
     """
     mesh, kernel = placement
     if mesh is None or mesh.size == 1:
@@ -316,14 +309,10 @@ def exchanged_ffn(
     Args:
       rows: this device's routed rows, sorted by expert.
       weights: their routing weights.
-      gradients: of the local experts, passed on as in expert_ffn_of_run.
-      gate_up: the local experts of all layers.
-      down: the same, [L, E, F, W].
-      layer: int32, 0 ... L - 1.
+      gradients: of the local experts, as in expert_ffn_of_run, like layer and adds.
+      gate_up: of the local experts, like down.
       sizes: this device's rows for each of the N experts.
       axis: the mesh axis, manual (inside shard_map).
-      kernel: implementation of expert_ffn.
-      adds: as in expert_ffn_of_run.
 
     Returns:
       The experts' outputs in the rows' places, and `gradients`.

@@ -85,8 +85,7 @@ class FineRMoE(nnx.Module):
             jnp.take_along_axis(chosen, slot_order, axis=-1)
             for chosen in (routing.experts, routing.weights)
         )
-        # [B, T, A, W]
-        y = routed_experts(x, experts, weights, self.experts(placement), placement)
+        y = routed_experts(x, experts, weights, self.experts(placement), placement)  # [B, T, A, W]
         y = self._combine(y)  # Eq. 7
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -138,7 +137,6 @@ class FineRMoE(nnx.Module):
     def _gated_shared(
         self, x: Float[Array, "B T D"], placement: Placement
     ) -> Float[Array, "B T D"]:
-        """Returns the shared expert's output times its per-token gate."""
         gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
         return jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
 

@@ -42,20 +42,17 @@ def convert(
     Args:
       source: a HF directory, a Hub id, a finermoe checkpoint or a workdir.
       target: a new or empty directory. It appears only when complete.
-      to: "orbax" upcycles a dense source as `moe` and `upcycling` say and imports a FineRMoE source
-        unchanged; "hf" exports the source unchanged.
+      to: "orbax" upcycles a dense source and imports a FineRMoE unchanged; "hf" exports the source.
       moe: the experts; None imports a dense source unchanged.
       upcycling: choices that the architecture leaves open.
-      seed: seed of the routers and other random weights.
+      seed: seed of the random weights.
       dtype: casts the weights; None keeps the source's dtype.
       stated: the user chose `moe`: a FineRMoE source must have exactly these experts.
 
-    Returns:
-      The architecture that was written.
+    Returns the architecture that was written.
 
-    Raises:
-      InputError: the source, the target or the sizes are wrong, or the disk is too small.
-      RunEnded: on SIGTERM and Ctrl-C. After either error nothing of the target is left.
+    Raises InputError if the source, the target or the sizes are wrong or the disk is too small, and
+    RunEnded on SIGTERM and Ctrl-C. After either nothing of the target is left.
     """
     target = Path(local(target))
     refuse_occupied(target.absolute())

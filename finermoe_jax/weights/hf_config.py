@@ -122,7 +122,6 @@ def _model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refuse_unsupported(values: Mapping[str, Any], kind: str) -> None:
-    """Raises InputError for features that this decoder does not compute."""
     for key, default, computed in (
         ("hidden_act", "silu", ("silu", "swish")),  # synonyms
         ("mlp_bias", False, (False,)),
@@ -183,8 +182,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def _stated_rope(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns every stated value of the rotary embeddings by name, and the text for messages.
 
-    Published files have rope_theta and rope_scaling; transformers 5 writes rope_parameters. Raises
-    InputError if they contradict each other.
+    Published files have rope_theta and rope_scaling; transformers 5 writes rope_parameters.
     """
     keys = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
     given = {key: values[key] for key in keys if values.get(key) is not None}
@@ -273,7 +271,6 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _refuse_inexpressible(moe: MoEConfig) -> None:
-    """Raises InputError for variants that the published HF model has no keys for."""
     inexpressible = [
         f"{name}={getattr(moe, name)!r}"
         for name, hf in (

@@ -94,16 +94,10 @@ def hash_while_written(directory: Path) -> Iterator[Known]:
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
     """Returns a checkpoint's differences from its checksums; an empty list if it is intact.
 
+    Items (subdirectories) in `skip` are not read. Checks only files part, part + parts, …
     Checkpoints older than checksums.json count as intact.
 
-    Args:
-      directory: the checkpoint.
-      skip: items (subdirectories) that are not read.
-      part: index of this share of the files, from 0.
-      parts: number of shares; this call checks files part, part + parts, …
-
-    Raises:
-      InputError: the files cannot be read: permissions, a failing disk, too many open files.
+    Raises InputError if files cannot be read: permissions, a failing disk, too many open files.
     """
     try:
         with _unreadable(directory):

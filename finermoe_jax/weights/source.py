@@ -38,13 +38,9 @@ from finermoe_jax.weights.lazy import Weights
 class ModelSource:
     """A model that is opened but not read yet.
 
-    Attributes:
-      config: the architecture.
-      weights: lazy arrays.
-      dtype: dtype of the activations.
-      stored: dtypes of the stored weights.
-      files: directory with the tokenizer.
-      states: states of the weight files and, for a checkpoint, of the tokenizer files, when opened.
+    dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
+    directory with the tokenizer. states are those of the weight files and, for a checkpoint, of the
+    tokenizer files, when opened.
     """
 
     config: ModelConfig

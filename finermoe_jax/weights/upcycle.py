@@ -178,7 +178,6 @@ DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
-    """Selects these layers of a stack of all."""
     shape = (len(layers), *stack.shape[1:])
     return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
 
@@ -210,7 +209,6 @@ def _experts(
     upcycling: UpcycleConfig,
     key: Array,
 ) -> LazyArray:
-    """`gate_up` or `down` of all experts of these layers."""
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
     gate, up, down = (stacks["mlp", part] for part in ("gate", "up", "down"))

@@ -74,7 +74,6 @@ def drop(
 def _moments(
     matrix: Float[np.ndarray, "F X"], some: list[Int[np.ndarray, " _"]]
 ) -> tuple[np.float32, np.float32]:
-    """Mean and standard deviation of the entries in these rows."""
     size = sum(map(len, some)) * matrix.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):  # checked in the drawn values
         mean = sum(matrix[rows].astype(np.float64).sum() for rows in some) / size

@@ -73,23 +73,15 @@ def verify(
 
     Source and target may each be a HF directory or a finermoe checkpoint; of a checkpoint, the
     files' checksums are compared as well. If the target was cast, the source is cast for the
-    comparison. Only a few blocks are in memory at a time.
+    comparison. Experts that are not plain slices of the dense FFN are upcycled again and compared.
+    Only a few blocks are in memory at a time.
 
     Args:
-      source: the model that was converted.
-      target: the result.
-      to: the target's format. None accepts both formats as the result of "orbax", so that an export
-        can be compared with the original dense model.
-      moe: as in `convert`.
-      upcycling: as in `convert`. Experts that are not plain slices of the dense FFN are upcycled
-        again and compared.
-      seed: as in `convert`. Random values are drawn again and compared up to the last few bits,
-        which depend on the CPU. None: random values only have to be finite.
+      to: the target's format. None accepts both formats as the result of "orbax", to compare an
+        export with the original dense model.
+      seed: random values are drawn again and compared up to the last few bits, which depend on the
+        CPU. None: random values only have to be finite.
       dtype: dtype of the target's weights; None: the source's.
-      stated: as in `convert`.
-
-    Returns:
-      The counts of compared tensors.
 
     Raises:
       InputError: another format or architecture than these arguments imply, damage, or tensors that

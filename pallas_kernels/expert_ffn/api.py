@@ -71,7 +71,6 @@ def expert_ffn(
     if scales is not None:
         return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first, scales)
     how = _how(rows, implementation, interpret)
-    # A run of one layer.
     run = tuple(w[None] for w in of_window(gate_up, down, first, len(group_sizes)))
     y, run = _ffn(how, rows, row_weights, run, gate_up, down, group_sizes, first, 0)
     return unread(empty_like(run), y, run)
@@ -97,25 +96,14 @@ def expert_ffn_of_run(
     pass this is the gradient of the whole run, each entry written once. `unread` starts that pass.
     The weights themselves must be constants (stop_gradient).
 
-    Args:
-      rows: [M, D], sorted by expert.
+    Args and errors are those of expert_ffn, except:
       gate_up: [L, E, 2F, D], of L layers.
       down: [L, E, F, W].
-      group_sizes: int32 [E].
-      row_weights: [M].
       layer: int32, 0 ... L - 1.
-      gradients: arrays of the weights' shapes, in the dtypes of their gradients; empty: the weights
-        get no gradient.
-      implementation: as in expert_ffn.
-      interpret: as in expert_ffn.
+      gradients: arrays of the weights' shapes, in the dtypes of their gradients; empty: none.
       adds: adds this layer's gradients to the stored values instead of overwriting them.
 
-    Returns:
-      [M, W] as in expert_ffn, and `gradients`, to pass to the next call.
-
-    Raises:
-      ValueError: as in expert_ffn.
-      NotImplementedError: as in expert_ffn.
+    Returns [M, W] as expert_ffn, and `gradients`, to pass to the next call.
     """
     one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
     _check(rows, one[0], one[1], group_sizes, row_weights)
@@ -130,12 +118,8 @@ def unread(empty: Callable[[], tuple[Array, ...]], x: Any, gradients: tuple[Arra
     """Returns x. `gradients` of the last call end here; their cotangents start as `empty()`.
 
     These may hold any values, since zeros would cost a write of all experts. Valid only if the
-    backward pass then writes every expert of every layer, as calls without `adds` do.
-
-    Args:
-      empty: returns arrays like `gradients`, for instance from lax.empty.
-      x: a value that depends on all of the calls.
-      gradients: those of the last call.
+    backward pass then writes every expert of every layer, as calls without `adds` do. x must depend
+    on all of the calls.
     """
     return x
 

@@ -292,8 +292,6 @@ class _Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _ForwardRefs(Scratch):
-    """References of a block of the forward kernel."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, D]
@@ -374,7 +372,6 @@ def _copy_forward(plan: _Forward, refs: _ForwardRefs, index: Array, step: Array)
 def _multiply_forward(
     plan: _Forward, refs: _ForwardRefs, half: _Half, index: Array, step: Array
 ) -> Array:
-    """Computes active, then the output of an item."""
     step = _chunks(plan.f_blocks, functools.partial(_activate, plan, refs, half), step)
     plgpu.commit_smem()
     _sync(plan, refs)  # the other warpgroup computed the other half of the columns
@@ -511,8 +508,6 @@ class _Backward:
 
 @dataclasses.dataclass(frozen=True)
 class _BackwardRefs(Scratch):
-    """References of a block of the backward kernel."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, D]

@@ -171,8 +171,8 @@ def _edges(indices: Any) -> tuple[Array, Array]:
 def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
     """Calls body(first row, rows, own) until it has covered the visit's rows.
 
-    A tile owned by one expert is one step without masks. own(new, old, axis) selects `new` where
-    the row along that axis is the expert's: other rows may hold anything, NaN included.
+    A tile owned by one expert is one step without masks. own(new, old, axis) selects `new` in the
+    expert's own rows: other rows may hold anything, NaN included.
     """
     visit = pl.program_id(0)
     expert, origin = plan.expert[visit], plan.tile[visit] * tiles.rows
@@ -432,18 +432,8 @@ def backward(
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """Returns the gradients of rows and row_weights, and `into` with those of the weights.
 
-    Args:
-      rows: as in `forward`, like the five that follow.
-      gate_up: [N, 2F, D].
-      down: [N, F, W].
-      group_sizes: int32 [E].
-      row_weights: [M].
-      first_expert: first expert of the window.
-      dy: [M, W].
-      into: stacks [L, E, 2F, D] and [L, E, F, W], overwritten at `layer`; empty: no gradients.
-      layer: int32, 0 ... L - 1.
-      adds: gradients are added to the stacks instead.
-      interpret: as in api.expert_ffn.
+    `into` are stacks [L, E, 2F, D] and [L, E, F, W], overwritten (or, with `adds`, added to) at
+    `layer`; empty: no gradients. The other arguments are those of `forward`; dy is [M, W].
     """
     m, experts = rows.shape[0], group_sizes.shape[0]
     x, padded_dy, weights = _padded(m, rows, dy, row_weights)

@@ -118,21 +118,10 @@ def grouped_matmul(
     interpret: Interpret,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
-    """Multiplies every row by its expert's matrix, as api.grouped_matmul.
+    """As api.grouped_matmul; out_dtype is float32 or a two-byte dtype, None: that of rows.
 
-    Args:
-      rows: [M, K], sorted by expert; bfloat16, float16 or float32.
-      weights: [E, K, N], or [E, N, K] with transpose_weights; cast to a two-byte dtype of rows.
-      group_sizes: int32 [E], rows of each expert; they sum to M.
-      transpose_weights: contracts the last axis of `weights` instead of the middle one.
-      interpret: True, or parameters of Pallas's interpreter: runs on any platform.
-      out_dtype: float32 or a two-byte dtype; None: that of rows.
-
-    Returns:
-      [M, N] in out_dtype, accumulated in float32.
-
-    Raises:
-      NotImplementedError: a GPU older than Hopper.
+    Weights are cast to a two-byte dtype of rows. Raises NotImplementedError on a GPU older than
+    Hopper.
     """
     if not hopper.uses_wgmma(interpret):
         y = cpu.grouped_matmul(rows, weights, group_sizes, transpose_weights=transpose_weights)
@@ -167,9 +156,6 @@ def product(
         between K and K' of a section are multiplied by zeros and must be finite.
       weights: [E or more, S, K, N], or [.., S, N, K] with transpose_weights; the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
-      out_dtype: dtype of the result.
-      transpose_weights: as in grouped_matmul.
-      interpret: as in grouped_matmul.
       first_expert: expert of the first group, if there are more experts than groups.
 
     Returns:
@@ -222,8 +208,6 @@ class _Product:
 
 @dataclasses.dataclass(frozen=True)
 class _ProductRefs(Scratch):
-    """References of a block of `product`."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, S K']
@@ -247,7 +231,6 @@ def _product_block(plan: _Product, refs: _ProductRefs) -> None:
 
 
 def _copy_product(plan: _Product, refs: _ProductRefs, index: Array, step: Array) -> Array:
-    """Copies an item's x and w."""
     tile, column = plan.item(index)
     expert, rows = refs.table[0, tile], pl.ds(hopper.first_row(refs.table, tile), TILE_ROWS)
     across = pl.ds(column, plan.columns)
@@ -292,20 +275,9 @@ def weight_gradient(
     interpret: Interpret,
     out_dtype: DTypeLike,
 ) -> Array:
-    """Sums x_m^T dy_m over each expert's rows; exact zeros for an expert without rows.
+    """As api.weight_gradient; exact zeros for an expert without rows.
 
-    Args:
-      rows: [M, K], sorted by expert; bfloat16, float16 or float32.
-      cotangent: [M, N]; the same dtypes.
-      group_sizes: int32 [E], rows of each expert; they sum to M.
-      interpret: as in grouped_matmul.
-      out_dtype: dtype of the result.
-
-    Returns:
-      [E, K, N] in out_dtype, accumulated in float32.
-
-    Raises:
-      NotImplementedError: a GPU older than Hopper.
+    Raises NotImplementedError on a GPU older than Hopper.
     """
     if not hopper.uses_wgmma(interpret):
         return cpu.weight_gradient(rows, cotangent, group_sizes, out_dtype=out_dtype)
@@ -339,8 +311,6 @@ def sum_of_products(
       cotangent: [M, N], the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
       sections: S and K.
-      out_dtype: dtype of the result.
-      interpret: as in grouped_matmul.
 
     Returns:
       [E, S, K, N], the last two axes padded to multiples of 8 and 64; the padding is undefined.
@@ -372,10 +342,7 @@ def sum_of_products(
 
 
 def _rows_of_experts(group_sizes: Array) -> Array:
-    """int32 [4, E]: each expert's first row to read, a multiple of 8, and number of steps.
-
-    Then, relative to that row, the first and one past the last of its own rows.
-    """
+    """int32 [4, E]: first row to read (a multiple of 8), steps, and own rows after it: from, to."""
     sizes = group_sizes.astype(jnp.int32)
     stop = jnp.cumsum(sizes, dtype=jnp.int32)
     first = (stop - sizes) // 8 * 8
@@ -411,8 +378,6 @@ class _Gradient:
 
 @dataclasses.dataclass(frozen=True)
 class _GradientRefs(Scratch):
-    """References of a block of `sum_of_products`."""
-
     table: Any  # of _rows_of_experts
     x: Any  # [M, S K']
     dy: Any  # [M, N]
@@ -437,7 +402,6 @@ def _gradient_block(plan: _Gradient, refs: _GradientRefs) -> None:
 
 
 def _copy_gradient(plan: _Gradient, refs: _GradientRefs, index: Array, step: Array) -> Array:
-    """Copies an item's x and dy."""
     expert, k_tile, column = plan.item(index)
     first, steps = hopper.eights(refs.table[0, expert]), refs.table[1, expert]
 

@@ -362,7 +362,6 @@ def weight_gradient(
 def _plan(
     group_sizes: Array, rows: int, tiles: Tiles, share: int | None, visit_idle: bool
 ) -> tuple[Schedule | Balanced, int]:
-    """Returns the visits and their number in the grid."""
     experts = group_sizes.shape[0]
     if share is not None:
         return Balanced(share, tiles.rows), max(experts, _ceil(rows, tiles.rows))

@@ -69,7 +69,7 @@ WRONG = [
     ("complete(dense, words, [1], 4, ends=['a'])", "ends holds 'a', and ids"),
     ("continue_all(dense, words, 'ab', max_new_tokens=4)", "give a list of them"),
     ("continue_all(dense, words, [[1]], max_new_tokens=4, batch_size=2.0)", "batch_size=2.0 must"),
-    ("with_layer(dense, Mine)", "no MoE layer that could become a Mine: upcycle it first"),
+    ("with_layer(dense, Mine)", "no MoE layer to replace by Mine: upcycle it first"),
     ("with_layer(moe, dict)", "must be a subclass of FineRMoE"),
     ("with_layer(moe, Mine(moe.config, dtype='float32', rngs=rngs))", "must be a subclass"),
     ("with_layer('moe', Mine)", "model is of type str, not Decoder"),
@@ -99,10 +99,10 @@ WRONG = [
     ("fm.load_checkpoint(None)", "path=None must be a path"),
     ("fm.save_hf('dense', 'out')", "model is of type str, not Decoder"),
     ("fm.save_hf(dense, None)", "path=None must be a path"),
-    ("fm.save_hf(dense, 'out', tokenizer='nowhere')", "tokenizer='nowhere' is no directory"),
+    ("fm.save_hf(dense, 'out', tokenizer='nowhere')", "tokenizer='nowhere' is not a directory"),
     ("fm.save_checkpoint(dense, 5)", "path=5 must be a path"),
     ("fm.save_checkpoint(dense, 'out', tokenizer=7)", "tokenizer=7 must be a path"),
-    ("fm.save_checkpoint(dense, 'out', tokenizer='no')", "tokenizer='no' is no directory"),
+    ("fm.save_checkpoint(dense, 'out', tokenizer='no')", "tokenizer='no' is not a directory"),
 ]  # fmt: skip
 
 SCRIPT = """

@@ -392,7 +392,7 @@ def test_bad_data_is_named(texts, tokenizer, settings, words):
 
 def test_token_ids_must_fit_the_model(texts, tokenizer):
     config = dataclasses.replace(CONFIG, path=f"{texts}/short.jsonl")
-    with pytest.raises(InputError, match=r"holds the token \d+, and the model's vocab_size is 100"):
+    with pytest.raises(InputError, match=r"contains token \d+, but the model's vocab_size is 100"):
         open_data(config, tokenizer, MODEL, 100)
 
 

@@ -141,7 +141,7 @@ def test_other_settings_are_refused(sources, whole, changed, words):
 
 def test_what_the_target_holds_already_is_kept(sources, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds thesis\.tex and no prepared data"):
+    with pytest.raises(InputError, match=r"contains thesis\.tex and no prepared data"):
         _prepare(sources, tmp_path)
     with pytest.raises(InputError, match="is a file"):
         _prepare(sources, tmp_path / "thesis.tex")
