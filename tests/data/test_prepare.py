@@ -181,7 +181,9 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(sources, whole, tmp_p
         return encode(batch, tokenizer)
 
     monkeypatch.setattr(text, "encode", full)
-    with pytest.raises(InputError, match=r"tokens cannot be written: No space.*same command again"):
+    with pytest.raises(
+        InputError, match=r"tokens cannot be written: No space.*same command to resume"
+    ):
         _prepare(sources, target)
     monkeypatch.setattr(text, "encode", encode)
     assert "resuming after 1 complete" in _prepare(sources, target)[0]
@@ -192,7 +194,7 @@ def test_blank_files_are_left_out_and_empty_ones_refused(tmp_path):
     for name, content in (("a.txt", " \n" * 99), ("b.txt", "\n\nText."), ("c.jsonl", "\n\n")):
         (tmp_path / name).write_text(content)
     said = _prepare(tmp_path, tmp_path / "tokens")
-    assert [line.partition(" holds")[0] for line in said[:2]] == [
+    assert [line.partition(" contains")[0] for line in said[:2]] == [
         f"WARNING: {tmp_path / name}" for name in ("a.txt", "c.jsonl")
     ]
     _prepare(tmp_path / "b.txt", tmp_path / "alone")
@@ -209,7 +211,7 @@ def test_blank_files_are_left_out_and_empty_ones_refused(tmp_path):
 
 def test_two_at_once_are_refused(sources, tmp_path):
     refused = pytest.raises(InputError, match=r"in use by process \d+ on .*, since .*--target")
-    with prepare_data._alone(tmp_path / "tokens"), refused:
+    with prepare_data._locked(tmp_path / "tokens"), refused:
         _prepare(sources, tmp_path / "tokens")
 
 
