@@ -96,8 +96,8 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         sizes[rest[0]] = devices // known
     if math.prod(sizes.values()) != devices:
         raise InputError(
-            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {devices}: "
-            "set one of the axes to -1 to use the remaining devices"
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but {devices} devices are "
+            "available: set one of the axes to -1 to use the remaining devices"
         )
     return sizes
 

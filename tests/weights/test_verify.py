@@ -46,7 +46,7 @@ def test_whole_conversions(upcycled, tmp_path):
         assert verify(str(source), target, "orbax", moe).digest != reports[0].digest
     convert(str(UNTIED), tmp_path / "narrow", "orbax", MOE, seed=1, dtype="bfloat16")
     assert verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE, dtype="bfloat16").slices == 192
-    with pytest.raises(fm.InputError, match=r"stores bfloat16, not float32 as .*: give.*--dtype"):
+    with pytest.raises(fm.InputError, match=r"stores bfloat16, not float32 as .*: pass.*--dtype"):
         verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE)
 
 
