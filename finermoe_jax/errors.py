@@ -9,10 +9,18 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Invalid input: a config, a file or an argument.
+    """Bad input: a config, file or argument that cannot be what the user meant.
 
-    The commands print the message without a traceback and exit with code 2. The message names
-    the conflicting values and the fix.
+    The message names the values that contradict each other and says what to do. Commands print only
+    this message and exit with code 2.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> try:
+      ...     fm.MoEConfig(intermediate_granularity=0)
+      ... except fm.InputError as error:
+      ...     print(error)
+      intermediate_granularity=0 must be at least 1...
     """
 
 

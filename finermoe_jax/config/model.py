@@ -89,11 +89,18 @@ def _is_of(value: Any, kind: Any) -> bool:
 class MoEConfig:
     """One FineRMoE layer. The defaults are the published models' settings.
 
-    The first five fields are the paper's granularities and expansions. The others cover points
-    where the published HF model, the published training code, the paper and its ablations differ;
-    their defaults follow the HF model.
+    The first five fields are the paper's granularities and expansions; the rest names each point
+    where the published HF model, the published training code, the paper and its ablations differ.
+    The default of each is the published HF model's behaviour.
 
-    Raises InputError for invalid or contradictory values.
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> moe = fm.MoEConfig(intermediate_granularity=8, active_per_group=2)
+      >>> moe.num_experts, moe.num_active
+      (32, 4)
     """
 
     intermediate_granularity: int = 32
@@ -277,9 +284,20 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen2, Llama or Qwen3 decoder; `moe` is None for a dense model. Field names follow HF.
+    """The architecture of a Qwen2, Qwen3 or Llama decoder; `moe` is None for a dense model.
 
-    Raises InputError for invalid or contradictory values.
+    Field names follow Hugging Face's config.json.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or sizes that do not divide.
+
+    Examples:
+      >>> import dataclasses
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model").config
+      >>> config = dataclasses.replace(dense, moe=fm.MoEConfig(intermediate_granularity=8))
+      >>> config.expert_intermediate_size, config.expert_output_size
+      (64, 64)
     """
 
     vocab_size: int

@@ -110,9 +110,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The config of a training run; configs/*.py build one with `default_config`.
+    """All settings of a training run. `run_config` makes one from a preset or a ConfigDict.
 
-    Raises InputError for invalid or contradictory values.
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> run = fm.run_config(fm.preset("demo"))
+      >>> run.data.path, run.moe.intermediate_granularity
+      ('demo/pydoc_small.txt', 8)
     """
 
     # The dense architecture. With init_from it must match the source; None: taken from it.

@@ -10,10 +10,19 @@ from finermoe_jax.errors import InputError
 class UpcycleConfig:
     """Initialisation of the experts from a dense FFN.
 
-    By default, as published: experts are copies of slices; new weights are from normal(0, 0.02).
-    docs/architectures.md has the formulas, finermoe_jax/weights/upcycle.py the implementation.
+    The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
+    finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
 
-    Raises InputError for invalid or contradictory values.
+    Raises:
+      InputError: a number outside its range, or fields that contradict each other.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> start = fm.UpcycleConfig(drop_ratio=0.5)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0), start)
     """
 
     # Drop-upcycling: share of intermediate channels that each expert reinitialises.
