@@ -94,10 +94,15 @@ class MoEConfig:
     The default of each is the published HF model's behaviour.
     """
 
+    # G_I: slices of the intermediate width.
     intermediate_granularity: int = 32
+    # G_O: output slots.
     output_granularity: int = 2
+    # R_I: copies of each slice in a group.
     intermediate_expansion: int = 1
+    # R_O: candidate groups per slot.
     output_expansion: int = 2
+    # T_I: active experts per slot.
     active_per_group: int = 1
     # Width of the shared expert: None is the dense FFN's full width, 0 means no shared expert.
     shared_expert_intermediate_size: int | None = None
@@ -114,8 +119,9 @@ class MoEConfig:
     separate_routers: bool = False
     # Arithmetic of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Which layers are MoE layers (HF keys of the same names).
+    # Every so many layers one is an MoE layer (HF key of the same name).
     decoder_sparse_step: int = 1
+    # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -230,19 +236,19 @@ class RopeScaling:
     rotated queries and keys. finermoe_jax/layers/basic.py computes all three.
     """
 
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: float  # new context length over the original one
+    low_freq_factor: float | None = None  # llama3 only
+    high_freq_factor: float | None = None  # llama3 only
     # None: the model's max_position_embeddings.
     original_max_position_embeddings: int | None = None
-    rope_type: RopeType = "llama3"
+    rope_type: RopeType = "llama3"  # linear, llama3 or yarn
     # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
     attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
+    beta_fast: float | None = None  # yarn only
+    beta_slow: float | None = None  # yarn only
+    mscale: float | None = None  # yarn only
+    mscale_all_dim: float | None = None  # yarn only
+    # Rounds the pairs at which yarn's ramp begins and ends to whole numbers. None: True.
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
@@ -280,15 +286,15 @@ class ModelConfig:
     """
 
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    hidden_size: int  # model width
+    intermediate_size: int  # width of the dense FFN
     num_hidden_layers: int
-    num_attention_heads: int
+    num_attention_heads: int  # query heads
     num_key_value_heads: int
-    rope_theta: float
+    rope_theta: float  # base of the rotary frequencies
     rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
+    max_position_embeddings: int  # longest sequence, in tokens
+    tie_word_embeddings: bool  # the output layer shares the embedding's weights
     # Bias of q, k and v: Qwen2 has it, Llama has not. The output projection never has one.
     attention_bias: bool = True
     # RMSNorm over head_dim of q and k, before they are rotated: Qwen3 has it.
@@ -299,6 +305,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     # Standard deviation of what is drawn when training from scratch (Table 5).
     initializer_range: float = 0.008
+    # None: a dense model.
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:

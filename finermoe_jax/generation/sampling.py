@@ -24,10 +24,10 @@ class Sampling(NamedTuple):
     from its own key of the seed.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # 1: all tokens
+    repetition_penalty: float = 1.0  # 1: none
     seed: int = 0
 
     def check(self) -> None:

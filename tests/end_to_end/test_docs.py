@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pallas_kernels import expert_ffn, grouped_matmul
 from tests.support import ROOT
 
 PAGES = [
@@ -93,6 +94,17 @@ def test_functions_files_and_links_exist(page):
             lost.append(path)
     lost += [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     assert lost == []
+
+
+def test_the_api_page_has_every_public_name():
+    shown = set(re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M))
+    stub = (ROOT / "finermoe_jax" / "__init__.pyi").read_text()
+    names = {f"finermoe_jax.{name}" for name in re.findall(r" as (\w+)$", stub, re.M)}
+    for package in (expert_ffn, grouped_matmul):
+        names |= {f"{package.__name__}.{name}" for name in package.__all__}
+    assert len(names) > 20
+    assert names - shown == set()
+    assert [name for name in shown if not is_there(name)] == []
 
 
 def test_the_walks_name_functions():
