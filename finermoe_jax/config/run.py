@@ -132,7 +132,7 @@ class RunConfig:
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
     # HF directory, hub id or finermoe checkpoint to start from; empty: random weights.
     init_from: str = ""
-    # Prompts whose continuations are shown before and after training.
+    # Prompts that the model continues at each held-out evaluation.
     prompts: tuple[str, ...] = ()
     # New tokens per prompt.
     prompt_tokens: int = 48
