@@ -19,9 +19,9 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github)
 #
 # This notebook upcycles a dense model of 0.49 billion parameters to 128 small experts per layer.
-# The result has 1.68 billion parameters, of which 0.65 billion are active per token. Then it trains
-# the result on a Colab runtime of type *v5e-1 TPU* (16 GB). With `TINY`, a smaller model runs on any
-# CPU in a minute.
+# The result has 1.68 billion parameters, of which 0.65 billion are active per token. It then trains
+# on a Colab runtime of type *v5e-1 TPU* (16 GB). With `TINY`, a smaller model runs on any CPU in a
+# minute.
 #
 # **Status:** run on a CPU with `TINY`. For one v5e chip the full train step has been compiled, not
 # run (`finermoe aot --topology=v5e:1x1 --config=configs/qwen0p5b.py:lean`). The compiler's
