@@ -119,7 +119,7 @@ class MoEConfig:
     separate_routers: bool = False
     # Arithmetic of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Every so many layers one is an MoE layer (HF key of the same name).
+    # One layer in so many is an MoE layer (HF key of the same name).
     decoder_sparse_step: int = 1
     # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
