@@ -3,6 +3,7 @@
 A field's description is the comment above it in the source.
 """
 
+import re
 from typing import Any
 
 from griffe import Attribute, Class, Docstring, Extension, Function, Parameter, Parameters
@@ -31,7 +32,8 @@ class Fields(Extension):
             cls.set_member("__init__", Function("__init__", parameters=Parameters(*parameters)))
         listed = [f"    {field.name}: {_comment(field)}" for field in fields]
         section = "\n".join(["Args:" if has_defaults else "Attributes:", *listed])
-        text = f"{cls.docstring.value}\n\n{section}"
+        summary, *rest = re.split(r"\n\n(?=Raises:|Examples:)", cls.docstring.value, maxsplit=1)
+        text = "\n\n".join([summary, section, *rest])
         cls.docstring = Docstring(text, parent=cls, parser=cls.docstring.parser)
 
 
