@@ -55,9 +55,9 @@ class OptimizerConfig:
     learning_rate: float = 1e-5  # after warm-up
     final_learning_rate: float = 1e-7  # at the last step
     warmup_fraction: float = 0.01  # share of the steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
+    beta1: float = 0.9  # AdamW only
+    beta2: float = 0.95  # AdamW only
+    weight_decay: float = 0.1  # not on norms and biases
     clip_norm: float = 1.0  # largest norm of the whole gradient
     # Only embedding, routers, experts and norms train; attention, the FFNs of dense layers and
     # lm_head stay as they were upcycled, and have neither gradients nor moments.

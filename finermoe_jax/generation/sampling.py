@@ -28,7 +28,7 @@ class Sampling(NamedTuple):
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0  # 1: all tokens
     repetition_penalty: float = 1.0  # 1: none
-    seed: int = 0
+    seed: int = 0  # of the draws
 
     def check(self) -> None:
         """Raises InputError where a value is of another type or makes no sense."""
