@@ -41,7 +41,7 @@ if importlib.util.find_spec("finermoe_jax") is None:
 
 # %%
 # @title What to look at
-# @markdown A checkpoint, a workdir of train.py, a Hugging Face directory or a hub id. If
+# @markdown A checkpoint, a workdir of train.py, a Hugging Face directory or a Hub id. If
 # @markdown `runs/demo` does not exist, the demo is trained first: two minutes on two CPU cores.
 import os
 from pathlib import Path

@@ -119,7 +119,7 @@ print(
 # %% [markdown]
 # ## Upcycle and train
 #
-# One call reads the dense weights (1 GB from the hub, unless `TINY`), cuts every FFN in two
+# One call reads the dense weights (1 GB from the Hub, unless `TINY`), cuts every FFN in two
 # dimensions, evaluates the dense and the upcycled model on held-out text, and trains. The interrupt
 # button (■) saves and stops. Running the cell again resumes.
 

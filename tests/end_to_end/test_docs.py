@@ -107,6 +107,20 @@ def test_the_api_page_has_every_public_name():
     assert [name for name in shown if not is_there(name)] == []
 
 
+def anchors(page):
+    """The anchors of a page: its headings, and the names that the API page documents."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    slugs = {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+    return slugs | set(re.findall(r"^::: (\S+)", page.read_text(), re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_of_links_exist(page):
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    targets = [((page.parent / path) if path else page, anchor) for path, anchor in links]
+    assert [anchor for target, anchor in targets if anchor not in anchors(target)] == []
+
+
 def test_the_walks_name_functions():
     text = (ROOT / "docs" / "architecture.md").read_text()
     walks = text.split("\n## ")[1:]
