@@ -121,6 +121,35 @@ def test_anchors_of_links_exist(page):
     assert [anchor for target, anchor in targets if anchor not in anchors(target)] == []
 
 
+def quoted_messages(page):
+    """The lines of messages on a page: after `error:` or `WARNING:`, and in backticks in tables."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *(?:error|WARNING): ((?:[^`\n]+\n)+)", text, re.M)
+    lines = [line for block in blocks for line in block.splitlines() if "$ " not in line]
+    rows = "\n".join(re.findall(r"^\|.*", text, re.M))
+    return lines + re.findall(r"`([a-zA-Z][^`]* [a-z]+ [a-z]+ [^`]*)`", rows)
+
+
+def test_messages_on_the_pages_are_the_codes():
+    sources = [ast.parse(path.read_text()) for path in (ROOT / "finermoe_jax").rglob("*.py")]
+    strings = {
+        " ".join(node.value.split())
+        for source in sources
+        for node in ast.walk(source)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    lost, checked = [], 0
+    for page in ("commands", "launch", "reliability"):
+        for message in quoted_messages(ROOT / "docs" / f"{page}.md"):
+            # The code fills in what stands between these parts: numbers, names, paths.
+            parts = re.split(r"\S*[\d/=…_'\"(),:.;?-]\S*|\bN\b", message)
+            parts = [" ".join(part.split()) for part in parts if len(part.split()) > 2]
+            checked += len(parts)
+            lost += [part for part in parts if not any(part in string for string in strings)]
+    assert lost == []
+    assert checked > 10
+
+
 def test_the_walks_name_functions():
     text = (ROOT / "docs" / "architecture.md").read_text()
     walks = text.split("\n## ")[1:]
