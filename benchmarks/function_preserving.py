@@ -1,12 +1,12 @@
-"""The function-preserving start beside the published one: the demo's loss curve, over seeds.
+"""Compares the function-preserving start with the published one.
 
     python benchmarks/function_preserving.py OUT       # about 25 minutes on 2 CPU cores
     python benchmarks/function_preserving.py --logits=models/smollm2_135m
 
-The first trains configs/demo.py from both starts, and its dense base; the seed draws the router and
-the order of the data. Prints a table of held-out losses; OUT keeps the runs and gets
-function_preserving.png. The second compares the logits of both starts with those of a dense model,
-on the first 128 tokens of the Python licence's text.
+The first command trains configs/demo.py with both starts and three seeds, which set the router and
+the order of the data, and its dense base with one. It prints a table of held-out losses. OUT keeps
+the runs and function_preserving.png. The second compares the logits of both starts with those of a
+dense model, on the first 128 tokens of the Python licence.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SEEDS = (1, 2, 3)
 
 
 def held_out(workdir: Path) -> dict[int, float]:
-    """Held-out losses of a run by step."""
+    """Held-out losses of a run, by step."""
     return {e["step"]: e["loss"] for e in read_lines(workdir / "evals.jsonl") if "step" in e}
 
 
@@ -40,7 +40,7 @@ def held_out(workdir: Path) -> dict[int, float]:
 def draw(
     curves: dict[str, list[dict[int, float]]], rival: dict[int, float], note: str, target: Path
 ) -> None:
-    """Draws held-out losses of both starts over steps, and of the dense base trained on.
+    """Plots held-out losses of both starts over steps, and of the dense base trained on.
 
     `note` says what a curve is: one seed's, or a mean.
     """
@@ -59,7 +59,7 @@ def draw(
 
 
 def compare_logits(source: str) -> None:
-    """Upcycles a dense HF directory both ways and prints the largest change of a logit."""
+    """Upcycles a dense HF directory with both starts and prints the largest logit differences."""
     dense = fm.load_hf(source, dtype="float32")
     tokenizer = load_tokenizer(Path(source), dense.config.vocab_size)
     text = find("demo/LICENSE.pydoc.txt").read_text()
@@ -81,7 +81,7 @@ def _trained(variant: str, seed: int, workdir: Path) -> dict[int, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Trains both for every seed, prints the held-out losses, draws them."""
+    """Trains both starts for every seed, prints the held-out losses and plots them."""
     if len(argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

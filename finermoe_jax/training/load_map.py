@@ -206,5 +206,5 @@ def _over_steps(part: Any, records: list[dict], layers: int) -> None:
     bar = part.colorbar(scale, ax=list(panels.flat), pad=0.01, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label("MoE layer")
-    bar.set_ticks(sorted({0, layers // 2, layers - 1}))
+    bar.set_ticks(range(0, layers, style.step_that_fits(layers, 250, 30)))
     bar.ax.minorticks_off()
