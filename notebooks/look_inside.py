@@ -188,14 +188,14 @@ image = axes.imshow(
     vmin=-style.OCTAVES,
     vmax=style.OCTAVES,
 )
-axes.set_facecolor("black")  # no token
+axes.set_facecolor("black")
 for border in range(group, moe.num_experts, group):
     axes.axvline(
         border - 0.5, color="black", linewidth=2 if border % (candidates * group) == 0 else 0.7
     )
 axes.set_yticks(range(layers))
 axes.set_ylabel("layer")
-axes.set_xlabel("expert")
+axes.set_xlabel("expert (black: no token)")
 style.load_bar(figure, image, axes)
 plt.show()
 
