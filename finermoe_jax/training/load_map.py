@@ -59,7 +59,7 @@ def draw_load(workdir: Path) -> Path | None:
 
 
 def _is_plain_top_k(workdir: Path) -> bool:
-    """Tells from config.json whether the router ignores slots and candidates."""
+    """Returns True if config.json sets plain top-k: the router ignores slots and candidates."""
     path = workdir / "config.json"
     moe = read_json(path).get("moe") if path.is_file() else None
     return isinstance(moe, dict) and moe.get("plain_top_k") is True

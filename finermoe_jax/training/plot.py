@@ -66,7 +66,7 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     top, *rates = panels
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
-    ends = {}
+    ends: dict[Any, str] = {}
     if rival is not None:
         ends |= _rival_lines(top, rival, span)
     elif base := _series([e for e in evals if e.get("name") == _BASE], "loss")[1]:

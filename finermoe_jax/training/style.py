@@ -15,7 +15,7 @@ LINES = (BLUE, ORANGE, GOLD, PLUM, SLATE)
 SLOTS = ((BLUE, "#dbe9f6"), (ORANGE, "#fbe6da"))
 # DejaVu Sans comes with Matplotlib. The others stand in for it where a browser draws an SVG.
 FONTS = "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
