@@ -59,12 +59,16 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgba_array
 
 import finermoe_jax as fm
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training import style
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.source import load_model
+
+plt.rcParams.update(style.SETTINGS | {"axes.grid": False})  # its pictures are maps
 
 if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("checkpoints/*")):
     config = fm.preset("configs/demo.py")
@@ -118,7 +122,7 @@ chosen.shape, weights.shape, probabilities.shape
 # - Black line: the model generated the text to the right of it.
 
 # %%
-hues = plt.get_cmap("tab10")(range(10))
+hues = to_rgba_array(style.LINES)
 shown = min(len(words), 40)
 figure, panels = plt.subplots(
     slots, 1, figsize=(2.5 + 0.42 * shown, slots * (0.8 + 0.34 * layers)), layout="constrained"
@@ -128,8 +132,8 @@ for slot, axes in enumerate(np.atleast_1d(panels)):
     best = np.where(here, weights, -1).argmax(-1)[..., None]  # the slot's heaviest expert
     expert = np.take_along_axis(chosen, best, -1)[..., 0]
     share = np.take_along_axis(weights, best, -1)[..., 0]
-    hue = np.array(hues)[expert // group % candidates % len(hues)]
-    strength = (share / share.max())[..., None] ** 2
+    hue = hues[expert // group % candidates % len(hues)]
+    strength = 0.6 * (share / share.max())[..., None] ** 2
     axes.imshow((1 - (1 - hue) * strength)[:, :shown], aspect="auto")
     for layer, token in np.ndindex(layers, shown):
         number = expert[layer, token] % group
@@ -180,15 +184,22 @@ load = load * moe.num_experts / load.sum(-1, keepdims=True)
 figure, axes = plt.subplots(
     figsize=(2 + max(7, 0.1 * moe.num_experts), 1.6 + 0.3 * layers), layout="constrained"
 )
-image = axes.imshow(load, aspect="auto", cmap="PuOr_r", vmin=0, vmax=2)
+image = axes.imshow(
+    style.octaves(load),
+    aspect="auto",
+    cmap=style.load_colours(),
+    vmin=-style.OCTAVES,
+    vmax=style.OCTAVES,
+)
+axes.set_facecolor("black")
 for border in range(group, moe.num_experts, group):
     axes.axvline(
         border - 0.5, color="black", linewidth=2 if border % (candidates * group) == 0 else 0.7
     )
 axes.set_yticks(range(layers))
 axes.set_ylabel("layer")
-axes.set_xlabel("expert")
-figure.colorbar(image, label="tokens / even load", extend="max")
+axes.set_xlabel("expert (black: no token)")
+style.load_bar(figure, image, axes)
 plt.show()
 
 # %%

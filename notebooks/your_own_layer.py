@@ -66,8 +66,11 @@ from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.moe.routing import route
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training import style
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import rebuild, train_step
+
+plt.rcParams.update(style.SETTINGS)
 
 # %% [markdown]
 # ## Two variants
@@ -183,18 +186,16 @@ for name, model in models.items():
 
 # %%
 figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, layout="constrained")
-steps = np.arange(1, STEPS + 1)
+steps, ends = np.arange(1, STEPS + 1), {}
 for name, losses in curves.items():
-    top.plot(steps, losses, label=f"{name}: held-out {scores[name]:.3f}")
+    [line] = top.plot(steps, losses)
+    ends[line] = f"{name}\nheld-out: {scores[name]:.3f}"
     below.plot(steps, np.subtract(losses, curves["FineRMoE"]))
-top.set_ylabel("training loss, nats per token")
-top.legend(frameon=False)
-below.set_ylabel("minus FineRMoE's")
+top.set_title("training loss, nats per token")
+below.set_title("minus FineRMoE's")
 below.set_xlabel("step")
 below.xaxis.get_major_locator().set_params(integer=True)
-for axes in (top, below):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+style.label_ends(top, ends)
 plt.show()
 
 # %% [markdown]

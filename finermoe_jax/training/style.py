@@ -2,7 +2,7 @@
 
 import contextlib
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ LINES = (BLUE, ORANGE, GOLD, PLUM, SLATE)
 SLOTS = ((BLUE, "#dbe9f6"), (ORANGE, "#fbe6da"))
 # DejaVu Sans comes with Matplotlib. The others stand in for it where a browser draws an SVG.
 FONTS = "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -56,7 +56,7 @@ def applied() -> Iterator[Any]:
         yield matplotlib
 
 
-def figure(width: float, height: float) -> Any:
+def figure(width: float | int, height: float | int) -> Any:
     """An empty Matplotlib figure of this size in inches. Its layout keeps labels apart."""
     import matplotlib.figure
 
@@ -99,7 +99,7 @@ def load_bar(picture: Any, image: Any, axes: Any, **place: Any) -> Any:
     return bar
 
 
-def step_that_fits(count: int, room: float, size: float) -> int:
+def step_that_fits(count: int, room: float | int, size: float | int) -> int:
     """The smallest power of two s for which every s-th of `count` labels fits.
 
     room is the length of the axis, size that of a label with its gap, in the same unit.
@@ -110,10 +110,11 @@ def step_that_fits(count: int, room: float, size: float) -> int:
     return step
 
 
-def spread(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Centres of labels of these sizes, near the wanted ones, in their order, without overlaps.
+def spread(wanted: Any, sizes: Any, low: float | int, high: float | int) -> np.ndarray:
+    """Centres [n] of labels of these sizes [n]: near the wanted centres [n], without overlaps.
 
-    They stay within low and high. Labels that do not fit there together are centred on it.
+    They keep the wanted order and stay within low and high. Labels that do not fit there together
+    are centred on it.
     """
     order = np.argsort(wanted, kind="stable")
     ordered, size = np.asarray(wanted, float)[order], np.asarray(sizes, float)[order]

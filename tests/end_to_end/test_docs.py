@@ -63,7 +63,7 @@ def draw(monkeypatch):
     import draw_architecture
 
     yield draw_architecture
-    for name in ("draw_architecture", "draw_layer"):
+    for name in ("draw_architecture", "svg"):
         sys.modules.pop(name, None)
 
 
