@@ -17,8 +17,9 @@ def main(flags: Flags) -> None:
     runs = [Path(local(run)) for run in flags.rest]
     if not runs:
         raise InputError("no workdir given: give a run, or several (finermoe plot RUN [RUN …])")
-    if len(runs) == 1:
+    if len(runs) < 3:
         print(*plot.draw(*runs), sep="\n")
+    if len(runs) == 1:
         return
     groups = compare.compare(runs)
     print(compare.table(groups))
@@ -26,7 +27,8 @@ def main(flags: Flags) -> None:
 
 
 COMMAND = Command(
-    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one.",
+    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one: loss.png, beside a second run's\n"
+    "losses, load.png, and comparison.png of several runs.",
     define,
     main,
     rest=True,

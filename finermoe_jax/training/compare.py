@@ -29,7 +29,9 @@ def compare(workdirs: Sequence[Path]) -> list[Group]:
 
 def table(groups: Sequence[Group]) -> str:
     """Returns final held-out losses with their spread, the costs, and how the configs differ."""
-    rows = [("run", "seeds", "held-out loss", "range", "tokens", "FLOPs", "seconds")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "seeds", "held-out loss", "range", "tokens", "FLOPs", "seconds")
+    ]
     for group in groups:
         losses = group.finals("held_out_loss")
         several = len(losses) > 1
