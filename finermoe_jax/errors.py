@@ -9,10 +9,10 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Invalid input: a config, a file or an argument.
+    """Bad input: a config, a file or an argument that cannot be what the user meant.
 
-    The commands print the message without a traceback and exit with code 2. The message names
-    the conflicting values and the fix.
+    The commands print its message alone and end with exit code 2. The message names both
+    values that contradict each other and the way out.
     """
 
 

@@ -89,11 +89,9 @@ def _is_of(value: Any, kind: Any) -> bool:
 class MoEConfig:
     """One FineRMoE layer. The defaults are the published models' settings.
 
-    The first five fields are the paper's granularities and expansions. The others cover points
-    where the published HF model, the published training code, the paper and its ablations differ;
-    their defaults follow the HF model.
-
-    Raises InputError for invalid or contradictory values.
+    The first five fields are the paper's granularities and expansions; the rest names each point
+    where the published HF model, the published training code, the paper and its ablations differ.
+    The default of each is the published HF model's behaviour.
     """
 
     intermediate_granularity: int = 32
@@ -116,7 +114,7 @@ class MoEConfig:
     separate_routers: bool = False
     # Dtype of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Select the MoE layers (HF keys of the same names).
+    # Which layers are MoE layers (HF keys of the same names).
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
 
@@ -238,13 +236,13 @@ class RopeScaling:
     # None: the model's max_position_embeddings.
     original_max_position_embeddings: int | None = None
     rope_type: RopeType = "llama3"
-    # Scales the rotated queries and keys. None: computed from factor, mscale and mscale_all_dim.
+    # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
     attention_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    # Rounds the pair indices between which yarn interpolates. None: True.
+    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
@@ -277,9 +275,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen2, Llama or Qwen3 decoder; `moe` is None for a dense model. Field names follow HF.
+    """A decoder of Qwen2's, Llama's or Qwen3's kind; `moe` is None for a dense model.
 
-    Raises InputError for invalid or contradictory values.
+    Field names follow HF's.
     """
 
     vocab_size: int
@@ -292,7 +290,7 @@ class ModelConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    # Bias of q, k and v (Qwen2: yes, Llama: no). The output projection never has one.
+    # Bias of q, k and v: Qwen2 has it, Llama has not. The output projection never has one.
     attention_bias: bool = True
     # RMSNorm over head_dim of q and k, before rotation (Qwen3).
     qk_norm: bool = False

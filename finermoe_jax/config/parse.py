@@ -21,7 +21,7 @@ from finermoe_jax.runtime.paths import local
 def default_config() -> Any:
     """Returns an ml_collections ConfigDict with every field of RunConfig at its default.
 
-    `moe` has the published settings; set `config.moe = None` for a dense run. `dense` is None.
+    `moe` holds the published settings; `config.moe = None` gives a dense run. `dense` is None.
     """
     from ml_collections import ConfigDict  # needed for config files only
 
@@ -39,9 +39,9 @@ def default_config() -> Any:
 
 
 def run_config(values: Any) -> RunConfig:
-    """Builds a RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
+    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
 
-    Raises InputError for an unknown field (with near misses) or an invalid value.
+    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
     """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
@@ -103,11 +103,12 @@ def typed(value: Any, kinds: tuple, where: str) -> Any:
 
 
 def preset(name: str) -> Any:
-    """Loads the ConfigDict of a preset (`demo`) or a config file (`my/run.py`), as --config does.
+    """The ConfigDict that --config=NAME reads: of a preset (`demo`), or of a file (`my/run.py`).
 
-    Either may end in `:VARIANT`. `run_config` converts the result to a RunConfig.
+    Either may end in `:VARIANT`. `run_config` makes a RunConfig of it.
 
-    Raises InputError if the file does not exist, fails, or does not return a ConfigDict.
+    Raises InputError where there is no such file and, naming it, where it fails or returns
+    something else than a ConfigDict.
     """
     from ml_collections import ConfigDict  # needed for config files only
 

@@ -26,8 +26,8 @@ class DataConfig:
     sequence_length: int = 8192
     # Sequences per optimizer step, over all devices.
     global_batch_size: int = 2048
-    # Held-out share of each source, taken from its end; eval_windows of its rows are scored. With
-    # eval_path, that source is scored instead and nothing is held out.
+    # Share of each source, taken from its end, that is held out; and the rows scored of it.
+    # With eval_path that source is scored, and nothing held out.
     eval_fraction: float = 0.05
     eval_path: str = ""
     eval_windows: int = 64
@@ -55,8 +55,8 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    # Trains only embedding, routers, experts and norms. Attention, dense FFNs and lm_head are
-    # frozen and have neither gradients nor moments.
+    # Only embedding, routers, experts and norms train; attention, the FFNs of dense layers and
+    # lm_head stay as they were upcycled, and have neither gradients nor moments.
     freeze_backbone: bool = False
 
 
@@ -81,7 +81,7 @@ class TrainConfig:
     # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
     # so its effective weight at 8192 tokens is 0.001 / 8192.
     aux_loss_weight: float = 0.001
-    # Dtypes of activations and of master weights.
+    # Activations' and master weights' dtypes.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
@@ -95,12 +95,13 @@ class TrainConfig:
     scan_unroll: int = 1
     # Tokens per device whose logits the loss computes at a time.
     loss_chunk_tokens: int = 1024
-    # Steps between lines of metrics.jsonl and of expert_load.jsonl (sizes: docs/monitoring.md).
+    # Steps between lines of metrics.jsonl, and between records of every expert's load in
+    # expert_load.jsonl (docs/monitoring.md says how large they are).
     log_every: int = 1
     load_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
-    # Number of newest checkpoints kept, and of those with the lowest held-out loss.
+    # The newest so many are kept and, beside them, those of the lowest held-out loss.
     keep_checkpoints: int = 3
     keep_best: int = 0
     # Steps with a non-finite loss or gradient are skipped; this many in a row end the run.
@@ -110,10 +111,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The config of a training run; configs/*.py build one with `default_config`.
-
-    Raises InputError for invalid or contradictory values.
-    """
+    """Everything train.py needs; configs/*.py make one through `default_config`."""
 
     # The dense architecture. With init_from it must match the source; None: taken from it.
     dense: ModelConfig | None = None
@@ -123,7 +121,7 @@ class RunConfig:
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
     # HF directory, Hub id or finermoe checkpoint to start from; empty: random weights.
     init_from: str = ""
-    # Prompts to continue at every evaluation, as a sample of the model's text.
+    # Prompts whose continuations are shown before and after training.
     prompts: tuple[str, ...] = ()
     prompt_tokens: int = 48
     data: DataConfig = DataConfig()

@@ -10,10 +10,8 @@ from finermoe_jax.errors import InputError
 class UpcycleConfig:
     """Initialisation of the experts from a dense FFN.
 
-    By default, as published: experts are copies of slices; new weights are from normal(0, 0.02).
-    docs/architectures.md has the formulas, finermoe_jax/weights/upcycle.py the implementation.
-
-    Raises InputError for invalid or contradictory values.
+    The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
+    finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
     """
 
     # Drop-upcycling: share of intermediate channels that each expert reinitialises.

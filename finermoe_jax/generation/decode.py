@@ -46,19 +46,19 @@ def generate(
 
     Args:
       model: any decoder.
-      input_ids: int [B, T], padded on the left or right.
-      attention_mask: [B, T], 0 at padding; None: no padding.
-      max_new_tokens: new tokens per row.
+      input_ids: int [B, T], padded left or right where attention_mask is 0.
+      attention_mask: [B, T] or None (no padding).
+      max_new_tokens: tokens to add to each row.
       temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
-      seed: seed for sampling.
-      sampling: all sampling settings; replaces temperature and seed.
+      seed: of the sampling.
+      sampling: all settings, in place of temperature and seed.
 
     Returns:
       int32 [B, T + max_new_tokens]: the input, then the new tokens.
 
     Raises:
-      InputError: arguments of the wrong type, empty prompts, rows of different lengths, ids outside
-        the vocabulary, more tokens than the model's context, or logits that are not finite.
+      InputError: arguments of another type, empty prompts, rows of different lengths, ids outside
+        the vocabulary, more positions than the model has; logits that are not finite.
     """
     prompt = rectangular("input_ids", input_ids)
     if sampling is None:
@@ -137,7 +137,7 @@ def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """Returns the state with the layers' weights in the layout for decoding (cpu.apart)."""
+    """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = axes_of(variable, path)
