@@ -9,10 +9,18 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input: a config, a file or an argument that cannot be what the user meant.
+    """Bad input: a config, file or argument that cannot be what the user meant.
 
-    The commands print its message alone and end with exit code 2. The message names both
-    values that contradict each other and the way out.
+    The message names the values that contradict each other and says what to do. Commands print only
+    this message and exit with code 2.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> try:
+      ...     fm.MoEConfig(intermediate_granularity=0)
+      ... except fm.InputError as error:
+      ...     print(error)
+      intermediate_granularity=0 must be at least 1...
     """
 
 

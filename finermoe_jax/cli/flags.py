@@ -34,12 +34,16 @@ class Flags:
       values: absl's flag values by name; `values[name].present` is nonzero if the flag was given.
       rest: positional arguments.
       config_name: the config's file and variant, as in a file name; empty without a config.
+      configs: the values of --config if it may be given several times (add_configs).
+      overrides: --config.FIELD=VALUE arguments, which apply to each of them.
     """
 
     def __init__(self) -> None:
         self.values = FlagValues()
         self.rest: list[str] = []
         self.config_name = ""
+        self.configs: list[str] = []
+        self.overrides: list[str] = []
         self._required: list[str] = []
 
     def add(
@@ -84,7 +88,8 @@ class Flags:
         values.config is None without --config and default. Removes --config from sys.argv, where
         ml_collections looks for overrides (--config.FIELD=VALUE).
         """
-        name = _take_config(self.values) or (None if wants_help() else default)
+        given = _take_configs(self.values)
+        name = given[-1] if given else None if wants_help() else default
         text = _CONFIG_HELP + (f" (default: {default})" if default else "")
         if name is None:
             self.add(flags.DEFINE_string, "config", None, text)
@@ -96,6 +101,24 @@ class Flags:
         if required:
             self._required.append("config")
         self.add_boolean("print_config", "print the resolved config and exit")
+
+    def add_configs(self) -> None:
+        """Defines --config, given once or several times, with overrides that apply to each."""
+        self.configs = _take_configs(self.values)
+        self.overrides = [each for each in sys.argv if re.match(r"--?config\.", each)]
+        sys.argv = [each for each in sys.argv if each not in self.overrides]
+        self.add(flags.DEFINE_string, "config", None, f"{_CONFIG_HELP}; may be given several times")
+        self._required.append("config")
+
+    def config_of(self, name: str) -> RunConfig:
+        """Returns one of `configs` with the overrides, checked."""
+        one, given = Flags(), sys.argv
+        sys.argv = [given[0], f"--config={name}", *self.overrides]
+        try:
+            one.read(lambda flags: flags.add_config())
+        finally:
+            sys.argv = given
+        return one.run_config()
 
     # --- parsing ----------------------------------------------------------------------------
 
@@ -196,16 +219,19 @@ def _flag_message(error: Exception) -> str:
     return " ".join(message.replace("\\n", " ").split())
 
 
-def _take_config(values: FlagValues) -> str | None:
-    """Removes `--config=NAME` and `--config NAME` from sys.argv; returns the last value."""
-    given, rest = None, []
+def _take_configs(values: FlagValues) -> list[str]:
+    """Removes every `--config=NAME` and `--config NAME` from sys.argv; returns the values."""
+    given: list[str] = []
+    rest = []
     arguments = iter(values.read_flags_from_files(sys.argv))
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
             # config.dense was once called config.model.
             rest.append(re.sub(r"^(--?config\.)model\b", r"\1dense", argument))
-        elif not (given := value if equals else next(arguments, "")):
+        elif name := value if equals else next(arguments, ""):
+            given.append(name)
+        else:
             raise InputError("--config has no value: give a preset, such as demo, or a config file")
     sys.argv = rest
     return given

@@ -20,7 +20,9 @@ COMMANDS = {
     "params": "count parameters, and show how a mesh shards them",
     "aot": "compile a run for hardware you do not have, and check that it fits",
     "similarity": "measure how similar the experts of each layer are",
-    "plot": "plot a run's losses and expert load, optionally beside another run",
+    "plot": "plot a run's losses and expert load, or overlay several runs",
+    "compare": "compare the final losses of runs, over seeds, and their configs",
+    "sweep": "train several configs with several seeds each, and compare them",
 }
 
 

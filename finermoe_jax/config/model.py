@@ -92,12 +92,26 @@ class MoEConfig:
     The first five fields are the paper's granularities and expansions; the rest names each point
     where the published HF model, the published training code, the paper and its ablations differ.
     The default of each is the published HF model's behaviour.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> moe = fm.MoEConfig(intermediate_granularity=8, active_per_group=2)
+      >>> moe.num_experts, moe.num_active
+      (32, 4)
     """
 
+    # G_I: slices of the intermediate width.
     intermediate_granularity: int = 32
+    # G_O: output slots.
     output_granularity: int = 2
+    # R_I: copies of each slice in a group.
     intermediate_expansion: int = 1
+    # R_O: candidate groups per slot.
     output_expansion: int = 2
+    # T_I: active experts per slot.
     active_per_group: int = 1
     # Width of the shared expert. None: the dense FFN's width; 0: no shared expert.
     shared_expert_intermediate_size: int | None = None
@@ -114,8 +128,9 @@ class MoEConfig:
     separate_routers: bool = False
     # Dtype of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Which layers are MoE layers (HF keys of the same names).
+    # One layer in so many is an MoE layer (HF key of the same name).
     decoder_sparse_step: int = 1
+    # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -230,19 +245,19 @@ class RopeScaling:
     Raises InputError for missing, superfluous or invalid fields.
     """
 
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: float  # new context length over the original one
+    low_freq_factor: float | None = None  # llama3 only
+    high_freq_factor: float | None = None  # llama3 only
     # None: the model's max_position_embeddings.
     original_max_position_embeddings: int | None = None
-    rope_type: RopeType = "llama3"
-    # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
+    rope_type: RopeType = "llama3"  # linear, llama3 or yarn
+    # Scales the rotated queries and keys. None: computed from factor, mscale and mscale_all_dim.
     attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
+    beta_fast: float | None = None  # yarn only
+    beta_slow: float | None = None  # yarn only
+    mscale: float | None = None  # yarn only
+    mscale_all_dim: float | None = None  # yarn only
+    # Rounds the pairs at which yarn's ramp begins and ends to whole numbers. None: True.
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
@@ -275,22 +290,33 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Qwen2's, Llama's or Qwen3's kind; `moe` is None for a dense model.
+    """The architecture of a Qwen2, Qwen3 or Llama decoder; `moe` is None for a dense model.
 
-    Field names follow HF's.
+    Field names follow Hugging Face's config.json.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or sizes that do not divide.
+
+    Examples:
+      >>> import dataclasses
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model").config
+      >>> config = dataclasses.replace(dense, moe=fm.MoEConfig(intermediate_granularity=8))
+      >>> config.expert_intermediate_size, config.expert_output_size
+      (64, 64)
     """
 
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    hidden_size: int  # model width
+    intermediate_size: int  # width of the dense FFN
     num_hidden_layers: int
-    num_attention_heads: int
+    num_attention_heads: int  # query heads
     num_key_value_heads: int
-    rope_theta: float
+    rope_theta: float  # base of the rotary frequencies
     rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    # Bias of q, k and v: Qwen2 has it, Llama has not. The output projection never has one.
+    max_position_embeddings: int  # longest sequence, in tokens
+    tie_word_embeddings: bool  # the output layer shares the embedding's weights
+    # Bias of q, k and v (Qwen2: yes, Llama: no). The output projection never has one.
     attention_bias: bool = True
     # RMSNorm over head_dim of q and k, before rotation (Qwen3).
     qk_norm: bool = False
@@ -300,6 +326,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     # Standard deviation of random weights when training from scratch (Table 5).
     initializer_range: float = 0.008
+    # None: a dense model.
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,15 @@ from finermoe_jax.runtime.paths import local
 def default_config() -> Any:
     """Returns an ml_collections ConfigDict with every field of RunConfig at its default.
 
-    `moe` holds the published settings; `config.moe = None` gives a dense run. `dense` is None.
+    `moe` holds the published settings; set `config.moe = None` for a dense run. `dense` is None.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.default_config()
+      >>> config.init_from = "Qwen/Qwen2.5-0.5B"
+      >>> config.data.path = "my_text.jsonl"
+      >>> config.moe.intermediate_granularity
+      32
     """
     from ml_collections import ConfigDict  # needed for config files only
 
@@ -39,9 +47,24 @@ def default_config() -> Any:
 
 
 def run_config(values: Any) -> RunConfig:
-    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
+    """Makes a RunConfig from a ConfigDict, such as `preset(NAME)`, or from a nested mapping.
 
-    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
+    Args:
+      values: fields by name; those omitted get their defaults.
+
+    Returns:
+      The validated config.
+
+    Raises:
+      InputError: an unknown field (the message suggests similar names), a value of the wrong type
+        or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.preset("demo")
+      >>> config.train.steps = 10
+      >>> fm.run_config(config).train.steps
+      10
     """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
@@ -103,12 +126,23 @@ def typed(value: Any, kinds: tuple, where: str) -> Any:
 
 
 def preset(name: str) -> Any:
-    """The ConfigDict that --config=NAME reads: of a preset (`demo`), or of a file (`my/run.py`).
+    """Returns the ConfigDict of `--config=NAME`. `run_config` makes a RunConfig from it.
 
-    Either may end in `:VARIANT`. `run_config` makes a RunConfig of it.
+    Args:
+      name: a preset ("demo") or a file ("my/run.py"), with or without ":VARIANT".
 
-    Raises InputError where there is no such file and, naming it, where it fails or returns
-    something else than a ConfigDict.
+    Returns:
+      A ConfigDict whose fields can be changed.
+
+    Raises:
+      InputError: there is no such file, it fails, it has no such variant, or it returns something
+        other than a ConfigDict.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.preset("demo:ct")
+      >>> config.init_from, config.moe
+      ('demo/model', None)
     """
     from ml_collections import ConfigDict  # needed for config files only
 

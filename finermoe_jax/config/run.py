@@ -23,14 +23,17 @@ class DataConfig:
     packing: Literal["stream", "documents"] = "stream"
     # Directory with tokenizer files; empty: the tokenizer of init_from.
     tokenizer: str = ""
+    # Tokens per row.
     sequence_length: int = 8192
     # Sequences per optimizer step, over all devices.
     global_batch_size: int = 2048
-    # Share of each source, taken from its end, that is held out; and the rows scored of it.
-    # With eval_path that source is scored, and nothing held out.
+    # Share of each source that is held out, taken from its end.
     eval_fraction: float = 0.05
+    # A source to score instead; then nothing is held out.
     eval_path: str = ""
+    # Rows scored per held-out evaluation.
     eval_windows: int = 64
+    # Seed of the shuffle.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,15 +51,15 @@ class OptimizerConfig:
     name: Literal["adamw", "adafactor"] = "adamw"
     # Dtype of AdamW's first moment. The second moment has the weights' dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    learning_rate: float = 1e-5
-    final_learning_rate: float = 1e-7
-    warmup_fraction: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    # Only embedding, routers, experts and norms train; attention, the FFNs of dense layers and
-    # lm_head stay as they were upcycled, and have neither gradients nor moments.
+    learning_rate: float = 1e-5  # after warm-up
+    final_learning_rate: float = 1e-7  # at the last step
+    warmup_fraction: float = 0.01  # share of the steps
+    beta1: float = 0.9  # AdamW only
+    beta2: float = 0.95  # AdamW only
+    weight_decay: float = 0.1  # not on norms and biases
+    clip_norm: float = 1.0  # largest norm of the whole gradient
+    # Trains only embedding, routers, experts and norms. Attention, dense FFNs and lm_head are
+    # frozen and have neither gradients nor moments.
     freeze_backbone: bool = False
 
 
@@ -64,16 +67,17 @@ class OptimizerConfig:
 class MeshConfig:
     """Sizes of the mesh axes. One of them may be -1: all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = -1  # replicas
+    fsdp: int = 1  # shards of weights and optimizer state, and of the batch
+    expert: int = 1  # shards of the routed experts, of the batch and of dense weights
+    tensor: int = 1  # shards of heads, dense FFNs, shared expert and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, precision, memory use and intervals of a run."""
 
+    # Optimizer steps.
     steps: int = 2980
     # Microbatches per optimizer step; their gradients are averaged.
     grad_accumulation: int = 1
@@ -81,8 +85,9 @@ class TrainConfig:
     # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
     # so its effective weight at 8192 tokens is 0.001 / 8192.
     aux_loss_weight: float = 0.001
-    # Activations' and master weights' dtypes.
+    # Dtype of activations.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # Dtype of the master weights.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
     # "reference" process blocks of queries). "auto" selects it by platform.
@@ -95,23 +100,37 @@ class TrainConfig:
     scan_unroll: int = 1
     # Tokens per device whose logits the loss computes at a time.
     loss_chunk_tokens: int = 1024
-    # Steps between lines of metrics.jsonl, and between records of every expert's load in
-    # expert_load.jsonl (docs/monitoring.md says how large they are).
+    # Steps between lines of metrics.jsonl.
     log_every: int = 1
+    # Steps between records of every expert's load in expert_load.jsonl (docs/monitoring.md).
     load_every: int = 10
+    # Steps between held-out evaluations.
     eval_every: int = 100
+    # Steps between checkpoints.
     checkpoint_every: int = 100
-    # The newest so many are kept and, beside them, those of the lowest held-out loss.
+    # Newest checkpoints kept.
     keep_checkpoints: int = 3
+    # Checkpoints of the lowest held-out loss kept beside them.
     keep_best: int = 0
     # Steps with a non-finite loss or gradient are skipped; this many in a row end the run.
     max_skipped_steps: int = 10
+    # Seed of initial weights, upcycling and stochastic rounding.
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything train.py needs; configs/*.py make one through `default_config`."""
+    """All settings of a training run. `run_config` makes one from a preset or a ConfigDict.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> run = fm.run_config(fm.preset("demo"))
+      >>> run.data.path, run.moe.intermediate_granularity
+      ('demo/pydoc_small.txt', 8)
+    """
 
     # The dense architecture. With init_from it must match the source; None: taken from it.
     dense: ModelConfig | None = None
@@ -123,11 +142,12 @@ class RunConfig:
     init_from: str = ""
     # Prompts whose continuations are shown before and after training.
     prompts: tuple[str, ...] = ()
+    # New tokens per prompt.
     prompt_tokens: int = 48
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()  # text and batches
+    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW or Adafactor, and the schedule
+    mesh: MeshConfig = MeshConfig()  # devices
+    train: TrainConfig = TrainConfig()  # steps, precision, memory, logs, checkpoints
 
     def __post_init__(self) -> None:
         for group in (self, self.data, self.optimizer, self.mesh, self.train):

@@ -12,6 +12,17 @@ class UpcycleConfig:
 
     The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
     finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
+
+    Raises:
+      InputError: a number outside its range, or fields that contradict each other.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> start = fm.UpcycleConfig(drop_ratio=0.5)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0), start)
     """
 
     # Drop-upcycling: share of intermediate channels that each expert reinitialises.

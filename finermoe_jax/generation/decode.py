@@ -42,23 +42,30 @@ def generate(
     *,
     sampling: Sampling | None = None,
 ) -> Int[Array, "B TN"]:
-    """Continues every row of a batch.
+    """Generates tokens after every row of a batch.
 
     Args:
       model: any decoder.
-      input_ids: int [B, T], padded left or right where attention_mask is 0.
-      attention_mask: [B, T] or None (no padding).
+      input_ids: int [B, T], array or nested list, padded left or right where attention_mask is 0.
+      attention_mask: [B, T], nonzero at real tokens; None: no padding.
       max_new_tokens: tokens to add to each row.
-      temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
-      seed: of the sampling.
-      sampling: all settings, in place of temperature and seed.
+      temperature: 0 takes the most likely token; otherwise samples from
+        softmax(logits / temperature).
+      seed: seed of the sampling.
+      sampling: all sampling settings; replaces temperature and seed.
 
     Returns:
       int32 [B, T + max_new_tokens]: the input, then the new tokens.
 
     Raises:
-      InputError: arguments of another type, empty prompts, rows of different lengths, ids outside
-        the vocabulary, more positions than the model has; logits that are not finite.
+      InputError: an argument of the wrong type, an empty prompt, rows of different lengths, ids
+        outside the vocabulary, more positions than the model has, or logits that are not finite.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model")
+      >>> fm.generate(model, [[5, 6, 7]], max_new_tokens=2).shape
+      (1, 5)
     """
     prompt = rectangular("input_ids", input_ids)
     if sampling is None:
@@ -137,13 +144,13 @@ def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
+    """Returns the state with layers stored as decoding reads them (cpu.separate_layers)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = axes_of(variable, path)
         if LAYER not in axes or kind_of(axes).bank:  # expert banks are read in place
             return variable
-        return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
+        return variable.replace(jax.tree.map(cpu.separate_layers, variable.get_value()))
 
     return nnx.map_state(cut, state)
 

@@ -25,11 +25,11 @@ class Sampling(NamedTuple):
       seed: each row has a separate key, derived from the seed.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # 1: all tokens
+    repetition_penalty: float = 1.0  # 1: none
+    seed: int = 0  # of the draws
 
     def check(self) -> None:
         """Raises InputError for a value of the wrong type or out of range."""

@@ -149,10 +149,10 @@ def test_every_command_is_listed_with_its_flags_and_defaults(capsys):
     ("arguments", "words"),
     [
         (["trian"], ["unknown command 'trian'. Did you mean train?"]),
-        (["zzz"], ["unknown command 'zzz'. Known: aot, convert, "]),
+        (["zzz"], ["unknown command 'zzz'. Known: aot, compare, convert, "]),
         (["train", "--config=demmo"], ["Did you mean demo?"]),
         (["train", "demo"], ["unexpected argument 'demo'"]),
-        (["plot"], ["finermoe plot RUN [RIVAL]"]),
+        (["plot"], ["finermoe plot RUN [RUN …]"]),
         (["similarity"], ["finermoe similarity [LABEL=]CHECKPOINT"]),
     ],
 )

@@ -337,7 +337,7 @@ def refuses_training(words, tmp_path, dense, text, **changes):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"", ["a.txt", "holds no text"]),
+        ("a.txt", b"", ["a.txt", "contains no text"]),
         ("a.txt", b"w1 w2 w3\n", ["a.txt", "training windows of 16", "global_batch_size=8"]),
         ("a.txt", b"w1 \xe4\xf6\xfc w2\n", ["a.txt", "not UTF-8"]),
         ("a.jsonl", b'{"text": "w1"}\n{"content": "w2"}\n', ["a.jsonl, line 2", '"text"']),
@@ -372,7 +372,7 @@ def test_text_shorter_than_its_held_out_window(dense, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(init_from="nobody/not-cached"), ["nobody/not-cached", "hub"]),
+        (dict(init_from="nobody/not-cached"), ["nobody/not-cached", "Hub"]),
         (dict(init_from="no such thing"), ["no such thing"]),
         (dict(data__path=""), ["data.path"]),
         (dict(data__sequence_length=129), ["sequence_length=129", "128"]),
@@ -427,7 +427,7 @@ def test_a_kernel_of_another_platform(dense, tmp_path, kernel):
 def test_a_mixture_with_other_granularities(tmp_path):
     write_tokenizer(tmp_path, WORDS)
     refuses_training(
-        ["mixture already", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
+        ["has experts", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
         tmp_path, MIXTURE, text_file(tmp_path), data__tokenizer=str(tmp_path),
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ WRONG = [
     ("complete(dense, words, [1], 4, ends=['a'])", "ends contains 'a'; token ids"),
     ("continue_all(dense, words, 'ab', max_new_tokens=4)", "give a list of strings"),
     ("continue_all(dense, words, [[1]], max_new_tokens=4, batch_size=2.0)", "batch_size=2.0 must"),
-    ("with_layer(dense, Mine)", "no MoE layer that could become a Mine: upcycle it first"),
+    ("with_layer(dense, Mine)", "no MoE layer to replace by Mine: upcycle it first"),
     ("with_layer(moe, dict)", "must be a subclass of FineRMoE"),
     ("with_layer(moe, Mine(moe.config, dtype='float32', rngs=rngs))", "must be a subclass"),
     ("with_layer('moe', Mine)", "model is of type str, not Decoder"),
@@ -81,7 +81,7 @@ WRONG = [
     ("upcycle(dense, key=0)", "key=0 must be a JAX PRNG key"),
     ("upcycle(dense, start=dict(drop_ratio=0.5))", "start is of type dict, not UpcycleConfig"),
     ("upcycle('dense')", "the dense model is of type str, not Decoder"),
-    ("upcycle(moe)", "mixture of experts already"),
+    ("upcycle(moe)", "has experts already"),
     ("fm.upcycle_model(dense, dict(), jax.random.key(0))", "moe is of type dict, not MoEConfig"),
     ("fm.MoEConfig(router_dtype='float8')", "router_dtype='float8' must be 'float32', 'bfloat16'"),
     ("fm.MoEConfig(mlp_only_layers=[0])", "mlp_only_layers=[0] must be a tuple"),
@@ -99,10 +99,10 @@ WRONG = [
     ("fm.load_checkpoint(None)", "path=None must be a path"),
     ("fm.save_hf('dense', 'out')", "model is of type str, not Decoder"),
     ("fm.save_hf(dense, None)", "path=None must be a path"),
-    ("fm.save_hf(dense, 'out', tokenizer='nowhere')", "tokenizer='nowhere' is no directory"),
+    ("fm.save_hf(dense, 'out', tokenizer='nowhere')", "tokenizer='nowhere' is not a directory"),
     ("fm.save_checkpoint(dense, 5)", "path=5 must be a path"),
     ("fm.save_checkpoint(dense, 'out', tokenizer=7)", "tokenizer=7 must be a path"),
-    ("fm.save_checkpoint(dense, 'out', tokenizer='no')", "tokenizer='no' is no directory"),
+    ("fm.save_checkpoint(dense, 'out', tokenizer='no')", "tokenizer='no' is not a directory"),
 ]  # fmt: skip
 
 SCRIPT = """

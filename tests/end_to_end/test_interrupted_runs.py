@@ -214,7 +214,7 @@ def test_a_run_goes_on_from_the_one_before_and_saves_the_step_again(finished, tm
     train(longer, workdir, say=said.append, allow_changes=["train.steps"])
     warning = next(message for message in said if message.startswith("WARNING"))
     assert f"{path.name} has checksum" in warning and "when saved" in warning
-    assert f"It is now {steps / 'damaged-4'}; step 2 is used instead." in warning
+    assert f"It was renamed to {steps / 'damaged-4'}. Step 2 is used instead." in warning
     assert "resumed from step 2 of 6" in said
     assert "train.steps changes from 4 to 6 after step 2" in said
     assert (steps / "damaged-4" / "params").is_dir() and saved_steps(steps) == [2, 4, 6]
@@ -228,7 +228,7 @@ def test_a_run_goes_on_from_the_one_before_and_saves_the_step_again(finished, tm
     for step in (2, 4, 6):
         _flip(steps / str(step))
     for _ in range(2):  # nor does it begin anew when asked again
-        with pytest.raises(InputError, match=r"no whole checkpoint: damaged-2, damaged-4, "):
+        with pytest.raises(InputError, match=r"no intact checkpoint: damaged-2, damaged-4, "):
             train(longer, workdir, say=silent)
     assert (steps / "damaged-4-2").is_dir()
 

@@ -145,7 +145,7 @@ def test_a_hugging_face_directory_may_hold_checkpoints(tmp_path):
     (directory / "checkpoints" / "checkpoint-500").mkdir(parents=True)
     assert open_model(directory).config == open_model(MODEL).config
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"holds neither model\.safetensors"):
+    with pytest.raises(InputError, match=r"has neither model\.safetensors"):
         open_model(directory)
     for config in ('{"model": {}}', "{"):
         (directory / "config.json").write_text(config)
