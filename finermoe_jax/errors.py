@@ -27,8 +27,8 @@ class InputError(ValueError):
 class RunEnded(Exception):
     """Ends a run early for a reason other than invalid input.
 
-    The commands print the message and exit with `code`. All processes of the run raise it at the
-    same step, unless `alone` is set: then the other processes must be notified.
+    The commands print the message and exit with `code`. All processes of the run raise it
+    together, unless `alone` is set: then the other processes must be notified.
     """
 
     def __init__(self, message: str, code: int = 1, alone: bool = False):

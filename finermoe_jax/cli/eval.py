@@ -39,7 +39,7 @@ def define(flags: Flags) -> None:
     flags.add_boolean(
         "allow_code_execution",
         "with --tasks: let tasks such as MBPP run programs that the model writes, with your "
-        "permissions; cruxeval and longproc run them without time and memory limits",
+        "permissions; cruxeval and longproc ignore this package's limits on time and memory",
     )
     flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
     flags.add_integer("batch_tokens", 2048, "tokens per batch and device, padding included")

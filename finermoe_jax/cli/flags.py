@@ -60,7 +60,7 @@ class Flags:
         self.add(flags.DEFINE_bool, name, False, text)
 
     def add_integer(self, name: str, default: int | None, text: str) -> None:
-        """Defines a flag for a whole number."""
+        """Defines a flag for an integer."""
         self.add(flags.DEFINE_integer, name, default, text)
 
     def add_number(self, name: str, default: float | None, text: str) -> None:

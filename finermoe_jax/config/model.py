@@ -449,6 +449,5 @@ def _check_divides(model: ModelConfig, size: str, of: ModelConfig | MoEConfig, n
     whole, parts = getattr(model, size), getattr(of, name)
     if whole % parts:
         raise InputError(
-            f"{size}={whole} must be a multiple of {name}={parts}; it leaves a remainder of "
-            f"{whole % parts}"
+            f"{size}={whole} must be a multiple of {name}={parts}; the remainder is {whole % parts}"
         )

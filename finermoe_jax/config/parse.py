@@ -31,7 +31,7 @@ def default_config() -> Any:
       >>> config.moe.intermediate_granularity
       32
     """
-    from ml_collections import ConfigDict  # the library itself runs without it
+    from ml_collections import ConfigDict  # needed for config files only
 
     config = ConfigDict(
         {
@@ -144,7 +144,7 @@ def preset(name: str) -> Any:
       >>> config.init_from, config.moe
       ('demo/model', None)
     """
-    from ml_collections import ConfigDict  # the library itself runs without it
+    from ml_collections import ConfigDict  # needed for config files only
 
     path, variant = find_config(name)
     try:
@@ -155,7 +155,7 @@ def preset(name: str) -> Any:
         config = get_config() if variant is None else get_config(variant)
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever a config file may raise
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f" in line {frame.lineno}" for frame in frames if frame.filename == str(path)]
         where = lines[-1] if lines else ""

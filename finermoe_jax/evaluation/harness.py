@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without a context."""
+        """The token that replaces an empty context."""
         return self.prefix
 
     @property

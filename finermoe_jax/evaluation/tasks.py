@@ -256,7 +256,7 @@ def _summary(missing: dict[str, Path]) -> list[str]:
 def _check_rows(
     data_dir: Path, names: Sequence[str], local: dict[str, dict], missing: dict[str, Path]
 ) -> None:
-    """Raises InputError if required rows are missing, or all."""
+    """Raises InputError if required rows, or all rows, are missing."""
     if missing:
         raise InputError(
             "\n  ".join([f"--data_dir={data_dir} has no rows for", *_summary(missing)])

@@ -148,7 +148,7 @@ def layers_apart(state: nnx.State) -> nnx.State:
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = axes_of(variable, path)
-        if LAYER not in axes or kind_of(axes).bank:  # a bank is read in place everywhere
+        if LAYER not in axes or kind_of(axes).bank:  # expert banks are read in place
             return variable
         return variable.replace(jax.tree.map(cpu.separate_layers, variable.get_value()))
 

@@ -137,7 +137,7 @@ def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int
         return tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # whatever the template raises
+    except Exception as error:  # a template may raise anything
         raise InputError(f"the tokenizer's chat template failed: {error}") from None
 
 

@@ -104,7 +104,7 @@ def exchange(text: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     client, key = ocp.multihost.get_jax_distributed_client(), f"{PREFIX}/{next(_numbers)}/"
-    client.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # no value may be empty
+    client.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # values must not be empty
     everyone = range(jax.process_count())
     return [client.blocking_key_value_get(f"{key}{p}", _WEEK)[1:] for p in everyone]
 

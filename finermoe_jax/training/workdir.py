@@ -22,7 +22,7 @@ from finermoe_jax.training import plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 from finermoe_jax.weights.integrity import saved_steps
 
-_PARTIAL = ".config.json.partial"  # of files.write
+_PARTIAL = ".config.json.partial"  # temporary file of files.write
 
 # Fields that determine a checkpoint's arrays and cannot change during a run, with reasons.
 _FIXED = {

@@ -91,11 +91,14 @@ def refuses(words, action, *arguments, **settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(intermediate_granularity=3), ["intermediate_size=40", "3", "remainder of 1"]),
+        (dict(intermediate_granularity=3), ["intermediate_size=40", "3", "the remainder is 1"]),
         (dict(intermediate_granularity=64), ["intermediate_size=40", "64"]),
         (dict(intermediate_granularity=4, output_granularity=5), ["hidden_size=24", "5"]),
         (dict(intermediate_granularity=4, shared_expert_intermediate_size=20), ["=20", "40"]),
-        (dict(intermediate_granularity=4, mlp_only_layers=(7,)), ["layer 7", "=2"]),
+        (
+            dict(intermediate_granularity=4, mlp_only_layers=(7,)),
+            ["mlp_only_layers contains 7", "=2"],
+        ),
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
@@ -467,7 +470,7 @@ def test_windows_that_cannot_be_scored(dense, tmp_path, length, stride, words):
         (dict(input_ids=np.zeros((1, 0), int)), ["(1, 0)"]),
         (dict(input_ids=np.zeros(3, int)), ["(3,)"]),
         (dict(input_ids=np.array([[96]])), ["96"]),
-        (dict(input_ids=np.array([[-1]])), ["-1", "96"]),
+        (dict(input_ids=np.array([[-1]])), ["-1", "0 … 95"]),
         (dict(attention_mask=np.ones((1, 2))), ["(1, 2)", "(1, 3)"]),
         (dict(attention_mask=np.zeros((1, 3))), ["attention_mask"]),
         (dict(max_new_tokens=0), ["max_new_tokens=0"]),

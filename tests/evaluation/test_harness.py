@@ -303,9 +303,9 @@ def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
         (["arc_easy"], dict(chat=True), ["--apply_chat_template", "no chat template"]),
         (["arc_easy"], dict(limit=0), ["--limit=0"]),
         (["arc_easy"], dict(num_fewshot=-1), ["--num_fewshot=-1"]),
-        (["agieval_math"], dict(num_fewshot=2), ["agieval_math: 2 examples", "the 1 rows"]),
+        (["agieval_math"], dict(num_fewshot=2), ["agieval_math needs 2 examples", "has 1 rows"]),
         # Two, one of which may be the row itself.
-        (["hellaswag"], dict(num_fewshot=2), ["task hellaswag: 2 examples", "the 1 rows"]),
+        (["hellaswag"], dict(num_fewshot=2), ["task hellaswag needs 2 examples", "has 1 rows"]),
         ([], {}, ["--tasks is empty"]),
         # Groups whose members are defined inside of them, some of these groups again.
         (["mmlu_continuation"], dict(skip_missing=True), ["--data_dir"]),
@@ -362,7 +362,7 @@ def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
     monkeypatch.setattr("finermoe_jax.evaluation.evaluate.read_model", None)
     changed = {key: x for key, x in (ARC[1] | second).items() if x is not None}
     _write(tmp_path / "arc_easy" / "test.jsonl", [ARC[0], changed])
-    with pytest.raises(InputError, match=r"task arc_easy, row 1: ") as error:
+    with pytest.raises(InputError, match=r"task arc_easy, row 1 is unusable: ") as error:
         evaluate(str(DEMO), tasks=Tasks(["arc_easy"], tmp_path))
     assert words in str(error.value)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):

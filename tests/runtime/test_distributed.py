@@ -302,5 +302,5 @@ def test_what_a_launchers_client_raises_is_one_message(monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", fails)
     monkeypatch.setattr("jax.config.update", lambda *_: None)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
-    with pytest.raises(InputError, match=r"cannot be joined: no route to the server\nsee docs"):
+    with pytest.raises(InputError, match=r"cannot be joined: no route to the server\nSee docs"):
         initialize()
