@@ -75,9 +75,7 @@ _SAVE_ONCE = (
 
 
 def _from_transformers(directory: Path) -> "PreTrainedTokenizerBase":
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # do not warn about missing torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -242,7 +240,7 @@ def _stated(directory: Path) -> dict[str, Any]:
     """Returns generation_config.json, and special tokens' ids that only config.json states."""
     config = _read_optional(directory / "config.json")
     settings: dict[str, Any] = {}
-    # As in transformers: of nested configs, the decoder's has lower priority.
+    # As in transformers, a nested decoder's config has lower priority.
     parts = (config.get(name) for name in ("decoder", "generator", "text_config"))
     nested = next((part for part in parts if part and isinstance(part, dict)), {})
     for part in (nested, config):
