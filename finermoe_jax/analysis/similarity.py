@@ -1,8 +1,8 @@
-"""The similarity of a layer's experts (paper, Appendix D and Figure 4).
+"""Similarity of a layer's experts (paper, Appendix D and Figure 4).
 
-For each layer this is the mean cosine similarity over all pairs of experts, an expert being its
-three matrices laid end to end. With û an expert over its norm, the N experts' pairs need not be
-formed: the mean is (|Σ û|² − N) / (N (N − 1)). Experts are read a few at a time, once.
+For each layer, the mean cosine similarity over all pairs of the N experts. An expert is the vector
+of its three concatenated matrices. With û the normalised vector, the mean is
+(|Σ û|² − N) / (N (N − 1)), so each expert is read only once.
 """
 
 import dataclasses
@@ -19,13 +19,12 @@ from finermoe_jax.weights.hf_names import run_layers
 from finermoe_jax.weights.lazy import LazyArray, ParamPath
 from finermoe_jax.weights.source import ModelSource, open_model
 
-# Values that are made float64 at a time.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # values converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """Of one model: its MoE layers' numbers, ascending, and each one's mean cosine similarity."""
+    """One model's experts per layer, MoE layer indices in order, and their mean similarities."""
 
     experts: int
     layers: tuple[int, ...]
@@ -33,59 +32,59 @@ class Similarity:
 
     @property
     def mean(self) -> float:
-        """Over the layers."""
+        """Mean over the layers."""
         return float(np.mean(self.values))
 
 
 def expert_similarity(source: str) -> Similarity:
-    """Mean pairwise cosine similarity of the experts in each MoE layer of a model.
+    """Returns the mean pairwise cosine similarity of the experts in each MoE layer of a model.
 
-    source is a checkpoint, a workdir, a Hugging Face directory or a hub id.
+    `source` is a checkpoint, workdir, Hugging Face directory or Hub id.
 
-    Raises InputError: no such model, a dense one, layers of one expert, weights that are zero or
-    not finite.
+    Raises InputError if the model does not exist, is dense or has one expert per layer, or if an
+    expert's weights are zero or not finite.
     """
-    return _of_model(_open(source), source, lambda size: None)
+    return _model_similarity(_open(source), source, lambda size: None)
 
 
 def _open(source: str) -> ModelSource:
     model = open_model(source)
     if model.config.moe is None:
-        raise InputError(f"{source} is a dense model; only experts are compared")
+        raise InputError(f"{source} is a dense model without experts: give an MoE model")
     if model.config.moe.num_experts < 2:
-        raise InputError(f"{source} has one expert per layer, and nothing to compare it with")
+        raise InputError(f"{source} has one expert per layer; at least 2 are needed")
     return model
 
 
-def _of_model(model: ModelSource, name: str, read: Callable[[int], None]) -> Similarity:
-    """The similarity of each layer's experts; calls read(bytes) for each block of weights."""
+def _model_similarity(model: ModelSource, name: str, read: Callable[[int], None]) -> Similarity:
+    """Computes each layer's similarity; calls read(bytes) for each block of weights."""
     assert model.config.moe is not None
     found: dict[int, float] = {}
     for (_, run, place), banks in itertools.groupby(_banks(model), lambda path: path[:3]):
         arrays = [model.weights[path] for path in banks]
         for repeat, layer in enumerate(run_layers(model.config, run, place)):
-            of_layer = [array.row(repeat) for array in arrays]
-            found[layer] = _of_layer(of_layer, f"{name}: layer {layer}", read)
+            layer_banks = [array.row(repeat) for array in arrays]
+            found[layer] = _layer_similarity(layer_banks, f"{name}: layer {layer}", read)
     layers = tuple(sorted(found))
     return Similarity(model.config.moe.num_experts, layers, tuple(found[i] for i in layers))
 
 
 def _banks(model: ModelSource) -> list[ParamPath]:
-    """The experts' parameters, those of a layer side by side."""
+    """Returns the paths of the experts' parameters, grouped by layer."""
     return [path for path, kind in parameter_kinds(model.config).items() if kind.bank]
 
 
-def _of_layer(banks: list[LazyArray], name: str, read: Callable[[int], None]) -> float:
-    """A layer's similarity from its experts' arrays, [E, …] each."""
+def _layer_similarity(banks: list[LazyArray], name: str, read: Callable[[int], None]) -> float:
+    """Computes a layer's similarity from its experts' arrays, [E, …] each."""
     count = banks[0].shape[0]
     sums = [np.zeros(array.shape[1:]).reshape(-1) for array in banks]
-    # As they are stored, so that no block is read twice.
+    # Blocks as stored, so that none is read twice.
     step = max(lazy.block_shape(array)[0] for array in banks)
     for start in range(0, count, step):
         parts = [array[start : start + step] for array in banks]
         for expert in range(len(parts[0])):
             matrices = [part[expert].reshape(-1) for part in parts]
-            square = sum(_dot(matrix) for matrix in matrices)
+            square = sum(_sum_of_squares(matrix) for matrix in matrices)
             if not 0 < square < np.inf:
                 state = "zero" if square == 0 else "not finite"
                 raise InputError(f"{name}: the weights of expert {start + expert} are {state}")
@@ -93,11 +92,12 @@ def _of_layer(banks: list[LazyArray], name: str, read: Callable[[int], None]) ->
                 for chunk in _chunks(matrix):
                     total[chunk] += matrix[chunk].astype(np.float64) / np.sqrt(square)
         read(sum(part.nbytes for part in parts))
-    return float((sum(_dot(total) for total in sums) - count) / (count * (count - 1)))
+    squares = sum(_sum_of_squares(total) for total in sums)
+    return float((squares - count) / (count * (count - 1)))
 
 
-def _dot(values: np.ndarray) -> float:
-    """The sum of squares, in float64."""
+def _sum_of_squares(values: np.ndarray) -> float:
+    """Returns the sum of squares, in float64."""
     return sum(float(np.square(values[chunk], dtype=np.float64).sum()) for chunk in _chunks(values))
 
 
@@ -106,7 +106,7 @@ def _chunks(values: np.ndarray) -> list[slice]:
 
 
 def table(found: dict[str, Similarity]) -> str:
-    """One line per layer, one column per model."""
+    """Formats a table with one line per layer and one column per model."""
     widths = {name: max(len(name), 7) for name in found}
     lines = ["layer  " + "  ".join(f"{name:>{width}}" for name, width in widths.items())]
     for layer in sorted({layer for one in found.values() for layer in one.layers}):
@@ -121,13 +121,14 @@ def table(found: dict[str, Similarity]) -> str:
 
 
 def similarities(sources: dict[str, str]) -> dict[str, Similarity]:
-    """Label → similarity of the experts of the model at that label's source; shows a progress bar.
+    """Computes {label: similarity} from {label: source}, with a progress bar.
 
-    Raises InputError as `expert_similarity` does, before any weight is read.
+    Raises InputError as `expert_similarity` does; bad sources before any weight is read.
     """
     models = {label: _open(source) for label, source in sources.items()}
     size = sum(model.weights[path].nbytes for model in models.values() for path in _banks(model))
     with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
         return {
-            label: _of_model(model, sources[label], bar.update) for label, model in models.items()
+            label: _model_similarity(model, sources[label], bar.update)
+            for label, model in models.items()
         }

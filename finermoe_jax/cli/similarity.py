@@ -17,9 +17,8 @@ from finermoe_jax.training.plot import draw_similarity
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add(
-        absl_flags.DEFINE_multi_string, "output", [], "a .png or .json to write; may be given twice"
-    )
+    text = "also write this .png or .json file; may be repeated"
+    flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
 
 
 def main(flags: Flags) -> None:
@@ -29,9 +28,11 @@ def main(flags: Flags) -> None:
         if output.suffix not in (".png", ".json"):
             raise InputError(f"--output={output} must end in .png or .json")
         if not output.absolute().parent.is_dir():
-            raise InputError(f"--output={output}: {output.absolute().parent} does not exist")
+            raise InputError(
+                f"--output={output}: {output.absolute().parent} does not exist; create it first"
+            )
     if not flags.rest:
-        raise InputError("a checkpoint is needed: finermoe similarity [LABEL=]CHECKPOINT …")
+        raise InputError("no checkpoint given: finermoe similarity [LABEL=]CHECKPOINT …")
     found = similarities(labelled(flags.rest))
     print(table(found))
     for output in outputs:
@@ -43,7 +44,7 @@ def main(flags: Flags) -> None:
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, str]:
-    """Label → source. Raises InputError for a label that is given twice."""
+    """Parses [LABEL=]SOURCE arguments to {label: source}. Raises InputError for equal labels."""
     sources: dict[str, str] = {}
     for argument in arguments:
         label, equals, source = argument.partition("=")
@@ -51,13 +52,19 @@ def labelled(arguments: Sequence[str]) -> dict[str, str]:
             label, source = Path(argument).name or argument, argument
         source = local(source)
         if not source:
-            raise InputError(f"{argument}: no checkpoint follows the label; give LABEL=CHECKPOINT")
+            raise InputError(f"{argument} has no checkpoint after the label; give LABEL=CHECKPOINT")
         if label in sources:
             raise InputError(
-                f"{sources[label]} and {source} are both called {label}; give LABEL=CHECKPOINT"
+                f"{sources[label]} and {source} have the same label {label}; give LABEL=CHECKPOINT"
             )
         sources[label] = source
     return sources
 
 
-COMMAND = Command("[LABEL=]CHECKPOINT … [--output=FILE.png|.json]", define, main, rest=True)
+COMMAND = Command(
+    "[LABEL=]CHECKPOINT … [--output=FILE.png|.json]\n"
+    "CHECKPOINT is a checkpoint, workdir, HF directory or Hub id. LABEL names it in the output.",
+    define,
+    main,
+    rest=True,
+)

@@ -1,4 +1,4 @@
-"""Configs from defaults, from mappings and from files: the presets of configs/, and users' own."""
+"""Builds configs from defaults, mappings and config files (presets in configs/, or users' own)."""
 
 import dataclasses
 import inspect
@@ -69,21 +69,21 @@ def run_config(values: Any) -> RunConfig:
     if hasattr(values, "to_dict"):
         values = values.to_dict()
     if not isinstance(values, Mapping):
-        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
+        raise InputError(f"config is of type {type(values).__name__}; it must be a mapping")
     return from_dict(RunConfig, _renamed(values), "config")
 
 
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields by today's names: `dense` was called `model`."""
+    """Renames the former field `model` to `dense`."""
     if "model" not in values:
         return values
     if values.get("dense") is not None:
-        raise InputError("config.model is the former name of config.dense: leave one of them out")
+        raise InputError("config.model is the former name of config.dense: remove config.model")
     return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
 
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
+    """Builds dataclass `cls` from nested mappings. Raises InputError, naming the field."""
     kinds = field_kinds(cls)
     kwargs = {}
     for key, value in values.items():
@@ -96,14 +96,14 @@ def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - kwargs.keys()):
-        raise InputError(f"{where} lacks {', '.join(missing)}")
+        raise InputError(f"{where} lacks {', '.join(missing)}: add the missing fields")
     return cls(**kwargs)
 
 
 def typed(value: Any, kinds: tuple, where: str) -> Any:
-    """`value` as one of these types. Ints serve as floats, lists as tuples.
+    """Converts `value` to one of these types: ints to floats, lists to tuples.
 
-    Raises InputError for a value of another type, and for numbers too large to compute with.
+    Raises InputError for a value of another type, and for numbers that are too large.
     """
     for kind in kinds:
         if dataclasses.is_dataclass(kind) and value is not None:
@@ -150,7 +150,7 @@ def preset(name: str) -> Any:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if not callable(get_config):
-            raise InputError("it defines no function get_config()")
+            raise InputError("it does not define get_config()")
         _check_variant(get_config, variant)
         config = get_config() if variant is None else get_config(variant)
     except InputError as error:
@@ -165,8 +165,8 @@ def preset(name: str) -> Any:
     if not isinstance(config, ConfigDict):
         found = "nothing" if config is None else f"a {type(config).__name__}"
         raise InputError(
-            f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
-            "change and return the one that finermoe_jax.default_config() gives"
+            f"config file {path}: get_config() returns {found} but must return a ConfigDict: "
+            "modify and return finermoe_jax.default_config()"
         )
     if "model" in config:
         config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
@@ -174,7 +174,7 @@ def preset(name: str) -> Any:
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:
-    """Raises InputError where a config does not take the variant, or needs one."""
+    """Raises InputError if a config does not take a variant, or needs one."""
     try:
         inspect.signature(get_config).bind(*([] if variant is None else [variant]))
     except TypeError:
@@ -186,11 +186,11 @@ def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:
 
 
 def find_config(name: str) -> tuple[Path, str | None]:
-    """The file of `PATH[:VARIANT]` or `PRESET[:VARIANT]`, and the variant; None without one.
+    """Returns the file of `PATH[:VARIANT]` or `PRESET[:VARIANT]`, and the variant or None.
 
-    Paths may hold colons: the longest part of `name` that is a file is the path.
+    Paths may contain colons: the longest prefix of `name` that is a file is the path.
 
-    Raises InputError, with near misses and the presets, where there is none.
+    Raises InputError, with near misses and the presets, if there is no such file.
     """
     name = local(name, "--config")
     for end in (len(name), *(i for i in reversed(range(len(name))) if name[i] == ":")):
@@ -204,7 +204,7 @@ def find_config(name: str) -> tuple[Path, str | None]:
 
 
 def _not_found(path: str) -> str:
-    """The message for a --config that is no file and no preset."""
+    """Returns the message for a --config that is neither a file nor a preset."""
     presets = sorted(file.stem for file in find("configs").glob("*.py"))
     folder, listed = os.path.dirname(path), f"Presets: {', '.join(presets)}."
     if folder or path.endswith(".py"):

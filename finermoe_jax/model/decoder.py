@@ -33,19 +33,19 @@ class Features(NamedTuple):
     weight. expert_tokens counts the real tokens that selected each expert.
     """
 
-    hidden: Float[Array, "B T D"]
-    aux_loss: Float[Array, " L"]
+    hidden: Float[Array, "B T D"]  # after the final norm
+    aux_loss: Float[Array, " L"]  # Eq. 11
     expert_tokens: Int[Array, "L E"]
-    routing: tuple[Routing, ...]
-    cache: KVCache | None
+    routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
+    cache: KVCache | None  # the cache with these tokens; None without one
 
 
 class Output(NamedTuple):
     """The result of `model(input_ids)`; see `Features`."""
 
-    logits: Float[Array, "B T V"]
-    aux_loss: Float[Array, " L"]
-    routing: tuple[Routing, ...]
+    logits: Float[Array, "B T V"]  # float32
+    aux_loss: Float[Array, " L"]  # Eq. 11
+    routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
 
 
 LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) returns one"

@@ -18,9 +18,9 @@ from finermoe_jax.config.model import MoEConfig
 class Routing(NamedTuple):
     """A router's decision; the active experts are sorted by decreasing logit."""
 
-    logits: Float[Array, "*T E"]
-    experts: Int[Array, "*T A"]
-    weights: Float[Array, "*T A"]
+    logits: Float[Array, "*T E"]  # the router's, of all experts
+    experts: Int[Array, "*T A"]  # active experts, by falling logit
+    weights: Float[Array, "*T A"]  # their weights
 
 
 def route(

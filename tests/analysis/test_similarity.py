@@ -96,7 +96,7 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
         (["{one}"], "one expert per layer"),
         (["{zero}"], "layer 1: the weights of expert 2 are zero"),
         (["{here}/nothing"], "nothing"),
-        (["{zero}", "{here}/x/../zero"], "both called zero"),
+        (["{zero}", "{here}/x/../zero"], "have the same label zero"),
         (["{zero}", "--output={here}/a.pdf"], "must end in .png or .json"),
         (["{zero}", "--output={here}/no/a.png"], "no does not exist"),
     ],
@@ -124,4 +124,4 @@ def broken(tmp_path_factory):
 def test_what_is_not_finite_is_named(broken):
     one = lazy.of_array(np.full((2, 4, 3), np.nan, np.float32))
     with pytest.raises(InputError, match="x: the weights of expert 0 are not finite"):
-        similarity._of_layer([one, one], "x", lambda size: None)
+        similarity._layer_similarity([one, one], "x", lambda size: None)

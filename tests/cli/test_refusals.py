@@ -447,7 +447,7 @@ def test_workdirs_of_others(dense, tmp_path, kind):
         stored = dataclasses.asdict(dataclasses.replace(config, prompt_tokens=7))
         content = json.dumps(stored) if kind == "other config" else '{"train": '
         (workdir / "config.json").write_text(content)
-        words += ["prompt_tokens: 7 there, 48"] if kind == "other config" else ["JSON"]
+        words += ["prompt_tokens: 7 in the run, 48"] if kind == "other config" else ["JSON"]
     before = snapshot(tmp_path)
     refuses(words, train, config, workdir, say=lambda _: None)
     assert snapshot(tmp_path) == before

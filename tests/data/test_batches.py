@@ -414,7 +414,7 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     workdir.mkdir()
     fill_workdir(workdir, began, MODEL)
     (workdir / "checkpoints" / "damaged-1").mkdir()  # it had one
-    refused = pytest.raises(InputError, match=r"data\.path: .*there")
+    refused = pytest.raises(InputError, match=r"data\.path: .*in the run")
     with refused:  # nothing is recorded that its content could be compared with
         claim(workdir, run(mixed, "{0}/long.jsonl", moved))
     record_data(workdir, identity(began))
@@ -423,8 +423,9 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     claim_data(workdir, identity(same))
     for other, words, flag in (
         (run("{0}/short.jsonl:2,{0}/long.jsonl:1", "{0}/long.jsonl"),
-         "source 1.weight: '3/4' there, '2/3' now", "data.path"),
-        (run("{0}/long.jsonl", "{0}/long.jsonl"), "source 2.kind: 'text' there, None", "data.path"),
+         "source 1.weight: '3/4' in the run, '2/3' now", "data.path"),
+        (run("{0}/long.jsonl", "{0}/long.jsonl"), "source 2.kind: 'text' in the run, None",
+         "data.path"),
         (run(mixed, "{0}/short.jsonl"), "eval.tokens: ", "data.eval_path"),
         (run(mixed), "eval.tokens: ", "data.eval_path"),
         (run("{0}/long.jsonl"), "eval.tokens: ", "data.path,data.eval_path"),

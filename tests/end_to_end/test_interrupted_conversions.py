@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
 def test_places_where_nothing_can_be_written(tmp_path, place):
     (tmp_path / "file").touch()
     source = big_source(tmp_path / "source", 1, 16)
-    words = "0.00B free" if place == "/proc/target" else "cannot be made"
+    words = "0.00B free" if place == "/proc/target" else "cannot be created"
     with pytest.raises(fm.InputError, match=words):
         convert(str(source), tmp_path / place, "orbax", None, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]

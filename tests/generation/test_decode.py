@@ -434,7 +434,7 @@ def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
 
 def test_prompts_that_cannot_be_continued(writer, tokenizer):
     for prompt, words in (
-        ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "outside the vocabulary"),
+        ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "the vocabulary"),
     ):  # fmt: skip
         with pytest.raises(fm.InputError, match=words):
             complete(writer, tokenizer, prompt, 4)
