@@ -20,6 +20,7 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.locks import Lock
+from finermoe_jax.training.goodput import step_seconds
 from finermoe_jax.training.history import History, read_history
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.workdir import Log
@@ -157,6 +158,5 @@ def _seconds_per_step(run: SweepRun) -> float | None:
     lines = read_lines(run.workdir / "metrics.jsonl")
     if not lines:
         return None
-    steps = np.diff([0, *(line["step"] for line in lines)])
-    each = np.array([line["step_seconds"] for line in lines]) * steps
-    return float(each.sum() + sum(line["pause_seconds"] for line in lines)) / lines[-1]["step"]
+    paused = sum(line["pause_seconds"] for line in lines)
+    return (sum(step_seconds(lines)) + paused) / lines[-1]["step"]
