@@ -27,8 +27,8 @@ def main(flags: Flags) -> None:
 
 
 COMMAND = Command(
-    "RUN [RUN …]\nRUN is a workdir. The first one gets the PNG files: loss.png (with a second run's "
-    "losses,\nif given), load.png, and comparison.png for several runs.",
+    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one: loss.png, beside a "
+    "second run's\nlosses, load.png, and comparison.png of several runs.",
     define,
     main,
     rest=True,

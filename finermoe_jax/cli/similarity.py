@@ -1,12 +1,19 @@
 """`finermoe similarity`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
-from finermoe_jax.analysis.similarity import similarities, table
+from finermoe_jax.analysis.similarity import (
+    Similarity,
+    checkpoints_of,
+    similarities,
+    steps_table,
+    table,
+)
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import write
@@ -19,6 +26,7 @@ def define(flags: Flags) -> None:
     """Defines the flags."""
     text = "also write this .png or .json file; may be repeated"
     flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
+    flags.add_boolean("over_steps", "of one run: every checkpoint in its workdir")
 
 
 def main(flags: Flags) -> None:
@@ -33,14 +41,33 @@ def main(flags: Flags) -> None:
             )
     if not flags.rest:
         raise InputError("no checkpoint given: finermoe similarity [LABEL=]CHECKPOINT …")
-    found = similarities(labelled(flags.rest))
-    print(table(found))
+    found: Mapping[Any, Similarity]
+    if flags.over_steps:
+        if len(flags.rest) > 1:
+            raise InputError(f"--over_steps takes one workdir, but {len(flags.rest)} are given")
+        found = similarities(checkpoints_of(flags.rest[0]))
+        print(steps_table(found))
+        over, curves = "step", _over_steps(found)
+    else:
+        found = similarities(labelled(flags.rest))
+        print(table(found))
+        over, curves = "layer", {n: (o.layers, o.values) for n, o in found.items()}
     for output in outputs:
         if output.suffix == ".png":
-            draw_similarity({n: (o.layers, o.values) for n, o in found.items()}, output)
+            draw_similarity(curves, output, over)
         else:
             values = {n: dataclasses.asdict(o) | {"mean": o.mean} for n, o in found.items()}
             write(output, to_json(values, indent=1) + "\n")
+
+
+def _over_steps(found: Mapping[int, Similarity]) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns the curve of each part of the pairs that the model has."""
+    steps, parts = list(found), [one.parts for one in found.values()]
+    return {
+        name: (steps, [each[name] for each in parts])
+        for name, value in parts[0].items()
+        if value is not None
+    }
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, str]:
@@ -63,6 +90,7 @@ def labelled(arguments: Sequence[str]) -> dict[str, str]:
 
 COMMAND = Command(
     "[LABEL=]CHECKPOINT … [--output=FILE.png|.json]\n"
+    "       finermoe similarity WORKDIR --over_steps [--output=FILE.png|.json]\n"
     "CHECKPOINT is a checkpoint, workdir, HF directory or Hub id. LABEL names it in the output.",
     define,
     main,

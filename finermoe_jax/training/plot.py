@@ -149,18 +149,19 @@ def _running_mean(values: list[float], span: int) -> np.ndarray:
 
 @style.applied()
 def draw_similarity(
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, over: str = "layer"
 ) -> None:
-    """Draws the experts' similarity over layers (similarity.py), one curve per model."""
+    """Draws the experts' similarity over layers or steps, with a curve per model or per part."""
     picture = style.figure(7.5, max(4.0, 0.55 * len(curves)))
     axes = picture.subplots()
     kinds = itertools.cycle(itertools.product(("-", "--", ":"), style.LINES))
     ends = {}
-    for (name, (layers, values)), (form, colour) in zip(curves.items(), kinds, strict=False):
-        [line] = axes.plot(layers, values, "o", linestyle=form, color=colour)
-        ends[line] = f"{style.short(name)}\nmean {np.mean(values):.3f}"
-    axes.set_xlabel("layer")
-    axes.set_title("mean cosine similarity of the layer's experts")
+    for (name, (places, values)), (form, colour) in zip(curves.items(), kinds, strict=False):
+        [line] = axes.plot(places, values, "o", linestyle=form, color=colour)
+        figure = f"mean {np.mean(values):.3f}" if over == "layer" else f"{values[-1]:.3f}"
+        ends[line] = f"{style.short(name)}\n{figure}"
+    axes.set_xlabel(over)
+    axes.set_title("mean cosine similarity of a layer's experts")
     axes.xaxis.get_major_locator().set_params(integer=True)
     lowest = min(min(values) for _, values in curves.values())
     axes.set_ylim(min(0.0, 1.1 * lowest), 1.05)

@@ -59,24 +59,24 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
-    """Returns a local directory as it is; downloads a Hub id (or finds it in the cache).
+    """A local directory, or a hub id downloaded (or found in the cache) by huggingface_hub.
 
-    HF_HUB_OFFLINE and HF_HOME work as usual. Raises InputError if there is neither.
+    HF_HUB_OFFLINE and HF_HOME work as everywhere. Raises InputError when neither exists.
     """
     source = local(source)
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{source} is a file; pass the directory that contains config.json")
+        raise InputError(f"{source} is a file; give the directory that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source} is neither a directory nor a Hub id (owner/name)")
+        raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES, TEMPLATE_FILES]
         directory = Path(snapshot_download(source, allow_patterns=wanted))
-        # Repositories may contain other formats of the same weights.
+        # Repositories may hold their weights in other forms beside these.
         wanted = indexed_files(directory) or [SINGLE_FILE]
         # A snapshot's directory is named after its revision.
         return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
@@ -84,7 +84,7 @@ def resolve_source(source: str | os.PathLike) -> Path:
         raise
     except Exception as error:  # the hub client raises many unrelated types
         raise InputError(
-            f"{source} is not a directory here, and the Hub download failed: {first_line(error)}"
+            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
         ) from None
 
 

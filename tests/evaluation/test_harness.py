@@ -371,7 +371,7 @@ def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
 
 def test_a_checkpoint_that_is_not_there_is_said_first(tmp_path):
     """Before the harness is loaded, which would refuse this task."""
-    with pytest.raises(InputError, match="is neither a directory nor a Hub id"):
+    with pytest.raises(InputError, match="is neither a directory nor a hub id"):
         evaluate(str(tmp_path / "nowhere"), tasks=Tasks(["arc_easi"], tmp_path))
 
 
