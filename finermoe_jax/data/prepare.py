@@ -40,7 +40,7 @@ from finermoe_jax.data.token_files import (
     shard_files,
     tokenizer_hash,
 )
-from finermoe_jax.data.tokenizers import ANY_VOCABULARY, load_tokenizer, vocabulary
+from finermoe_jax.data.tokenizers import ANY_VOCABULARY, open_tokenizer, vocabulary
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory, sync
@@ -84,7 +84,7 @@ def prepare(
             raise InputError(f"--{name}={value} must be at least 1")
     target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
     sources = [local(source) for source in sources]
-    tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
+    tokenizer = open_tokenizer(tokenizer_files, ANY_VOCABULARY)
     found = expand(sources, split, text_field)
     vocab_size = vocabulary(tokenizer)
     settings = Settings(
@@ -309,7 +309,7 @@ def _begin_worker(files: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(Path(files), ANY_VOCABULARY)
+    _worker_tokenizer = open_tokenizer(Path(files), ANY_VOCABULARY)
 
 
 def _end_with_parent() -> None:

@@ -15,10 +15,10 @@ from flax import nnx
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
-from finermoe_jax.data.tokenizers import check_kept, load_tokenizer
+from finermoe_jax.data.tokenizers import check_kept, open_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
-from finermoe_jax.generation.text import complete
+from finermoe_jax.generation.text import stream_text
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
@@ -182,7 +182,7 @@ def _checked(
             f"{model.context_length} tokens; lower it"
         )
     place, first = initial.tokenizer_files, jax.process_index() == 0
-    tokenizer = load_tokenizer(place, model.vocab_size)
+    tokenizer = open_tokenizer(place, model.vocab_size)
     if newest is None:
         check_kept(place)
     found = data.open_data(config.data, tokenizer, place, model.vocab_size, show_progress=first)
@@ -195,7 +195,9 @@ def _checked(
             )
         claim_data(workdir, found.identity, allow_changes)
     for prompt in config.prompts:
-        complete(initial.model, tokenizer, prompt, config.prompt_tokens)  # only checks the prompt
+        stream_text(
+            initial.model, tokenizer, prompt, config.prompt_tokens
+        )  # only checks the prompt
     return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
 
 
@@ -279,7 +281,7 @@ def _evaluate(
         monitor.evaluation(name, step, loss)
         setup.say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
     for prompt in config.prompts:
-        words = "".join(complete(model, setup.tokenizer, prompt, config.prompt_tokens))
+        words = "".join(stream_text(model, setup.tokenizer, prompt, config.prompt_tokens))
         sample = {"name": name, "step": step, "prompt": prompt, "text": words}
         monitor.log.append("samples.jsonl", sample)
         setup.say(f"  {prompt!r} → {words!r}")
