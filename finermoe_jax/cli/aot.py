@@ -22,11 +22,11 @@ def define(flags: Flags) -> None:
         required=True,
     )
     flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
-    flags.add_integer("num_slices", 1, "TPU slices of that shape, with data parallelism over them")
+    flags.add_integer("num_slices", 1, "number of TPU slices; only mesh.data spans them")
     flags.add_boolean(
         "suggest",
-        "if it does not fit, compile config changes that may help until one fits; without this "
-        "flag only their state and gradients are counted",
+        "if it does not fit, compile the proposed config changes until one fits (otherwise they "
+        "are only estimated, not compiled)",
     )
     flags.add_path("output", "also write all figures to this JSON file")
     flags.add_path("hlo", "also write the compiled program's HLO text to this file")

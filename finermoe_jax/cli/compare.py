@@ -25,4 +25,4 @@ def main(flags: Flags) -> None:
         write(Path(flags.output), to_json(summary(groups), indent=1) + "\n")
 
 
-COMMAND = Command("RUN RUN … [--output=FILE.json]", define, main, rest=True)
+COMMAND = Command("RUN RUN … [--output=FILE.json]\nRUN is a workdir.", define, main, rest=True)

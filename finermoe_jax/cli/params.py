@@ -15,7 +15,9 @@ def define(flags: Flags) -> None:
     flags.add_boolean("shardings", "show how config.mesh shards every parameter")
     flags.add_boolean("paper", "compare with the counts in the paper's Tables 1, 2, 4 and 8")
     flags.add_integer(
-        "devices", 0, "with --shardings: number of devices (default: the mesh sizes, -1 as 1)"
+        "devices",
+        0,
+        "with --shardings: number of devices (default: product of the mesh sizes, -1 as 1)",
     )
 
 

@@ -29,8 +29,9 @@ def main(flags: Flags) -> None:
 
 
 COMMAND = Command(
-    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one: loss.png, beside a "
-    "second run's\nlosses, load.png, and comparison.png of several runs.",
+    "RUN [RUN …]\nRUN is a workdir. The PNG files are written to the first one: loss.png (with the "
+    "losses of both,\nfor two runs), load.png (if its model has experts), and comparison.png (for "
+    "two runs or more).",
     define,
     main,
     rest=True,

@@ -28,7 +28,7 @@ def define(flags: Flags) -> None:
     """Defines the flags."""
     text = "also write this .png or .json file; may be repeated"
     flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
-    flags.add_boolean("over_steps", "of one run: every checkpoint in its workdir")
+    flags.add_boolean("over_steps", "compare every checkpoint in the workdir of one run")
 
 
 def main(flags: Flags) -> None:
@@ -92,8 +92,7 @@ def labelled(arguments: Sequence[str]) -> dict[str, str]:
 
 
 COMMAND = Command(
-    "[LABEL=]CHECKPOINT … [--output=FILE.png|.json]\n"
-    "       finermoe similarity WORKDIR --over_steps [--output=FILE.png|.json]\n"
+    "[LABEL=]CHECKPOINT … [--over_steps] [--output=FILE.png|.json]\n"
     "CHECKPOINT is a checkpoint, workdir, HF directory or Hub id. LABEL names it in the output.",
     define,
     main,

@@ -18,9 +18,11 @@ from finermoe_jax.training.compare import compare, draw, table
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_configs()
-    flags.add_path("workdir", "folder of the sweep; it is resumed from there", required=True)
-    flags.add_integer("seeds", 3, "runs of each config: seeds 0 … N-1 of the model and the data")
-    flags.add_boolean("list", "print which runs are done and what remains, and exit")
+    flags.add_path("workdir", "new directory; rerun the same command to resume", required=True)
+    flags.add_integer(
+        "seeds", 3, "runs per config; run n, from 0, sets train.seed and data.seed to n"
+    )
+    flags.add_boolean("list", "print which runs are done and which remain, and exit")
 
 
 def main(flags: Flags) -> None:

@@ -10,20 +10,22 @@ from finermoe_jax.errors import InputError
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config(default="demo")
-    flags.add_path("workdir", "new directory, or that of a run to resume (default: under runs/)")
+    flags.add_path("workdir", "new directory, or a run to resume (default: a new one in runs/)")
     flags.add_names(
         "allow_changes",
         "config fields or groups that may differ from the resumed run's config, such as "
         "train.steps,optimizer.learning_rate",
     )
     flags.add_number(
-        "heartbeat_seconds", 60.0, "seconds without a process's heartbeat that end the run"
+        "heartbeat_seconds", 60.0, "end the run if a process sends no heartbeat for this long"
     )
-    flags.add_number("start_timeout", 300.0, "seconds to wait until all processes have started")
+    flags.add_number("start_timeout", 300.0, "seconds to wait for all processes to start")
     flags.add_boolean("tensorboard", "also write TensorBoard event files to the workdir")
     flags.add_text("wandb", "", "also log to this Weights & Biases project")
     flags.add_text(
-        "profile_steps", "", "A:B traces steps A to B to WORKDIR/profile, for xprof and Perfetto"
+        "profile_steps",
+        "",
+        "A:B writes a trace of steps A to B to WORKDIR/profile (xprof, Perfetto)",
     )
     flags.add_number(
         "peak_tflops",

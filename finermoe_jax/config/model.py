@@ -89,9 +89,9 @@ def _is_of(value: Any, kind: Any) -> bool:
 class MoEConfig:
     """One FineRMoE layer. The defaults are the published models' settings.
 
-    The first five fields are the paper's granularities and expansions; the rest names each point
-    where the published HF model, the published training code, the paper and its ablations differ.
-    The default of each is the published HF model's behaviour.
+    The first five fields are the paper's granularities and expansions. Each other field sets a
+    point in which the published HF model, the published training code, the paper and its ablations
+    differ. The defaults are those of the published HF model.
 
     Raises:
       InputError: a field of the wrong type or out of range, or fields that contradict each other.
@@ -128,7 +128,7 @@ class MoEConfig:
     separate_routers: bool = False
     # Dtype of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # One layer in so many is an MoE layer (HF key of the same name).
+    # Every n-th layer is an MoE layer; n is this value (HF key of the same name).
     decoder_sparse_step: int = 1
     # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()

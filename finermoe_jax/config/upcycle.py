@@ -10,8 +10,9 @@ from finermoe_jax.errors import InputError
 class UpcycleConfig:
     """Initialisation of the experts from a dense FFN.
 
-    The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
-    finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
+    The defaults are the published start: experts are copied slices, and new weights are drawn from
+    normal(0, 0.02). docs/architectures.md has the formulas, finermoe_jax/weights/upcycle.py the
+    code.
 
     Raises:
       InputError: a number outside its range, or fields that contradict each other.

@@ -27,7 +27,7 @@ from finermoe_jax.moe.routing import Routing
 
 
 class Features(NamedTuple):
-    """The decoder's result before the vocabulary.
+    """The decoder's result before lm_head.
 
     routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11 without its
     weight. expert_tokens counts the real tokens that selected each expert.
@@ -43,8 +43,8 @@ class Features(NamedTuple):
 class Output(NamedTuple):
     """The result of `model(input_ids)`; see `Features`.
 
-    `aux_loss` has one value per MoE layer, without its weight. A training loop of one's own adds
-    its sum to the cross-entropy.
+    `aux_loss` has one value per MoE layer, without its weight. In your own training loop, add its
+    sum to the cross-entropy, times a weight.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,9 +82,11 @@ _HEAD_AXES = ("scored_vocab", "width")
 class Decoder(nnx.Module):
     """A Qwen2, Qwen3 or Llama decoder with dense or FineRMoE layers.
 
-    `load_hf`, `load_checkpoint` and `upcycle` return one. `runs[r][p]` holds the blocks at position
-    p of run r's repeating pattern, stacked over the repeats and scanned: compile time does not grow
-    with depth (`ModelConfig.layer_runs`). `lm_head` is None if it is tied to the embedding.
+    `load_hf`, `load_checkpoint` and `upcycle` return one. Layers are stacked and scanned, so that
+    compile time does not grow with depth. A run is a series of layers in which a pattern repeats,
+    such as (dense, MoE); `ModelConfig.layer_runs` lists the runs. `runs[r][p]` has the layers at
+    position p of run r's pattern, stacked over the repeats. `lm_head` is None if it is tied to the
+    embedding.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,7 +143,7 @@ class Decoder(nnx.Module):
         Returns:
           An `Output`: logits, float32 [B, T, V]; aux_loss, float32 [number of MoE layers], Eq. 11
           without its weight and without padding; routing, a tuple with one `Routing` per MoE layer
-          (logits [B, T, E], experts int32 [B, T, A] and weights [B, T, A], by falling logit).
+          (logits [B, T, E], experts int32 [B, T, A] and weights [B, T, A], by decreasing logit).
 
         Raises:
           InputError: ids that are not integers or not in the vocabulary, or shapes that differ.
@@ -169,7 +171,7 @@ class Decoder(nnx.Module):
         unroll: int = 1,
         frozen_experts: bool = False,
     ) -> Features:
-        """Returns the final hidden states, [B, T, D] in `dtype`, and the routers' records.
+        """Returns the final hidden states, [B, T, D] in `dtype`, and the routing of each MoE layer.
 
         The first four arguments are those of `__call__`.
 

@@ -98,7 +98,7 @@ class FineRMoE(nnx.Module):
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose others, if each slot gets T_I experts of its own.
+        A subclass may choose in another way. Each slot must get T_I of its own experts.
 
         Args:
           x: [B, T, D].

@@ -78,12 +78,12 @@ def train(
     Args:
       config: the run's config.
       workdir: a new directory, or that of a run to resume.
-      say: prints a message.
-      telemetry: optional output.
+      say: called with each message.
+      telemetry: TensorBoard, Weights & Biases and profiles; by default none.
       allow_changes: config fields (dotted) or groups that may differ from the resumed run's.
 
     Raises:
-      InputError: invalid input; before the first step, on all processes.
+      InputError: invalid input. Raised before the first step, on all processes.
       RunEnded: the run ends early because of a signal, a full disk or non-finite steps.
     """
     started = time.perf_counter()

@@ -175,7 +175,7 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
       path: a checkpoint, a workdir (its newest step), a Hugging Face directory or a Hub id.
 
     Returns:
-      A tokenizer of transformers, all of whose ids the model's embedding has.
+      A transformers tokenizer. The model's embedding has all of its ids.
 
     Raises:
       InputError: no model or no tokenizer at `path`, or a tokenizer with more ids than the model's

@@ -245,7 +245,7 @@ def upcycle_model(
       dense: a model without experts; it is not changed.
       moe: the layer's granularities and expansions.
       key: a key of `jax.random`, for the router and the other new weights.
-      start: choices that the architecture leaves open.
+      start: the initialisation of the experts; by default the published one.
 
     Returns:
       A new model with the dtypes of the dense one. Its lm_head is not tied to the embedding.
@@ -284,7 +284,7 @@ def upcycle(
     key: Array | None = None,
     start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
-    """Calls `upcycle_model` with the paper's five numbers; the defaults are the published ones.
+    """Upcycles a dense decoder, given the paper's five numbers; the defaults are the published ones.
 
     Args:
       dense_model: a model without experts; it is not changed.
@@ -295,7 +295,7 @@ def upcycle(
       active_per_group: T_I, active experts in the chosen group.
       shared_expert: keeps the whole dense FFN as a shared expert.
       key: a key of `jax.random`; None: `jax.random.key(0)`.
-      start: choices that the architecture leaves open.
+      start: the initialisation of the experts; by default the published one.
 
     Returns:
       A new model with the dtypes of the dense one.

@@ -88,22 +88,25 @@ def expert_ffn_of_run(
     interpret: Any = False,
     adds: bool = False,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """`expert_ffn` with the experts of one layer of a run, read and differentiated in place.
+    """Computes `expert_ffn` for one layer of a stack of layers (a run), without copies.
 
-    A loop over layers carries `gradients` from call to call. Their values are not read; only their
-    cotangents matter. Each layer receives from the layer above a cotangent of the run's shape,
-    writes its own gradients into it, and passes it to the layer below. After the loop's backward
-    pass this is the gradient of the whole run, each entry written once. `unread` starts that pass.
-    The weights themselves must be constants (stop_gradient).
+    Weights are read inside the stack, and their gradients are written into a stack. For this, a
+    loop over layers passes `gradients` from call to call. Only the cotangents of `gradients` are
+    used, never their values. In the backward pass, each call receives a cotangent of the stack's
+    shape, writes its layer's gradients into it, and passes it on to the layer below. At the end the
+    cotangent is the gradient of the whole stack. `unread` must follow the last call. The weights
+    must be constants (stop_gradient).
 
     Args and errors are those of expert_ffn, except:
       gate_up: [L, E, 2F, D], of L layers.
       down: [L, E, F, W].
       layer: int32, 0 ... L - 1.
-      gradients: arrays of the weights' shapes, in the dtypes of their gradients; empty: none.
+      gradients: arrays of the weights' shapes, in the dtypes of their gradients; empty: the weights
+        get no gradient.
       adds: adds this layer's gradients to the stored values instead of overwriting them.
 
-    Returns [M, W] as expert_ffn, and `gradients`, to pass to the next call.
+    Returns:
+      [M, W] as expert_ffn, and `gradients`, to pass to the next call.
     """
     one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
     _check(rows, one[0], one[1], group_sizes, row_weights)
@@ -115,11 +118,11 @@ def expert_ffn_of_run(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unread(empty: Callable[[], tuple[Array, ...]], x: Any, gradients: tuple[Array, ...]) -> Any:
-    """Returns x. `gradients` of the last call end here; their cotangents start as `empty()`.
+    """Returns x, and ends a chain of `expert_ffn_of_run` calls: no later code reads `gradients`.
 
-    These may hold any values, since zeros would cost a write of all experts. Valid only if the
-    backward pass then writes every expert of every layer, as calls without `adds` do. x must depend
-    on all of the calls.
+    In the backward pass, the cotangents of `gradients` start as `empty()`, with arbitrary values,
+    because writing zeros would cost a write of all experts. The calls must therefore overwrite
+    every expert of every layer, as they do without `adds`. x must depend on all of the calls.
     """
     return x
 
