@@ -45,6 +45,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     that is not 0; otherwise returns.
     """
     escape_unencodable()
+    # XLA's alarm at slow compilation asks users to report a bug. What fails raises an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with report_errors(), redeliver_interrupts():  # around the imports, which take seconds
         from finermoe_jax.cli.flags import Flags
 
