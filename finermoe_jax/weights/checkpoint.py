@@ -94,7 +94,7 @@ def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
     }
 
 
-def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.CheckpointHandlerRegistry:
+def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     """Returns the Orbax handlers that save a checkpoint's items; `arrays` writes the arrays."""
     found = ocp.handlers.DefaultCheckpointHandlerRegistry()
     found.add(CONFIG, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
