@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Your own layer
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github)
-#
 # Another routing rule is a subclass of a few lines. Here are two, upcycled from the same dense
 # model as FineRMoE itself, trained on the same tokens, their losses side by side. Change them, or
 # write a third.
@@ -24,10 +22,9 @@
 
 # %%
 # @title Install, once
-# @markdown `SOURCE` is where this repository lies: its address with `git+` before it, or
-# @markdown `file:///content/drive/MyDrive/…` (mount Drive first: the folder icon at the left).
-# @markdown All versions are pinned in its pyproject.toml.
-# @markdown Colab's own JAX is older, so the runtime restarts: run this cell again, and go on.
+# @markdown Leave `SOURCE` empty to install from PyPI. Or give a repository (`git+https://…`) or a
+# @markdown copy on Drive (`file:///content/drive/MyDrive/…`; mount Drive first).
+# @markdown Colab's JAX is older than this needs, so the runtime restarts. Then run this cell again.
 import importlib.util
 import subprocess
 import sys
@@ -35,11 +32,9 @@ import sys
 SOURCE = ""  # @param {type:"string"}
 DEVICE = "cpu"  # @param ["cpu", "tpu", "cuda"]
 if importlib.util.find_spec("finermoe_jax") is None:
-    if not SOURCE:
-        raise SystemExit("fill in SOURCE, and run this cell again")
     package = "finermoe-jax" if DEVICE == "cpu" else f"finermoe-jax[{DEVICE}]"
-    pip = [sys.executable, "-m", "pip", "install", "-q", f"{package} @ {SOURCE}"]
-    subprocess.run(pip, check=True)
+    wanted = f"{package} @ {SOURCE}" if SOURCE else package
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
     print("Installed. The runtime restarts; run this cell again.")
     from IPython import get_ipython
 

@@ -18,16 +18,19 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from set_repository import stored_address, with_address, with_badge
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def notebook(source: Path) -> nbformat.NotebookNode:
-    """A source as a notebook without outputs; the same for the same source."""
-    made = jupytext.read(source)
+    """Returns a source as a notebook without outputs; the same for the same source."""
+    made, address = jupytext.read(source), stored_address()
     made.metadata.pop("jupytext", None)
     for number, cell in enumerate(made.cells):
         cell.id = f"{source.stem}-{number}"  # Jupytext's are random
+        cell.source = with_address(cell.source, address)
+    made.cells[0].source = with_badge(made.cells[0].source, f"{source.stem}.ipynb", address)
     return made
 
 
@@ -43,14 +46,14 @@ def execute(source: Path, work: Path, output: Path | None) -> None:
     print(f"{source.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", help="of notebooks, without an ending; default: all")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     # In this order: look_inside takes the checkpoint that upcycle_and_train leaves.
     known = [FOLDER / f"{n}.py" for n in ("upcycle_and_train", "look_inside", "your_own_layer")]
     if unknown := {*options.names} - {source.stem for source in known}:
