@@ -1,7 +1,6 @@
 """The exceptions whose messages users read, and the parts that such messages have in common."""
 
 import difflib
-import importlib
 import io
 import sys
 from collections.abc import Iterable
@@ -33,16 +32,6 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def import_of_data(package: str, who: str) -> Any:
-    """Imports a package of the extra `data`. Raises InputError where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(
-            f"{who} needs the package {package}: pip install 'finermoe-jax[data]'"
-        ) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from finermoe_jax.errors import InputError, RunEnded, near_misses, print_anything
+from finermoe_jax.runtime.install import check_versions
 from finermoe_jax.runtime.preemption import interrupts_arrive
 
 COMMANDS = {
@@ -44,6 +45,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """
     print_anything()
     with errors_told(), interrupts_arrive():  # the imports of a command take seconds
+        check_versions()
         from finermoe_jax.cli.flags import Flags
 
         command = importlib.import_module(f"finermoe_jax.cli.{name}").COMMAND

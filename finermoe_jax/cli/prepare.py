@@ -7,7 +7,6 @@ from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.data import text
 from finermoe_jax.data.prepare import prepare, summary
 from finermoe_jax.data.token_files import verify
-from finermoe_jax.runtime.files import find
 
 
 def define(flags: Flags) -> None:
@@ -24,7 +23,7 @@ def define(flags: Flags) -> None:
         "the directory to write; begun with the same arguments, it is completed",
         required=True,
     )
-    flags.add_path("tokenizer", "a directory with a tokenizer", required=True)
+    flags.add_path("tokenizer", "a directory with a tokenizer, or a hub id", required=True)
     flags.add_integer("processes", os.cpu_count() or 1, "that tokenise (default: one per core)")
     flags.add_text("text_field", "text", "the field or column that holds the text")
     flags.add_text("split", "train", "of Hugging Face datasets")
@@ -42,7 +41,7 @@ def main(flags: Flags) -> None:
     prepare(
         [each.strip() for each in sources.split(",") if each.strip()],
         Path(target),
-        find(tokenizer),
+        tokenizer,
         flags.processes,
         flags.text_field,
         flags.split,
@@ -50,4 +49,6 @@ def main(flags: Flags) -> None:
     )
 
 
-COMMAND = Command("--source=FILE|GLOB|DIR|owner/dataset --target=DIR --tokenizer=DIR", define, main)
+COMMAND = Command(
+    "--source=FILE|GLOB|DIR|owner/dataset --target=DIR --tokenizer=DIR|owner/model", define, main
+)

@@ -21,7 +21,7 @@ class DataConfig:
     # "stream": windows of the token stream, across documents. "documents": whole documents in a
     # row, each on its own in attention, positions and loss.
     packing: Literal["stream", "documents"] = "stream"
-    # A directory with tokenizer files; empty: the tokenizer of init_from.
+    # A directory with a tokenizer, or a hub id; empty: the tokenizer of init_from.
     tokenizer: str = ""
     sequence_length: int = 8192
     # Sequences per optimizer step, over all devices.
