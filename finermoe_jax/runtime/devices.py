@@ -7,9 +7,8 @@ finds none.
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
-# PCI: Google's vendor number, and the classes of its disks and network cards.
+# Of PCI: Google's vendor number, and the classes of its disks and network cards.
 _GOOGLE, _OTHER_CLASSES = "0x1ae0", ("0x01", "0x02")
 _GPU_FILES = ("nvidia0", "nvidiactl", "dxg", "kfd")
 
@@ -33,19 +32,32 @@ def skip_absent_tpu() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def has_accelerator(root: Path = Path("/")) -> bool:
+def has_accelerator(root: str | os.PathLike = "/") -> bool:
     """True if the machine may have a TPU or a GPU: its device files, and its PCI devices."""
-    devices = root / "dev"
-    if any((devices / name).exists() for name in _GPU_FILES):
+    files = _names(root, "dev")
+    if any(name in _GPU_FILES for name in files):
         return True
-    if any(devices.glob("accel*")) or any((devices / "vfio").glob("[0-9]*")):
+    if any(name.startswith("accel") and name[5:].isdigit() for name in files):
         return True
-    return any(map(_may_be_tpu, (root / "sys/bus/pci/devices").glob("*")))
+    if any(name.isdigit() for name in _names(root, "dev/vfio")):
+        return True
+    pci = "sys/bus/pci/devices"
+    return any(_may_be_tpu(os.path.join(root, pci, name)) for name in _names(root, pci))
 
 
-def _may_be_tpu(device: Path) -> bool:
+def _names(root: str | os.PathLike, folder: str) -> list[str]:
     try:
-        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        return os.listdir(os.path.join(root, folder))
+    except OSError:
+        return []
+
+
+def _may_be_tpu(device: str) -> bool:
+    try:
+        with (
+            open(os.path.join(device, "vendor")) as vendor,
+            open(os.path.join(device, "class")) as kind,
+        ):
+            return vendor.read().strip() == _GOOGLE and not kind.read().startswith(_OTHER_CLASSES)
     except OSError:
         return False
-    return vendor == _GOOGLE and not kind.startswith(_OTHER_CLASSES)
