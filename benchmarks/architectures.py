@@ -1,11 +1,10 @@
-"""Every architecture of the paper on real weights: upcycles SmolLM2-135M and trains five steps.
+"""Upcycles SmolLM2-135M to every architecture of the paper and trains each for five steps.
 
     python benchmarks/architectures.py models/smollm2_135m OUT [--memory_gib=20] [--only="ct;du"]
 
-Each is one run of train.py, as a user would start it, with Adafactor, on 2 x 128 tokens a step.
-Where the whole model would not fit --memory_gib, its first four layers are taken. Prints a table;
-OUT keeps what each run wrote but its checkpoints. configs/smollm2_135m.py says where the weights
-come from.
+Each architecture is one run of train.py with Adafactor on 2 x 128 tokens per step. If the whole
+model does not fit in --memory_gib, the run uses its first four layers. Prints a table. OUT keeps
+the files of each run except its checkpoints. configs/smollm2_135m.py says how to get the weights.
 """
 
 import argparse
@@ -32,19 +31,19 @@ from finermoe_jax.weights.hf_weights import read_config
 from finermoe_jax.weights.upcycle import upcycled_config
 
 FEW_LAYERS = 4
-# Bytes per parameter at the peak: float32 weights, their gradients, the new weights beside the
-# old, the layers' stacks in the loop over them, and a checkpoint on its way.
+# Bytes per parameter at the peak: float32 weights, gradients, updated weights, the stacks of the
+# loop over layers, and a checkpoint being written.
 PEAK_BYTES = 25
-# What is freed goes back to the system (host_memory.py keeps it for the next step): half the speed,
-# and two thirds of the memory or less.
+# Returns freed memory to the system, which host_memory.py would keep for the next step: half the
+# speed, and at most two thirds of the memory.
 GIVEN_BACK = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}
-# pt is ct before its first step; of each setting of the tables that is none of the names, one.
+# Without pt, which is ct before its first step. Settings: the numeric names, each once.
 NAMES = [name for name in ARCHITECTURES if name != "pt"] + ["function_preserving"]
 SETTINGS = list(dict.fromkeys(row.variant for row in ROWS if row.variant[0].isdigit()))
 
 
 def first_layers(source: Path, target: Path) -> None:
-    """Copies a HF directory of one safetensors file, with its first layers alone."""
+    """Copies the first layers of a HF directory with a single safetensors file."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((source / "config.json").read_text())
     config["num_hidden_layers"] = FEW_LAYERS
@@ -59,13 +58,13 @@ def first_layers(source: Path, target: Path) -> None:
 
 
 def target_model(dense: ModelConfig, name: str) -> ModelConfig:
-    """The model that a run of this name trains."""
+    """The model config that a run of this name trains."""
     moe = architecture("inter_out_fg" if name == "function_preserving" else name).moe
     return dense if moe is None else upcycled_config(dense, moe)
 
 
 def run(name: str, source: Path, dense: ModelConfig, workdir: Path) -> str:
-    """Trains one; returns its line of the table."""
+    """Trains one architecture and returns its row of the table."""
     begin = time.perf_counter()
     process = subprocess.Popen(
         [
@@ -100,12 +99,19 @@ def run(name: str, source: Path, dense: ModelConfig, workdir: Path) -> str:
 
 
 def main() -> int:
-    """Runs all, one after the other."""
+    """Runs all architectures, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--memory_gib", type=float, default=20)
-    parser.add_argument("--only", default="")
+    parser.add_argument("source", type=Path, help="HF directory of SmolLM2-135M")
+    parser.add_argument("out", type=Path, help="directory for the runs")
+    parser.add_argument(
+        "--memory_gib",
+        type=float,
+        default=20,
+        help="GiB of memory for one run; larger models use their first four layers",
+    )
+    parser.add_argument(
+        "--only", default="", help="architectures to run, separated by ; (default: all)"
+    )
     given = parser.parse_args()
     names = given.only.split(";") if given.only else NAMES + SETTINGS
     whole = read_config(given.source)

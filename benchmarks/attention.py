@@ -1,15 +1,14 @@
-"""Compile attention over long sequences for chips that are not here, and tabulate its memory.
+"""Compiles attention over long sequences for TPUs and GPUs and tabulates its temporaries.
 
     python benchmarks/attention.py [--targets=v5e,v5p,v6e,h100] [--tokens=8192]
 
-takes about a minute a target. TPUs need the extra `compile-tpu`; h100 needs `compile-cuda` and,
-since JAX asks the library for its version, cuDNN (the packages nvidia-cudnn-cu13 and nvidia-cublas,
-on the loader's path). Nothing here was run: the figures are the compiler's, for one sequence with
-and without segment ids, forward alone and with gradients. On a GPU they leave out cuDNN's own
-workspace, which is reserved only where a GPU is. It fails where temporaries reach a quarter of all
-scores.
+The figures are compiler estimates; nothing runs on a TPU or GPU. Each covers one sequence, with
+and without segment ids, forward alone and with gradients. On a GPU they omit cuDNN's own
+workspace. The script fails if temporaries exceed a quarter of the full score matrices.
 
-Each target is a process of its own.
+Takes about a minute per target; each is compiled in its own process. TPUs need the extra
+`compile-tpu`. h100 needs `compile-cuda` and cuDNN (the packages nvidia-cudnn-cu13 and
+nvidia-cublas) on the loader's path, because JAX asks cuDNN for its version.
 """
 
 import argparse
@@ -33,10 +32,10 @@ CASES = [
 
 
 def main() -> None:
-    """Prints the table; exits with 1 if a target does not compile or holds too much."""
+    """Prints the table. Exits with 1 if a target does not compile or needs too much memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", default="v5e,v5p,v6e,h100")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--targets", default="v5e,v5p,v6e,h100", help="chips, separated by commas")
+    parser.add_argument("--tokens", type=int, default=8192, help="length of the sequence")
     parser.add_argument("--job", type=json.loads, help="internal")
     options = parser.parse_args()
     if options.job:
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of temporaries, forward and with gradients, of every case."""
+    """Bytes of temporaries of every case, forward and with gradients."""
     import jax
     import jax.numpy as jnp
 
@@ -98,7 +97,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def gpu(name: str) -> Any:
-    """As tpu_compiler.chip, for a description in finermoe_jax/targets."""
+    """tpu_compiler.chip for a GPU described in finermoe_jax/analysis/targets."""
     from finermoe_jax.analysis.topology import target_description
 
     description = target_description(name)

@@ -1,19 +1,21 @@
-"""Conversion of models larger than memory: anonymous memory, and speed against the disk's own.
+"""Measures the memory and speed of converting models larger than memory.
 
     python benchmarks/convert.py --shape=7B --layers=4,8 --work=/tmp/convert
     python benchmarks/convert.py --shape=1.5B --work=/tmp/convert
     python benchmarks/convert.py --shape=7B --layers=4 --config=configs/qwen7b.py:du --work=…
 
-Makes a dense source of true shapes with random bfloat16 weights, then runs convert_hf.py: to
-Orbax (upcycled with the published settings, or --config's), --verify, back to Hugging Face, and
-from there to Orbax again. Before and after
-each, as many bytes as it writes (at most 8 GiB) are written to the same disk by a plain loop with
-an fsync at its end: the conversion's speed is given as a share of their mean. The same loop past
-the page cache (O_DIRECT) is given beside it: in a virtual machine whose host takes back free
-memory, the plain loop is slowed down by getting pages from it, and says little of the disk.
-Sources are read from the disk, too: what is in the page cache of them is dropped before.
-Anonymous memory is RssAnon of /proc, sampled every 20 ms; what is mapped from files does not count,
-as the system can drop it at any time.
+Creates a dense source of the true shapes with random bfloat16 weights. Then it runs convert_hf.py:
+to Orbax, upcycled with the published settings or --config's; --verify; to Hugging Face; --verify;
+and back to Orbax. Each source is dropped from the page cache before it is read.
+
+Memory is the peak of RssAnon in /proc, sampled every 20 ms. It omits pages mapped from files,
+which the system can drop at any time.
+
+Speed is compared with the disk's. Before and after each conversion, a plain loop writes as many
+bytes (at most 8 GiB) to the same disk and calls fsync. The percentage is the conversion's speed
+divided by the mean of the two loops. "direct" is the same loop with O_DIRECT. In a virtual machine
+whose host reclaims free memory, the plain loop waits for pages and measures less than the disk's
+speed.
 """
 
 import argparse
@@ -45,7 +47,7 @@ _RAW_BYTES = 8 << 30
 
 
 def make_source(config: ModelConfig, directory: Path) -> None:
-    """A dense HF directory with random weights, no two rows alike, written in pieces."""
+    """Writes a dense HF directory of random weights in pieces; no two rows are equal."""
     import json
 
     directory.mkdir(parents=True)
@@ -75,7 +77,7 @@ def make_source(config: ModelConfig, directory: Path) -> None:
 
 
 def raw_speed(directory: Path, size: int, direct: bool = False) -> float:
-    """Bytes per second of a loop of writes, its fsync included; direct: past the page cache."""
+    """Bytes per second of a write loop with its fsync; direct: bypasses the page cache."""
     path, block = directory / "raw", mmap.mmap(-1, 16 << 20)  # aligned, as direct writes have to be
     block.write(np.random.default_rng(0).bytes(len(block)))
     count = max(1, min(size, _RAW_BYTES) // len(block))
@@ -92,14 +94,14 @@ def raw_speed(directory: Path, size: int, direct: bool = False) -> float:
 
 @dataclasses.dataclass
 class Run:
-    """One command: wall seconds and its highest anonymous memory in bytes."""
+    """Wall time of a command in seconds and its peak anonymous memory in bytes."""
 
     seconds: float
     memory: int
 
 
 def command(*arguments: str) -> Run:
-    """convert_hf.py with these arguments."""
+    """Runs convert_hf.py with these arguments."""
     start, memory = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, str(ROOT / "convert_hf.py"), *arguments], cwd=ROOT)
     status = Path(f"/proc/{process.pid}/status")
@@ -114,14 +116,14 @@ def command(*arguments: str) -> Run:
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files."""
+    """Total bytes of all files in a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def measure(name: str, work: Path, written: Path | None, expected: int, *arguments: str) -> None:
-    """Runs one command between two raw writes and prints its line.
+    """Runs one command between two raw writes and prints its row.
 
-    What it reads comes from the disk: nothing of `work` is left in the page cache.
+    All files in `work` are dropped from the page cache first, so the command reads from the disk.
     """
     before = raw_speed(work, expected) if written else 0.0
     for path in work.rglob("*"):
@@ -142,12 +144,18 @@ def measure(name: str, work: Path, written: Path | None, expected: int, *argumen
 
 
 def main() -> None:
-    """The command."""
+    """Runs the conversions of every number of layers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="7B", choices=sorted(QWEN2P5))
-    parser.add_argument("--layers", default="", help="a,b: only so many layers (default: all)")
-    parser.add_argument("--config", default="", help="of the conversion, as convert_hf.py takes it")
-    parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to try")
+    parser.add_argument(
+        "--shape", default="7B", choices=sorted(QWEN2P5), help="size of the Qwen2.5 model"
+    )
+    parser.add_argument(
+        "--layers", default="", help="numbers of layers, for example 4,8 (default: all layers)"
+    )
+    parser.add_argument("--config", default="", help="--config of convert_hf.py")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="working directory, on the disk to measure"
+    )
     arguments = parser.parse_args()
     shape = QWEN2P5[arguments.shape]
     counts = [int(n) for n in arguments.layers.split(",") if n] or [shape.num_hidden_layers]

@@ -1,11 +1,12 @@
-"""The demo's FineRMoE against its dense base trained on: on the same tokens, and at equal FLOPs.
+"""Compares the demo's FineRMoE with its dense base, on equal tokens and at equal FLOPs.
 
     python benchmarks/demo_against_dense.py OUT [PICTURE.png]   # 12 minutes on 2 CPU cores
 
-The seed draws the router and the order of the data. The third run is the dense one again, with as
-many steps as cost what FineRMoE's cost (config/flops.py), its schedule stretched to them.
-Prints a table; OUT keeps the runs, and runs that are there already are not made again. PICTURE:
-the first seed's losses over the steps, with the dense rival.
+Trains three runs per seed: FineRMoE, the dense base on the same tokens, and the dense base for as
+many steps as cost FineRMoE's FLOPs (config/flops.py), with its schedule stretched to them. The
+seed sets the router and the order of the data. Prints a table of held-out losses. OUT keeps the
+runs, and finished runs in it are reused. PICTURE shows the losses of the first seed over the
+steps.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from finermoe_jax.weights.upcycle import upcycled_config
 
 
 def demo(variant: str, seed: int, steps: int = 150) -> RunConfig:
-    """configs/demo.py with another seed, without samples."""
+    """configs/demo.py with this seed and number of steps, without samples."""
     config = run_config(preset(f"demo:{variant}").to_dict())
     return dataclasses.replace(
         config,
@@ -37,7 +38,7 @@ def demo(variant: str, seed: int, steps: int = 150) -> RunConfig:
 
 
 def at_equal_flops(config: RunConfig, dense: ModelConfig) -> int:
-    """The dense model's steps that cost what this FineRMoE's cost, rounded up in its favour."""
+    """Dense steps that cost as many FLOPs as the FineRMoE run, rounded up."""
     assert config.moe is not None
     length = config.data.sequence_length
     flops = training_flops(upcycled_config(dense, config.moe), length)
@@ -45,7 +46,7 @@ def at_equal_flops(config: RunConfig, dense: ModelConfig) -> int:
 
 
 def runs(seed: int, steps: int) -> dict[str, RunConfig]:
-    """The three runs of a seed, by name."""
+    """The configs of a seed's three runs, by name."""
     upcycled, dense = demo("", seed, steps), demo("ct", seed, steps)
     longest = at_equal_flops(upcycled, open_model(find(upcycled.init_from)).config)
     longer = dataclasses.replace(dense, train=dataclasses.replace(dense.train, steps=longest))
@@ -53,7 +54,7 @@ def runs(seed: int, steps: int) -> dict[str, RunConfig]:
 
 
 def held_out(config: RunConfig, workdir: Path) -> float:
-    """The held-out loss after the last step of a run, made unless it is there."""
+    """The held-out loss after the last step of a run; trains it unless it is finished."""
     scored = read_lines(workdir / "evals.jsonl")
     if not scored or scored[-1]["step"] != config.train.steps:
         train(config, workdir, say=lambda _: None)
@@ -62,12 +63,12 @@ def held_out(config: RunConfig, workdir: Path) -> float:
 
 
 def main() -> None:
-    """Trains all three for every seed; prints the held-out losses and how far apart they are."""
+    """Trains all runs of every seed and prints the held-out losses and their differences."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, help="keeps the runs")
-    parser.add_argument("picture", type=Path, nargs="?", help="of the first seed's losses")
-    parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("out", type=Path, help="directory for the runs")
+    parser.add_argument("picture", type=Path, nargs="?", help="plot of the first seed's losses")
+    parser.add_argument("--seeds", default="1,2,3", help="seeds, separated by commas")
+    parser.add_argument("--steps", type=int, default=150, help="steps of FineRMoE")
     arguments = parser.parse_args()
     seeds, steps, rows = [*map(int, arguments.seeds.split(","))], arguments.steps, []
     print("seed   FineRMoE    dense  difference   dense at equal FLOPs  difference")

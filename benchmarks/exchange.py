@@ -1,11 +1,14 @@
-"""The traffic of the exchange of rows between experts' devices, counted from its send sizes.
+"""Counts the bytes of the exchange of rows between devices from its send sizes.
 
     python benchmarks/exchange.py [--tokens=8192]
 
-Tokens are routed by the layer's own rule (moe/routing.py) from normal logits, so many on
-each device; nothing is timed and nothing is sent. "limit" is G_O * T_I * h + T_I * h values a
-token; "stay" the share of rows whose expert is on their own device; "copies" how often a token is
-sent to a device that it goes to already.
+Nothing is sent or timed. Each device has --tokens tokens, routed from normal logits by the layer's
+own rule (moe/routing.py). Columns:
+
+    limit    G_O * T_I * h + T_I * h values per token
+    padded   values if empty places of the buffer travel too
+    stay     share of rows whose expert is on their own device
+    copies   share of rows sent to a device that already receives the same token
 """
 
 import argparse
@@ -23,17 +26,17 @@ from finermoe_jax.moe.routing import route
 
 
 def routed(moe: MoEConfig, devices: int, tokens: int, skew: str) -> np.ndarray:
-    """The experts [devices, tokens, A] of every token."""
+    """The active experts of every token, int [devices, tokens, A]."""
     key = jax.random.key(0)
     logits = jax.random.normal(key, (devices, tokens, moe.num_experts))
-    if skew == "uneven":  # a load as of an untrained router: a few experts are much liked
+    if skew == "uneven":  # some experts are likelier, as with an untrained router
         logits += jax.random.normal(jax.random.key(1), (moe.num_experts,))
     experts = np.asarray(route(logits, moe, jnp.float32)[0].experts)
     return np.zeros_like(experts) if skew == "one" else experts
 
 
 def plan(experts: np.ndarray, count: int) -> Exchange:
-    """The exchange of those rows."""
+    """The exchange of these rows over `count` experts."""
     devices = experts.shape[0]
     sizes = np.stack([np.bincount(e.reshape(-1), minlength=count) for e in experts])
     rows = experts[0].size
@@ -41,20 +44,20 @@ def plan(experts: np.ndarray, count: int) -> Exchange:
 
 
 class Counts(NamedTuple):
-    """Values that one token causes on the wire, and the share of rows that stay at home.
+    """Values that one token puts on the wire, and the share of rows that stay on their device.
 
-    Rows that stay are counted as if they travelled, so that the figures can be held against
-    G_O * T_I * h + T_I * h. Weights travel to every place of the buffer, sizes to every device.
+    Rows that stay are counted as if they travelled, like in the limit G_O * T_I * h + T_I * h.
+    Routing weights travel for every place of the buffer, sizes to every device.
     """
 
     forward: float
     backward: float
-    padded: float  # forward, where places that hold no row travel as well
+    padded: float  # forward, if empty places travel too
     stay: float
 
 
 def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
-    """The traffic of the exchange (moe/exchange.py) for so many tokens on all devices together."""
+    """The traffic of an exchange (moe/exchange.py); `tokens` are those of all devices."""
     moe = model.moe
     assert moe is not None
     devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)
@@ -64,7 +67,7 @@ def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
     places = devices**2 * exchange.quota  # of one round
     sizes = devices * exchange.sizes.size
     forward = rows * (wide + narrow) + rounds * places + sizes
-    # Later rounds send their rows and weights once more.
+    # The backward pass sends the rows and weights of later rounds again.
     backward = rows * (narrow + wide) + again * wide + (2 * rounds - 1) * places + sizes
     padded = rounds * places * (wide + narrow + 1) + sizes
     home = sum(np.trace(m) for m in moved)
@@ -74,8 +77,10 @@ def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
 def main() -> None:
     """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="on each device")
-    parser.add_argument("--sizes", default=",".join(QWEN2P5), help="of the dense models")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per device")
+    parser.add_argument(
+        "--sizes", default=",".join(QWEN2P5), help="dense models, separated by commas"
+    )
     arguments = parser.parse_args()
     tokens, sizes = arguments.tokens, arguments.sizes.split(",")
     print("| from | devices | load | rounds | forward, values per token | forward / limit "

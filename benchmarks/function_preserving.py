@@ -1,11 +1,12 @@
-"""The function-preserving start beside the published one: the demo's loss curve, over seeds.
+"""Compares the function-preserving start with the published one.
 
     python benchmarks/function_preserving.py OUT       # about 20 minutes on 2 CPU cores
     python benchmarks/function_preserving.py --logits=models/smollm2_135m
 
-Both train configs/demo.py; the seed draws the router and the order of the data. Prints a table of
-held-out losses; OUT keeps the runs and gets function_preserving.png. The second compares the logits
-of both starts with those of a dense model, on the first 128 tokens of the Python licence's text.
+The first command trains configs/demo.py with both starts and three seeds, which set the router and
+the order of the data. It prints a table of held-out losses. OUT keeps the runs and
+function_preserving.png. The second compares the logits of both starts with those of a dense model,
+on the first 128 tokens of the Python licence.
 """
 
 import dataclasses
@@ -30,12 +31,12 @@ SEEDS = (1, 2, 3)
 
 
 def held_out(workdir: Path) -> dict[int, float]:
-    """Held-out losses of a run by step."""
+    """Held-out losses of a run, by step."""
     return {e["step"]: e["loss"] for e in read_lines(workdir / "evals.jsonl") if "step" in e}
 
 
 def draw(curves: dict[str, list[dict[int, float]]], dense: float, target: Path) -> None:
-    """Every seed's held-out losses, and the dense base's as a line."""
+    """Plots the held-out losses of every seed, and the dense base's as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,7 +61,7 @@ def draw(curves: dict[str, list[dict[int, float]]], dense: float, target: Path) 
 
 
 def compare_logits(source: str) -> None:
-    """Upcycles a dense HF directory both ways and prints the largest change of a logit."""
+    """Upcycles a dense HF directory with both starts and prints the largest logit differences."""
     dense = fm.load_hf(source, dtype="float32")
     tokenizer = load_tokenizer(Path(source), dense.config.vocab_size)
     text = find("demo/LICENSE.pydoc.txt").read_text()
@@ -74,7 +75,7 @@ def compare_logits(source: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Trains both for every seed, prints the held-out losses, draws them."""
+    """Trains both starts for every seed, prints the held-out losses and plots them."""
     if len(argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

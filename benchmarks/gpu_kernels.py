@@ -1,14 +1,13 @@
-"""Compile the GPU kernels for an H100 without one, and tabulate what the compiler says of them.
+"""Compiles the GPU kernels for an H100 and tabulates the compiler's report. Needs no GPU.
 
     python benchmarks/gpu_kernels.py [--sizes=0.5B,1.5B,7B] [--rows=16,128,512,2048] [--blackwell]
 
-takes about half a minute a size and number of rows, and needs the extra `compile-cuda` (the plugin,
-pjrt and ptxas), no GPU. It fails if any kernel spills registers or goes over the
-shared memory. Nothing here was run on a GPU: registers, spills, shared memory and temporaries are
-the compiler's, bytes are counted from the kernels' own tiles. --blackwell also compiles for a B200,
-where the plain-JAX fallback is what must compile.
+Nothing runs on a GPU. Registers, spills, shared memory and temporaries are the compiler's; bytes
+are counted from the kernels' tiles. The script fails if a kernel spills registers or exceeds the
+shared memory. --blackwell also compiles for a B200, where plain JAX replaces the kernels.
 
-Each compilation is a process of its own, since some failures of the compiler end it.
+Takes about half a minute per size and number of rows. Needs the extra `compile-cuda` (plugin, pjrt
+and ptxas). Each compilation has its own process, because a compiler failure can end the process.
 """
 
 import argparse
@@ -28,11 +27,11 @@ SIZES = {"0.5B": (896, 152), "1.5B": (1536, 280), "7B": (3584, 592)}
 
 
 def main() -> None:
-    """Prints the tables; exits with 1 if a kernel spills."""
+    """Prints the tables. Exits with 1 if a kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--sizes", default=",".join(SIZES), help="sizes, separated by commas")
     parser.add_argument("--rows", default="16,128,512,2048", help="rows per expert")
-    parser.add_argument("--blackwell", action="store_true")
+    parser.add_argument("--blackwell", action="store_true", help="also compile for a B200")
     parser.add_argument("--one", nargs=3, metavar=("TARGET", "SIZE", "ROWS"), help="internal")
     options = parser.parse_args()
     if options.one:
@@ -72,13 +71,13 @@ def main() -> None:
     if options.blackwell:
         for size in sizes:
             in_process("b200", size, rows[0])
-        print("\nFor a B200 the fallback compiles.")
+        print("\nThe fallback compiles for a B200.")
     if spilled:
         sys.exit(f"{spilled} bytes of registers spilled")
 
 
 def in_process(target: str, size: str, rows: int) -> dict:
-    """compile_one in a process of its own."""
+    """Runs compile_one in its own process and adds the kernels of its dump."""
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -107,7 +106,7 @@ FIGURES = ("bound", "hbm", "copies", "temporaries")
 
 
 def kernels(dump: Path) -> list[tuple[str, int, int, int]]:
-    """Of each kernel in a dump: registers, spilled bytes and bytes of shared memory, the most."""
+    """Name and maximum registers, spilled bytes and shared-memory bytes of each dumped kernel."""
 
     def most(name: str, kind: str, pattern: str) -> int:
         found = []
@@ -130,7 +129,7 @@ def kernels(dump: Path) -> list[tuple[str, int, int, int]]:
 
 
 def compile_one(target: str, size: str, rows: int) -> dict:
-    """Compiles forward, and forward with gradients, at one size; bytes and temporaries of each."""
+    """Compiles forward, and forward with gradients, at one size; returns bytes and temporaries."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -184,10 +183,10 @@ def compile_one(target: str, size: str, rows: int) -> dict:
 
 
 def count_bytes(d: int, f: int, w: int, rows: int) -> list[tuple[int, int, int]]:
-    """For each pass: the lower bound, HBM bytes where L2 serves what is read again, and all copies.
+    """Bytes of each pass: the lower bound, HBM if L2 serves repeated reads, and all TMA copies.
 
-    Balanced groups of a multiple of eight rows, two-byte elements. The bound reads rows, cotangent
-    and weights once and writes output and gradients once.
+    For balanced groups of a multiple of eight rows and two-byte elements. The bound reads rows,
+    cotangent and weights once and writes output and gradients once.
     """
     from pallas_kernels import hopper
     from pallas_kernels.expert_ffn import mosaic_gpu as ffn

@@ -1,19 +1,21 @@
-"""Prefill and decoding on this machine's CPU, at Qwen2.5-0.5B's shapes with random weights.
+"""Measures prefill and decoding on a CPU, with Qwen2.5-0.5B's shapes and random weights.
 
     python benchmarks/inference.py bounds
     python benchmarks/inference.py architectures --plot=docs/inference.png
 
-`bounds` holds FineRMoE against what the machine can do, measured in the same process between the
-runs: a decoding step against the bytes that it cannot avoid (all weights but the embedding table
-and the experts that no row chose, and the cache's tokens) at the speed of reading 256 MiB; a
-prefill of 512 tokens against float32 products of 2048 x 2048 matrices.
+`bounds` compares FineRMoE with the limits of the machine, measured in the same process between the
+runs. A decoding step is compared with the bytes it must read at the speed of reading 256 MiB.
+These bytes are all weights except the embedding table and the experts that no row chose, plus the
+tokens in the cache. A prefill of 512 tokens is compared with float32 products of 2048 x 2048
+matrices.
 
-`architectures` is the paper's Table 6 at this scale: time to the first token of a prompt of 512 and
-tokens per second after it, at batch 1, of the paper's architectures with the same number of layers
-in bfloat16, all in memory at once and measured in turn, round by round; and C4A2, sparse upcycling
-that takes no more memory than FineRMoE.
+`architectures` is the paper's Table 6 at this scale: time to the first token of a prompt of 512,
+and tokens per second after it, at batch 1 in bfloat16. All architectures have the same number of
+layers, are in memory together, and take turns in every round. C4A2 is sparse upcycling with
+FineRMoE's memory; it is not in the paper.
 
-Medians. Every architecture runs the same two programs (finermoe_jax/generation/decode.py).
+Figures are medians. All architectures run the same two programs
+(finermoe_jax/generation/decode.py).
 """
 
 import argparse
@@ -58,15 +60,15 @@ TABLE_6: dict[str, MoEConfig | None] = {
         "dense base": "pt", "C32A2": "c32a2",
     }.items()
 }  # fmt: skip
-# Not of the paper: as many whole FFNs as fit FineRMoE's memory, 2 of them active.
+# Not in the paper: as many whole FFNs as fit in FineRMoE's memory, 2 of them active.
 TABLE_6["C4A2"] = dataclasses.replace(ARCHITECTURES["c32a2"].moe, intermediate_expansion=4)
 
 
-# --- what the machine can do ----------------------------------------------------------------
+# --- limits of the machine ------------------------------------------------------------------
 
 
 class Machine:
-    """The speed of its memory and of its matrix products, as they are at the moment."""
+    """Measures the current speed of memory and of matrix products."""
 
     def __init__(self) -> None:
         self.values = jnp.ones(64 << 20, jnp.float32)
@@ -75,7 +77,7 @@ class Machine:
         self.bandwidth(), self.flops()
 
     def bandwidth(self) -> float:
-        """Bytes per second."""
+        """Bytes per second of reading 256 MiB."""
         return self.values.nbytes / seconds(lambda: self.read(self.values), 3)
 
     def flops(self) -> float:
@@ -84,7 +86,7 @@ class Machine:
 
 
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
-    """Median time of a call, its result computed."""
+    """Median seconds of a call until its result is ready."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -97,7 +99,7 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]) -> Decoder:
-    """A decoder of repeated random weights; those that `shared` holds already are taken from it."""
+    """A decoder of repeated random weights; reuses those in `shared` and adds new ones to it."""
     piece = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02
     piece = piece.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     params: dict = {}
@@ -106,7 +108,7 @@ def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]
             values = _aligned(int(np.prod(shape)), piece.dtype)
             for start in range(0, values.size, piece.size):
                 part = values[start : start + piece.size]
-                # Another part for every place: no two experts or layers are alike.
+                # Rolled for every place, so that no two experts or layers are equal.
                 part[:] = np.roll(piece, start // 977 + len(path))[: part.size]
             shared[path] = jax.device_put(values.reshape(shape), may_alias=True)
         place = params
@@ -117,7 +119,7 @@ def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX takes over without a copy: it begins at a multiple of 64 bytes."""
+    """An empty array aligned to 64 bytes, which JAX uses without a copy."""
     raw = np.empty(size * dtype.itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size * dtype.itemsize].view(dtype)
@@ -137,22 +139,22 @@ class Served:
         self.token, self.running = self.prefill()
 
     def prefill(self) -> tuple[jax.Array, _Running]:
-        """The prompt and its first token, into a fresh cache."""
+        """Prefills a new cache with the prompt and returns the first token."""
         cache = init_cache(self.config, self.batch, bucket(PROMPT + NEW), "float32")
         jax.block_until_ready(cache)
         lengths = np.full(self.batch, PROMPT, np.int32)
         return prefill(self.graphdef, self.stacked, self.prompt, lengths, cache, GREEDY)
 
     def decode(self) -> jax.Array:
-        """The next token of every row."""
+        """Decodes the next token of every row."""
         arguments = self.state, self.token, self.running, GREEDY
         self.token, self.running = decode(self.graphdef, *arguments)
         return self.token
 
     def bytes(self) -> tuple[int, int]:
-        """Of all weights, and those that the next step has to read, the cache's tokens included.
+        """Bytes of all weights, and bytes that the next step reads, tokens of the cache included.
 
-        Experts are counted as its routers choose them.
+        Counts the experts that the routers choose.
         """
         total = needed = 0
         kinds = parameter_kinds(self.config)
@@ -172,7 +174,7 @@ class Served:
         return total, needed
 
     def prefill_flops(self) -> float:
-        """Of the products of a prefill: weights with the rows they meet, and attention."""
+        """FLOPs of the matrix products of a prefill, attention included."""
         config, moe, total = self.config, self.config.moe, 0.0
         kinds = parameter_kinds(config)
         for path, shape in parameter_shapes(config).items():
@@ -193,7 +195,7 @@ def _chosen(graphdef: Any, state: Any, token: jax.Array, cache: Any) -> list[jax
 
 
 def shapes(moe: MoEConfig | None, layers: int) -> ModelConfig:
-    """Qwen2.5-0.5B with those experts, untied like all upcycled models."""
+    """Qwen2.5-0.5B with these experts and untied embeddings, like all upcycled models."""
     base = dataclasses.replace(QWEN2P5["0.5B"], num_hidden_layers=layers)
     return dataclasses.replace(base, moe=moe, tie_word_embeddings=False)
 
@@ -202,7 +204,7 @@ def shapes(moe: MoEConfig | None, layers: int) -> ModelConfig:
 
 
 def bounds(layers: int, rounds: int) -> list[dict[str, Any]]:
-    """FineRMoE in float32 and bfloat16, at batch 1 and 8."""
+    """Measures FineRMoE in float32 and bfloat16, at batch 1 and 8."""
     machine, rows = Machine(), []
     for dtype in ("float32", "bfloat16"):
         shared: dict[tuple, jax.Array] = {}
@@ -246,7 +248,7 @@ def _bounds_line(row: dict[str, Any]) -> str:
 
 
 def architectures(layers: int, rounds: int, plot: str) -> list[dict[str, Any]]:
-    """Time to first token and tokens per second of Table 6's architectures."""
+    """Measures time to first token and tokens per second of Table 6's architectures."""
     models: dict[str, Served] = {}
     embeddings: dict[tuple, jax.Array] = {}
     for name, moe in tqdm(TABLE_6.items(), desc="weights and programs", file=sys.stderr):
@@ -281,7 +283,7 @@ def architectures(layers: int, rounds: int, plot: str) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], layers: int, path: str) -> None:
-    """Weights, time to first token and tokens per second, a bar for each architecture."""
+    """Plots weights, time to first token and tokens per second, a bar per architecture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
@@ -306,15 +308,19 @@ def draw(rows: list[dict[str, Any]], layers: int, path: str) -> None:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Runs one of the two measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["bounds", "architectures"])
-    parser.add_argument("--layers", type=int, help="default: 24 for bounds, 10 otherwise")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plot", default="", help="architectures: a picture of the table")
-    parser.add_argument("--output", default="", help="the figures as JSON")
+    parser.add_argument("what", choices=["bounds", "architectures"], help="the measurement")
+    parser.add_argument(
+        "--layers", type=int, help="number of layers (default: 24 for bounds, 10 for architectures)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
+    parser.add_argument(
+        "--plot", default="", help="with architectures: write the table as a plot to this file"
+    )
+    parser.add_argument("--output", default="", help="write the figures as JSON to this file")
     arguments = parser.parse_args()
     host_memory.keep_freed()
     if arguments.what == "bounds":

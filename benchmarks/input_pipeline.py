@@ -1,11 +1,10 @@
-"""Tokens per second of the input path, from memory-mapped files, on one core.
+"""Measures tokens per second of the input pipeline from memory-mapped files, on one core.
 
     python benchmarks/input_pipeline.py [--tokens=134217728] [--batches=20]
 
-Writes a prepared directory and a Megatron pair of random tokens and documents into a temporary
-directory, and reads global batches of them in this process: row by row as training does
-(data.train_batches, without its threads, so that one core's work is measured), and, as the limit,
-by copying as many bytes from one memory-mapped file. Medians of five.
+Writes a prepared directory and a Megatron pair of random documents into a temporary directory.
+Then it reads global batches as training does (data.train_batches, without its threads). The limit
+is copying as many bytes from one memory-mapped file. Figures are medians of five.
 """
 
 import argparse
@@ -42,7 +41,7 @@ _VOCABULARY = 151_936
 
 
 def _documents(rng: np.random.Generator, total: int) -> np.ndarray:
-    """Lengths with the long tail of web text: a mean of about 1000 tokens, a median of half."""
+    """Document lengths with the long tail of web text: mean about 1000 tokens, median about 500."""
     lengths = rng.lognormal(6.2, 1.1, total // 500).astype(np.int64) + 2
     return lengths[: int(np.searchsorted(np.cumsum(lengths), total))]
 
@@ -77,7 +76,7 @@ def _megatron(prefix: Path, rng: np.random.Generator, total: int) -> None:
 
 
 def _speed(read, first: int, count: int) -> float:
-    """Tokens a second of `count` calls of read(i), the median of five."""
+    """Tokens per second of `count` calls of read(i), median of five."""
     speeds = []
     for turn in range(5):
         began = time.perf_counter()
@@ -87,10 +86,10 @@ def _speed(read, first: int, count: int) -> float:
 
 
 def main() -> None:
-    """Prints one line per way of reading."""
+    """Prints one line per row length, packing and source."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=1 << 27, help="of each source")
-    parser.add_argument("--batches", type=int, default=20, help="read for each measurement")
+    parser.add_argument("--tokens", type=int, default=1 << 27, help="tokens of each source")
+    parser.add_argument("--batches", type=int, default=20, help="batches per measurement")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -135,7 +134,7 @@ def main() -> None:
 
 
 def _real(batch: Batch) -> int:
-    """A batch's inputs, padding not counted."""
+    """Number of inputs of a batch, without padding."""
     if batch.segment_ids is None:
         return batch.tokens[:, 1:].size
     return int(np.count_nonzero(batch.segment_ids[:, :-1]))

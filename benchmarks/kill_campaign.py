@@ -1,15 +1,15 @@
-"""Ends runs in every way it can, and looks whether anything is lost. docs/reliability.md has a run.
+"""Kills and interrupts training runs and checks that they lose nothing (docs/reliability.md).
 
     python benchmarks/kill_campaign.py [--kills=50] [--steps=4000] [--output=FILE.json]
 
-A small model trains in processes of train.py, on CPUs. What is compared is equal bit for bit:
-each line of metrics.jsonl but its times, each array of the last checkpoint. In turn:
+A small model trains on CPUs in processes of train.py. After each test the run must be bit-equal to
+an uninterrupted one: every line of metrics.jsonl except its times, and every array of the last
+checkpoint. Tests, in this order:
 
-    kills      SIGKILL at random moments: while starting, training, and while a save is written
-    interrupt  200 steps straight against 200 with SIGTERM and SIGKILL at random steps, in one
-               process and in two
-    processes  the same with one process, then two, then one: losses to 1e-5
-    disk       a tmpfs that a save does not fit on, then made larger
+    interrupt  200 steps with SIGTERM and SIGKILL at random steps, in one process and in two
+    processes  the same with 1, 2, 1 and 2 processes in turn; losses agree to 1e-5
+    disk       a save does not fit on a tmpfs, which is then enlarged
+    kills      SIGKILL at random moments: during the start, training, and a save
 """
 
 import argparse
@@ -66,7 +66,7 @@ def get_config():
 
 
 def command(folder: Path, workdir: Path, steps: int) -> list[str]:
-    """The command line of a run of so many steps."""
+    """The command line of a run of `steps` steps."""
     config = folder / "tiny.py"
     if not config.exists():
         config.write_text(CONFIG)
@@ -77,7 +77,7 @@ def command(folder: Path, workdir: Path, steps: int) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One device for each process, and compiled programs shared by all runs."""
+    """Environment with one device per process and a compilation cache shared by all runs."""
     return dict(
         os.environ,
         PYTHONPATH=str(ROOT),
@@ -89,7 +89,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def start(folder: Path, workdir: Path, steps: int, processes: int = 1) -> list[subprocess.Popen]:
-    """The processes of a run; their words go into files."""
+    """Starts the processes of a run; their output goes to files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +112,7 @@ def start(folder: Path, workdir: Path, steps: int, processes: int = 1) -> list[s
 
 
 def ends(started: list[subprocess.Popen], seconds: float = 600) -> list[int]:
-    """The exit codes, when all have ended."""
+    """Waits for all processes and returns their exit codes; kills those that take too long."""
     try:
         return [process.wait(timeout=seconds) for process in started]
     finally:
@@ -121,14 +121,14 @@ def ends(started: list[subprocess.Popen], seconds: float = 600) -> list[int]:
 
 
 def straight(folder: Path, name: str, steps: int, processes: int = 1) -> Path:
-    """A run without interruption; its workdir."""
+    """Runs to the last step, resuming if the workdir exists. Returns the workdir."""
     codes = ends(start(folder, folder / name, steps, processes), 3600)
     assert codes == [0] * processes, (name, codes)
     return folder / name
 
 
 def logged(workdir: Path) -> int:
-    """The last step that metrics.jsonl holds whole."""
+    """The last complete step in metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     for line in reversed(path.read_text().splitlines() if path.is_file() else []):
         try:
@@ -139,7 +139,7 @@ def logged(workdir: Path) -> int:
 
 
 def saving(workdir: Path) -> bool:
-    """Returns whether a save is being written, or was when the run ended."""
+    """Returns True if a save is in progress, or was when the run ended."""
     try:
         names = os.listdir(workdir / "checkpoints")
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def saving(workdir: Path) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], started: list[subprocess.Popen]) -> bool:
-    """Waits; False when a process has ended first."""
+    """Waits for the condition. Returns False if a process ends first."""
     while not condition():
         if any(process.poll() is not None for process in started):
             return False
@@ -160,7 +160,7 @@ def wait_for(condition: Callable[[], bool], started: list[subprocess.Popen]) -> 
 
 
 def arrays(workdir: Path) -> list[np.ndarray]:
-    """Weights and optimizer state of the newest checkpoint."""
+    """All arrays of the newest checkpoint: weights and optimizer state."""
     step = workdir / "checkpoints" / str(saved_steps(workdir / "checkpoints")[-1])
     leaves: list[np.ndarray] = []
     logging.getLogger("absl").setLevel("ERROR")  # of files that only Orbax's own manager writes
@@ -178,7 +178,7 @@ def arrays(workdir: Path) -> list[np.ndarray]:
 
 
 def lines(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the machine."""
+    """Lines of metrics.jsonl without fields that depend on time or machine."""
     return [
         {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(workdir / "metrics.jsonl")
@@ -186,7 +186,7 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Every step once, and the same; every array the same, bit for bit."""
+    """Asserts that two runs have the same steps, each once, and bit-equal arrays."""
     assert lines(ours) == lines(theirs), (ours, theirs)
     ours_scored, scored = (read_lines(place / "evals.jsonl") for place in (ours, theirs))
     assert ours_scored == scored, (ours_scored, scored)
@@ -200,10 +200,10 @@ def assert_same(ours: Path, theirs: Path) -> None:
 def kill_once(
     folder: Path, workdir: Path, steps: int, how: str, pause: float, chance: random.Random
 ) -> dict:
-    """Starts or goes on with a run and kills it; what was found. "done" if it was faster.
+    """Starts or resumes a run, kills it, and returns a record. "done": the run ended first.
 
-    The kill comes at a random moment of the start, `pause` seconds after the first new step, or
-    in the first save after that.
+    how: "starting" kills at a random moment of the start, "training" `pause` seconds after the
+    first new step, "saving" in the first save after that.
     """
     before = logged(workdir)
     resumed = (saved_steps(workdir / "checkpoints") or [0])[-1]
@@ -234,13 +234,13 @@ def kill_once(
     }
     assert code in (0, -signal.SIGKILL), found
     assert newest >= resumed and not found["damage"], found
-    # A save that is under way when the kill comes is lost, and the steps that ran beside it.
+    # A kill during a save loses that save and the steps that ran meanwhile.
     assert found["lost"] <= EVERY or (found["in_save"] and found["lost"] <= 2 * EVERY), found
     return found
 
 
 def kills(folder: Path, count: int, steps: int, seed: int, same: Path) -> list[dict]:
-    """So many kills, over as many runs as that takes; each run ends as the straight one did."""
+    """Kills runs `count` times; each run must end bit-equal to the uninterrupted run `same`."""
     chance, found, runs = random.Random(seed), [], 0
     bar = tqdm(total=count, desc="kills", unit="kill")
     while len(found) < count:
@@ -264,7 +264,7 @@ def kills(folder: Path, count: int, steps: int, seed: int, same: Path) -> list[d
 
 
 def stopping_points(chance: random.Random, processes: list[int]) -> list[tuple[int, int, int]]:
-    """A random step out of every 40, with SIGTERM and SIGKILL in turn, for so many processes."""
+    """(step, signal, processes): a random step per 40, SIGTERM and SIGKILL in turn."""
     signals = (signal.SIGTERM, signal.SIGKILL)
     return [
         (40 * i + chance.randrange(5, 25), signals[i % 2], count)
@@ -279,7 +279,7 @@ def interrupt(
     stops: list[tuple[int, int, int]],
     chance: random.Random,
 ) -> Path:
-    """A run ended at each (step, signal, processes) in turn, then finished by as many."""
+    """Interrupts a run at each (step, signal, processes), then finishes it; its workdir."""
     for step, number, processes in stops:
         started = start(folder, workdir, steps, processes)
         assert wait_for(lambda step=step: logged(workdir) >= step, started), (workdir, step)
@@ -293,16 +293,16 @@ def interrupt(
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
-    """Of the losses of two runs over the same steps, relative."""
+    """Largest relative difference of the losses of two runs over the same steps."""
     a, b = lines(ours), lines(theirs)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     return max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
 
 
 def disk(folder: Path, steps: int, size: str) -> tuple[int, int, Path] | None:
-    """A run on a tmpfs too small for its saves, and again when the tmpfs is larger.
+    """Runs on a tmpfs that is too small for the saves, and resumes after enlarging it.
 
-    Returns both exit codes and a copy of the workdir; None where nothing can be mounted.
+    Returns both exit codes and a copy of the workdir, or None if nothing can be mounted.
     """
     place = folder / "disk"
     place.mkdir(exist_ok=True)
@@ -326,7 +326,7 @@ def disk(folder: Path, steps: int, size: str) -> tuple[int, int, Path] | None:
 
 
 def campaign(folder: Path, count: int, steps: int, seed: int) -> dict:
-    """All of it; raises AssertionError at the first thing lost."""
+    """Runs all tests. Raises AssertionError at the first loss or difference."""
     chance, began = random.Random(seed), time.monotonic()
     result: dict = {}
     whole = {
@@ -337,7 +337,7 @@ def campaign(folder: Path, count: int, steps: int, seed: int) -> dict:
         ours = interrupt(folder, folder / f"interrupted-{processes}", 200, stops, chance)
         assert_same(ours, whole[processes])
         result[f"interrupt_{processes}"] = [(step, int(number)) for step, number, _ in stops]
-        print(f"200 steps, {processes} process(es), ended at {stops}: equal bit for bit")
+        print(f"200 steps, {processes} process(es), interrupted at {stops}: bit-equal")
     stops = stopping_points(chance, [1, 2, 1, 2])
     ours = interrupt(folder, folder / "changed", 200, stops, chance)
     result["processes"] = {
@@ -370,13 +370,15 @@ def campaign(folder: Path, count: int, steps: int, seed: int) -> dict:
 
 
 def main() -> None:
-    """Runs it in a temporary directory, which stays when something was lost."""
+    """Runs the campaign in a temporary directory, which is kept if a test fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the runs live (default: temporary)")
-    parser.add_argument("--output", type=Path, help="the result as JSON")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of each killed run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument(
+        "--folder", type=Path, help="directory for the runs (default: a temporary one)"
+    )
+    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kills-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Time that a run spends outside the step, and what it compiles: python benchmarks/outside_step.py
+"""Measures the time that a run spends outside the training step, and what it compiles.
 
-    [--config=configs/demo.py] [--steps=60]
+    python benchmarks/outside_step.py [--config=configs/demo.py] [--steps=60]
 
-Runs train.py's own loop, with saves and held-out scores every 20 steps, in a temporary workdir.
-A thread of its own sees each step end; the device is busy with step n from when it has been handed
-over, and step n - 1 has ended, until then. What else the loop takes is outside the step: input,
-logging, the start of saves. Held-out scores are neither, and are left out. On a CPU the host's own
-work competes with the step for the cores: the CPU time of the loop's thread is given beside.
+Runs the loop of train.py in a temporary workdir, with a save and a held-out evaluation every 20
+steps. The device counts as busy with step n from when n is dispatched and n - 1 has ended until n
+has ended. All other time of the loop is outside the step: input, logging, starting saves. Held-out
+evaluations are omitted from both. On a CPU the host's work competes with the step for cores, so
+the CPU time of the loop's thread is listed too.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class TimedStep:
-    """A jitted step that notes when it is handed over and when it has ended."""
+    """A jitted step that records when it is dispatched and when it has ended."""
 
     def __init__(self, step: Any):
         self.step, self.run = step, None
@@ -39,44 +39,44 @@ class TimedStep:
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
-        """Notes when each step's loss is there."""
+        """Records when each step's loss is ready."""
         while True:
             self.waiting.get().block_until_ready()
             self.ended.append(time.perf_counter())
 
     def lower(self, *arguments: Any) -> "TimedStep":
-        """As jax.jit's."""
+        """Like `lower` of jax.jit."""
         self.step = self.step.lower(*arguments)
         return self
 
     def compile(self) -> "TimedStep":
-        """As jax.jit's."""
+        """Like `compile` of a lowered jax.jit."""
         self.run = self.step.compile()
         return self
 
     def __call__(self, *arguments: Any) -> Any:
-        """Hands a step over."""
+        """Dispatches a step."""
         self.called.append(time.perf_counter())
         out = self.run(*arguments)
         self.waiting.put(out[2]["loss"])
         return out
 
     def busy(self, first: int) -> float:
-        """Seconds that the device computed from step `first` (from 0) on."""
+        """Seconds that the device was busy from step `first` on, counted from 0."""
         begins = [max(a, b) for a, b in zip(self.called[1:], self.ended, strict=False)]
         spans = [end - begin for end, begin in zip(self.ended[1:], begins, strict=True)]
         return sum(spans[first - 1 :])
 
 
 class Watched:
-    """Wraps what the loop calls, and adds up the time in it."""
+    """Wraps functions that the loop calls and sums the time in them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
 
     def wrap(self, owner: Any, name: str, label: str) -> None:
-        """Times owner.name under this label."""
+        """Times calls of owner.name under this label."""
         inner = getattr(owner, name)
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
@@ -87,7 +87,7 @@ class Watched:
 
     @contextlib.contextmanager
     def timing(self, label: str) -> Any:
-        """Adds the time inside."""
+        """Adds the time inside the context to a label."""
         began, cpu = time.perf_counter(), time.thread_time()
         yield
         self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - began
@@ -95,10 +95,10 @@ class Watched:
 
 
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    """Runs the loop and prints the times."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="demo", help="a preset or a config file")
-    parser.add_argument("--steps", type=int, default=60, help="how many")
+    parser.add_argument("--steps", type=int, default=60, help="number of steps")
     arguments = parser.parse_args()
     config, steps = run_config(preset(arguments.config).to_dict()), arguments.steps
     config = dataclasses.replace(
@@ -150,7 +150,7 @@ def main() -> None:
         loop.Loop.run = timed_loop
         run.train(config, workdir, say=lambda _: None)
     step = found["step"]
-    # From the second step on: the first one also warms up the allocator.
+    # From the second step on, because the first one also warms up the allocator.
     total = marks["end"] - step.ended[0] - spent.get("held-out scores", 0.0)
     outside = total - step.busy(1)
     late = [at for at, _ in compiled if at > 2]
@@ -162,7 +162,7 @@ def main() -> None:
             f"{watched.cpu[label]:.3f} s"
         )
     ahead = sum(a < b for a, b in zip(step.called[1:], step.ended, strict=False))
-    print(f"steps handed over while the one before was running: {ahead} of {steps - 1}")
+    print(f"steps dispatched while the previous one was running: {ahead} of {steps - 1}")
     print(f"programs compiled after step 2: {len(late)} {late}")
 
 

@@ -1,10 +1,10 @@
-"""The computation of a compiled program while rows travel between experts' devices.
+"""Lists the matrix products that overlap with each exchange of rows in a compiled program.
 
     finermoe aot --config=… --topology=… --hlo=step.hlo
     python benchmarks/overlap.py step.hlo
 
-Lists the exchanges outside of the rare later rounds, in the compiler's schedule, with the matrix
-products that stand between the start and the end of each: a compiler's plan, nothing measured.
+For each exchange it prints the products between its start and its end in the compiler's schedule.
+The rare later rounds are omitted. This is the compiler's plan; nothing is measured.
 """
 
 import re
@@ -15,7 +15,7 @@ from finermoe_jax.analysis.hlo import Computation, Instruction, Module, flops, p
 
 
 def products(instruction: Instruction, inside: Computation, module: Module) -> dict[str, float]:
-    """FLOPs of the matrix products of an instruction, by the einsum that they come from."""
+    """FLOPs of an instruction's matrix products, by the einsum that they come from."""
     found: dict[str, float] = {}
     if amount := flops(instruction, inside):
         origin = instruction.attribute(r'op_name="([^"]*)"') or "?"

@@ -1,13 +1,12 @@
-"""The train step compiled for slices that are not here: the tables and plots of docs/scaling.md.
+"""Compiles the training step for TPU and GPU slices: tables and plots of docs/scaling.md.
 
     pip install -e '.[compile-tpu]'
     python benchmarks/pods.py --results=DIR [--only=slices,traffic,sequences,chips,experts]
         [--plot=docs]
 
-Runs finermoe aot once per row, one after the other, and keeps each row's figures
-in DIR; a row that is there with the same arguments is not compiled again. Every figure is a
-compiler estimate or a count in the compiled program. The GPU row needs an environment of its own:
---gpu_python=PATH.
+Runs finermoe aot once per row and stores the figures in DIR. A row is not compiled again if DIR
+has it with the same arguments. All figures are compiler estimates or counts in the compiled
+program. The GPU row needs an interpreter with the extra `compile-cuda`: --gpu_python=PATH.
 """
 
 import argparse
@@ -24,7 +23,7 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """One compilation: a name, aot's arguments, and where it stands in its table."""
+    """One compilation: its name, the arguments of aot, and its position in a plot."""
 
     name: str
     config: str
@@ -32,10 +31,10 @@ class Row(NamedTuple):
     mesh: tuple[int, int, int, int]  # data, fsdp, expert, tensor
     accumulation: int
     options: tuple[str, ...] = ()
-    at: int = 0  # chips, experts or tokens
+    at: int = 0  # position: chips, experts or tokens
 
     def arguments(self) -> list[str]:
-        """Of finermoe aot."""
+        """The arguments of finermoe aot."""
         axes = zip(("data", "fsdp", "expert", "tensor"), self.mesh, strict=True)
         return [
             f"--config=configs/{self.config}",
@@ -50,7 +49,7 @@ PAPER = 2048  # sequences of 8192 tokens a step
 
 
 def slices() -> Iterator[Row]:
-    """The slices of docs/scaling.md at the paper's recipe, one sequence per device at a time."""
+    """Slices with the paper's recipe, one sequence per device at a time."""
     yield Row("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 1)
     for name, config, topology, mesh in (
         ("0.5B", "qwen0p5b.py", "v5e:2x4", (1, 1, 8, 1)),
@@ -74,7 +73,7 @@ def gpu() -> Iterator[Row]:
 
 
 def sequences() -> Iterator[Row]:
-    """Longer sequences and larger models, to find what still fits; tokens per step as before."""
+    """Longer sequences and larger models, with the same tokens per step."""
     for name, config, topology, mesh, tokens in (
         ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 8192),
         ("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 32768),
@@ -94,7 +93,7 @@ def sequences() -> Iterator[Row]:
 
 
 def chips() -> Iterator[Row]:
-    """0.5B at two sequences per chip: experts over eight chips, then the state over more."""
+    """0.5B with two sequences per chip: experts over 8 chips, fsdp over the rest."""
     for topology, mesh in (
         ("v6e:2x4", (1, 1, 8, 1)),
         ("v6e:4x4", (1, 2, 8, 1)),
@@ -109,7 +108,7 @@ def chips() -> Iterator[Row]:
 
 
 def experts() -> Iterator[Row]:
-    """1.5B on 64 chips, cut ever finer (rows of the paper's Table 4)."""
+    """1.5B on 64 chips with 128 to 1024 experts (rows of the paper's Table 4)."""
     for inner, outer in ((32, 2), (64, 2), (64, 4), (64, 8)):
         count = inner * outer * 2
         options = (
@@ -122,7 +121,7 @@ def experts() -> Iterator[Row]:
 
 
 def traffic() -> Iterator[Row]:
-    """HBM bytes of the experts: one chip with four layers, and full depth with experts split."""
+    """HBM bytes of the experts: one chip with four layers, and full depth with experts sharded."""
     four = ("--config.dense.num_hidden_layers=4",)
     for size, topology in (
         ("0.5B", "v5e:1x1"), ("1.5B", "v5e:1x1"), ("7B", "v6e:1x1"), ("0.5B", "v6e:1x1"),
@@ -143,7 +142,7 @@ def traffic() -> Iterator[Row]:
         ("7B", "qwen7b.py", "v5e:16x16", (2, 1, 128, 1)),
     ):
         yield Row(name, config, topology, mesh, PAPER // (mesh[0] * mesh[1] * mesh[2]))
-    # One step of one microbatch, gradients kept as the weights are.
+    # One microbatch per step; gradients have the dtype of the weights.
     for batch, sizes in ((8, (1, 1, 8, 1)), (8, (2, 1, 4, 1))):
         options = (
             f"--config.data.global_batch_size={batch}",
@@ -163,7 +162,7 @@ TABLES = {
 
 
 def figures(row: Row, results: Path, python: str) -> dict[str, Any]:
-    """The row's figures, compiled now unless they are in `results` already."""
+    """The figures of a row; compiles it unless `results` has them."""
     name = "_".join([row.name, row.topology, *map(str, row.mesh)])
     path = results / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json")
     if path.is_file() and (kept := json.loads(path.read_text()))["arguments"] == row.arguments():
@@ -204,7 +203,7 @@ def table(
     found: Sequence[dict[str, Any]],
     cells: Callable[[Row, dict[str, Any]], list[str]],
 ) -> str:
-    """Markdown; `cells` makes those of a row after the first three."""
+    """A Markdown table; `cells` returns the cells of a row after the first three."""
     lines = [columns, ["---"] * len(columns)]
     for row, f in zip(rows, found, strict=True):
         named = [row.name, row.topology, ", ".join(map(str, row.mesh[:3]))]
@@ -213,7 +212,7 @@ def table(
 
 
 def traffic_cells(row: Row, f: dict[str, Any]) -> list[str]:
-    """HBM bytes of the experts' weights and gradients, against the least possible."""
+    """Cells: HBM bytes of the experts' weights and gradients against the least possible."""
     moved, least = f["expert_bytes"] / 1e9, f["expert_bound_bytes"] / 1e9
     ratio, copied = f"{moved / least:.2f}", f"{f['expert_bytes_in_loops'] / 1e9:.2f}"
     sizes = [f"{moved:,.2f}", f"{least:,.2f}", ratio, copied, f"{f['hbm_bytes'] / 1e9:,.0f}"]
@@ -221,7 +220,7 @@ def traffic_cells(row: Row, f: dict[str, Any]) -> list[str]:
 
 
 def slices_cells(row: Row, f: dict[str, Any]) -> list[str]:
-    """Memory, FLOPs and traffic of a step; memory alone where it does not fit."""
+    """Cells: memory, FLOPs and traffic of a step; memory alone if it does not fit."""
     tokens = next(
         (o.rpartition("=")[2] for o in row.options if "sequence_length" in o),
         "2048" if "lean" in row.config else "8192",
@@ -247,7 +246,7 @@ def slices_cells(row: Row, f: dict[str, Any]) -> list[str]:
 
 
 def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Per device and token: FLOPs, HBM bytes and bytes on the wire, over chips or experts."""
+    """Plots FLOPs, HBM bytes and wire bytes per device and token, over chips or experts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,12 +292,16 @@ def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder
 
 
 def main() -> None:
-    """The command."""
+    """Compiles the rows and prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, required=True, help="where figures are kept")
-    parser.add_argument("--only", default="slices,sequences,chips,experts")
-    parser.add_argument("--gpu_python", default="", help="an interpreter with compile-cuda")
-    parser.add_argument("--plot", type=Path, help="folder for the plots")
+    parser.add_argument("--results", type=Path, required=True, help="directory for the figures")
+    parser.add_argument(
+        "--only", default="slices,sequences,chips,experts", help="tables, separated by commas"
+    )
+    parser.add_argument(
+        "--gpu_python", default="", help="an interpreter with compile-cuda, for the GPU row"
+    )
+    parser.add_argument("--plot", type=Path, help="directory for the plots")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     names = arguments.only.split(",") + (["gpu"] if arguments.gpu_python else [])

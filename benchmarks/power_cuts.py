@@ -1,18 +1,16 @@
-"""Cuts the power of training runs, conversions and data preparation. docs/reliability.md has a run.
+"""Simulates power cuts during training and after conversion and data preparation.
 
     sudo python -m benchmarks.power_cuts [--cuts=12] [--steps=600] [--output=FILE.json]
 
-Needs root and loop devices, and says so where they are missing. The work runs on a file system in
-an image file. A cut stops the process, copies the image and lets the process go on. The copy holds
-what the kernel had written to the image by then, as a disk does after a power cut. It is mounted,
-which replays the journal, and looked at:
+Needs root and loop devices. The work runs on a file system in an image file, ext4 and, with
+mkfs.xfs, xfs. A cut stops the process, copies the image and continues the process. The copy has
+what the kernel had written to the image by then, like a disk after a power cut. It is mounted,
+which replays the journal, and checked (docs/reliability.md has results):
 
-    training      whatever was saved a second before is there, whole; the same command resumes, and
-                  ends as a run without a cut: each line of metrics.jsonl but its times, each score,
-                  each array, bit for bit
-    convert_hf.py, prepare_data    the power goes when the command has ended: every file is there
-
-File systems: ext4, and xfs where mkfs.xfs is installed.
+    training       every checkpoint saved at least a second before is complete; the same command
+                   resumes and ends bit-equal to a run without a cut: every line of metrics.jsonl
+                   except its times, every score, every array
+    convert_hf.py, prepare    after a cut when the command has ended, every file is complete
 """
 
 import argparse
@@ -45,13 +43,13 @@ from benchmarks.kill_campaign import (
 )
 from finermoe_jax.weights.integrity import damage, saved_steps
 
-# Without lazy initialisation, which would write to the image all the time.
+# Lazy initialization would write to the image all the time.
 MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     "xfs": ["mkfs.xfs", "-q"],
 }
 IMAGE_BYTES = 400 << 20
-# Seconds after a checkpoint's rename at which its save must have ended.
+# Seconds after a checkpoint's rename within which its save must be on the disk.
 SEEN = 1.0
 KINDS = ("starting", "training", "saving", "saved")
 
@@ -61,7 +59,7 @@ KINDS = ("starting", "training", "saving", "saved")
 
 @contextlib.contextmanager
 def mounted(image: Path, place: Path, kind: str) -> Iterator[Path]:
-    """A mounted image."""
+    """Mounts an image and unmounts it at the end."""
     place.mkdir(exist_ok=True)
     options = "loop,nouuid" if kind == "xfs" else "loop"  # its original may be mounted
     subprocess.run(["mount", "-o", options, image, place], check=True)
@@ -72,7 +70,7 @@ def mounted(image: Path, place: Path, kind: str) -> Iterator[Path]:
 
 
 def new_image(folder: Path, kind: str) -> Path:
-    """An empty file system in a file."""
+    """Creates an empty file system in an image file."""
     image = folder / f"{kind}.img"
     with image.open("wb") as stream:
         stream.truncate(IMAGE_BYTES)
@@ -81,13 +79,13 @@ def new_image(folder: Path, kind: str) -> Path:
 
 
 def cut(image: Path, copy: Path) -> Path:
-    """Copies an image while nothing is written to it: the processes on it are stopped or ended."""
+    """Copies an image while nothing writes to it; the processes on it must be stopped or ended."""
     said = subprocess.run(["losetup", "-j", image], check=True, stdout=subprocess.PIPE, text=True)
     device = Path("/sys/block") / Path(said.stdout.partition(":")[0]).name / "stat"
 
     def writes() -> tuple[str, str]:
         fields = device.read_text().split()
-        return fields[4], fields[8]  # ended, under way
+        return fields[4], fields[8]  # completed, in flight
 
     while True:
         before = writes()
@@ -97,18 +95,18 @@ def cut(image: Path, copy: Path) -> Path:
 
 
 def refuse_without_loop_devices() -> None:
-    """Ends with a message where images cannot be mounted."""
+    """Exits with a message if images cannot be mounted."""
     if os.geteuid() != 0:
-        sys.exit("power_cuts.py mounts images, which needs root: start it with sudo")
+        sys.exit("power_cuts.py mounts images, which needs root; start it with sudo")
     if subprocess.run(["losetup", "-f"], capture_output=True).returncode:
-        sys.exit("power_cuts.py needs loop devices, and this machine has none")
+        sys.exit("power_cuts.py needs loop devices, and losetup finds none; use another machine")
 
 
 # --- training -------------------------------------------------------------------------------
 
 
 def cut_run(folder: Path, kind: str, count: int, steps: int, chance: random.Random) -> list[dict]:
-    """Trains on an image, with so many cuts; what was there at each."""
+    """Trains on an image with `count` cuts. Returns a record of each cut."""
     found: list[dict] = []
     image = new_image(folder, kind)
     with mounted(image, folder / kind, kind) as place:
@@ -133,7 +131,7 @@ def cut_run(folder: Path, kind: str, count: int, steps: int, chance: random.Rand
 def cut_once(
     workdir: Path, started: list[subprocess.Popen], how: str, chance: random.Random
 ) -> dict | None:
-    """Stops a run at a moment of that kind; None when it has ended before."""
+    """Stops a run at a moment of kind `how`. Returns None if it has ended before."""
     steps = workdir / "checkpoints"
     if how == "starting":
         wait_for(lambda: workdir.exists(), started)
@@ -151,7 +149,7 @@ def cut_once(
     if started[0].poll() is not None:
         return None
     started[0].send_signal(signal.SIGSTOP)
-    time.sleep(0.2)  # writes of the kernel that are under way
+    time.sleep(0.2)  # for in-flight writes of the kernel
     return {
         "how": how,
         "saved": known[-1] if known else None,
@@ -162,7 +160,7 @@ def cut_once(
 
 
 def look(folder: Path, number: int, one: dict, steps: int, same: Path) -> dict:
-    """Mounts the copy of a cut, looks at its checkpoints, resumes the run and compares its end."""
+    """Mounts the copy of a cut, checks its checkpoints, resumes the run and compares the result."""
     kind = one["file_system"]
     image = folder / f"{kind}-{number}.img"
     with mounted(image, folder / f"{kind}-{number}", kind) as place:
@@ -189,11 +187,11 @@ def look(folder: Path, number: int, one: dict, steps: int, same: Path) -> dict:
     return found
 
 
-# --- what ends with a message that it is done -----------------------------------------------
+# --- commands -------------------------------------------------------------------------------
 
 
 def cut_commands(folder: Path, kind: str, checkpoint: Path) -> list[str]:
-    """Cuts the power when a command has ended; what its target holds is as without a cut."""
+    """Cuts the power when a command has ended and checks that every file of its target is there."""
     commands = {
         "hf": ["convert_hf.py", f"--source={checkpoint}", "--to=hf"],
         "orbax": ["convert_hf.py", f"--source={folder / kind / 'new' / 'hf'}", "--to=orbax"],
@@ -222,7 +220,7 @@ def cut_commands(folder: Path, kind: str, checkpoint: Path) -> list[str]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Files by their names."""
+    """Contents of all files in a directory, by relative path."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -231,7 +229,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def campaign(folder: Path, count: int, steps: int, seed: int) -> dict:
-    """All of it; raises AssertionError at the first thing lost."""
+    """Runs all tests. Raises AssertionError at the first loss or difference."""
     chance, began = random.Random(seed), time.monotonic()
     kinds = [kind for kind, command in MAKE.items() if shutil.which(command[0])]
     same, found, commands = straight(folder, "straight", steps), [], []
@@ -254,15 +252,17 @@ def campaign(folder: Path, count: int, steps: int, seed: int) -> dict:
 
 
 def main() -> None:
-    """Runs it in a temporary directory, which stays when something was lost."""
+    """Runs the campaign in a temporary directory, which is kept if a test fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cuts", type=int, default=12, help="of training, on each file system")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--folder", type=Path, help="where images and runs live (default: temporary)"
+        "--cuts", type=int, default=12, help="cuts of training, on each file system"
     )
-    parser.add_argument("--output", type=Path, help="the result as JSON")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument(
+        "--folder", type=Path, help="directory for images and runs (default: a temporary one)"
+    )
+    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
     arguments = parser.parse_args()
     refuse_without_loop_devices()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="power-"))).absolute()

@@ -1,6 +1,6 @@
-"""Compile for a chip that is not there: its mesh, and the cycles that a TPU's compiler expects.
+"""Compiles for a TPU without one: the chip's mesh, and the compiler's estimate of cycles.
 
-Everything here is the compiler's estimate. It ranks variants; it measures nothing.
+Estimates rank variants; they are not measurements.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What libtpu reads before it finds that no TPU is attached.
+# Variables that libtpu reads before it finds that no TPU is attached.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -28,29 +28,29 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 
 
 class Peak(NamedTuple):
-    """One core's published peaks, per cycle of the clock that the estimates count in."""
+    """Published peaks of one core, and the clock whose cycles the estimates count."""
 
     clock: float  # Hz
     flops: float  # bf16, per second
     bandwidth: float  # HBM bytes per second
 
     def bound(self, flops: float, moved: float) -> float:
-        """Cycles that neither the MXU nor the HBM can go below."""
+        """Lower bound in cycles, from MXU and HBM peaks."""
         return max(flops / self.flops, moved / self.bandwidth) * self.clock
 
 
-# Clocks are those at which the estimates of a large product meet the published FLOP/s.
+# At these clocks, the estimate of a large product reaches the published FLOP/s.
 PEAKS = {"v5e": Peak(1.5e9, 197e12, 819e9), "v6e": Peak(1.75e9, 918e12, 1640e9)}
 
 
 def chip(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A context that compiles for one TPU chip; yields the sharding to give to the arguments."""
+    """A context that compiles for one TPU chip; yields the sharding of the arguments."""
     return one_device(platform="tpu", topology_name=TOPOLOGIES[name])
 
 
 @contextlib.contextmanager
 def one_device(**description: Any) -> Iterator[Any]:
-    """`chip` for any of the devices that jax's get_topology_desc can describe."""
+    """`chip` for any device that JAX's get_topology_desc can describe."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -70,10 +70,11 @@ def compile_for(
     options: dict[str, Any] | None = None,
     platform: str = "tpu",
 ) -> Any:
-    """jit(function) compiled for the chip of the sharding; arguments need shape and dtype.
+    """Compiles jit(function) for the chip of the sharding.
 
-    row_major: all memory in the order of the axes; XLA may otherwise add copies of its own.
-    options: XLA's, by name.
+    arguments: need only shape and dtype.
+    row_major: stores all arrays in the order of their axes; otherwise XLA may add copies.
+    options: XLA's compiler options, by name.
     """
     import jax
     from jax.experimental.layout import Format, Layout
@@ -88,10 +89,10 @@ def compile_for(
 
 
 def estimate(script: str, job: dict[str, Any], timeout: float = 900) -> dict[str, Any]:
-    """Runs `script --job` in a process of its own, whose output is a JSON object.
+    """Runs `script --job` in its own process and returns the JSON object that it prints.
 
-    Adds "cycles", the estimates of the kernels that it compiled, by name; "error" on failure: the
-    simulator ends the whole process on what it cannot handle.
+    Adds "cycles", the estimates of its kernels by name, or "error" on failure. The simulator ends
+    the process on a program that it cannot handle.
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = f"--xla_jf_dump_static_llo_profile_to={directory}" if job.get("cycles") else ""

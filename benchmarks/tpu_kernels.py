@@ -1,15 +1,15 @@
-"""The fused expert kernels as the TPU compiler sees them. No TPU is needed, and none was used.
+"""Compiles the fused expert kernels for TPUs and tabulates estimates. Needs no TPU and uses none.
 
-    python benchmarks/tpu_kernels.py --compile    every chip, size and load: does it fit and lower
+    python benchmarks/tpu_kernels.py --compile    do they compile, for every chip, size and load
     python benchmarks/tpu_kernels.py --cycles     estimated cycles against the bound, v5e and v6e
-    python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' own transfers
-    python benchmarks/tpu_kernels.py --unfused    against three grouped products
-    python benchmarks/tpu_kernels.py --ragged-dot XLA's own route, in bytes
-    python benchmarks/tpu_kernels.py --gather     would fetching the rows in the kernel pay
-    python benchmarks/tpu_kernels.py --layers     temporaries of the whole layer
-    python benchmarks/tpu_kernels.py --tune       prints the table of expert_ffn/tiles_tpu.py
+    python benchmarks/tpu_kernels.py --bytes      HBM bytes of the kernels' transfers
+    python benchmarks/tpu_kernels.py --unfused    cycles of three grouped products
+    python benchmarks/tpu_kernels.py --ragged-dot HBM bytes of XLA's lax.ragged_dot
+    python benchmarks/tpu_kernels.py --gather     cycles of fetching rows in the kernel
+    python benchmarks/tpu_kernels.py --layers     temporaries of a whole layer
+    python benchmarks/tpu_kernels.py --tune       the table of expert_ffn/tiles_tpu.py
 
-Needs libtpu beside jax (the extra `compile-tpu`). Markdown goes to stdout, progress to stderr.
+Needs the extra `compile-tpu` (libtpu). Tables go to stdout as Markdown, progress to stderr.
 """
 
 import argparse
@@ -32,7 +32,7 @@ KINDS = ("forward", "backward")
 
 
 class Formula:
-    """Stands where a prefetched array does: the simulator reads those as zeros."""
+    """Replaces a prefetched array, which the simulator reads as zeros, by a formula."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -42,10 +42,10 @@ class Formula:
 
 
 def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any, int]:
-    """The schedule of experts with `load` rows each, the first of which starts at row `shift`.
+    """The schedule of experts with `load` rows each; the first expert starts at row `shift`.
 
-    Shifts instead of divisions where possible: a division costs the scalar core more than the
-    load of a prefetched number, which it stands for.
+    Uses bit shifts if possible. A division would cost the scalar core more than the load of the
+    prefetched number that it replaces.
     """
     from pallas_kernels.schedule import Schedule
 
@@ -73,12 +73,12 @@ def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any
 
 
 def simulated_f(chip: str, kind: str, f: int) -> int:
-    """F of the simulated twin: on v5e the dump fails on half a bfloat16 tile of rows."""
+    """F of the simulated kernel; on v5e the dump fails for half a bfloat16 tile of rows."""
     return -(-f // 16) * 16 if chip == "v5e" and kind == "backward" else f
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One compilation in a process of its own."""
+    """Compiles the fused kernel of a job."""
     import jax
     import jax.numpy as jnp
 
@@ -141,7 +141,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def unfused_work(job: dict[str, Any]) -> dict[str, Any]:
-    """One product of the unfused route: gate_up in one, gate or up alone, or down."""
+    """Compiles one product of the unfused route: gate and up in one, gate alone, or down."""
     import jax
     import jax.numpy as jnp
 
@@ -171,7 +171,7 @@ def unfused_work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def unfused() -> None:
-    """The fused kernel against three tuned grouped products and the activation between them."""
+    """Compares the fused kernel with three tuned grouped products and their activation."""
     print("| chip | size | rows per expert | fused | gate, up, down, activation | ratio | "
           "gate and up in one | ratio |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     every_job = jobs_of(PEAKS, (128, 512), experts=32, cycles=True)
@@ -203,7 +203,7 @@ def unfused() -> None:
 
 
 def ragged_dot_work(job: dict[str, Any]) -> dict[str, Any]:
-    """The unfused route by XLA's own ragged product, with its kernel switched on."""
+    """Compiles the route through lax.ragged_dot, with XLA's kernel for it switched on."""
     import jax
     import jax.numpy as jnp
 
@@ -227,7 +227,7 @@ def ragged_dot_work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ragged_dot() -> None:
-    """HBM bytes that XLA counts for its own route against the bound, which the fused one meets."""
+    """Compares XLA's count of HBM bytes for lax.ragged_dot with the bound."""
     print("| chip | size | rows per expert | lax.ragged_dot, MB | bound, MB | ratio |")
     print("|---|---|---|---|---|---|")
     jobs = [
@@ -243,7 +243,7 @@ def ragged_dot() -> None:
 
 
 def gather_work(job: dict[str, Any]) -> dict[str, Any]:
-    """Tiles of 128 rows fetched row by row; bfloat16 rows as words, which alone can be moved so."""
+    """Compiles a kernel that fetches 128 rows one by one, bfloat16 rows as 32-bit words."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
@@ -282,7 +282,7 @@ def gather_work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather() -> None:
-    """Cycles that a kernel spends on fetching 128 rows itself, against what that would save."""
+    """Compares the cycles of fetching 128 rows in the kernel with those of XLA's gather."""
     print(
         "| chip | size | fetching 128 rows | XLA's gather of them, HBM bound |\n|---|---|---|---|"
     )
@@ -298,7 +298,7 @@ def gather() -> None:
 
 
 def flops_and_bytes(kind: str, d: int, f: int, load: int) -> tuple[int, int]:
-    """Of one expert: FLOPs with the recomputation; rows, weights and gradients moved once."""
+    """FLOPs of one expert, recomputation included, and its bytes if everything moves once."""
     w = d // 2
     gate_up, down = 4 * load * d * f, 2 * load * f * w
     weights = 2 * (2 * f * d + f * w)
@@ -308,7 +308,7 @@ def flops_and_bytes(kind: str, d: int, f: int, load: int) -> tuple[int, int]:
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each in its own process, as many at once as there are cores."""
+    """Runs each job in its own process, --workers at a time."""
     from tqdm import tqdm
 
     with concurrent.futures.ThreadPoolExecutor(ARGS.workers) as pool:
@@ -317,7 +317,7 @@ def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def jobs_of(chips: Any, loads: Any = LOADS, **extra: Any) -> list[dict[str, Any]]:
-    """All sizes, kinds and loads for the chips."""
+    """Jobs for all sizes, directions and loads of the chips."""
     return [
         dict(chip=chip, size=size, d=SIZES[size][0], f=SIZES[size][1], kind=kind, load=load)
         | {"experts": EXPERTS, "cycles": False}
@@ -327,7 +327,7 @@ def jobs_of(chips: Any, loads: Any = LOADS, **extra: Any) -> list[dict[str, Any]
 
 
 def compile_all() -> None:
-    """Every chip, size, direction and load through the public function."""
+    """Compiles expert_ffn for every chip, size, direction and load."""
     stored = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
     print("| chip | size | direction | rows, weights | rows per expert | tile, step, buffers |")
     print("|---|---|---|---|---|---|")
@@ -345,13 +345,13 @@ def compile_all() -> None:
 
 
 def cycles() -> None:
-    """Estimated cycles against the bound."""
+    """Compares estimated cycles with the bound."""
     print("| chip | size | direction | rows per expert | tile | cycles | MXU bound | HBM bound | "
           "of the bound | groups across tiles |\n" + "|---" * 10 + "|")  # fmt: skip
     jobs = jobs_of(PEAKS, cycles=True)
     for job in jobs:
         job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
-        # Simulated visit by visit: fewer experts where each has many, or large, visits.
+        # The simulator runs every visit: fewer experts if each has many or large visits.
         small = job["size"] != "7B" and job["kind"] == "forward"
         job["experts"] = 8 if job["load"] > 512 else EXPERTS if small else 16
     shifted = [job | {"shift": 64} for job in jobs if job["load"] in (128, 512)]
@@ -378,7 +378,7 @@ def cycles() -> None:
 
 
 def transfers() -> None:
-    """Bytes that the block specs move against the least possible, by load and distribution."""
+    """Compares the bytes that the block specs move with the least possible."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -406,7 +406,7 @@ def transfers() -> None:
             plan = jax.tree.map(np.asarray, plan)
             moved = 0
             for spec in itertools.chain(*mosaic_tpu.block_specs(call, None)):
-                if spec.index_map is None:  # a stack that is written elsewhere, not read
+                if spec.index_map is None:  # a stack that is written but not read
                     continue
                 visited = [spec.index_map(i, *plan) for i in range(len(plan.expert))]
                 loads = sum(a != b for a, b in itertools.pairwise([None, *visited]))
@@ -415,14 +415,14 @@ def transfers() -> None:
                 moved += loads * size * (4 if lane else 2)
             per_expert, empty = flops_and_bytes(kind, d, f, 1)[1], flops_and_bytes(kind, d, f, 0)[1]
             least = m * (per_expert - empty) + empty * np.count_nonzero(sizes)
-            if kind == "backward":  # an idle expert's gradient is written, its weights not read
+            if kind == "backward":  # idle experts write a gradient and read no weights
                 least += empty // 2 * np.count_nonzero(sizes == 0)
             ratios.append(f"{moved / least:.3f}")
         print(f"| {size} | {load} | {kind} | {' | '.join(ratios)} |")
 
 
 def layers() -> None:
-    """Temporaries of the whole layer, forward and backward, and copies of its expert weights."""
+    """Counts the temporaries of a layer, forward and backward, and copies of expert weights."""
     print("| chip | size | tokens | experts' weights, MB | temporaries, MB | weight copies |")
     print("|---|---|---|---|---|---|")
     jobs = [job for job in jobs_of(PEAKS, (128,), worker="layer") if job["kind"] == "forward"]
@@ -435,7 +435,7 @@ def layers() -> None:
 
 
 def layer_work(job: dict[str, Any]) -> dict[str, Any]:
-    """Compiles one FineRMoE layer and its gradient, weights in bfloat16, outside any scan."""
+    """Compiles one FineRMoE layer and its gradient with bfloat16 weights, outside any scan."""
     import re
 
     import jax
@@ -472,8 +472,8 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
         compiled = jitted.trace(shaped, x, x).lower(lowering_platforms=("tpu",)).compile()
     experts = config.moe.num_experts
     f, d, w = config.expert_intermediate_size, config.hidden_size, config.expert_output_size
-    # Arrays of the shape of all gate_up or down weights, and what made them. Arguments and what the
-    # kernels return are no copies.
+    # Operations that output an array of the shape of all gate_up or down weights. Arguments and
+    # kernel results are not copies.
     made = re.findall(
         rf"= \w+\[(?:\d+,)?{experts},(?:{2 * f},{d}|{f},{w})\]\S* ([\w-]+)\(", compiled.as_text()
     )
@@ -488,9 +488,9 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def tune() -> None:
-    """The fastest tile for every chip, size and direction, as the source of the table.
+    """Prints the fastest tile for every chip, size and direction, as Python source.
 
-    Only where there is a choice: experts with fewer rows than the next tile get the smallest.
+    Experts with fewer rows than the second-smallest tile always get the smallest one.
     """
     jobs = []
     tiles = {
@@ -500,7 +500,7 @@ def tune() -> None:
     }
     for job in jobs_of(TOPOLOGIES, (512, 2048), cycles=True):
         for rows in tiles.get((job["kind"], job["load"]), ()):
-            if rows > 128 or job["size"] == "7B":  # where a chip may have room for no more
+            if rows > 128 or job["size"] == "7B":  # 7B may fit no larger tile
                 jobs.append(
                     job
                     | {"tiles": [rows, 128, 1 if rows == 128 else 2]}
@@ -542,8 +542,10 @@ if __name__ == "__main__":
     )
     for mode in MODES:
         parser.add_argument("--" + mode.replace("_", "-"), action="store_true")
-    parser.add_argument("--quick", action="store_true", help="with --compile: one load, bfloat16")
-    parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
+    parser.add_argument(
+        "--quick", action="store_true", help="with --compile: only 128 rows per expert and bfloat16"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="parallel compilations")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     ARGS = parser.parse_args()
     if ARGS.job:

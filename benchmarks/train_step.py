@@ -1,13 +1,16 @@
-"""The training step on a CPU against the machine's own matrix product, and against the dense model.
+"""Measures the training step on a CPU against a matrix product and the dense model's step.
 
     python benchmarks/train_step.py [--layers=4] [--repeats=9] [--unroll=4] [--remat=none]
     python benchmarks/train_step.py --config=configs/smollm2_135m.py --layers=10
 
-Layers of Qwen2.5-0.5B's width as FineRMoE (32, 2, 1, 2), vocabulary 32000, batch 2 x 256, float32,
-random weights; with --config, that file's model, batch and remat. Forward and backward, the whole
-step with AdamW, and the whole step of the dense model take turns with the matrix products, so that
-what else runs on the machine meets all of them; medians, the products' fastest, and the ratio to
-the dense model's step, round by round. FLOPs: finermoe_jax/config/flops.py.
+By default the model is FineRMoE (32, 2, 1, 2) with layers of Qwen2.5-0.5B's width, vocabulary
+32000, batch 2 x 256, float32 and random weights. --config takes model, batch and remat from a
+config file.
+
+Forward and backward, the whole step with AdamW, the dense model's whole step and the matrix
+products take turns, so that other jobs on the machine affect all of them. Prints medians, the
+share of the fastest product, and the ratio to the dense step, round by round. FLOPs are those of
+finermoe_jax/config/flops.py.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from finermoe_jax.weights.upcycle import upcycled_config
 
 
 def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
-    """The FineRMoE's shape, and a run of it: of a config file, or the widths of Qwen2.5-0.5B."""
+    """The model config and run config: from a config file, or with Qwen2.5-0.5B's widths."""
     if arguments.config:
         run = run_config(preset(arguments.config).to_dict())
         assert run.dense is not None and run.moe is not None
@@ -64,11 +67,11 @@ def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
 
 
 class Stepper:
-    """A model of random weights, its optimizer's state, and a batch, to take steps with.
+    """A model of random weights with its optimizer state and a batch.
 
     Attributes:
-      flops: of a step's forward and backward pass (finermoe_jax/config/flops.py).
-      parameters: how many.
+      flops: FLOPs of a step's forward and backward pass (finermoe_jax/config/flops.py).
+      parameters: number of parameters.
     """
 
     def __init__(self, shape: ModelConfig, config: RunConfig):
@@ -98,17 +101,17 @@ class Stepper:
         )
 
     def forward_and_backward(self) -> Any:
-        """Loss and gradient, which are dropped."""
+        """Computes the loss and the gradient; keeps neither parameters nor state."""
         return self._both(self._held[0], self._batch)
 
     def step(self) -> Any:
-        """A step; its metrics."""
+        """Takes a step and returns its metrics."""
         self._held[0], self._held[1], metrics = self._step(*self._held, self._batch)
         return metrics
 
 
 def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant in each round; of all but the products two more are dropped."""
+    """Seconds of every variant in each round; drops two warm-up rounds, except of products."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats + 2):
         for name, run in variants.items():
@@ -120,14 +123,22 @@ def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, lis
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures all variants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default="", help="a config file; default: Qwen2.5-0.5B's width")
-    parser.add_argument("--layers", type=int, default=0, help="default: 4, or the config's")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--unroll", type=int, default=0, help="train.scan_unroll")
-    parser.add_argument("--remat", default="", help="train.remat")
-    parser.add_argument("--free", action="store_true", help="give freed memory back each time")
+    parser.add_argument(
+        "--config", default="", help="a config file (default: Qwen2.5-0.5B's width)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=0, help="number of layers (default: 4, or the config's)"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="measured rounds")
+    parser.add_argument(
+        "--unroll", type=int, default=0, help="train.scan_unroll (default: 4, or the config's)"
+    )
+    parser.add_argument("--remat", default="", help="train.remat (default: none, or the config's)")
+    parser.add_argument(
+        "--free", action="store_true", help="return freed memory to the system after each step"
+    )
     arguments = parser.parse_args()
     if not arguments.config:
         arguments.layers, arguments.unroll = arguments.layers or 4, arguments.unroll or 4

@@ -7,6 +7,7 @@ follow. Without one, the notebooks install from PyPI and their links lead there.
 after a move. Needs the extra notebooks.
 """
 
+import importlib
 import posixpath
 import re
 import sys
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    import notebooks  # before anything is written: it needs Jupytext
+    notebooks = importlib.import_module("notebooks")  # before anything is written: needs Jupytext
 
     address = arguments[0].removesuffix("/").removesuffix(".git")
     for path, text in texts_with(address).items():

@@ -1,13 +1,13 @@
-"""The strength of the tests: faults put in one by one, and which of them some test finds.
+"""Mutation testing: introduces faults one by one and checks that a test fails.
 
     python benchmarks/studies/mutations.py OUT.json             # half an hour on 2 CPU cores
     python benchmarks/studies/mutations.py OUT.json --only=WORDS --most=1 --again
 
-Each mutation replaces one line or part of one in a copy of the working tree, and the tests that
-should notice run there, the first failure ending them. Killed: a test failed. Survived: none did,
-nor any of the wider selection; then an assertion is missing, or the line does nothing. What is
-in OUT.json is not run again, unless it, its tests or the line have changed; --again runs what
-survived once more. A mutation that no program can tell from the original does not belong here.
+Each mutation replaces a line, or a part of one, in a copy of the working tree. Then the tests that
+should notice it run until the first failure. A mutation is killed if a test fails. It survives if
+they and the wider selection pass; then an assertion is missing, or the line does nothing. OUT.json
+stores the results. A stored mutation runs again only if it, its tests or the line have changed,
+or, with --again, if it survived. Do not add mutations that no program can tell from the original.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 1200.0  # seconds of one selection of tests
+TIMEOUT = 1200.0  # seconds per selection of tests
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """One fault. `tests` are arguments of pytest; `wider` are others, for what survives these."""
+    """One fault. `tests` are arguments of pytest; `wider` run if these pass."""
 
     name: str
     file: str
@@ -358,7 +358,7 @@ MUTATIONS = (
 
 
 def import_others() -> None:
-    """Imports what the tests need of others, and nothing of this project."""
+    """Imports the third-party packages that the tests need, and nothing of this project."""
     # JAX reads these when it is imported; the last two are as in tests/conftest.py.
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -368,7 +368,7 @@ def import_others() -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     sys.dont_write_bytecode = True
-    # Nobody has started a thread yet, whatever JAX fears.
+    # JAX warns of forking a process with threads; none has started yet.
     warnings.filterwarnings("ignore", message=".*fork")
     for name in ("flax.nnx", "grain", "optax", "orbax.checkpoint", "transformers"):
         importlib.import_module(name)
@@ -382,7 +382,7 @@ class Tree:
 
     @classmethod
     def copied(cls, folder: Path) -> "Tree":
-        """Lists the files that git tracks and the new ones, without those that it ignores."""
+        """Copies the tracked and the untracked files, without ignored ones."""
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, capture_output=True, check=True,
@@ -394,10 +394,10 @@ class Tree:
         return cls(folder)
 
     def failing(self, tests: str) -> str:
-        """The first test that fails, or "" where all pass.
+        """Returns the first test that fails, or "" if all pass.
 
-        In a fork, so that what takes most of the time, the imports of others' packages, is done
-        once. Raises RuntimeError where no tests ran: the mutation, or the selection, is none.
+        Runs in a fork, so that third-party packages, which take most of the time, are imported
+        once. Raises RuntimeError if no tests ran.
         """
         with tempfile.TemporaryFile("w+") as said:
             child = os.fork()
@@ -414,7 +414,7 @@ class Tree:
         return "" if code == 0 else found[1] if found else "a test"
 
     def _test(self, output: int, tests: str) -> NoReturn:
-        """Runs pytest and ends the process, whatever happens: the rest is its parent's."""
+        """Runs pytest in the child and always ends the process."""
         code = 3
         try:
             os.setpgid(0, 0)
@@ -432,7 +432,7 @@ class Tree:
 
 
 def _ended(child: int) -> int | None:
-    """A process's exit code; None where it had to be ended."""
+    """Waits for a process. Returns its exit code, or None if it was killed at the timeout."""
     until = time.monotonic() + TIMEOUT
     while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -445,7 +445,7 @@ def _ended(child: int) -> int | None:
 
 
 def tried(mutation: Mutation, tree: Tree, narrow: bool) -> dict:
-    """The mutation's record: which test killed it, if any, and how long that took."""
+    """Runs a mutation. Returns its record: the test that killed it, if any, and the seconds."""
     path = tree.folder / mutation.file
     text = path.read_text()
     if text.count(mutation.old) != 1:
@@ -466,12 +466,12 @@ def tried(mutation: Mutation, tree: Tree, narrow: bool) -> dict:
 
 
 def known(mutation: Mutation, record: dict | None) -> bool:
-    """Returns whether a record is of this very mutation."""
+    """Returns True if the record is of this mutation, unchanged."""
     return record is not None and dataclasses.asdict(mutation).items() <= record.items()
 
 
 def chosen(arguments: argparse.Namespace, records: dict[str, dict]) -> Iterator[Mutation]:
-    """The mutations that are still to be tried."""
+    """Yields the mutations that still have to run."""
     left = arguments.most
     for mutation in MUTATIONS:
         record = records.get(mutation.name)
@@ -485,7 +485,7 @@ def chosen(arguments: argparse.Namespace, records: dict[str, dict]) -> Iterator[
 
 
 def table(records: dict[str, dict]) -> str:
-    """Killed and survived, in Markdown."""
+    """A Markdown table of killed and surviving mutations."""
     lines = ["| fault | where | killed by |", "|---|---|---|"]
     for mutation in MUTATIONS:
         if known(mutation, record := records.get(mutation.name)):
@@ -498,13 +498,13 @@ def table(records: dict[str, dict]) -> str:
 
 
 def main() -> int:
-    """Tries what is still to be tried, keeping each result, and prints the table."""
+    """Runs the remaining mutations, stores each result, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="JSON file of the results")
-    parser.add_argument("--only", default="", help="words of a mutation's name")
-    parser.add_argument("--most", type=int, default=-1, help="how many to try")
-    parser.add_argument("--narrow", action="store_true", help="without the wider selections")
-    parser.add_argument("--again", action="store_true", help="survivors once more")
+    parser.add_argument("--only", default="", help="run mutations whose name has these words")
+    parser.add_argument("--most", type=int, default=-1, help="run at most this many (default: all)")
+    parser.add_argument("--narrow", action="store_true", help="omit the wider selections of tests")
+    parser.add_argument("--again", action="store_true", help="run surviving mutations again")
     arguments = parser.parse_args()
     records = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     wanted = list(chosen(arguments, records))
