@@ -37,7 +37,7 @@ def require(package: str, extra: str, what: str) -> None:
     # A folder of that name in the working directory is found, too, but has no origin.
     if found is None or found.origin is None:
         raise InputError(
-            f"{what} needs the package {package}, which is not installed: pip install "
+            f"{what} needs {package}, which is not installed: pip install "
             f"'{_NAME}[{extra}]' (in a clone: pip install -e '.[{extra}]')"
         )
     versions = {

@@ -33,6 +33,7 @@ from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, 
 from finermoe_jax.runtime.files import new_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
+from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
 from finermoe_jax.weights.hf_names import Parts, parts

@@ -73,7 +73,7 @@ def test_a_package_of_an_extra(installed, monkeypatch, tmp_path):
     (tmp_path / "no_such_package").mkdir()  # found by Python, and empty
     monkeypatch.syspath_prepend(tmp_path)
     for missing in ("no_such_package", "no_such_parent.module"):
-        words = f"--flag needs the package {missing}.*pip install 'finermoe-jax\\[data\\]'"
+        words = f"--flag needs {missing}.*pip install 'finermoe-jax\\[data\\]'"
         with pytest.raises(InputError, match=words):
             install.require(missing, "data", "--flag")
 
