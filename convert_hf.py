@@ -1,4 +1,4 @@
-"""`python convert_hf.py`, which is `finermoe convert`: see --help and README.md."""
+"""`python convert_hf.py`, the same as `finermoe convert`. See --help and README.md."""
 
 from finermoe_jax.cli.main import run
 

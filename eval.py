@@ -1,4 +1,4 @@
-"""`python eval.py`, which is `finermoe eval`: see --help and README.md."""
+"""`python eval.py`, the same as `finermoe eval`. See --help and README.md."""
 
 from finermoe_jax.cli.main import run
 

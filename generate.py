@@ -1,4 +1,4 @@
-"""`python generate.py`, which is `finermoe generate`: see --help and README.md."""
+"""`python generate.py`, the same as `finermoe generate`. See --help and README.md."""
 
 from finermoe_jax.cli.main import run
 

@@ -1,4 +1,4 @@
-"""`python train.py`, which is `finermoe train`: see --help and README.md."""
+"""`python train.py`, the same as `finermoe train`. See --help and README.md."""
 
 from finermoe_jax.cli.main import run
 

@@ -50,6 +50,7 @@ from finermoe_jax.generation.decode import (
 from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.model.decoder import Decoder, parameter_kinds, parameter_shapes, with_params
 from finermoe_jax.runtime import host_memory
+from finermoe_jax.training import style
 
 PROMPT, NEW = 512, 64
 GREEDY = Sampling().scalars()
@@ -282,29 +283,29 @@ def architectures(layers: int, rounds: int, plot: str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], layers: int, path: str) -> None:
+@style.applied()
+def draw(rows: list[dict[str, Any]], layers: int, path: str | Path) -> None:
     """Plots weights, time to first token and tokens per second, a bar per architecture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    picture = style.figure(7.5, 3.6)
+    panels = picture.subplots(1, 3, sharey=True)
     names = [row["name"] for row in rows][::-1]
-    colors = ["#c4552d" if name == "FineRMoE" else "#7d8ca3" for name in names]
+    colours = [style.BLUE if name == "FineRMoE" else style.GREY for name in names]
     for axes, title, values, form in (
-        (panels[0], "weights, GB", [row["total"] / 1e9 for row in rows], "{:.1f}"),
+        (panels[0], "bfloat16 weights, GB", [row["total"] / 1e9 for row in rows], "{:.2f}"),
         (panels[1], "time to first token, s", [row["first_s"] for row in rows], "{:.2f}"),
         (panels[2], "tokens per second", [1 / row["step_s"] for row in rows], "{:.1f}"),
     ):
-        bars = axes.barh(names, values[::-1], color=colors)
+        bars = axes.barh(names, values[::-1], color=colours)
         axes.bar_label(bars, [form.format(v) for v in values[::-1]], padding=3, fontsize=9)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlim(0, max(values) * 1.18)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"Qwen2.5-0.5B's shapes, {layers} layers, bfloat16 weights, batch 1, prompt of {PROMPT}, "
-        "2 CPU cores", fontsize=10,
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
+        axes.set_title(title)
+        axes.set_xlim(0, max(values) * 1.25)
+        axes.grid(visible=False)
+        axes.tick_params(axis="y", length=0)
+    style.title(
+        picture,
+        f"Qwen2.5-0.5B's shapes, {layers} layers, prompt of {PROMPT}, 2 CPU cores",
+    )
+    picture.savefig(path)
 
 
 def main() -> None:

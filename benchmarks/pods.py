@@ -10,6 +10,7 @@ program. The GPU row needs an interpreter with the extra `compile-cuda`: --gpu_p
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from finermoe_jax.training import style
 
 GIB = 2**30
 
@@ -247,48 +250,58 @@ def slices_cells(row: Row, f: dict[str, Any]) -> list[str]:
 
 def plot(name: str, rows: Sequence[Row], found: Sequence[dict[str, Any]], folder: Path) -> None:
     """Plots FLOPs, HBM bytes and wire bytes per device and token, over chips or experts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     rows, found = zip(
         *((row, f) for row, f in zip(rows, found, strict=True) if "sent_bytes" in f), strict=True
     )
-    x = [row.at for row in rows]
     tokens = [f["tokens_per_step"] / f["devices"] for f in found]
     kinds = sorted({kind for f in found for kind in f["sent_bytes"]})
-    panels: list[tuple[str, dict[str, list[float]]]] = [
-        ("GFLOP per token", {
+    panels: Panels = {
+        FLOP: {
             "dense products": [f["matmul_flops"] / 1e9 for f in found],
             "expert kernels": [f["kernel_flops"] / 1e9 for f in found],
             "attention": [f["attention_flops"] / 1e9 for f in found],
-        }),
-        ("HBM, MB per token", {"reads and writes": [f["hbm_bytes"] / 1e6 for f in found]}),
-        ("sent, kB per token", {
+        },
+        HBM: {"": [f["hbm_bytes"] / 1e6 for f in found]},
+        WIRE: {
             "all": [sum(f["sent_bytes"].values()) / 1e3 for f in found],
             **{kind: [f["sent_bytes"].get(kind, 0.0) / 1e3 for f in found] for kind in kinds},
-        }),
-    ]  # fmt: skip
-    for axis, (title, series) in zip(axes, panels, strict=True):
-        per_token = {
-            label: [value / t for value, t in zip(values, tokens, strict=True)]
-            for label, values in series.items()
-        }
-        top = max(max(heights) for heights in per_token.values())
-        for label, heights in per_token.items():
-            if max(heights) > 0.01 * top:
-                style = {"color": "black", "linestyle": "--"} if label == "all" else {}
-                axis.plot(x, heights, marker="o", label=label, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(x, [str(v) for v in x])
-        axis.set_ylim(0, 1.4 * top)  # room for the legend
-        axis.set_xlabel(name)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper left", ncols=2)
-    figure.savefig(folder / f"scaling_{name}.png", dpi=150)
+        },
+    }
+    for series in panels.values():
+        for values in series.values():
+            values[:] = [value / t for value, t in zip(values, tokens, strict=True)]
+    draw(name, [row.at for row in rows], panels, folder / f"scaling_{name}.png")
+
+
+Panels = dict[str, dict[str, list[float]]]  # title → label → values
+FLOP, HBM, WIRE = "GFLOP per token", "HBM traffic, MB per token", "sent between chips, kB per token"
+
+
+@style.applied()
+def draw(name: str, x: Sequence[int], panels: Panels, path: Path) -> None:
+    """Draws panels of lines over chips or experts; omits lines below 1 % of a panel's highest."""
+    picture = style.figure(7.5, 7)
+    for axes, (title, series) in zip(
+        picture.subplots(len(panels), 1, sharex=True), panels.items(), strict=True
+    ):
+        top = max(max(values) for values in series.values())
+        kept = {label: values for label, values in series.items() if max(values) > 0.01 * top}
+        colours = itertools.cycle(style.LINES)
+        ends = {}
+        for label, values in kept.items():
+            kind = {"color": style.INK, "linestyle": "--"} if label == "all" else {
+                "color": next(colours)}  # fmt: skip
+            [line] = axes.plot(x, values, marker="o", **kind)
+            ends[line] = label
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [str(v) for v in x])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(0, 1.08 * top)
+        axes.set_title(title)
+        if len(ends) > 1:
+            style.label_ends(axes, ends)
+    axes.set_xlabel(name)
+    picture.savefig(path)
 
 
 def main() -> None:

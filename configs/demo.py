@@ -1,12 +1,12 @@
-"""The main job, small: a dense Qwen2 becomes a FineRMoE, trains on, and talks.
+"""Small demo: upcycles a tiny dense Qwen2 to FineRMoE, trains it and generates text.
 
     python train.py --config=configs/demo.py          # upcycled with (8, 2, 1, 2), T_I=1
     python train.py --config=configs/demo.py:ct       # the dense base trained on the same tokens
 
-Any other of the paper's architectures is a variant, too (docs/architectures.md): `:c32a2`.
+The paper's other architectures are variants too, such as `:c32a2` (docs/architectures.md).
 
-No download, no accelerator. The base, its tokenizer and its text lie in finermoe_jax/demo; the
-granularities are the published ones scaled down. README.md says what to expect.
+Needs no download and no accelerator: base model, tokenizer and text are in finermoe_jax/demo. The
+granularities are the published ones scaled down. README.md shows the expected result.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-"""Trains the demo's small dense base model from scratch on one megabyte of Python documentation.
+"""Trains the demo's dense base model from scratch on 1 MB of Python documentation.
 
     python train.py --config=configs/demo_dense.py --workdir=runs/demo_dense
     python convert_hf.py --to=hf --dtype=bfloat16 --source=runs/demo_dense --target=demo_model
 
-This run made finermoe_jax/demo/model. Six epochs, about three minutes on 2 CPU
-cores, held-out loss 3.94.
+This run produced finermoe_jax/demo/model: six epochs, about three minutes on 2 CPU cores, held-out
+loss 3.94.
 """
 
 from ml_collections import ConfigDict

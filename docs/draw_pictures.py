@@ -1,27 +1,14 @@
-"""Draws docs/cut.svg, routing.svg and upcycling.svg: python docs/draw_pictures.py"""
+"""Draws docs/cut.svg, routing.svg, upcycling.svg and layer.svg: python docs/draw_pictures.py"""
 
 import math
 from pathlib import Path
 
-from draw_layer import GREY, INK, SLOT_COLOURS, arrow, box, head, text
+from svg import arrow, box, node, picture, text
 
-PLAIN, QUIET = "#eef1f4", "#52606d"
+from finermoe_jax.training.style import GREY, INK, PLAIN, QUIET, SLOTS
+
 SLICES = 8
-
-
-def picture(width: int, height: int, parts: list[str]) -> str:
-    """SVG of these parts on white."""
-    heads = "".join(head(c) for c in (INK, *(dark for dark, _ in SLOT_COLOURS)))
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            'font-family="Helvetica, Arial, sans-serif">',
-            f"<defs>{heads}</defs>",
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+FAINT = "#f7f8f9"
 
 
 def funnel(top: tuple[float, float], y0: float, bottom: tuple[float, float], y1: float, fill: str):
@@ -34,11 +21,11 @@ def cut() -> str:
     """A dense FFN, an expert cut in one dimension, and one cut in two."""
     parts = []
     panels = (
-        ("the dense FFN", "every input · every channel · every output", None, None),
-        ("cut once: a usual fine expert", "a slice of the channels, all outputs", 2, None),
+        ("the dense FFN", "all inputs, channels and outputs", None, None),
+        ("cut once: a usual fine expert", "a slice of channels, all outputs", 2, None),
         (
             "cut twice: an expert of FineRMoE",
-            "a slice of the channels, a slot of the outputs",
+            "a slice of channels, a slot of outputs",
             2,
             1,
         ),
@@ -46,13 +33,13 @@ def cut() -> str:
     width, cell, half = 256, 32, 128
     for number, (title, about, chosen, slot) in enumerate(panels):
         x = 28 + number * 308
-        dark, light = SLOT_COLOURS[1 if slot else 0]
+        dark, light = SLOTS[1 if slot else 0]
         channels = (0, SLICES) if chosen is None else (chosen, chosen + 1)
         outputs = (0, width) if slot is None else (slot * half, slot * half + half)
         ends = x + channels[0] * cell, x + channels[1] * cell
         parts += [
             text(x + width / 2, 26, title, 15, font_weight="bold"),
-            text(x + width / 2, 46, about, 12, fill=QUIET),
+            text(x + width / 2, 47, about, 13, fill=QUIET),
             funnel((x, x + width), 98, ends, 162, light),
             funnel(ends, 192, (x + outputs[0], x + outputs[1]), 256, light),
             box(x, 68, width, 30, light, dark),
@@ -67,8 +54,8 @@ def cut() -> str:
             fill, stroke = (light, dark) if on else (PLAIN, GREY)
             parts += [
                 box(x + o * half + 2, 256, half - 4, 30, fill, stroke),
-                text(x + o * half + half / 2, 276, f"slot {o + 1}  [h/2]", 12,
-                     fill=INK if on else GREY),
+                text(x + o * half + half / 2, 276, f"slot {o}  [h/2]", 13,
+                     fill=INK if on else QUIET),
             ]  # fmt: skip
         rows = "H" if chosen is None else f"H/{SLICES}"
         columns = "h" if slot is None else "h/2"
@@ -77,7 +64,8 @@ def cut() -> str:
             text(x + width / 2, 228, f"down: {rows} × {columns}", 13),
             text(x + width + 4, 182, "H", 13, "start"),
         ]
-    return picture(940, 304, parts)
+    about = "A dense FFN, an expert cut in one dimension, and one cut in two"
+    return picture(940, 304, about, parts)
 
 
 LOGITS = (
@@ -94,27 +82,26 @@ def routing() -> str:
     active = [LOGITS[o][kept[o]][best[o][kept[o]]] for o in range(2)]
     weights = [math.exp(a) / sum(map(math.exp, active)) for a in active]
 
-    parts = [
-        text(200, 28, "1  The best expert of each group is marked", 13.5, font_weight="bold"),
-        text(200, 46, "the router's logit of every expert", 12, fill=QUIET),
-        text(458, 28, "2  Each slot keeps a group", 13.5, font_weight="bold"),
-        text(458, 46, "the larger sum of all its logits", 12, fill=QUIET),
-        text(626, 28, "3  Weights", 13.5, font_weight="bold"),
-        text(626, 46, "one softmax", 12, fill=QUIET),
-        text(816, 28, "4  Side by side", 13.5, font_weight="bold"),
-        text(816, 46, "nothing is added across slots", 12, fill=QUIET),
-    ]
-    cell, number = 62, 0
-    for o, (dark, light) in enumerate(SLOT_COLOURS):
+    parts = []
+    for x, title, about in (
+        (233, "1  Mark the best expert of a group", "the router's logit of every expert"),
+        (505, "2  Keep a group per slot", "largest sum of all its logits"),
+        (690, "3  Weights", "softmax of both"),
+        (894, "4  Concatenate", "nothing is added across slots"),
+    ):
+        parts += [
+            text(x, 28, title, 14, font_weight="bold"),
+            text(x, 48, about, 13, fill=QUIET),
+        ]
+    cell, number = 78, 0
+    for o, (dark, light) in enumerate(SLOTS):
         top = 66 + o * 136
-        parts.append(
-            text(16, top + 62, f"slot {o + 1}", 14, "start", fill=dark, font_weight="bold")
-        )
+        parts.append(text(12, top + 58, f"slot {o}", 14, "start", fill=dark, font_weight="bold"))
         for r in range(2):
             y = top + r * 58
             on = r == kept[o]
             parts.append(
-                box(72, y, 4 * cell + 10, 48, light if on else "#f7f8f9", dark if on else GREY,
+                box(72, y, 4 * cell + 10, 48, light if on else FAINT, dark if on else GREY,
                     2 if on else 1)
             )  # fmt: skip
             for i in range(4):
@@ -122,35 +109,36 @@ def routing() -> str:
                 fill = dark if marked and on else "white"
                 stroke = (dark, 3) if marked else (GREY, 1)
                 ink = "white" if marked and on else INK
+                logit = f"{LOGITS[o][r][i]:+.1f}".replace("-", "−")
                 parts += [
-                    box(x + 2, y + 6, cell - 6, 36, fill, *stroke),
-                    text(x + cell / 2 - 1, y + 22, f"{LOGITS[o][r][i]:+.1f}", 13, fill=ink),
-                    text(x + cell / 2 - 1, y + 37, f"expert {number}", 10, fill=ink),
+                    box(x + 2, y + 5, cell - 6, 38, fill, *stroke),
+                    text(x + cell / 2 - 1, y + 21, logit, 13, fill=ink),
+                    text(x + cell / 2 - 1, y + 37, f"expert {number}", 12, fill=ink),
                 ]
                 number += 1
-            relation = "kept" if on else ""
+            words = f"sum {sums[o][r]:+.1f}" + ("  kept" if on else "")
             parts.append(
-                text(400, y + 29, f"sum {sums[o][r]:+.1f}  {relation}", 14, "start",
-                     fill=dark if on else GREY, font_weight="bold" if on else "normal")
+                text(412, y + 29, words, 14, "start", fill=dark if on else QUIET,
+                     font_weight="bold" if on else "normal")
             )  # fmt: skip
         y = top + kept[o] * 58 + 24
         parts += [
-            arrow([(500, y), (580, y)], dark),
-            text(626, y - 4, f"exp({active[o]:.1f})", 13),
-            text(626, y + 15, f"→ {weights[o]:.2f}", 15, fill=dark, font_weight="bold"),
-            arrow([(668, y), (785 + o * 96, y), (785 + o * 96, (160, 232)[o])], dark),
+            arrow([(546, y), (636, y)], dark),
+            text(682, y - 4, f"exp({active[o]:.1f})", 13),
+            text(682, y + 15, f"→ {weights[o]:.2f}", 15, fill=dark, font_weight="bold"),
+            arrow([(726, y), (846 + o * 118, y), (846 + o * 118, (160, 234)[o])], dark),
         ]
-    for o, (dark, light) in enumerate(SLOT_COLOURS):
+    for o, (dark, light) in enumerate(SLOTS):
         expert = (o * 2 + kept[o]) * 4 + best[o][kept[o]]
-        x = 738 + o * 96
+        x = 788 + o * 118
         parts += [
-            box(x, 162, 94, 68, light, dark, 1.6),
-            text(x + 47, 184, f"{weights[o]:.2f} ×", 14),
-            text(x + 47, 203, f"expert {expert}(x)", 13),
-            text(x + 47, 221, "h/2", 12, fill=QUIET),
+            box(x, 162, 116, 70, light, dark, 1.6),
+            text(x + 58, 184, f"{weights[o]:.2f} ×", 14),
+            text(x + 58, 203, f"expert {expert}(x)", 14),
+            text(x + 58, 222, f"slot {o}  [h/2]", 13, fill=QUIET),
         ]
-    parts.append(text(704, 201, "y  [h]  =", 14))
-    return picture(940, 340, parts)
+    parts.append(text(748, 201, "y  [h]  =", 14))
+    return picture(1030, 340, "The routing of one token", parts)
 
 
 def upcycling() -> str:
@@ -158,29 +146,29 @@ def upcycling() -> str:
     cell, tall = 34, 34
     parts = [
         text(150, 28, "the dense FFN", 15, font_weight="bold"),
-        text(150, 46, "its channels in 8 slices, its outputs in 2", 12, fill=QUIET),
+        text(150, 47, "channels in 8 slices, outputs in 2", 13, fill=QUIET),
         text(650, 28, "the experts", 15, font_weight="bold"),
-        text(650, 46, "a number is the slice; copies are equal at the start", 12, fill=QUIET),
+        text(650, 47, "a number is the slice; copies are equal at the start", 13, fill=QUIET),
     ]
     for i in range(SLICES):
         y = 78 + i * tall
-        for o, (dark, light) in enumerate(SLOT_COLOURS):
+        for o, (dark, light) in enumerate(SLOTS):
             x = 40 + o * 112
             strong = i == 5
             parts += [
                 box(x, y + 2, 106, tall - 4, dark if strong else light, dark, 1),
-                text(x + 53, y + 22, f"slice {i}, half {o + 1}", 12,
+                text(x + 53, y + 22, f"slice {i}, half {o}", 13,
                      fill="white" if strong else INK),
             ]  # fmt: skip
-    for o, (dark, light) in enumerate(SLOT_COLOURS):
+    for o, (dark, light) in enumerate(SLOTS):
         top = 66 + o * 118
         x0 = 470
-        parts.append(text(x0 - 14, top + 51, f"slot {o + 1}", 14, "end", fill=dark,
+        parts.append(text(x0 - 14, top + 51, f"slot {o}", 14, "end", fill=dark,
                           font_weight="bold"))  # fmt: skip
         for r in range(2):
             y = top + r * 50
-            parts.append(box(x0, y, SLICES * cell + 10, 44, "#f7f8f9", dark, 1.2))
-            parts.append(text(x0 + SLICES * cell + 18, y + 27, f"candidate {r}", 12, "start"))
+            parts.append(box(x0, y, SLICES * cell + 10, 44, FAINT, dark, 1.2))
+            parts.append(text(x0 + SLICES * cell + 18, y + 27, f"candidate {r}", 13, "start"))
             for i in range(SLICES):
                 fill, ink = (dark, "white") if i == 5 else (light, INK)
                 parts += [
@@ -195,9 +183,89 @@ def upcycling() -> str:
         text(611, 332, "shared expert: all of it, unchanged", 13),
         text(770, 332, "router: new, random", 13, "start", fill=QUIET),
     ]
-    return picture(940, 364, parts)
+    about = "Upcycling: the parts of a dense FFN that each expert starts as"
+    return picture(940, 364, about, parts)
 
+
+CHOSEN = ((0, 2), (1, 5))  # (candidate, expert) of each slot
+
+
+def layer() -> str:
+    """The whole layer: router, experts, routing weights, slots, shared expert."""
+    parts = [
+        text(454, 24, "each group holds an expert for every slice of the FFN", 13),
+        box(10, 188, 74, 44, PLAIN, INK),
+        text(47, 215, "x  [h]"),
+        box(112, 36, 132, 48, PLAIN, INK),
+        text(178, 56, "router"),
+        text(178, 75, "a logit per expert", 13, fill=QUIET),
+        arrow([(47, 188), (47, 60), (111, 60)]),
+        arrow([(84, 210), (304, 210), (304, 74), (326, 74)]),
+        arrow([(304, 210), (304, 334), (326, 334)]),
+        text(180, 229, "x goes to the active", 13, fill=QUIET),
+        text(180, 247, "experts only", 13, fill=QUIET),
+        arrow([(244, 60), (280, 60), (280, 94), (326, 94)], width=1.2, dash="4 3"),
+        arrow([(280, 94), (280, 314), (326, 314)], width=1.2, dash="4 3"),
+        arrow([(280, 190), (632, 190)], width=1.2, dash="4 3"),
+        text(456, 184, "logits of the active experts", 13, fill=QUIET),
+        box(634, 158, 152, 64, PLAIN, INK),
+        text(710, 178, "softmax of both", 13),
+        text(710, 196, "active logits:", 13),
+        text(710, 214, "w0 + w1 = 1", 13),
+    ]
+    cell, across = 30, SLICES * 30 + 12
+    for o, (dark, light) in enumerate(SLOTS):
+        top = 60 + o * 180
+        parts.append(
+            text(328, top - 9, f"slot {o}: candidate groups 0 and 1", 14, "start", fill=dark,
+                 font_weight="bold")
+        )  # fmt: skip
+        for candidate in range(2):
+            y, kept = top + candidate * 60, candidate == CHOSEN[o][0]
+            edge = (dark, 2) if kept else ("#d3d9de", 1)
+            parts.append(box(328, y, across, 48, light if kept else FAINT, *edge))
+            for expert in range(SLICES):
+                active = kept and expert == CHOSEN[o][1]
+                fill = dark if active else ("white" if kept else PLAIN)
+                x = 335 + expert * cell
+                parts.append(box(x + 1, y + 8, cell - 4, 32, fill, dark if kept else GREY, 1))
+        y = top + CHOSEN[o][0] * 60 + 24
+        parts += [
+            arrow([(328 + across, y), (694, y)], dark),
+            node(710, y, "×", dark),
+            arrow([(710, (158, 222)[o]), (710, y + (15, -15)[o])], dark),
+            text(720, (130, 270)[o], f"w{o}", 14, "start", fill=dark, font_weight="bold"),
+            arrow([(725, y), (760, y)], dark),
+            box(762, y - 30, 58, 60, light, dark, 1.6),
+            text(791, y - 3, f"slot {o}", 13, fill=dark, font_weight="bold"),
+            text(791, y + 17, "[h/2]", 13),
+            arrow([(821, y), (864, y), (864, (169, 211)[o])]),
+        ]
+    return picture(990, 500, "One FineRMoE layer", [*parts, *_sum_of_layer()])
+
+
+def _sum_of_layer() -> list[str]:
+    """Parts of the layer's picture: the concatenation, the shared expert, the sum, the rules."""
+    return [
+        box(824, 171, 80, 38, PLAIN, INK),
+        text(864, 195, "concat"),
+        arrow([(905, 190), (922, 190)]),
+        node(938, 190, "+"),
+        arrow([(953, 190), (984, 190)]),
+        text(966, 172, "y [h]"),
+        text(454, 374, "kept: the group with the largest sum of logits in its slot", 13),
+        text(454, 393, "active: the largest logit of the kept group (T_I = 1; with", 13),
+        text(454, 412, "more, a slot is the sum of its weighted experts)", 13),
+        box(304, 430, 300, 52, PLAIN, INK),
+        text(454, 452, "shared expert: the whole FFN"),
+        text(454, 471, "× sigmoid(x · v), a gate per token", 13, fill=QUIET),
+        arrow([(47, 232), (47, 456), (302, 456)]),
+        arrow([(605, 456), (938, 456), (938, 206)]),
+    ]
+
+
+DRAWN = {"cut": cut, "routing": routing, "upcycling": upcycling, "layer": layer}
 
 if __name__ == "__main__":
-    for name, drawn in (("cut", cut), ("routing", routing), ("upcycling", upcycling)):
+    for name, drawn in DRAWN.items():
         Path(__file__).with_name(f"{name}.svg").write_text(drawn())

@@ -1,7 +1,7 @@
-"""FineRMoE in JAX: experts fine in two dimensions, upcycled from dense Qwen2.5 models.
+"""FineRMoE in JAX: two-dimensional fine-grained experts, upcycled from dense Qwen2.5 models.
 
-__init__.pyi lists the public names and where they live. Each is imported when it is first used, so
-that `import finermoe_jax` loads neither JAX nor Orbax.
+__init__.pyi lists the public names. Each is imported on first use: `import finermoe_jax` alone
+loads neither JAX nor Orbax.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax COMMAND …`, which is `finermoe COMMAND …`."""
+"""`python -m finermoe_jax COMMAND …`, the same as `finermoe COMMAND …`."""
 
 from finermoe_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax.aot`, which is `finermoe aot`."""
+"""`python -m finermoe_jax.aot`, the same as `finermoe aot`."""
 
 from finermoe_jax.cli.main import run
 

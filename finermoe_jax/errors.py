@@ -1,4 +1,4 @@
-"""The exceptions whose messages users read, and the parts that such messages have in common."""
+"""User-facing exceptions and helpers for their messages."""
 
 import difflib
 import io
@@ -8,18 +8,26 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input: a config, a file or an argument that cannot be what the user meant.
+    """Bad input: a config, file or argument that cannot be what the user meant.
 
-    The commands print its message alone and end with exit code 2. The message names both
-    values that contradict each other and the way out.
+    The message names the values that contradict each other and says what to do. Commands print only
+    this message and exit with code 2.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> try:
+      ...     fm.MoEConfig(intermediate_granularity=0)
+      ... except fm.InputError as error:
+      ...     print(error)
+      intermediate_granularity=0 must be at least 1...
     """
 
 
 class RunEnded(Exception):
-    """A run that ends before its work is done, through no mistake in its input.
+    """Ends a run early for a reason other than invalid input.
 
-    The commands print its message and exit with its code. All processes of a run raise it
-    together; with `alone`, the others have to be notified.
+    The commands print the message and exit with `code`. All processes of the run raise it
+    together, unless `alone` is set: then the other processes must be notified.
     """
 
     def __init__(self, message: str, code: int = 1, alone: bool = False):
@@ -27,21 +35,21 @@ class RunEnded(Exception):
         self.code, self.alone = code, alone
 
 
-def print_anything() -> None:
-    """Lets print write what stdout's encoding does not know: `\\u2192` in place of an arrow."""
+def escape_unencodable() -> None:
+    """Makes print escape characters that stdout cannot encode: `\\u2192` for an arrow."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what another library says, without TensorStore's specification."""
+    """Returns the first line of a library's error, without TensorStore's spec."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[0].partition(" [tensorstore_spec")[0]
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """A `Did you mean …?` sentence for `name`, or all of `known` when nothing is close."""
+    """Returns a `Did you mean …?` sentence for `name`, or lists `known` if nothing is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
@@ -52,7 +60,7 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 def refuse_differences(
     what: str, found: dict, stated: dict, way_out: str, here: str = "in the config"
 ) -> None:
-    """Raises InputError with every field that differs between two nested mappings."""
+    """Raises InputError listing every field that differs between two nested mappings."""
     lines = [
         f"{name}: {old!r} there, {new!r} {here}"
         for name, (old, new) in differences(found, stated).items()
@@ -62,7 +70,7 @@ def refuse_differences(
 
 
 def differences(found: dict, stated: dict) -> dict[str, list]:
-    """Every dotted field that differs between two nested mappings, as [found, stated]."""
+    """Returns every dotted field that differs between two nested mappings: [found, stated]."""
     old, new = flattened(found), flattened(stated)
     return {
         name: [old.get(name), new.get(name)]
@@ -72,7 +80,7 @@ def differences(found: dict, stated: dict) -> dict[str, list]:
 
 
 def flattened(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names; tuples as lists, as JSON has them."""
+    """Flattens nested mappings to dotted names; tuples become lists, as in JSON."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

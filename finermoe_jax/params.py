@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax.params`, which is `finermoe params`."""
+"""`python -m finermoe_jax.params`, the same as `finermoe params`."""
 
 from finermoe_jax.cli.main import run
 

@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax.plot`, which is `finermoe plot`."""
+"""`python -m finermoe_jax.plot`, the same as `finermoe plot`."""
 
 from finermoe_jax.cli.main import run
 

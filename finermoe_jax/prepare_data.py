@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax.prepare_data`, which is `finermoe prepare`."""
+"""`python -m finermoe_jax.prepare_data`, the same as `finermoe prepare`."""
 
 from finermoe_jax.cli.main import run
 

@@ -1,4 +1,4 @@
-"""`python -m finermoe_jax.similarity`, which is `finermoe similarity`."""
+"""`python -m finermoe_jax.similarity`, the same as `finermoe similarity`."""
 
 from finermoe_jax.cli.main import run
 

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # Look inside: which experts read which word
+# # Look inside: which experts process which word
 #
-# A checkpoint is loaded, continues a text, and tells for each token and layer which experts were
-# chosen, and how surely.
+# This notebook loads a checkpoint and continues a text. For each token and layer, it shows which
+# experts the router chose and how certain it was.
 #
-# **Compiled, not run, on a TPU.** This notebook was run on a CPU. On a TPU or GPU runtime the same
-# cells use the accelerator; there the model was compiled, not run.
+# **Status:** run on a CPU. On a TPU or GPU runtime the same cells use the accelerator; for these,
+# the model has been compiled, not run.
 
 # %%
 # @title Install, once
@@ -41,8 +41,8 @@ if importlib.util.find_spec("finermoe_jax") is None:
 
 # %%
 # @title What to look at
-# @markdown A checkpoint, a workdir of train.py, a Hugging Face directory or a hub id. If nothing
-# @markdown is there yet, the demo is trained for it: two minutes on two CPU cores.
+# @markdown A checkpoint, a workdir of train.py, a Hugging Face directory or a Hub id. If
+# @markdown `runs/demo` does not exist, the demo is trained first: two minutes on two CPU cores.
 import os
 from pathlib import Path
 
@@ -59,12 +59,16 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgba_array
 
 import finermoe_jax as fm
 from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training import style
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.source import load_model
+
+plt.rcParams.update(style.SETTINGS | {"axes.grid": False})  # its pictures are maps
 
 if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("checkpoints/*")):
     config = fm.preset("configs/demo.py")
@@ -95,10 +99,10 @@ ids = np.asarray(fm.generate(model, prompt_ids, max_new_tokens=NEW_TOKENS))
 print(tokenizer.decode(ids[0]))
 
 # %% [markdown]
-# ## One pass, and what the routers did
+# ## One forward pass, and the routers' decisions
 #
-# `out.routing` has an entry for each MoE layer: `logits` [batch, tokens, experts], `experts` and
-# `weights` [batch, tokens, active], the active ones by falling logit.
+# `out.routing` has one entry per MoE layer: `logits` [batch, tokens, experts], and `experts` and
+# `weights` [batch, tokens, active], the active experts sorted by falling logit.
 
 # %%
 out = model(ids)
@@ -109,13 +113,16 @@ words = [tokenizer.decode([i]).replace("\n", "\\n").replace(" ", "·") for i in 
 chosen.shape, weights.shape, probabilities.shape
 
 # %% [markdown]
-# **Which expert, for every token and layer.** One picture per output slot. The colour is the group
-# that was kept (blue: candidate 0, orange: candidate 1, …), the number the expert inside it, which
-# is also its slice of the dense FFN (modulo the slices, where a group holds copies). Darker: the
-# slot's expert has more of the token's weight. From the line on, the model wrote the text itself.
+# **The chosen expert of every token and layer.** One picture per output slot.
+#
+# - Colour: the group that was kept (blue: candidate 0, orange: candidate 1, …).
+# - Number: the expert in the group, which is its slice of the dense FFN (modulo the number of
+#   slices, if a group holds copies).
+# - Darker: more of the token's routing weight.
+# - Black line: the model generated the text to the right of it.
 
 # %%
-hues = plt.get_cmap("tab10")(range(10))
+hues = to_rgba_array(style.LINES)
 shown = min(len(words), 40)
 figure, panels = plt.subplots(
     slots, 1, figsize=(2.5 + 0.42 * shown, slots * (0.8 + 0.34 * layers)), layout="constrained"
@@ -125,8 +132,8 @@ for slot, axes in enumerate(np.atleast_1d(panels)):
     best = np.where(here, weights, -1).argmax(-1)[..., None]  # the slot's heaviest expert
     expert = np.take_along_axis(chosen, best, -1)[..., 0]
     share = np.take_along_axis(weights, best, -1)[..., 0]
-    hue = np.array(hues)[expert // group % candidates % len(hues)]
-    strength = (share / share.max())[..., None] ** 2
+    hue = hues[expert // group % candidates % len(hues)]
+    strength = 0.6 * (share / share.max())[..., None] ** 2
     axes.imshow((1 - (1 - hue) * strength)[:, :shown], aspect="auto")
     for layer, token in np.ndindex(layers, shown):
         number = expert[layer, token] % group
@@ -138,10 +145,10 @@ for slot, axes in enumerate(np.atleast_1d(panels)):
 plt.show()
 
 # %% [markdown]
-# **How sure the router is.** The softmax over all experts of one layer, a row for each token;
-# circles are the experts that computed it. A row with one bright cell is a sure decision; a bright
-# cell without a circle is not the best of its group, or lies in a group that was not kept, because
-# the *sum* of its logits was smaller.
+# **How certain the router is.** The softmax over all experts of one layer, one row per token.
+# Circles mark the active experts. One bright cell in a row is a certain decision. A bright cell
+# without a circle is not the best of its group, or its group was not kept because the *sum* of the
+# group's logits was smaller.
 
 # %%
 layer = layers // 2  # any from 0
@@ -164,8 +171,8 @@ plt.show()
 # %% [markdown]
 # ## Over a longer text
 #
-# Which share of the tokens each expert gets, and whether the slots decide together: of each pair
-# of candidates, in how many tokens slot 0 kept the one and slot 1 the other.
+# The first picture shows each expert's share of the tokens. The second shows, for each pair of
+# candidates, the share of tokens for which slot 0 kept the one and slot 1 the other.
 
 # %%
 text = find("demo/pydoc_small.txt").read_text()[100_000:104_000]
@@ -177,15 +184,22 @@ load = load * moe.num_experts / load.sum(-1, keepdims=True)
 figure, axes = plt.subplots(
     figsize=(2 + max(7, 0.1 * moe.num_experts), 1.6 + 0.3 * layers), layout="constrained"
 )
-image = axes.imshow(load, aspect="auto", cmap="PuOr_r", vmin=0, vmax=2)
+image = axes.imshow(
+    style.octaves(load),
+    aspect="auto",
+    cmap=style.load_colours(),
+    vmin=-style.OCTAVES,
+    vmax=style.OCTAVES,
+)
+axes.set_facecolor("black")
 for border in range(group, moe.num_experts, group):
     axes.axvline(
         border - 0.5, color="black", linewidth=2 if border % (candidates * group) == 0 else 0.7
     )
 axes.set_yticks(range(layers))
 axes.set_ylabel("layer")
-axes.set_xlabel("expert")
-figure.colorbar(image, label="tokens / even load", extend="max")
+axes.set_xlabel("expert (black: no token)")
+style.load_bar(figure, image, axes)
 plt.show()
 
 # %%
@@ -215,6 +229,6 @@ if slots > 1:
     plt.show()
 
 # %% [markdown]
-# Slots that decided independently would show in each cell the product of its row's and its column's
-# share; a heavy diagonal means that they agree. After a short training the candidates of a slot
-# are still near copies of one another, and the router's random start shows through.
+# If the slots decided independently, each cell would be the product of its row's and its column's
+# share. A heavy diagonal means that the slots agree. After a short training, the candidates of a
+# slot are still nearly copies of each other, so the router's random start is visible.

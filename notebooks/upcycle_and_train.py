@@ -16,15 +16,15 @@
 # %% [markdown]
 # # Upcycle Qwen2.5-0.5B to FineRMoE and train it on one TPU
 #
-# A dense model of 0.49 billion parameters becomes a mixture of 128 small experts per layer, 1.68
-# billion parameters of which 0.65 billion work on a token, and trains on: on a Colab runtime of
-# type *v5e-1 TPU* (16 GB), or tiny, with `TINY`, on any CPU in a minute.
+# This notebook upcycles a dense model of 0.49 billion parameters to 128 small experts per layer.
+# The result has 1.68 billion parameters, of which 0.65 billion are active per token. It then trains
+# on a Colab runtime of type *v5e-1 TPU* (16 GB). With `TINY`, a smaller model runs on any CPU in a
+# minute.
 #
-# **Compiled, not run, on a TPU.** This notebook was run on a CPU with `TINY`. For one v5e chip the
-# full train step was compiled, not run (`finermoe aot --topology=v5e:1x1
-# --config=configs/qwen0p5b.py:lean`). The compiler's *estimates*: it takes 7.2 of 15.75 GiB, and at
-# least 85 ms a step by the bytes that it moves, so 24 thousand tokens a second at most
-# ([docs/scaling.md](../docs/scaling.md)).
+# **Status:** run on a CPU with `TINY`. For one v5e chip the full train step has been compiled, not
+# run (`finermoe aot --topology=v5e:1x1 --config=configs/qwen0p5b.py:lean`). The compiler's
+# *estimates*: 7.2 of 15.75 GiB, and at least 85 ms per step from the bytes moved, so at most 24
+# thousand tokens per second ([docs/scaling.md](../docs/scaling.md)).
 
 # %%
 # @title Install, once
@@ -68,17 +68,23 @@ import finermoe_jax as fm
 print(jax.__version__, jax.devices())
 
 # %% [markdown]
-# `TEXT` is a `.txt`, `.jsonl` or `.parquet` file; as given, one megabyte of Python documentation
-# that comes along. A path on Google Drive does as well ([docs/data.md](../docs/data.md)).
+# `TEXT` is a `.txt`, `.jsonl` or `.parquet` file, also on Google Drive
+# ([docs/data.md](../docs/data.md)). The default is one megabyte of Python documentation from the
+# package.
 #
 # ## The run
 #
-# A preset says everything, and any field can be changed. `lean` is the recipe for one device of 16
-# GB: weights in bfloat16, rounded at random after each update; Adafactor, which keeps no first
-# moment and stores second moments as sums over rows and columns; each layer recomputed in the
-# backward pass; the loss in chunks, so that the logits of 152 thousand words never exist at once;
-# one sequence of 2048 tokens a step. float32 weights with AdamW would take 20 GB before the first
-# activation.
+# A preset sets every field, and you can change any of them. `lean` is the recipe for one device of
+# 16 GB:
+#
+# - Weights are bfloat16, rounded at random after each update.
+# - Adafactor keeps no first moment, and stores second moments as sums over rows and columns.
+# - Each layer is recomputed in the backward pass.
+# - The loss is computed in chunks, so that not all logits over the 152 thousand words of the
+#   vocabulary exist at once.
+# - One step is one sequence of 2048 tokens.
+#
+# With float32 weights and AdamW, the weights and optimizer state alone would take 20 GB.
 
 # %%
 config = fm.preset("configs/demo.py" if TINY else "configs/qwen0p5b.py:lean")
@@ -96,7 +102,7 @@ run = fm.run_config(config.to_dict())
 print(run.moe)
 
 # %% [markdown]
-# What that is in parameters: every one counted once, and those that work on a token.
+# The parameter counts: in all, and active per token.
 
 # %%
 from finermoe_jax.analysis.params import run_model, true_counts
@@ -113,9 +119,9 @@ print(
 # %% [markdown]
 # ## Upcycle and train
 #
-# One call: the dense weights are read (from the hub, 1 GB, unless `TINY`), every FFN is cut in two
-# dimensions, the dense model and the fresh mixture are scored on held-out text, and the steps
-# begin. The interrupt button (■) saves and stops; the same cell goes on from there.
+# One call reads the dense weights (1 GB from the Hub, unless `TINY`), cuts every FFN in two
+# dimensions, evaluates the dense and the upcycled model on held-out text, and trains. The interrupt
+# button (■) saves and stops. Running the cell again resumes.
 
 # %%
 from finermoe_jax.training.run import train
@@ -124,15 +130,15 @@ workdir = Path(WORKDIR)
 train(run, workdir)
 
 # %% [markdown]
-# The dashed line is the dense model on the same held-out text. An upcycled model starts above it
-# (the router is new and knows nothing yet) and comes down.
+# The dashed line is the dense model on the same held-out text. The upcycled model starts above it,
+# because its router is untrained, and comes down.
 
 # %%
 display(Image(workdir / "loss.png", width=700))
 
 # %% [markdown]
-# Who worked: a row for each layer, a cell for each expert; white is an even load, orange more,
-# purple less. ([docs/monitoring.md](../docs/monitoring.md) explains the rest.)
+# The load of the experts: one row per layer, one cell per expert. White is an even load, orange
+# more, purple less ([docs/monitoring.md](../docs/monitoring.md)).
 
 # %%
 display(Image(workdir / "load.png", width=1000))
@@ -151,9 +157,9 @@ ids = tokenizer([prompt], return_tensors="np")["input_ids"]
 print(tokenizer.decode(fm.generate(model, ids, max_new_tokens=8 if TINY else 48)[0]))
 
 # %% [markdown]
-# In Hugging Face's form, with the authors' tensor names, for transformers and for the hub
-# ([docs/huggingface.md](../docs/huggingface.md)). On Colab, copy it to Drive: the runtime's disk
-# does not stay.
+# Export to Hugging Face's format, with the authors' tensor names
+# ([docs/huggingface.md](../docs/huggingface.md)). On Colab, copy the export to Drive: the runtime's
+# disk is temporary.
 
 # %%
 exported = workdir / "exported"
@@ -162,5 +168,5 @@ if not exported.exists():
 sorted(path.name for path in exported.iterdir())
 
 # %% [markdown]
-# Next: [look_inside.ipynb](look_inside.ipynb) shows which experts read which word, of this
-# checkpoint or another; [your_own_layer.ipynb](your_own_layer.ipynb) changes the layer.
+# Next: [look_inside.ipynb](look_inside.ipynb) shows which experts process which word, in this
+# checkpoint or another. [your_own_layer.ipynb](your_own_layer.ipynb) changes the layer.

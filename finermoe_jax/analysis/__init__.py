@@ -1,1 +1,1 @@
-"""Costs of a model or a run before it is made; the similarity of experts."""
+"""Parameter counts, compile-time costs of a run, and similarity of experts."""

@@ -1,13 +1,13 @@
-"""Compiles a run's programs for hardware that is not there, and says whether they fit.
+"""Compiles a run's programs for absent hardware and checks that they fit.
 
     finermoe aot --config=configs/qwen7b.py --topology=v5e:16x16 [--num_slices=2] [--suggest]
         [--program=train|eval|prefill|decode] [--output=FILE.json] [--hlo=FILE]
         [--config.mesh.fsdp=… and other overrides]
 
-Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), no accelerator, no weights, no text.
-Every figure is the compiler's or follows from its program: an estimate, nothing measured.
+Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), but no accelerator, weights or text.
+Every figure is a compiler estimate, not a measurement.
 
-Exit code 0: it compiled and fits. 1: it does not fit. 2: a mistake in the input.
+Exit code 0: it compiles and fits. 1: it does not fit. 2: invalid input.
 """
 
 import dataclasses
@@ -37,12 +37,16 @@ from finermoe_jax.runtime import files
 def compile_program(
     program: Program, target: Target, say: Callable[[str], None] = print, hlo: Path | None = None
 ) -> dict[str, Any]:
-    """Compiles, and returns all figures (finermoe_jax/analysis/report.py prints them).
+    """Compiles a program and returns all figures (report.text formats them).
 
-    Writes the compiled program's text to `hlo`, if given.
+    Args:
+      program: from programs.abstract_program.
+      target: from topology.describe.
+      say: prints a message.
+      hlo: file for the compiled program's text, if given.
 
-    Raises InputError when the compiler refuses the program for another reason than memory, or
-    cuDNN is missing.
+    Raises InputError if the program does not compile for another reason than memory, or cuDNN is
+    missing.
     """
     began = time.perf_counter()
     figures: dict[str, Any] = {
@@ -92,11 +96,7 @@ def compile_program(
 
 
 def _experts(program: Program, text: str) -> dict[str, Any]:
-    """HBM bytes of the experts' weights and gradients, and the least that they can be.
-
-    Of microbatches each reads the weights in the dtype that it computes in, and the float32 sums of
-    their gradients, and writes these.
-    """
+    """Returns HBM bytes of the experts' weights and gradients, and their minimum."""
     assert program.model.moe is not None
     train, total = program.config.train, program.model.moe.num_experts
     places = Places.of(total, Placement(program.mesh))
@@ -104,7 +104,7 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
     stored = jnp.dtype(program.stored).itemsize
     computed = min(stored, jnp.dtype(train.compute_dtype).itemsize)
     parts = train.grad_accumulation if program.trains else 1
-    if parts > 1:
+    if parts > 1:  # each reads the weights twice, and reads and writes float32 gradient sums
         least = parts * (2 * computed + 2 * 4)
     else:
         least = 2 * stored + stored if program.trains else stored
@@ -119,20 +119,20 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
 
 
 def _lowered(program: Program) -> Any:
-    """The traced program. Raises InputError where cuDNN is missing."""
+    """Traces and lowers the program. Raises InputError if cuDNN is missing."""
     try:
         return program.lower()
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
         raise InputError(
-            f"{error}: JAX asks cuDNN for its version; pip install nvidia-cudnn-cu13 "
-            "nvidia-cublas, and name their lib folders in LD_LIBRARY_PATH"
+            f"{error}: JAX needs cuDNN to check its version; pip install nvidia-cudnn-cu13 "
+            "nvidia-cublas, and add their lib folders to LD_LIBRARY_PATH"
         ) from None
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-    """Bytes that a compiled program takes of a device, by kind."""
+    """Returns the bytes that a compiled program needs per device, by kind."""
     memory = compiled.memory_analysis()
     return {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -147,10 +147,10 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 
 def attention_flops(program: Program, target: Target) -> float:
-    """FLOPs of causal attention per device and step; its library kernels state none.
+    """Returns FLOPs of causal attention per device and step, which its kernels do not report.
 
-    Products without their masked half (config/flops.py): two forward, two more where they are
-    recomputed, and backward seven on a TPU (splash, unfused) or five (cuDNN).
+    Counts products without their masked half (config/flops.py): two forward, two if recomputed,
+    and seven backward on a TPU (splash, unfused) or five on a GPU (cuDNN).
     """
     if program.name == "decode":  # XLA's own products
         return 0.0
@@ -167,9 +167,9 @@ def attention_flops(program: Program, target: Target) -> float:
 
 
 def out_of_memory(message: str) -> float:
-    """The bytes that a program wanted, from XLA's out-of-memory error: all, or temporaries alone.
+    """Parses the bytes that a program needs (all, or temporaries) from XLA's out-of-memory error.
 
-    Raises InputError, with the message, for another error.
+    Raises InputError with the message for any other error.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
@@ -180,7 +180,7 @@ def out_of_memory(message: str) -> float:
 
 
 def largest_allocations(message: str) -> list[str]:
-    """The first of the largest allocations that the error lists: size, shape and origin."""
+    """Returns the six largest allocations that the error lists: size, shape and origin."""
     found = re.findall(
         r"Size: (\S+)\s+(?:Operator: op_name=\"([^\"]*)\")?[^\n]*\n\s+Shape: (\S+)", message
     )

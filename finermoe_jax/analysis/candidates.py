@@ -1,7 +1,6 @@
-"""Changes that may make a train step fit, tried in a stated order.
+"""Config changes that may make a train step fit in memory.
 
-First those that leave the training's arithmetic as it is, then those that change it. Each alone,
-then one added to another.
+Changes that keep the training's arithmetic come first. Each is tried alone, then cumulatively.
 """
 
 import dataclasses
@@ -66,7 +65,7 @@ def _shorter(config: RunConfig, target: Target) -> RunConfig | None:
     return dataclasses.replace(config, data=data)
 
 
-# Changes by their flags, and their effects on a config; None where they have none.
+# Each change's name and function on a config; the function returns None if it has no effect.
 LADDER: dict[str, Callable[[RunConfig, Target], RunConfig | None]] = {
     "train.remat=full": lambda config, target: (
         None if config.train.remat == "full" else _train(config, remat="full")
@@ -81,7 +80,7 @@ LADDER: dict[str, Callable[[RunConfig, Target], RunConfig | None]] = {
 
 
 def combinations(config: RunConfig, target: Target) -> Iterator[tuple[str, RunConfig]]:
-    """Each change alone, in the ladder's order, then all up to each."""
+    """Yields each change alone, in LADDER's order, then all changes up to each."""
     for flag, change in LADDER.items():
         if (changed := change(config, target)) is not None:
             yield flag, changed
@@ -101,20 +100,20 @@ def search(
     compile_program: Callable[..., dict[str, Any]] | None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Prints and returns the changes, with the bytes of state and gradients that each leaves.
+    """Prints and returns the changes, with the bytes of state and gradients after each.
 
-    Those are counted from the shapes of programs.abstract_program; activations and the compiler's
-    own buffers come on top. With aot.compile_program, changes whose state and gradients leave room
-    are compiled, in order, until one fits.
+    The bytes follow from shapes (programs.abstract_program), without activations and compiler
+    buffers. With aot.compile_program, changes that leave room are compiled, in order, until one
+    fits.
     """
     limit = target.chip.memory
     rows: list[dict[str, Any]] = []
-    say("\nchanges, in the order tried; GiB of state and gradients alone, by the shapes:")
+    say("\nchanges in the order tried, with GiB of state and gradients only, from shapes:")
     for name, changed in combinations(config, target):
         try:
             step = abstract_program(changed, target)
         except InputError:
-            continue  # a batch that this mesh cannot share
+            continue  # this mesh cannot split the batch
         floor = step.state_bytes + step.gradient_bytes
         row: dict[str, Any] = {"change": name, "floor_bytes": floor, "possible": floor < limit}
         rows.append(row)
@@ -134,7 +133,7 @@ def search(
             return rows
     first = next((row["change"] for row in rows if row["possible"]), None)
     if compile_program or first is None:
-        say("none of these fits: take a larger slice, or more memory per device")
+        say("none of these fits: use a larger slice, or devices with more memory")
     else:
-        say(f"--suggest compiles those that leave room, beginning with: {first}")
+        say(f"--suggest compiles those that leave room, starting with: {first}")
     return rows

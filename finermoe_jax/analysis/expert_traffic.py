@@ -1,10 +1,9 @@
-"""HBM bytes of the experts' weights in a compiled program, against the least that they can be.
+"""HBM bytes of the experts' weights in a compiled program, compared with their minimum.
 
-A pass reads the weights of every expert of a layer once; training reads them a second time in the
-backward pass, whether it recomputes or not, and writes their gradient once. What is beyond that are
-copies: `finermoe aot` prints them, tests/analysis looks for them. Not counted are the norm of the
-gradients and the update, which read and write every parameter alike, and the sum of gradients over
-devices that hold the same experts, once a step.
+At the minimum, the forward pass reads each expert's weights once; the backward pass, with or
+without recomputation, reads them once and writes their gradient once. Everything beyond that is
+copies, which `finermoe aot` prints. Not counted: the gradient norm, the parameter update, and the
+gradient sum over replicas.
 """
 
 import dataclasses
@@ -14,21 +13,20 @@ from finermoe_jax.analysis.hlo import Computation, Instruction, Leaf, Module, pa
 from finermoe_jax.analysis.hlo_costs import Frame, trips
 from finermoe_jax.config.model import ModelConfig
 
-# Instructions that move nothing.
+# Instructions and custom-call targets that move no data.
 _FREE = {"tuple", "get-tuple-element", "parameter", "bitcast", "constant", "optimization-barrier"}
-# By name: buffers without a value, and checks of a layout.
 _FREE_TARGETS = {"AllocateBuffer", "Sharding", "LayoutConstraint"}
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one device and run of a program, in bytes.
+    """HBM bytes of one device in one run of a program.
 
     Attributes:
-      kernels: that the experts' kernels read and write.
-      in_loops: that everything else in a loop's body moves of arrays as large as a layer's experts.
-      outside: likewise outside of loops, where such an array is made.
-      moved_by: the instructions behind both: where they are, and what they are called.
+      kernels: bytes that the experts' kernels read and write.
+      in_loops: bytes that other instructions in loops move in arrays of a layer's experts.
+      outside: the same outside loops, for instructions that write such an array.
+      moved_by: locations and names of the instructions behind in_loops and outside.
     """
 
     kernels: float = 0.0
@@ -38,27 +36,27 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Of all three."""
+        """Sum of all three."""
         return self.kernels + self.in_loops + self.outside
 
 
 def expert_weights(config: ModelConfig, experts: int) -> int:
-    """Their number in all layers, of so many experts of each."""
+    """Returns the number of expert weights in all layers, with `experts` per layer."""
     layers = config.layer_kinds.count("moe")
     return layers * experts * sum(map(math.prod, _matrices(config)))
 
 
 def expert_traffic(text: str, config: ModelConfig, experts: int, adds: bool = False) -> Traffic:
-    """Counts in the text of a program compiled for a TPU; loops as often as they turn.
+    """Counts expert traffic in a program compiled for a TPU; loops count once per iteration.
 
     Args:
       text: `compiled.as_text()`.
-      config: of the model.
-      experts: of each layer on a device.
-      adds: the backward kernel adds to sums, which it reads.
+      config: the model's config.
+      experts: experts per layer on one device.
+      adds: True if the backward kernel reads gradient sums and adds to them.
 
-    A loop whose turns are known only at run time (the exchange's later rounds) adds no bytes; its
-    copies are named.
+    A loop with a data-dependent trip count (later rounds of the exchange) adds no bytes; its copies
+    are listed.
     """
     walk = _Walk(parse(text), _matrices(config), experts, adds)
     entry = walk.module.computations[walk.module.entry]
@@ -67,7 +65,7 @@ def expert_traffic(text: str, config: ModelConfig, experts: int, adds: bool = Fa
 
 
 def _matrices(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of an expert's gate_up and down."""
+    """Returns the shapes of an expert's gate_up and down."""
     f = config.expert_intermediate_size
     return (2 * f, config.hidden_size), (f, config.expert_output_size)
 
@@ -81,7 +79,7 @@ class _Walk:
         self.matrices = {*matrices, *((b, a) for a, b in matrices)}
 
     def run(self, frame: Frame, times: float, loop: str) -> None:
-        """Adds a computation that runs `times` times; loop: the innermost around it, or nothing."""
+        """Adds a computation that runs `times` times; `loop` names the innermost loop, or ""."""
         for instruction in frame.computation.instructions.values():
             opcode = instruction.opcode
             if opcode == "while":
@@ -92,7 +90,7 @@ class _Walk:
             elif opcode == "call":
                 for name in instruction.called:
                     self.run(Frame(self.module.computations[name], None, None), times, loop)
-            elif opcode not in _FREE and opcode != "conditional":  # that is the update
+            elif opcode not in _FREE and opcode != "conditional":  # the conditional is the update
                 self._count(instruction, frame.computation, times, loop)
 
     def _count(
@@ -105,12 +103,12 @@ class _Walk:
         read = [leaf for operand in operands for leaf in operand.leaves if self._is_bank(leaf)]
         written = [leaf for leaf in _results(instruction) if self._is_bank(leaf)]
         if target == "tpu_custom_call" and "expert_ffn" in instruction.attributes:
-            # Stacks of gradients that go in are those that come out; they come last.
+            # Gradient buffers passed in, the last operands, are aliased to the results.
             moved = (read if self.adds else read[: len(read) - len(written)]) + written
             self.traffic.kernels += times * sum(map(self._window, moved))
             return
         if not loop and (not written or instruction.opcode.startswith("all-reduce")):
-            return  # read for the norm of the gradients, or summed over devices
+            return  # the gradient norm, or the gradient sum over devices
         size = sum(self._window(leaf) if loop else leaf.bytes for leaf in read + written)
         if size:
             if loop:
@@ -123,17 +121,17 @@ class _Walk:
             )
 
     def _is_bank(self, leaf: Leaf) -> bool:
-        """Says that an array in HBM is as large as a layer's experts, or holds several layers'."""
+        """Returns True for an array in HBM with the experts of one layer or several layers."""
         outer = math.prod(leaf.dims[:-2])
         return leaf.space == 0 and leaf.dims[-2:] in self.matrices and outer >= self.experts
 
     def _window(self, leaf: Leaf) -> float:
-        """Bytes of one layer's experts."""
+        """Returns the bytes of one layer's experts in the array."""
         return leaf.bytes * self.experts / math.prod(leaf.dims[:-2])
 
 
 def _results(instruction: Instruction) -> tuple[Leaf, ...]:
-    """The arrays that an instruction writes. An asynchronous copy's type also lists its operand."""
+    """Returns the arrays that an instruction writes; async copies also list their operand."""
     match instruction.opcode:
         case "copy-start":
             return instruction.leaves[:1]

@@ -1,7 +1,4 @@
-"""XLA's text of a compiled program, read: computations, instructions, shapes, replica groups.
-
-Only what finermoe_jax/analysis/hlo_costs.py counts with; the text is that of `compiled.as_text()`.
-"""
+"""Parses XLA's HLO text of a compiled program (`compiled.as_text()`), as hlo_costs.py needs it."""
 
 import dataclasses
 import functools
@@ -16,7 +13,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "tf32": 32, "c64": 64, "c128": 128}
 
 
 class Leaf(NamedTuple):
-    """An array of a shape: element type, axes, and the memory space of its layout (0: HBM)."""
+    """An array: element type, dimensions, and the memory space of its layout (0: HBM)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -24,7 +21,7 @@ class Leaf(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Bytes of its elements, without the padding of tiles."""
+        """Bytes of the elements, without tile padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             found = re.match(r"(?:bf|f|s|u)(\d+)", self.dtype)
@@ -34,23 +31,23 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: its result's arrays, its operands' names, and the rest of its line."""
+    """One instruction: result arrays, operand names and attributes."""
 
     name: str
     opcode: str
     leaves: tuple[Leaf, ...]
     operands: tuple[str, ...]
-    inside: str  # what the parentheses hold: a constant's value, a parameter's number
+    inside: str  # text in the parentheses, such as a constant's value or a parameter's number
     attributes: str
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes."""
+        """Returns the first group of a pattern in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations in calls, to_apply, body, condition or branches."""
+        """Names of the called computations: calls, to_apply, body, condition, branches."""
         single = re.findall(
             r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)",
             self.attributes,
@@ -61,7 +58,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in their order, by name."""
+    """A computation: its instructions by name, in order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -69,13 +66,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """The parameters by number."""
+        """Parameters by number."""
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
         return {int(i.inside): i for i in found}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that read each instruction, by its name."""
+        """Instructions that read each instruction, by its name."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -96,7 +93,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 def parse(text: str) -> Module:
-    """The module of `compiled.as_text()`. Raises ValueError when it has no entry computation."""
+    """Parses `compiled.as_text()`. Raises ValueError if there is no entry computation."""
     computations: dict[str, Computation] = {}
     entry = root = name = ""
     instructions: dict[str, Instruction] = {}
@@ -113,13 +110,13 @@ def parse(text: str) -> Module:
             instructions[found[2]] = _instruction(found[2], line[found.end() :])
             root = found[2] if found[1] else root
     if not entry:
-        raise ValueError("this text is no HLO module with an entry computation")
+        raise ValueError("this text is not an HLO module with an entry computation")
     count = re.search(r"\bnum_partitions=(\d+)", text[:200_000])
     return Module(entry, computations, int(count[1]) if count else 1)
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, with those joined over which a kernel's metadata spread one instruction."""
+    """Yields lines, joining instructions that a kernel's metadata splits over several."""
     waiting = ""
     for line in text.splitlines():
         starts = line == "}" or line.endswith("{") or re.match(_INSTRUCTION, line)
@@ -153,7 +150,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def leaves(shape: str) -> tuple[Leaf, ...]:
-    """The arrays of a shape's text, tuples flattened."""
+    """Parses a shape's arrays, with tuples flattened."""
     found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape)
     return tuple(
         Leaf(
@@ -166,10 +163,10 @@ def leaves(shape: str) -> tuple[Leaf, ...]:
 
 
 def replica_groups(attributes: str, devices: int) -> list[list[int]] | None:
-    """The groups of a collective, of device numbers; None: not in a form that is known here.
+    """Parses the device groups of a collective; returns None for an unknown form.
 
-    Forms: {{0,1},{2,3}}; {} for one group of all; [2,4]<=[4,2]T(1,0); and
-    mesh['x'=2,'y'=4] {'x'}, whose devices are numbered in row-major order.
+    Known forms: {{0,1},{2,3}}; {} for one group of all; [2,4]<=[4,2]T(1,0); and
+    mesh['x'=2,'y'=4] {'x'}, with devices numbered in row-major order.
     """
     if found := re.search(r"replica_groups=\{((?:\{[\d, ]*\},?)*)\}", attributes):
         groups = re.findall(r"\{([\d, ]*)\}", found[1])
@@ -196,7 +193,7 @@ def replica_groups(attributes: str, devices: int) -> list[list[int]] | None:
 
 
 def source_targets(attributes: str) -> list[tuple[int, int]]:
-    """The pairs of a collective-permute."""
+    """Parses the (source, target) pairs of a collective-permute."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     pairs = re.findall(r"\{(\d+),(\d+)\}", found[1] if found else "")
     return [(int(a), int(b)) for a, b in pairs]
@@ -206,7 +203,7 @@ def source_targets(attributes: str) -> list[tuple[int, int]]:
 
 
 def flops(instruction: Instruction, inside: Computation) -> float:
-    """FLOPs of a dot or a convolution, a multiplication and an addition apart; else 0."""
+    """Returns FLOPs of a dot or convolution, two per multiply-add; 0 for other instructions."""
     if instruction.opcode == "dot":
         lhs = inside.instructions[instruction.operands[0]].leaves[0].dims
         axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
@@ -218,7 +215,7 @@ def flops(instruction: Instruction, inside: Computation) -> float:
 
 
 def library_flops(instruction: Instruction, inside: Computation) -> float:
-    """FLOPs of a call of cuBLAS."""
+    """Returns FLOPs of a cuBLAS call."""
     lhs = inside.instructions[instruction.operands[0]].leaves[0].dims
     axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
     depth = math.prod(lhs[int(axis)] for axis in re.findall(r"\d+", axes))
@@ -226,7 +223,7 @@ def library_flops(instruction: Instruction, inside: Computation) -> float:
 
 
 def _convolution(instruction: Instruction, inside: Computation) -> float:
-    """XLA for TPU writes products as convolutions; padding and dilation cost nothing."""
+    """Returns FLOPs of a convolution (XLA's products on TPU), without padding and dilation."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None, instruction
     lhs, rhs = (inside.instructions[name].leaves[0].dims for name in instruction.operands[:2])
@@ -260,15 +257,15 @@ def _convolution(instruction: Instruction, inside: Computation) -> float:
 
 
 class Frame(NamedTuple):
-    """A running computation, and what its parameter is in the one that called it."""
+    """A running computation and its caller."""
 
     computation: Computation
-    argument: str | None  # a loop's initial tuple, by its name in `outer`
+    argument: str | None  # name of a loop's initial tuple in `outer`
     outer: "Frame | None"
 
 
 def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
-    """Runs of a loop's body; None where that depends on data."""
+    """Returns a loop's trip count; None if it depends on data."""
     if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
@@ -295,7 +292,7 @@ def trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
 
 
 def _step(body: Computation, place: int) -> int:
-    """The step of a loop's counter, an entry of its tuple. XLA unrolls some loops by two."""
+    """Returns the step of a loop's counter, an entry of its tuple; 2 if XLA unrolled it."""
     name, added = body.instructions[body.root].operands[place], 0
     while (found := body.instructions[name]).opcode in ("add", "copy", "bitcast"):
         numbers = [constant(operand, Frame(body, None, None)) for operand in found.operands]
@@ -303,11 +300,11 @@ def _step(body: Computation, place: int) -> int:
         name = next((o for o, n in zip(found.operands, numbers, strict=True) if n is None), "")
         if not name:
             break
-    return added or 1  # a fusion counts: then by one
+    return added or 1  # 1: the counter is inside a fusion
 
 
 def constant(name: str, frame: Frame) -> int | None:
-    """The integer that an instruction is, or was when its loop began."""
+    """Returns an instruction's integer value, at the loop's start if it changes; else None."""
     found = frame.computation.instructions[name]
     if found.opcode == "constant":
         return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None

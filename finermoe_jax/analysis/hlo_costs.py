@@ -1,18 +1,17 @@
-"""The costs of a compiled program on one device: FLOPs, HBM bytes, bytes on the wire.
+"""Costs of a compiled program on one device: FLOPs, HBM bytes and network bytes.
 
-Counted from the compiled HLO text, with loops as often as they run, which XLA's own
-cost_analysis() leaves out. Every figure is of the compiler's program; nothing is measured.
+Counted from the compiled HLO text. Unlike XLA's cost_analysis(), a loop's body counts once per
+iteration. Nothing is measured.
 
-What is counted: the FLOPs of matrix products and of kernels that state a CostEstimate (elementwise
-work is not); the operands and results of every instruction that reads or writes HBM, slices of an
-operand as the slice, without tile padding; of a collective the bytes that one device sends when a
-group of n goes around a ring:
+FLOPs: matrix products, and kernels with a CostEstimate; no elementwise work. HBM bytes: operands
+and results of every instruction, only the slice for slices, without tile padding. Network: the
+bytes that one device sends in a ring of n devices:
 
     all-gather          (n-1) * operand
     reduce-scatter      (n-1)/n * operand
     all-reduce          2 (n-1)/n * operand
     all-to-all          (n-1)/n * operand
-    ragged-all-to-all   (n-1)/n * the smaller of operand and result: the larger is a buffer for
+    ragged-all-to-all   (n-1)/n * the smaller of operand and result; the larger one is a buffer for
                         twice the balanced load
     collective-permute  operand
 """
@@ -42,7 +41,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-# Instructions that move nothing: names for memory, or the end of a copy counted at its start.
+# Instructions that move no data, or whose data is counted elsewhere.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "optimization-barrier", "add-dependency",
@@ -57,29 +56,29 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass
 class Costs:
-    """Per device and run of the program. Collectives by kind; crossing: those between slices."""
+    """Costs per device and run of the program."""
 
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
-    attention_flops: float = 0.0  # not of the text: its kernels state none
+    attention_flops: float = 0.0  # set by the caller: attention kernels report none
     hbm_bytes: float = 0.0
-    sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
-    crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # by collective
+    crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # between slices
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def flops(self) -> float:
-        """All that is counted."""
+        """Sum of all FLOPs."""
         return self.matmul_flops + self.kernel_flops + self.attention_flops
 
 
 def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) -> Costs:
-    """The costs of `compiled.as_text()`.
+    """Counts the costs of a compiled program.
 
     Args:
-      text: a compiled module.
-      slices: the slice of each device, in the mesh's order; empty: all in one.
-      fast_memory: whether layouts in other memory spaces than 0 are on the chip (TPU).
+      text: `compiled.as_text()`.
+      slices: slice index of each device, in the mesh's order; empty: a single slice.
+      fast_memory: True if memory spaces other than 0 are on the chip (TPU).
     """
     walk = _Walk(parse(text), slices, fast_memory)
     entry = walk.module.computations[walk.module.entry]
@@ -96,7 +95,7 @@ class _Walk:
     # --- control flow -----------------------------------------------------------------------
 
     def run(self, frame: Frame, times: float) -> None:
-        """Adds what a computation costs when it runs `times` times."""
+        """Adds the costs of a computation that runs `times` times."""
         chains: set[str] = set()
         for instruction in frame.computation.instructions.values():
             opcode = instruction.opcode
@@ -111,7 +110,7 @@ class _Walk:
                 self._count(instruction, frame.computation, times, chains)
 
     def _branches(self, instruction: Instruction, frame: Frame, times: float) -> None:
-        self.costs.notes.append("of a conditional the branch with the most HBM bytes is counted")
+        self.costs.notes.append("conditionals count as their branch with the most HBM bytes")
         branches = []
         for name in instruction.called:
             walk = _Walk(self.module, self.slices, self.fast)
@@ -136,7 +135,7 @@ class _Walk:
             where = loop.attribute(r'op_name="([^"]*)"') or loop.name
             place = "/".join(part for part in where.split("/") if "(" not in part)
             self.costs.notes.append(
-                f"a loop whose trips are known only at run time is counted as not run: {place}"
+                f"a loop with a data-dependent trip count is not counted: {place}"
             )
             return
         self.run(inner, times * count)
@@ -182,8 +181,8 @@ class _Walk:
             self.costs.matmul_flops += times * library_flops(instruction, inside)
         else:
             self.costs.notes.append(
-                f"{target}: no CostEstimate; its bytes are its operands and results, its FLOPs "
-                "are not counted"
+                f"{target} has no CostEstimate: its operands and results are counted, its FLOPs "
+                "are not"
             )
         self.costs.hbm_bytes += times * self._plain_bytes(instruction, inside)
 
@@ -199,7 +198,7 @@ class _Walk:
                 totals[kind] = totals.get(kind, 0.0) + times * amount
 
     def _between_slices(self, transfer: Instruction, inside: Computation, times: float) -> None:
-        """A TPU's program is that of one slice; hosts carry what goes to others."""
+        """Counts a TPU's send or recv: transfers between slices go through the hosts."""
         kind = transfer.attribute(r'_xla_megascale_transfer_type="(\w+)"')
         if transfer.opcode == "recv" or kind is None:
             self.costs.hbm_bytes += times * transfer.leaves[0].bytes
@@ -213,7 +212,7 @@ class _Walk:
     def _sent(
         self, kind: str, instruction: Instruction, inside: Computation
     ) -> tuple[float, float]:
-        """Bytes that a device sends inside its slice, and to others."""
+        """Returns the bytes that a device sends inside its slice and to other slices."""
         operands = [inside.instructions[name] for name in instruction.operands]
         size = sum((leaf.bytes for operand in operands for leaf in operand.leaves), 0.0)
         if kind == "collective-permute":
@@ -223,21 +222,21 @@ class _Walk:
             return (0.0, size) if crosses else (size, 0.0)
         if kind == "ragged-all-to-all":
             self.costs.notes.append(
-                "ragged-all-to-all: counted at balanced load, not at what its buffers could hold"
+                "ragged-all-to-all is counted at balanced load, not at its buffers' full size"
             )
             size = min(operand.leaves[0].bytes for operand in operands[:2])
         groups = replica_groups(instruction.attributes, self.module.partitions)
         if groups is None:
             self.costs.notes.append(
-                f"{kind}: replica groups not understood; counted for all devices"
+                f"{kind} has replica groups of an unknown form and is counted over all devices"
             )
             groups = [list(range(self.module.partitions))]
         parts = len(groups[0])
         spanned = max(len({self._slice(d) for d in group}) for group in groups)
         if spanned == 1:
             return _ring(kind, parts, size), 0.0
-        # Between slices one copy suffices: each of the devices that a slice has in the group sends
-        # its own part of the data, the rest stays inside.
+        # Hierarchical: between slices each device sends only its own part of the data, the rest
+        # stays inside the slice.
         near = parts // spanned
         match kind:
             case "all-reduce":
@@ -250,16 +249,13 @@ class _Walk:
         return max(0.0, _ring(kind, parts, size) - away), away
 
     def _slice(self, device: int) -> int:
-        one = self.module.partitions < len(self.slices)  # the program of one slice
-        return 0 if one or not self.slices else self.slices[device]
+        single = self.module.partitions < len(self.slices)  # the program covers one slice
+        return 0 if single or not self.slices else self.slices[device]
 
     # --- fusions ----------------------------------------------------------------------------
 
     def _fused(self, fused: Computation, times: float, chains: set[str]) -> None:
-        """Products and collectives inside a fusion.
-
-        A TPU splits one asynchronous collective over several fusions, which share a chain.
-        """
+        """Counts products and collectives in a fusion; TPU fusions of one share a chain_id."""
         for instruction in fused.instructions.values():
             self.costs.matmul_flops += times * flops(instruction, fused)
             if instruction.opcode == "fusion":
@@ -271,7 +267,7 @@ class _Walk:
                 chains.add(chain or instruction.name)
                 moved = self._plain_bytes(instruction, fused)
                 if fused.name.startswith("all-reduce-scatter"):
-                    # A TPU's reduce-scatter: an all-reduce whose fusion keeps a slice.
+                    # On TPU a reduce-scatter is an all-reduce whose fusion keeps a slice.
                     kind, moved = "reduce-scatter", moved - self._bytes(instruction)
                 self._collective(kind, instruction, fused, times)
                 self.costs.hbm_bytes += times * moved
@@ -289,7 +285,7 @@ class _Walk:
             while result.opcode == "bitcast":
                 result = fused.instructions[result.operands[0]]
             if result.opcode == "parameter" or result.opcode in COLLECTIVES:
-                continue  # memory passed on, or a collective counted by itself
+                continue  # passed through, or counted as a collective
             if result.opcode == "custom-call" and "AsyncCollective" in result.attributes:
                 continue
             if result.opcode == "dynamic-update-slice":
@@ -300,7 +296,7 @@ class _Walk:
         return total
 
     def _read(self, parameter: Instruction, fused: Computation) -> float:
-        """Bytes of a parameter that a fusion reads: only the slices, where it takes slices."""
+        """Returns the bytes of a parameter that a fusion reads: only the slices if it slices it."""
         whole = sum((leaf.bytes for leaf in parameter.leaves), 0.0)
         read, waiting, seen = 0.0, [parameter.name], set()
         while waiting:
@@ -335,7 +331,7 @@ class _Walk:
         return sum((leaf.bytes for leaf in instruction.leaves if self._slow(leaf.space)), 0.0)
 
     def _plain_bytes(self, instruction: Instruction, inside: Computation) -> float:
-        """Operands and results in HBM of an instruction that is no fusion."""
+        """Returns HBM bytes of operands and results of an instruction other than a fusion."""
         operands = [inside.instructions[name] for name in instruction.operands]
         opcode = instruction.opcode
         if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
@@ -353,12 +349,12 @@ class _Walk:
             return 3 * self._bytes(operands[-1]) + self._bytes(operands[len(operands) // 2])
         read = sum(map(self._bytes, operands), 0.0)
         if opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
-            # Its result repeats the operands and adds the transfer's own counters.
+            # The result includes the operands.
             return read + max(0.0, self._bytes(instruction) - read)
         return read + self._bytes(instruction)
 
 
 def _ring(kind: str, parts: int, size: float) -> float:
-    """Bytes that one of `parts` devices sends; `size` is its operand."""
+    """Returns the bytes that one of `parts` devices sends; `size`: bytes of its operand."""
     factor = {"all-gather": parts, "all-reduce": 2}.get(kind, 1)
     return factor * (parts - 1) / parts * size

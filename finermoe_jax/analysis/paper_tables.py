@@ -1,4 +1,4 @@
-"""The parameter counts that the paper prints, and this code's beside them."""
+"""The paper's parameter counts, compared with this code's."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from finermoe_jax.weights.upcycle import upcycled_config
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a table: an architecture made from a dense model, and the paper's billions."""
+    """A row of a table: an architecture upcycled from a dense model, and the paper's billions."""
 
     table: int
     label: str
@@ -21,7 +21,7 @@ class Row:
 
     @property
     def model(self) -> ModelConfig:
-        """The model of this row."""
+        """The row's model."""
         dense, moe = QWEN2P5[self.size], architecture(self.variant).moe
         return dense if moe is None else upcycled_config(dense, moe)
 
@@ -44,7 +44,7 @@ def _table_1() -> list[Row]:
     ]
 
 
-# From Qwen2.5-1.5B: billions in all and active, by table and variant.
+# Upcycled from Qwen2.5-1.5B: (total, active) in billions, by table and variant.
 _FROM_1_5B: dict[int, dict[str, tuple[float, float]]] = {
     2: {
         "no_fg": (4.09, 2.93),
@@ -92,14 +92,14 @@ def _billions(total: float, active: float, digits: int) -> str:
 
 
 def agrees(row: Row, counts: Counts) -> bool:
-    """Returns whether the counts are the paper's to its printed digits."""
+    """Returns True if the counts match the paper's printed digits."""
     return (round(counts.total / 1e9, 2), round(counts.active / 1e9, 2)) == (row.total, row.active)
 
 
 def text() -> str:
-    """Tables 1, 2, 4 and 8: the paper's counts, those by its formula, and the true ones."""
+    """Formats Tables 1, 2, 4 and 8: the paper's counts, its formula's and the true ones."""
     head = (
-        f"{'':<6}{'':<16}{'experts':>16}{'the paper':>19}{'by its formula':>19}{'true':>23}   "
+        f"{'':<6}{'':<16}{'experts':>16}{'paper':>19}{'its formula':>19}{'true':>23}   "
         "billions, total / active"
     )
     lines: list[str] = []

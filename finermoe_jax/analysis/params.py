@@ -1,4 +1,4 @@
-"""Parameter counts, and how a mesh splits parameters, without weights and without its devices."""
+"""Parameter counts and sharding tables, without weights or devices."""
 
 import dataclasses
 import math
@@ -20,14 +20,14 @@ from finermoe_jax.weights.upcycle import upcycled_config
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters: all, and those that one token uses."""
+    """Numbers of parameters: total, and used by one token."""
 
     total: int
     active: int
 
 
 def run_model(config: RunConfig) -> ModelConfig:
-    """The model that a run trains: of config.dense, or of what init_from holds, upcycled."""
+    """Returns the config of the model that a run trains."""
     if not config.init_from:
         assert config.dense is not None
         return dataclasses.replace(config.dense, moe=config.moe)
@@ -38,10 +38,10 @@ def run_model(config: RunConfig) -> ModelConfig:
 
 
 def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> str:
-    """Every parameter with its logical axes, PartitionSpec and bytes per device, and the notes.
+    """Formats every parameter's shape, logical axes, PartitionSpec and bytes per device.
 
-    `devices` takes the place of those that are not here; 0: as many as the mesh's sizes, -1 as 1.
-    Raises InputError for sizes that do not multiply to it.
+    `devices`: number of devices; 0: the product of the mesh's sizes, counting -1 as 1. Raises
+    InputError if the mesh's sizes do not multiply to it.
     """
     sizes = sharding.mesh_sizes(config.mesh, devices or sharding.least_devices(config.mesh))
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -57,7 +57,7 @@ def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> s
             f"{' '.join(axes_of(variable)):<36} "
             f"{_partition(placed[path].spec):<34} {size:>15,}"
         )
-    head = f"mesh {sizes} · {config.train.param_dtype} · the last column: bytes per device"
+    head = f"mesh {sizes} · {config.train.param_dtype} · last column: bytes per device"
     return "\n".join(
         [head, *lines, f"{total:,} bytes per device ({total / 2**30:.2f} GiB)", *notes]
     )
@@ -69,9 +69,9 @@ def _partition(spec: PartitionSpec) -> str:
 
 
 def true_counts(config: ModelConfig) -> Counts:
-    """Every parameter once, embeddings included: what an instantiated model holds.
+    """Counts every parameter once, including embeddings.
 
-    Active counts A of the N routed experts of each MoE layer.
+    Active parameters include A of the N routed experts of each MoE layer.
     """
     total = active = 0
     kinds = parameter_kinds(config)
@@ -86,10 +86,10 @@ def true_counts(config: ModelConfig) -> Counts:
 
 
 def paper_counts(config: ModelConfig) -> Counts:
-    """The paper's formula, which gives its tables to the printed digit.
+    """Counts by the paper's formula, which reproduces its tables to the printed digit.
 
-    It counts router and norms twice and leaves out biases and the shared gate; a tied embedding
-    counts once in dense rows.
+    It counts router and norms twice and omits biases and the shared gate. A tied embedding counts
+    once in dense rows only.
     """
     h, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     attention = 1 + config.num_key_value_heads / config.num_attention_heads
@@ -114,7 +114,7 @@ def paper_counts(config: ModelConfig) -> Counts:
 
 
 def table(rows: dict[str, ModelConfig]) -> str:
-    """A text table of the counts, in billions, or in millions where none reaches 0.1 billion."""
+    """Formats a table of the counts, in billions, or in millions if all are below 0.1 billion."""
     counts = {name: (true_counts(c), paper_counts(c)) for name, c in rows.items()}
     small = max(true.total for true, _ in counts.values()) < 1e8
     unit, letter = (1e6, "M") if small else (1e9, "B")
@@ -132,7 +132,7 @@ def table(rows: dict[str, ModelConfig]) -> str:
 
 
 def published_models() -> dict[str, ModelConfig]:
-    """The dense Qwen2.5 models, and each upcycled with the published settings; by name."""
+    """Returns the dense Qwen2.5 models and their upcycled published versions, by name."""
     rows: dict[str, ModelConfig] = {}
     for size, dense in QWEN2P5.items():
         rows[f"Qwen2.5-{size}"] = dense

@@ -1,7 +1,4 @@
-"""The programs of a run in shapes, to be compiled for a target: training, evaluation, generation.
-
-They are the functions that training, evaluation and generation call, on the shapes of a config.
-"""
+"""A run's programs (training, evaluation, generation) on shapes, for compilation for a target."""
 
 import dataclasses
 import math
@@ -34,50 +31,50 @@ from finermoe_jax.weights.checkpoint import abstract_params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program in shapes: what its state takes of each device, and how to compile it."""
+    """A program on shapes."""
 
     name: str  # a key of PROGRAMS
     config: RunConfig
     model: ModelConfig
     mesh: Mesh
     notes: list[str]
-    rows: int  # that it takes, each of data.sequence_length tokens, or of one (decode)
+    rows: int  # input rows, of data.sequence_length tokens each, or of one (decode)
     stored: str  # dtype of the weights
-    parameter_bytes: int  # per device, as the two below
+    parameter_bytes: int  # per device, as the next two
     gradient_bytes: int
     optimizer_bytes: int
     lower: Callable[[], Any]
 
     @property
     def state_bytes(self) -> int:
-        """Parameters and optimizer state."""
+        """Bytes of parameters and optimizer state per device."""
         return self.parameter_bytes + self.optimizer_bytes
 
     @property
     def tokens(self) -> int:
-        """That a run of the program takes."""
+        """Input tokens per run of the program."""
         return self.rows * (1 if self.name == "decode" else self.config.data.sequence_length)
 
     @property
     def trains(self) -> bool:
-        """Says that it makes gradients."""
+        """True if the program computes gradients."""
         return self.name == "train"
 
 
 def abstract_program(config: RunConfig, target: Target, name: str = "train") -> Program:
-    """A program of a config on a target's mesh. Allocates nothing.
+    """Returns a config's program on a target's mesh. Allocates nothing.
 
-    Raises InputError: an unknown name, a mesh that does not multiply, a microbatch that its devices
-    do not share, or generation on more than one device.
+    Raises InputError for an unknown name, a mesh that does not match the devices, a microbatch that
+    cannot be split over them, or generation on more than one device.
     """
     if name not in PROGRAMS:
-        raise InputError(f"--program={name} is none of them. {near_misses(name, PROGRAMS)}")
+        raise InputError(f"--program={name} is unknown. {near_misses(name, PROGRAMS)}")
     mesh = sharding.make_mesh(config.mesh, target.devices)
     return PROGRAMS[name](name, config, target, mesh)
 
 
 def _model(config: RunConfig, mesh: Mesh, dtype: str) -> tuple[Decoder, dict, dict, list[str]]:
-    """The decoder in shapes, its parameters in `dtype`, their shardings, and notes on these."""
+    """Returns the decoder on shapes, its parameters in `dtype`, their shardings, and notes."""
     model = with_shapes(run_model(config))
     model.dtype = jnp.dtype(config.train.compute_dtype)
     kernel = config.train.kernel
@@ -114,7 +111,7 @@ def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
 
 
 def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
-    """The held-out loss of one batch, as training takes it."""
+    """The held-out loss of one batch, as in training."""
     model, params, shardings, notes = _model(config, mesh, config.train.param_dtype)
     graphdef, rows = nnx.split(model)[0], batch_rows(config.data.eval_windows, mesh)
     chunk = config.train.loss_chunk_tokens
@@ -133,11 +130,11 @@ def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
 
 
 def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
-    """A prompt of data.sequence_length tokens, or one token after it."""
+    """Prefill of a prompt of data.sequence_length tokens, or decoding of one token after it."""
     if mesh.size > 1:
         raise InputError(
-            f"--program={name}: generation runs on one device, and {target.name} has {mesh.size}: "
-            "take v5e:1x1, and a mesh of ones"
+            f"--program={name} runs on one device, but {target.name} has {mesh.size}: use "
+            "--topology=v5e:1x1 and set all mesh sizes to 1"
         )
     model, params, shardings, notes = _model(config, mesh, config.train.compute_dtype)
     graphdef, length = nnx.split(model)[0], config.data.sequence_length
@@ -183,7 +180,7 @@ def _batch(config: RunConfig, rows: int, mesh: Mesh) -> Batch:
 
 
 def per_device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of sharded shapes, without the padding of tiles."""
+    """Returns one device's bytes of a tree of sharded shapes, without tile padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

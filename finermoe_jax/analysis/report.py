@@ -1,4 +1,4 @@
-"""The report of analysis/aot.py: memory by kind, the program's costs, a roofline, a verdict."""
+"""Formats the results of analysis/aot.py: memory, costs, roofline and verdict."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ _GIB = 2**30
 
 
 def gib(size: float | int) -> str:
-    """Bytes as GiB."""
+    """Formats bytes as GiB."""
     return f"{size / _GIB:9.3f} GiB"
 
 
 def heading(program: Program, target: Target) -> str:
-    """The lines that name the compiled program."""
+    """Describes the program to compile."""
     data, train = program.config.data, program.config.train
     where = f"{target.name}, {len(target.devices)} devices"
     if target.slices > 1:
@@ -26,15 +26,15 @@ def heading(program: Program, target: Target) -> str:
         f"{train.param_dtype}, remat {train.remat}",
         "eval": f"held-out loss of {program.rows} sequences of {data.sequence_length} tokens",
         "prefill": f"a prompt of {data.sequence_length} tokens",
-        "decode": f"one token behind {data.sequence_length} others",
+        "decode": f"one token after {data.sequence_length} others",
     }[program.name]
     return "\n".join([f"{where} · mesh {dict(program.mesh.shape)}", what, *program.notes])
 
 
 def roofline(costs: Costs, target: Target, tokens: int, flops_per_token: float) -> dict[str, Any]:
-    """Seconds that a step cannot go below, by resource, and what follows from them.
+    """Returns lower bounds of a step's time, and the resulting throughput and MFU.
 
-    `overlapped`: the slowest resource alone; `serial`: compute or HBM, then every transfer.
+    `overlapped`: only the slowest resource counts; `serial`: compute or HBM, then every transfer.
     """
     chip, devices = target.chip, len(target.devices)
     seconds = {
@@ -63,8 +63,8 @@ def roofline(costs: Costs, target: Target, tokens: int, flops_per_token: float) 
 
 
 def text(figures: dict[str, Any], target: Target) -> str:
-    """All figures of one compilation."""
-    lines = ["", "compiler estimates, nothing measured; all of it per device", *_memory(figures)]
+    """Formats all figures of one compilation."""
+    lines = ["", "compiler estimates per device, nothing measured", *_memory(figures)]
     if "matmul_flops" in figures:
         lines += _costs(figures) + _times(figures, target)
     limit, peak = figures["limit_bytes"], figures["peak_bytes"]
@@ -84,12 +84,12 @@ def _memory(figures: dict[str, Any]) -> list[str]:
         "",
         f"parameters                {gib(figures['parameter_bytes'])}",
         f"optimizer state           {gib(figures['optimizer_bytes'])}",
-        f"both, from the shapes     {gib(state)}",
+        f"both, from shapes         {gib(state)}",
     ]
     if "argument_bytes" in figures:
         lines += [
-            f"arguments, the compiler's {gib(figures['argument_bytes'])}   with the batch and the "
-            f"padding of tiles: {figures['argument_bytes'] / state - 1:+.2%}",
+            f"arguments, compiler's     {gib(figures['argument_bytes'])}   including the batch and "
+            f"tile padding: {figures['argument_bytes'] / state - 1:+.2%}",
             f"temporaries               {gib(figures['temporary_bytes'])}   gradients (at most "
             f"{gib(figures['gradient_bytes']).strip()}), activations, buffers",
             f"generated code            {gib(figures['code_bytes'])}",
@@ -108,17 +108,17 @@ def _memory(figures: dict[str, Any]) -> list[str]:
 def _costs(figures: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        f"FLOPs of products         {figures['matmul_flops'] / 1e12:12.3f} T   a step",
-        f"FLOPs of kernels          {figures['kernel_flops'] / 1e12:12.3f} T   by their own "
+        f"FLOPs of products         {figures['matmul_flops'] / 1e12:12.3f} T   per step",
+        f"FLOPs of kernels          {figures['kernel_flops'] / 1e12:12.3f} T   from their "
         "CostEstimate",
-        f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   by formula",
+        f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   from a formula",
         f"HBM bytes                 {figures['hbm_bytes'] / 1e9:12.3f} GB",
     ]
     if "expert_bytes" in figures:
         bound = figures["expert_bound_bytes"]
         lines.append(
             f"  of the experts          {figures['expert_bytes'] / 1e9:12.3f} GB   "
-            f"{figures['expert_bytes'] / bound:.2f} of what they must move; without the update"
+            f"{figures['expert_bytes'] / bound:.2f} x the minimum; without the update"
         )
     for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):
         near, far = (figures[k].get(kind, 0.0) / 1e9 for k in ("sent_bytes", "crossing_bytes"))
@@ -133,21 +133,21 @@ def _times(figures: dict[str, Any], target: Target) -> list[str]:
     chip, seconds = target.chip, figures["seconds"]
     lines = [
         "",
-        "roofline of a step, a compiler estimate: peaks are published ones, never reached",
-        f"  compute  {seconds['compute'] * 1e3:12.2f} ms at {chip.flops / 1e12:.1f} TFLOP/s, as "
-        "if all products were bfloat16",
+        "roofline of a step, from compiler estimates and published peaks (never reached)",
+        f"  compute  {seconds['compute'] * 1e3:12.2f} ms at {chip.flops / 1e12:.1f} TFLOP/s, "
+        "assuming all products in bfloat16",
         f"  HBM      {seconds['hbm'] * 1e3:12.2f} ms at {chip.bandwidth / 1e9:.0f} GB/s",
-        f"  wire     {seconds['wire'] * 1e3:12.2f} ms at {chip.wire / 1e9:.0f} GB/s, as if every "
-        "link of the device were busy",
+        f"  wire     {seconds['wire'] * 1e3:12.2f} ms at {chip.wire / 1e9:.0f} GB/s, assuming all "
+        "links of the device are busy",
     ]
     if figures["slices"] > 1:
         lines.append(
             f"  outside  {seconds['outside'] * 1e3:12.2f} ms at {target.outside / 1e9:.2f} GB/s "
-            f"and device: {HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s a host, assumed, not published"
+            f"per device, assuming {HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s per host (not published)"
         )
     for name, meaning in (
-        ("overlapped", "everything at once"),
-        ("serial", "transfers not hidden at all"),
+        ("overlapped", "everything overlapped"),
+        ("serial", "no transfer overlapped"),
     ):
         bound = figures["bounds"][name]
         lines.append(
@@ -156,7 +156,7 @@ def _times(figures: dict[str, Any], target: Target) -> list[str]:
             f"{bound['mfu']:.1%}"
         )
     lines.append(
-        f"  MFU by {figures['model_flops_per_token'] / 1e9:.3f} GFLOP a token, as a run counts "
-        "it: causal scores, without recomputation"
+        f"  MFU counts {figures['model_flops_per_token'] / 1e9:.3f} GFLOP per token, as in "
+        "training: causal scores, no recomputation"
     )
     return lines

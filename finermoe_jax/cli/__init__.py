@@ -1,1 +1,1 @@
-"""The commands: the only place that knows absl."""
+"""The commands. Only this folder imports absl."""

@@ -18,22 +18,22 @@ def define(flags: Flags) -> None:
     flags.add_text(
         "topology",
         "",
-        "v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 (chips), h100:8 (GPUs)",
+        "TPU slice (chips) or GPUs: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8",
         required=True,
     )
-    flags.add_text("program", "train", f"what to compile: {', '.join(PROGRAMS)}")
-    flags.add_integer("num_slices", 1, "TPU slices of that shape; data parallelism goes over them")
+    flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
+    flags.add_integer("num_slices", 1, "TPU slices of that shape, with data parallelism over them")
     flags.add_boolean(
         "suggest",
-        "where it does not fit, compile the changes that may help until one fits; without it, "
-        "count their state and gradients",
+        "if it does not fit, compile config changes that may help until one fits; without this "
+        "flag only their state and gradients are counted",
     )
-    flags.add_path("output", "also write all figures as JSON to this file")
-    flags.add_path("hlo", "also write the compiled program to this file")
+    flags.add_path("output", "also write all figures to this JSON file")
+    flags.add_path("hlo", "also write the compiled program's HLO text to this file")
 
 
 def main(flags: Flags) -> int:
-    """Runs the command; 1 where the step does not fit."""
+    """Runs the command; returns 1 if the program does not fit."""
     flags.need("config")
     config = flags.run_config()
     if flags.print_config:
@@ -55,18 +55,18 @@ def main(flags: Flags) -> int:
 
 
 def _writable(flags: Flags, name: str) -> Path | None:
-    """The file that a flag names; None without it. Raises InputError without its directory."""
+    """Returns the path that a flag gives, or None. Raises InputError if its directory is absent."""
     value = getattr(flags, name)
     if not value:
         return None
     path = Path(value).absolute()
     if not path.parent.is_dir():
-        raise InputError(f"--{name}={path}: its directory does not exist")
+        raise InputError(f"--{name}={path}: its directory does not exist; create it first")
     return path
 
 
 COMMAND = Command(
-    "--config=FILE --topology=v5e:16x16\nExit code 0: it fits; 1: it does not; 2: a mistake in the "
+    "--config=FILE --topology=v5e:16x16\nExit code 0: it fits; 1: it does not fit; 2: invalid "
     "input. All figures are compiler estimates.",
     define,
     main,

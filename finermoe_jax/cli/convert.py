@@ -15,20 +15,20 @@ from finermoe_jax.runtime.json_files import to_json
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path("source", "HF directory, hub id, or a checkpoint of ours", required=True)
-    flags.add_path("target", "new or empty directory to write", required=True)
+    flags.add_path("source", "HF directory, Hub id or finermoe checkpoint", required=True)
+    flags.add_path("target", "new or empty directory for the result", required=True)
     flags.add_config()
     flags.add_text(
         "to",
         "orbax",
-        "orbax: a checkpoint of ours, a dense source upcycled as the config says (without one: "
-        "32,2,1,2); hf: a Hugging Face directory",
+        "orbax: write a checkpoint, upcycling a dense source with the config's settings (without "
+        "--config: 32,2,1,2); hf: export a checkpoint to a Hugging Face directory",
     )
-    flags.add_text("dtype", "", "float32 or bfloat16 weights in the target (default: the source's)")
+    flags.add_text("dtype", "", "float32 or bfloat16 weights (default: the source's dtype)")
     flags.add_boolean(
         "verify",
-        "compare every tensor of the target with what the source becomes; a target that is there "
-        "already is only compared, in either form unless --to is given",
+        "check every tensor of the target against the converted source; an existing target is "
+        "only checked, not written",
     )
 
 
@@ -43,7 +43,10 @@ def main(flags: Flags) -> None:
     if flags.to not in ("orbax", "hf"):
         raise InputError(f"--to={flags.to} must be orbax or hf")
     if flags.to == "hf" and config:
-        raise InputError("--to=hf exports a checkpoint as it is; --config belongs to --to=orbax")
+        raise InputError(
+            f"--to=hf exports a checkpoint unchanged and cannot apply --config={flags.config_name};"
+            " remove --config, or use --to=orbax"
+        )
     if flags.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype={flags.dtype} must be float32 or bfloat16")
     from finermoe_jax.weights.convert import convert
@@ -61,8 +64,8 @@ def main(flags: Flags) -> None:
         written = convert(source, target, flags.to, **asked)
         if flags.to == "hf" and written.moe is None:
             print(
-                f"{source} is a dense model, and so is {target}: --to=hf upcycles nothing. To "
-                "upcycle, convert with --to=orbax first, then that checkpoint with --to=hf",
+                f"{source} is a dense model, and {target} is too: --to=hf does not upcycle. To "
+                "upcycle, first convert with --to=orbax, then export that checkpoint with --to=hf",
                 file=sys.stderr,
             )
     if flags.verify:

@@ -8,9 +8,9 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find, write
 from finermoe_jax.runtime.json_files import to_json
 
-# Flags that are about one half of the work.
-_OF_TEXT = ("sequence_length", "stride")
-_OF_TASKS = (
+# Flags that need --text, and flags that need --tasks.
+_TEXT_FLAGS = ("sequence_length", "stride")
+_TASK_FLAGS = (
     "limit", "num_fewshot", "data_dir", "skip_missing", "apply_chat_template",
     "allow_code_execution",
 )  # fmt: skip
@@ -18,38 +18,32 @@ _OF_TASKS = (
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path("checkpoint", "checkpoint, workdir, HF directory or hub id", required=True)
-    flags.add_path("text", "perplexity of a .txt or .jsonl file")
+    flags.add_path("checkpoint", "checkpoint, workdir, HF directory or Hub id", required=True)
+    flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
     flags.add_integer(
-        "sequence_length", 0, "--text: tokens per window (default: the model's limit, at most 2048)"
+        "sequence_length", 0, "with --text: window size (default: the model's context, max. 2048)"
     )
-    flags.add_integer(
-        "stride", 0, "--text: tokens from one window to the next (default: half a window)"
-    )
+    flags.add_integer("stride", 0, "with --text: tokens between windows (default: half a window)")
     flags.add_names(
         "tasks",
-        "tasks of the lm-evaluation-harness: arc_easy,hellaswag; finermoe: the paper's ten and "
-        "their mean",
+        "comma-separated lm-evaluation-harness tasks, such as arc_easy,hellaswag; finermoe stands "
+        "for the paper's ten benchmarks and their mean",
     )
-    flags.add_integer("limit", None, "--tasks: rows of each task (default: all)")
+    flags.add_integer("limit", None, "with --tasks: rows scored per task (default: all)")
     flags.add_integer(
-        "num_fewshot", None, "--tasks: examples per prompt (default: as each task says)"
+        "num_fewshot", None, "with --tasks: examples per prompt (default: the task's)"
     )
-    flags.add_path("data_dir", "--tasks: local rows, docs/evaluation.md; nothing is fetched then")
-    flags.add_boolean(
-        "skip_missing", "--tasks: leave out tasks of a group of which data_dir has no rows"
-    )
-    flags.add_boolean("apply_chat_template", "--tasks: prompts as conversations, for chat models")
+    flags.add_path("data_dir", "with --tasks: local rows (docs/evaluation.md); downloads nothing")
+    flags.add_boolean("skip_missing", "with --tasks: skip tasks that have no rows in --data_dir")
+    flags.add_boolean("apply_chat_template", "with --tasks: use the chat template, for chat models")
     flags.add_boolean(
         "allow_code_execution",
-        "--tasks: MBPP and its like may run programs that the model writes, with your rights; some "
-        "tasks (cruxeval, longproc) do so in ways of their own",
+        "with --tasks: let tasks such as MBPP run programs that the model writes, with your "
+        "permissions; cruxeval and longproc ignore this package's limits on time and memory",
     )
-    flags.add_boolean("int8", "weights as int8 with a scale for each output channel")
-    flags.add_integer(
-        "batch_tokens", 2048, "tokens that a device computes together, padding included"
-    )
-    flags.add_path("output", "also write the results as JSON to this file")
+    flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
+    flags.add_integer("batch_tokens", 2048, "tokens per batch and device, padding included")
+    flags.add_path("output", "also write the results to this JSON file")
 
 
 def main(flags: Flags) -> None:
@@ -57,7 +51,7 @@ def main(flags: Flags) -> None:
     path = flags.need("checkpoint")
     _check(flags)
     if flags.data_dir:
-        # Read when the libraries are imported.
+        # The libraries read these at import.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from finermoe_jax.evaluation.evaluate import Tasks, evaluate
 
@@ -80,31 +74,29 @@ def main(flags: Flags) -> None:
         batch_tokens=flags.batch_tokens,
     )
     result = to_json(found, indent=2)
-    # Hours of work are not lost where the file cannot be written.
-    print(result, flush=True)
+    print(result, flush=True)  # first: writing the file may fail
     if flags.output:
         write(Path(flags.output), result + "\n")
 
 
 def _check(flags: Flags) -> None:
-    """Raises InputError for flags that do not go together, or an output that cannot be."""
+    """Raises InputError for incompatible flags or an unwritable --output."""
     if not flags.text and not flags.tasks:
-        raise InputError("--text or --tasks is needed; see --help")
-    for half, names in {"text": _OF_TEXT, "tasks": _OF_TASKS}.items():
+        raise InputError("nothing to evaluate: give --text or --tasks; see --help")
+    for needed, names in {"text": _TEXT_FLAGS, "tasks": _TASK_FLAGS}.items():
         for name in names:
             flag = flags.values[name]
-            if not flags.values[half].value and flag.value != flag.default:
-                raise InputError(f"--{name} is about --{half}, which is not given")
+            if not flags.values[needed].value and flag.value != flag.default:
+                raise InputError(f"--{name}={flag.value} has no effect without --{needed}")
     output = flags.output
     if output and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"--output={output}: its directory does not exist")
+        raise InputError(f"--output={output}: its directory does not exist; create it first")
     if output and Path(output).is_dir():
         raise InputError(f"--output={output} is a directory; name a file in it")
 
 
 COMMAND = Command(
-    "--checkpoint=DIR [--text=FILE.txt] [--tasks=arc_easy,hellaswag] [--data_dir=DIR] "
-    "[--output=FILE.json]",
+    "--checkpoint=DIR [--text=FILE.txt] [--tasks=arc_easy,hellaswag] [--output=FILE.json]",
     define,
     main,
 )

@@ -1,6 +1,6 @@
-"""A command's flags: defined, shown by --help, read from the command line.
+"""A command's flags: definition, --help and parsing.
 
-Every command has a FlagValues of its own, so that two in one process do not meet.
+Each command has its own FlagValues, so that two commands can run in one process.
 """
 
 import dataclasses
@@ -21,29 +21,35 @@ from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local, local_list
 
 _HELP = ("-h", "--h", "-help", "--help", "--helpfull", "--helpshort")
-_TEXT_AT = 26  # the column of --help in which texts begin
-_CONFIG_HELP = "a preset (demo), or FILE.py; :VARIANT may follow; --config.FIELD=VALUE overrides"
+_TEXT_AT = 26  # first column of the help texts
+_CONFIG_HELP = (
+    "preset (demo) or FILE.py, optionally with :VARIANT; --config.FIELD=VALUE sets a field"
+)
 
 
 class Flags:
-    """The flags of one command, in the order of --help; `values` holds what was given.
+    """The flags of one command, in the order of --help.
 
     Attributes:
-      values: the flags' values, by name; also `values[name].present`, whether it was given.
-      rest: what was given beside flags.
-      config_name: a name for the config, of its file and variant; empty without a config.
+      values: absl's flag values by name; `values[name].present` is nonzero if the flag was given.
+      rest: positional arguments.
+      config_name: the config's file and variant, as in a file name; empty without a config.
+      configs: the values of --config if it may be given several times (add_configs).
+      overrides: --config.FIELD=VALUE arguments, which apply to each of them.
     """
 
     def __init__(self) -> None:
         self.values = FlagValues()
         self.rest: list[str] = []
         self.config_name = ""
+        self.configs: list[str] = []
+        self.overrides: list[str] = []
         self._required: list[str] = []
 
     def add(
         self, define: Callable[..., Any], name: str, default: Any, text: str, required: bool = False
     ) -> None:
-        """Defines a flag by one of absl's DEFINE_ functions."""
+        """Defines a flag with one of absl's DEFINE_ functions."""
         assert not hasattr(type(self), name), name
         define(name, default, text, flag_values=self.values)
         if required:
@@ -54,7 +60,7 @@ class Flags:
         self.add(flags.DEFINE_bool, name, False, text)
 
     def add_integer(self, name: str, default: int | None, text: str) -> None:
-        """Defines a flag for a whole number."""
+        """Defines a flag for an integer."""
         self.add(flags.DEFINE_integer, name, default, text)
 
     def add_number(self, name: str, default: float | None, text: str) -> None:
@@ -66,11 +72,11 @@ class Flags:
         self.add(flags.DEFINE_string, name, default, text, required)
 
     def add_names(self, name: str, text: str) -> None:
-        """Defines a flag for a list with commas between."""
+        """Defines a flag for a comma-separated list."""
         self.add(flags.DEFINE_list, name, [], text)
 
     def add_path(self, name: str, text: str, required: bool = False, several: bool = False) -> None:
-        """Defines a flag for a path, or several with commas between; a hub id may stand in."""
+        """Defines a flag for a path or Hub id, or a comma-separated list of them."""
         parser = _PathParser(local_list if several else local)
         flags.DEFINE(parser, name, "", text, flag_values=self.values)
         if required:
@@ -79,10 +85,11 @@ class Flags:
     def add_config(self, default: str | None = None, required: bool = False) -> None:
         """Defines --config and --print_config, and reads the config file.
 
-        values.config is None where there is neither --config nor a default. --config leaves
-        sys.argv, in which ml_collections looks for overrides, --config.FIELD=VALUE.
+        values.config is None without --config and default. Removes --config from sys.argv, where
+        ml_collections looks for overrides (--config.FIELD=VALUE).
         """
-        name = _take_config(self.values) or (None if wants_help() else default)
+        given = _take_configs(self.values)
+        name = given[-1] if given else None if wants_help() else default
         text = _CONFIG_HELP + (f" (default: {default})" if default else "")
         if name is None:
             self.add(flags.DEFINE_string, "config", None, text)
@@ -95,12 +102,30 @@ class Flags:
             self._required.append("config")
         self.add_boolean("print_config", "print the resolved config and exit")
 
-    # --- after the command line is read -----------------------------------------------------
+    def add_configs(self) -> None:
+        """Defines --config, given once or several times, with overrides that apply to each."""
+        self.configs = _take_configs(self.values)
+        self.overrides = [each for each in sys.argv if re.match(r"--?config\.", each)]
+        sys.argv = [each for each in sys.argv if each not in self.overrides]
+        self.add(flags.DEFINE_string, "config", None, f"{_CONFIG_HELP}; may be given several times")
+        self._required.append("config")
+
+    def config_of(self, name: str) -> RunConfig:
+        """Returns one of `configs` with the overrides, checked."""
+        one, given = Flags(), sys.argv
+        sys.argv = [given[0], f"--config={name}", *self.overrides]
+        try:
+            one.read(lambda flags: flags.add_config())
+        finally:
+            sys.argv = given
+        return one.run_config()
+
+    # --- parsing ----------------------------------------------------------------------------
 
     def read(self, define: Callable[["Flags"], None]) -> bool:
-        """Defines a command's flags and reads sys.argv; false where it asks for help.
+        """Defines a command's flags and parses sys.argv; returns False if it asks for help.
 
-        Raises InputError for what is no flag, or no value of it.
+        Raises InputError for an unknown flag or an invalid value.
         """
         try:
             define(self)
@@ -108,31 +133,31 @@ class Flags:
                 self.rest = self.values(sys.argv)[1:]
         except InputError:
             raise
-        except Exception as error:  # of absl and ml_collections, many unrelated types
+        except Exception as error:  # absl and ml_collections raise many unrelated types
             raise InputError(_flag_message(error)) from None
         return not wants_help()
 
     def __getattr__(self, name: str) -> Any:
-        """A flag's value."""
+        """Returns a flag's value."""
         return getattr(self.values, name)
 
     def given(self, name: str) -> bool:
-        """Returns whether a flag is on the command line."""
+        """Returns True if a flag is on the command line."""
         return bool(self.values[name].present)
 
     def need(self, name: str) -> Any:
-        """A flag's value. Raises InputError where it is empty."""
+        """Returns a required flag's value. Raises InputError if it is empty."""
         value = self.values[name].value
         if value in (None, ""):
-            raise InputError(f"--{name} is needed; see --help")
+            raise InputError(f"--{name} is required; see --help")
         return value
 
     def run_config(self) -> RunConfig:
-        """The config file with its overrides, checked."""
+        """Returns the checked config with its overrides."""
         return run_config(self.values.config.to_dict())
 
     def help(self) -> str:
-        """The part of --help on flags: the required ones first, each with its default."""
+        """Returns the flags' part of --help: required flags first, defaults shown."""
         known = [name for name in self.values if name not in ("flagfile", "undefok")]
         optional = [name for name in known if name not in self._required]
         parts = [("Required:", self._required), ("Optional:", optional)]
@@ -144,7 +169,7 @@ class Flags:
 
     def _line(self, name: str) -> str:
         flag = self.values[name]
-        text = flag.help or ""
+        text = (flag.help or "").partition(";    repeat this option")[0]  # absl's addition
         if flag.default not in (None, "", []) and "default:" not in text and name != "config":
             text += f" (default: {str(flag.default).lower() if flag.boolean else flag.default})"
         left = f"  --{name}".ljust(_TEXT_AT - 2) + "  "
@@ -154,7 +179,7 @@ class Flags:
 
 
 class Command(NamedTuple):
-    """A command: usage is what follows its name, rest says that it takes more than flags."""
+    """A command. `usage` follows its name in --help; `rest` allows positional arguments."""
 
     usage: str
     define: Callable[[Flags], None]
@@ -163,47 +188,50 @@ class Command(NamedTuple):
 
 
 class _PathParser(flags.ArgumentParser):
-    """Parses the value of a flag by paths.local or paths.local_list."""
+    """Parses a flag's value with paths.local or paths.local_list."""
 
     def __init__(self, read: Callable[[str], str]):
         self.read = read
 
     def parse(self, argument: str) -> str:
-        """Returns the path; raises InputError, a ValueError, for an address."""
+        """Returns the path. Raises InputError, a ValueError, for a URL."""
         return self.read(argument)
 
 
 def wants_help() -> bool:
-    """Returns whether the command line asks for help."""
+    """Returns True if the command line asks for help."""
     return any(each in _HELP for each in sys.argv)
 
 
 def print_config(config: RunConfig) -> None:
-    """Writes the resolved config to stdout, as JSON."""
+    """Prints the resolved config as JSON."""
     print(to_json(dataclasses.asdict(config), indent=2))
 
 
 def _flag_message(error: Exception) -> str:
-    """A flag's error in one line: ml_collections puts tracebacks and nested quotes into them."""
+    """Returns a flag error on one line, without ml_collections' tracebacks and nested quotes."""
     message = str(error)
     if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
         return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
     if isinstance(error, (KeyError, AttributeError)):
         name = message.strip("\"'\\")
-        return f"--config has no field {name!r}; --print_config shows those it has"
+        return f"--config has no field {name!r}; --print_config lists the fields"
     return " ".join(message.replace("\\n", " ").split())
 
 
-def _take_config(values: FlagValues) -> str | None:
-    """Takes `--config=NAME` and `--config NAME` out of sys.argv; the last one's value."""
-    given, rest = None, []
+def _take_configs(values: FlagValues) -> list[str]:
+    """Removes every `--config=NAME` and `--config NAME` from sys.argv; returns the values."""
+    given: list[str] = []
+    rest = []
     arguments = iter(values.read_flags_from_files(sys.argv))
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
-            # The former name of config.dense.
+            # config.dense was once called config.model.
             rest.append(re.sub(r"^(--?config\.)model\b", r"\1dense", argument))
-        elif not (given := value if equals else next(arguments, "")):
-            raise InputError("--config needs a value: a preset, such as demo, or a config file")
+        elif name := value if equals else next(arguments, ""):
+            given.append(name)
+        else:
+            raise InputError("--config has no value: give a preset, such as demo, or a config file")
     sys.argv = rest
     return given

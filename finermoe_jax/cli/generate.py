@@ -12,30 +12,19 @@ from finermoe_jax.errors import InputError
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path("checkpoint", "checkpoint, workdir, HF directory or hub id", required=True)
-    flags.add_text("prompt", "", "text to continue; needed unless --chat")
-    flags.add_integer("max_new_tokens", 64, "tokens to add, at most")
-    flags.add_number("temperature", 0.0, "0: most likely token; else sample")
-    flags.add_integer("top_k", 0, "sample from so many of the likeliest (0: all)")
-    flags.add_number(
-        "top_p", 1.0, "sample from the likeliest tokens that together have this probability"
-    )
-    flags.add_number(
-        "repetition_penalty", 1.0, "above 1 makes tokens that are there already less likely"
-    )
-    flags.add_integer("seed", 0, "of the sampling")
-    flags.add(
-        absl_flags.DEFINE_multi_string,
-        "stop",
-        [],
-        "end before this text; may be given several times",
-    )
-    flags.add_boolean(
-        "chat",
-        "converse: --prompt, if given, then lines from stdin, in the tokenizer's chat template",
-    )
-    flags.add_text("system", "", "a system message to --chat with")
-    flags.add_boolean("int8", "weights as int8 with a scale for each output channel")
+    flags.add_path("checkpoint", "checkpoint, workdir, HF directory or Hub id", required=True)
+    flags.add_text("prompt", "", "text to continue; required without --chat")
+    flags.add_integer("max_new_tokens", 64, "maximum number of new tokens")
+    flags.add_number("temperature", 0.0, "sampling temperature; 0 takes the most likely token")
+    flags.add_integer("top_k", 0, "sample from the k most likely tokens; 0 means all")
+    flags.add_number("top_p", 1.0, "sample from the fewest tokens with this total probability")
+    flags.add_number("repetition_penalty", 1.0, "above 1 makes previous tokens less likely")
+    flags.add_integer("seed", 0, "seed for sampling")
+    stop_help = "stop before this text; may be repeated"
+    flags.add(absl_flags.DEFINE_multi_string, "stop", [], stop_help)
+    flags.add_boolean("chat", "chat: answer --prompt, if given, then each line of stdin")
+    flags.add_text("system", "", "with --chat: system message")
+    flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
 
 
 def main(flags: Flags) -> None:
@@ -43,7 +32,7 @@ def main(flags: Flags) -> None:
     path = flags.need("checkpoint")
     prompt = flags.prompt if flags.chat else flags.need("prompt")
     if flags.system and not flags.chat:
-        raise InputError("--system is of a conversation; it needs --chat")
+        raise InputError("--system has no effect without --chat; add --chat or remove --system")
     from finermoe_jax.generation.sampling import Sampling
     from finermoe_jax.generation.text import check_prompt, complete, conversation
     from finermoe_jax.model.quantize import int8_weights
@@ -53,7 +42,7 @@ def main(flags: Flags) -> None:
     sampling.check()
     source, tokenizer, ends = open_with_tokenizer(path)
     messages = [{"role": "system", "content": flags.system}] if flags.system else []
-    # What can be refused is refused before the weights are read.
+    # Check the input before reading the weights.
     first: Any = prompt
     if flags.chat:
         first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
@@ -62,25 +51,25 @@ def main(flags: Flags) -> None:
     if flags.int8:
         model = int8_weights(model)
 
-    def answer(prompt: Any, shown: str) -> str:
+    def answer(prompt: Any, prefix: str) -> str:
         limit = flags.max_new_tokens
-        return _printed(
-            complete(model, tokenizer, prompt, limit, sampling, flags.stop, ends), shown
+        return _stream_out(
+            complete(model, tokenizer, prompt, limit, sampling, flags.stop, ends), prefix
         )
 
     if not flags.chat:
         answer(prompt, prompt)
         return
-    for line in _said(prompt):
+    for line in _user_messages(prompt):
         messages.append({"role": "user", "content": line})
-        said = answer(conversation(tokenizer, messages), "")
-        messages.append({"role": "assistant", "content": said})
+        reply = answer(conversation(tokenizer, messages), "")
+        messages.append({"role": "assistant", "content": reply})
 
 
-def _printed(pieces: Iterator[str], shown: str) -> str:
-    """Prints `shown` and the pieces as they come; the pieces as one text."""
-    words = [next(pieces, "")]  # the input is checked before anything is printed
-    print(shown + words[0], end="", flush=True)
+def _stream_out(pieces: Iterator[str], prefix: str) -> str:
+    """Prints `prefix` and each piece as it arrives; returns the joined pieces."""
+    words = [next(pieces, "")]  # checks the input before anything is printed
+    print(prefix + words[0], end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
         words.append(piece)
@@ -88,8 +77,8 @@ def _printed(pieces: Iterator[str], shown: str) -> str:
     return "".join(words)
 
 
-def _said(first: str) -> Iterator[str]:
-    """Yields a user's messages: `first`, then line by line from stdin, without the empty ones."""
+def _user_messages(first: str) -> Iterator[str]:
+    """Yields `first`, then each non-empty line of stdin."""
     if first:
         yield first
     while True:
@@ -98,7 +87,7 @@ def _said(first: str) -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise InputError(f"stdin is no valid UTF-8: {error}") from None
+            raise InputError(f"stdin is not valid UTF-8 ({error}); convert it first") from None
         if line:
             yield line
 

@@ -1,4 +1,4 @@
-"""`finermoe COMMAND …`, which is `python -m finermoe_jax COMMAND …`."""
+"""`finermoe COMMAND …`, the same as `python -m finermoe_jax COMMAND …`."""
 
 import ast
 import contextlib
@@ -8,43 +8,45 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from finermoe_jax.errors import InputError, RunEnded, near_misses, print_anything
+from finermoe_jax.errors import InputError, RunEnded, escape_unencodable, near_misses
 from finermoe_jax.runtime.install import check_versions
-from finermoe_jax.runtime.preemption import interrupts_arrive
+from finermoe_jax.runtime.preemption import redeliver_interrupts
 
 COMMANDS = {
-    "train": "upcycle and train, or go on with a run",
-    "eval": "perplexity of a text, scores of benchmarks",
-    "generate": "continue a prompt, or converse",
-    "convert": "Hugging Face weights to a checkpoint, upcycled on the way; or back",
+    "train": "upcycle and train a model, or resume a run",
+    "eval": "compute the perplexity of a text and benchmark scores",
+    "generate": "continue a prompt, or chat",
+    "convert": "convert and upcycle Hugging Face weights to a checkpoint, or export one",
     "prepare": "tokenise text into memory-mapped shards",
-    "params": "parameter counts, and how a mesh splits the parameters",
-    "aot": "compile a run's programs for hardware that is not there: do they fit?",
-    "similarity": "how alike a layer's experts are",
-    "plot": "pictures of a run, beside another one's losses",
+    "params": "count parameters, and show how a mesh shards them",
+    "aot": "compile a run for hardware you do not have, and check that it fits",
+    "similarity": "measure how similar the experts of each layer are",
+    "plot": "plot a run's losses and expert load, or overlay several runs",
+    "compare": "compare the final losses of runs, over seeds, and their configs",
+    "sweep": "train several configs with several seeds each, and compare them",
 }
 
 
 def main() -> None:
-    """The console command `finermoe`."""
+    """Runs the console command `finermoe`."""
     name, *rest = sys.argv[1:] or ["--help"]
-    with errors_told():
+    with report_errors():
         if name in ("-h", "--help", "help"):
             print(_overview())
             return
         if name not in COMMANDS:
-            raise InputError(f"{name!r} is no command. {near_misses(name, COMMANDS)}")
+            raise InputError(f"unknown command {name!r}. {near_misses(name, COMMANDS)}")
     run(name, rest)
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Runs a command, with the process's arguments by default.
 
-    Ends the process with exit code 2 and one message where the input is wrong, with the command's
-    own code where that is not 0; returns where the work is done.
+    Exits with code 2 and one message if the input is invalid, or with the command's own code if
+    that is not 0; otherwise returns.
     """
-    print_anything()
-    with errors_told(), interrupts_arrive():  # the imports of a command take seconds
+    escape_unencodable()
+    with report_errors(), redeliver_interrupts():  # around the imports, which take seconds
         check_versions()
         from finermoe_jax.cli.flags import Flags
 
@@ -52,7 +54,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         sys.argv = [f"finermoe {name}", *(sys.argv[1:] if arguments is None else arguments)]
         flags = Flags()
         if not flags.read(command.define):
-            print(f"usage: finermoe {name} {command.usage}\n\n{COMMANDS[name]}\n\n{flags.help()}")
+            usage, _, note = command.usage.partition("\n")
+            about = f"{COMMANDS[name]}\n{note}".strip()
+            print(f"usage: finermoe {name} {usage}\n\n{about}\n\n{flags.help()}".rstrip())
             return
         if flags.rest and not command.rest:
             raise InputError(f"unexpected argument {flags.rest[0]!r}; flags look like --name=value")
@@ -61,12 +65,11 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def errors_told() -> Iterator[None]:
-    """Ends the process with one message and an exit code instead of a traceback."""
+def report_errors() -> Iterator[None]:
+    """Exits with one message and an exit code instead of a traceback."""
     try:
         yield
-    except BrokenPipeError:
-        # The reader of the output has gone; nothing is left to say.
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
@@ -89,14 +92,14 @@ def _exit(code: int) -> NoReturn:
         import jax
 
         if jax.distributed.is_initialized():
-            # One of several processes: at the interpreter's shutdown JAX, and Orbax's threads
-            # after a failed save, would wait for the others, which may never come.
+            # A normal shutdown would block: JAX, and Orbax's threads after a failed save, wait
+            # for the other processes.
             os._exit(code)
     sys.exit(code)
 
 
 def _overview() -> str:
-    """The commands and the presets, with a line each."""
+    """Returns one line for each command and preset."""
     from finermoe_jax.runtime.files import find
 
     presets = {
@@ -105,10 +108,10 @@ def _overview() -> str:
     }
     return "\n".join(
         [
-            "usage: finermoe COMMAND [--flag=value …]; finermoe COMMAND --help shows its flags",
+            "usage: finermoe COMMAND [--flag=value …]; finermoe COMMAND --help lists its flags",
             "\ncommands:",
             *(f"  {name:<14}{text}" for name, text in COMMANDS.items()),
-            "\npresets, for --config; finermoe_jax.preset(NAME) in Python:",
+            "\npresets, for --config=NAME (in Python: finermoe_jax.preset(NAME)):",
             *(f"  {name:<14}{text}" for name, text in presets.items()),
         ]
     )

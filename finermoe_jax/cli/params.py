@@ -12,12 +12,10 @@ from finermoe_jax.model.decoder import parameter_shapes
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config()
-    flags.add_boolean("shardings", "how config.mesh splits every parameter")
-    flags.add_boolean("paper", "the paper's Tables 1, 2, 4 and 8 beside our counts")
+    flags.add_boolean("shardings", "show how config.mesh shards every parameter")
+    flags.add_boolean("paper", "compare with the counts in the paper's Tables 1, 2, 4 and 8")
     flags.add_integer(
-        "devices",
-        0,
-        "with --shardings: devices of the mesh (default: the product of its sizes, -1 as 1)",
+        "devices", 0, "with --shardings: number of devices (default: the mesh sizes, -1 as 1)"
     )
 
 
@@ -25,11 +23,11 @@ def main(flags: Flags) -> None:
     """Runs the command."""
     if not flags.config_name:
         if flags.shardings:
-            raise InputError("--shardings needs --config, whose mesh it is about")
+            raise InputError("--shardings shows the mesh of a config: add --config")
         print(paper_tables.text() if flags.paper else table(published_models()))
         return
     if flags.paper:
-        raise InputError("--paper is about the paper's models; --config=… shows another one")
+        raise InputError("--paper shows the paper's models and --config another one: remove one")
     config = flags.run_config()
     if flags.devices < 0:
         raise InputError(f"--devices={flags.devices} must be at least 1")

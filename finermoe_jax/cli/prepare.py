@@ -13,29 +13,25 @@ def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_path(
         "source",
-        f"comma-separated: files ({text.KNOWN}), globs, directories, Hugging Face datasets "
+        f"comma-separated files ({text.KNOWN}), globs, directories or Hugging Face datasets "
         "(owner/name or owner/name:config)",
         required=True,
         several=True,
     )
-    flags.add_path(
-        "target",
-        "the directory to write; begun with the same arguments, it is completed",
-        required=True,
-    )
-    flags.add_path("tokenizer", "a directory with a tokenizer, or a hub id", required=True)
-    flags.add_integer("processes", os.cpu_count() or 1, "that tokenise (default: one per core)")
-    flags.add_text("text_field", "text", "the field or column that holds the text")
-    flags.add_text("split", "train", "of Hugging Face datasets")
-    flags.add_integer("shard_tokens", 1 << 27, "tokens of a shard, about")
-    flags.add_path("verify", "compare a prepared directory with its checksums, and do nothing else")
+    flags.add_path("target", "output directory; rerun the same command to resume", required=True)
+    flags.add_path("tokenizer", "directory with a tokenizer, or a hub id", required=True)
+    flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
+    flags.add_text("text_field", "text", "field or column that contains the text")
+    flags.add_text("split", "train", "split of Hugging Face datasets")
+    flags.add_integer("shard_tokens", 1 << 27, "approximate tokens per shard")
+    flags.add_path("verify", "only check this prepared directory against its checksums")
 
 
 def main(flags: Flags) -> None:
     """Runs the command."""
     if flags.verify:
         manifest = verify(Path(flags.verify))
-        print(f"{flags.verify}: {summary(manifest)}, all checksums as written")
+        print(f"{flags.verify}: {summary(manifest)}, all checksums match")
         return
     sources, target, tokenizer = map(flags.need, ("source", "target", "tokenizer"))
     prepare(

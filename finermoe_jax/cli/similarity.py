@@ -1,12 +1,19 @@
 """`finermoe similarity`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
-from finermoe_jax.analysis.similarity import similarities, table
+from finermoe_jax.analysis.similarity import (
+    Similarity,
+    checkpoints_of,
+    similarities,
+    steps_table,
+    table,
+)
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import write
@@ -17,9 +24,9 @@ from finermoe_jax.training.plot import draw_similarity
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add(
-        absl_flags.DEFINE_multi_string, "output", [], "a .png or .json to write; may be given twice"
-    )
+    text = "also write this .png or .json file; may be repeated"
+    flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
+    flags.add_boolean("over_steps", "of one run: every checkpoint in its workdir")
 
 
 def main(flags: Flags) -> None:
@@ -29,21 +36,42 @@ def main(flags: Flags) -> None:
         if output.suffix not in (".png", ".json"):
             raise InputError(f"--output={output} must end in .png or .json")
         if not output.absolute().parent.is_dir():
-            raise InputError(f"--output={output}: {output.absolute().parent} does not exist")
+            raise InputError(
+                f"--output={output}: {output.absolute().parent} does not exist; create it first"
+            )
     if not flags.rest:
-        raise InputError("a checkpoint is needed: finermoe similarity [LABEL=]CHECKPOINT …")
-    found = similarities(labelled(flags.rest))
-    print(table(found))
+        raise InputError("no checkpoint given: finermoe similarity [LABEL=]CHECKPOINT …")
+    found: Mapping[Any, Similarity]
+    if flags.over_steps:
+        if len(flags.rest) > 1:
+            raise InputError(f"--over_steps takes one workdir, but {len(flags.rest)} are given")
+        found = similarities(checkpoints_of(flags.rest[0]))
+        print(steps_table(found))
+        over, curves = "step", _over_steps(found)
+    else:
+        found = similarities(labelled(flags.rest))
+        print(table(found))
+        over, curves = "layer", {n: (o.layers, o.values) for n, o in found.items()}
     for output in outputs:
         if output.suffix == ".png":
-            draw_similarity({n: (o.layers, o.values) for n, o in found.items()}, output)
+            draw_similarity(curves, output, over)
         else:
             values = {n: dataclasses.asdict(o) | {"mean": o.mean} for n, o in found.items()}
             write(output, to_json(values, indent=1) + "\n")
 
 
+def _over_steps(found: Mapping[int, Similarity]) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns the curve of each part of the pairs that the model has."""
+    steps, parts = list(found), [one.parts for one in found.values()]
+    return {
+        name: (steps, [each[name] for each in parts])
+        for name, value in parts[0].items()
+        if value is not None
+    }
+
+
 def labelled(arguments: Sequence[str]) -> dict[str, str]:
-    """Label → source. Raises InputError for a label that is given twice."""
+    """Parses [LABEL=]SOURCE arguments to {label: source}. Raises InputError for equal labels."""
     sources: dict[str, str] = {}
     for argument in arguments:
         label, equals, source = argument.partition("=")
@@ -51,13 +79,20 @@ def labelled(arguments: Sequence[str]) -> dict[str, str]:
             label, source = Path(argument).name or argument, argument
         source = local(source)
         if not source:
-            raise InputError(f"{argument}: no checkpoint follows the label; give LABEL=CHECKPOINT")
+            raise InputError(f"{argument} has no checkpoint after the label; give LABEL=CHECKPOINT")
         if label in sources:
             raise InputError(
-                f"{sources[label]} and {source} are both called {label}; give LABEL=CHECKPOINT"
+                f"{sources[label]} and {source} have the same label {label}; give LABEL=CHECKPOINT"
             )
         sources[label] = source
     return sources
 
 
-COMMAND = Command("[LABEL=]CHECKPOINT … [--output=FILE.png|.json]", define, main, rest=True)
+COMMAND = Command(
+    "[LABEL=]CHECKPOINT … [--output=FILE.png|.json]\n"
+    "       finermoe similarity WORKDIR --over_steps [--output=FILE.png|.json]\n"
+    "CHECKPOINT is a checkpoint, workdir, HF directory or Hub id. LABEL names it in the output.",
+    define,
+    main,
+    rest=True,
+)

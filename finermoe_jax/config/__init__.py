@@ -1,1 +1,1 @@
-"""Settings of models, upcycling and runs; presets. No arrays."""
+"""Configs of models, upcycling and runs; presets. No arrays."""

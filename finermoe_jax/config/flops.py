@@ -1,31 +1,31 @@
-"""Model FLOPs of a training step, and what a device could do: model FLOPs utilisation (MFU).
+"""Model FLOPs of a training step, for model FLOPs utilisation (MFU).
 
 MFU = model FLOPs per second / (devices * peak of one device)
 
-Model FLOPs are those that the model's arithmetic needs, whatever the program does: recomputation,
-padding, masked scores and the optimizer do not count, nor does elementwise work. Forward, per token
-(letters: config/model.py; C is the mean number of keys a causal query sees, (T + 1) / 2):
+Model FLOPs exclude recomputation, padding, masked scores, the optimizer and elementwise work.
+Forward, per token (letters: config/model.py; C = (T + 1) / 2 is the mean number of keys that a
+causal query sees):
 
     attention projections   2 D H (N + 2 K) + 2 N H D      each layer
     scores and their sum    4 N H C                        each layer
     dense FFN               6 D F_dense                    each dense layer
-    router                  2 D E                          each MoE layer, as all below
+    router                  2 D E                          each MoE layer, down to concat_proj
     second router           2 D R O                        separate_routers only
-    shared expert           6 D F_shared + 2 D             its gate is the last term
-    routed experts          A (4 D F + 2 F W)              the A active ones
+    shared expert           6 D F_shared + 2 D             the last term is its gate
+    routed experts          A (4 D F + 2 F W)              A active experts
     concat_proj             2 D D                          ablation only
     lm_head                 2 D V                          once, tied or not
 
-Forward and backward take three times that; what a frozen backbone holds has no weight gradient and
-takes it twice. Tokens are those that are no padding. Packed documents see fewer keys than C: for
-them the scores, and MFU with them, are counted a little too high.
+A training step costs three times that, or twice for frozen weights, which need no weight gradient.
+Padding tokens do not count. Queries in packed documents see fewer keys than C, so their scores, and
+with them MFU, are slightly overestimated.
 """
 
 from finermoe_jax.config.model import ModelConfig
 
 
 def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """FLOPs per token of the forward pass, all layers together, by what they are spent on."""
+    """Returns FLOPs per token of the forward pass, by part, summed over all layers."""
     d, head = model.hidden_size, model.attention_head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     moe_layers = model.layer_kinds.count("moe")
@@ -53,7 +53,7 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
 def training_flops(
     model: ModelConfig, sequence_length: int, freeze_backbone: bool = False
 ) -> float:
-    """FLOPs per token of the forward and the backward pass."""
+    """Returns FLOPs per token of the forward and the backward pass."""
     forward = forward_flops(model, sequence_length)
-    still = ("attention projections", "dense FFN", "lm_head") if freeze_backbone else ()
-    return 3.0 * sum(forward.values()) - sum(forward[name] for name in still)
+    frozen = ("attention projections", "dense FFN", "lm_head") if freeze_backbone else ()
+    return 3.0 * sum(forward.values()) - sum(forward[name] for name in frozen)

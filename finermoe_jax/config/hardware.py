@@ -1,28 +1,26 @@
-"""Peak figures of accelerators, as their makers publish them."""
+"""Vendors' published peak figures of accelerators."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 _GIB = 2**30
-
-
 _GBIT = 1e9 / 8
 
 
 class Chip(NamedTuple):
-    """One device's figures. Peaks are the vendors' published ones, divided by devices per chip."""
+    """Figures of one JAX device: the chip's published peaks divided by its devices."""
 
-    memory: float  # bytes that a program may use
+    memory: float  # bytes available to a program
     memory_note: str
-    flops: float  # bf16 per second
-    bandwidth: float  # HBM bytes per second
-    wire: float  # bytes per second out of a device over all links inside a slice or node
+    flops: float  # bfloat16 FLOP/s
+    bandwidth: float  # HBM bytes/s
+    wire: float  # bytes/s that a device sends over all its links inside a slice or node
 
 
 def _tpu(memory: float, teraflops: float, gigabytes: float, gigabits: float, devices: int) -> Chip:
     return Chip(
         memory * _GIB,
-        "what the TPU compiler grants",
+        "the TPU compiler's limit",
         teraflops * 1e12 / devices,
         gigabytes * 1e9 / devices,
         gigabits * _GBIT / devices,
@@ -30,8 +28,8 @@ def _tpu(memory: float, teraflops: float, gigabytes: float, gigabits: float, dev
 
 
 # Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: bf16 FLOP/s, HBM and ICI bandwidth per
-# chip); NVIDIA's H100 SXM data sheet, NVLink's 900 GB/s being both directions together. Memory of
-# a TPU is the limit in libtpu's own out-of-memory error.
+# chip); NVIDIA's H100 SXM data sheet (NVLink: 900 GB/s for both directions together). A TPU's
+# memory is the limit in libtpu's out-of-memory error.
 CHIPS: Mapping[str, Chip] = {
     "v5e": _tpu(15.75, 197.0, 819.0, 1600.0, 1),
     "v5p": _tpu(95.73, 459.0, 2765.0, 4800.0, 1),
@@ -39,7 +37,7 @@ CHIPS: Mapping[str, Chip] = {
     "tpu7x": _tpu(94.74, 2307.0, 7380.0, 9600.0, 2),
     "h100": Chip(
         0.9 * 84942979072,
-        "0.9 of its 79.1 GiB: needs XLA_PYTHON_CLIENT_MEM_FRACTION=0.9",
+        "0.9 of 79.1 GiB: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9",
         989e12,
         3350e9,
         450e9,
@@ -47,8 +45,8 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
-# FLOP/s of one JAX device in dense bfloat16 products, by the beginning of its device_kind: the
-# vendors' published peaks, as topology.CHIPS. The longest beginning that fits counts.
+# Published peak of one JAX device in dense bfloat16 products, FLOP/s, by prefix of its
+# device_kind. The longest matching prefix wins.
 PEAKS: dict[str, float] = {
     "TPU v4": 275e12,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -66,13 +64,11 @@ PEAKS: dict[str, float] = {
     "NVIDIA H200": CHIPS["h100"].flops,
     "NVIDIA B200": 2250e12,
 }
-
-
-# Other chips whose names begin alike.
+# Chips without a known peak that share a prefix with one above.
 _OTHERS = ("TPU v4 lite", "TPU v4i")
 
 
 def peak_flops(kind: str) -> float | None:
-    """A device kind's peak in bfloat16, FLOP/s; None where it is not known, as of any CPU."""
+    """Returns a device kind's peak in bfloat16, FLOP/s; None if unknown, as for any CPU."""
     found = [name for name in (*PEAKS, *_OTHERS) if kind.startswith(name)]
     return PEAKS.get(max(found, key=len)) if found else None

@@ -1,6 +1,6 @@
-"""The model's config: frozen dataclasses, their validation, the glossary of symbols.
+"""The model's config: frozen dataclasses, their validation and a glossary of symbols.
 
-Symbols of the paper (arXiv 2603.13364) and their names here:
+Symbols of the paper (arXiv 2603.13364):
 
     h    hidden_size                  model width
     H    intermediate_size            width of the dense FFN, and of the shared expert
@@ -31,10 +31,10 @@ from finermoe_jax.errors import InputError
 
 
 def check_fields(config: Any) -> None:
-    """Raises InputError for a field of a dataclass whose value is of another type.
+    """Raises InputError for a dataclass field with a value of the wrong type.
 
-    An int serves as a float, a bool as neither. Files are read by parse.from_dict, which
-    converts; this is for whoever makes a config in Python.
+    An int is accepted as a float, a bool as neither. For configs built in Python; parse.from_dict
+    converts those from files.
     """
     for name, kinds in field_kinds(config.__class__).items():
         check_kind(name, getattr(config, name), kinds)
@@ -50,7 +50,7 @@ _WORDS = {
 
 
 def check_kind(name: str, value: Any, kinds: tuple) -> None:
-    """Raises InputError for a value that is of none of these types."""
+    """Raises InputError if the value has none of these types."""
     if not any(_is_of(value, kind) for kind in kinds):
         raise InputError(f"{name}={value!r} must be {' or '.join(map(_in_words, kinds))}")
 
@@ -65,7 +65,7 @@ def _in_words(kind: Any) -> str:
 
 @functools.cache
 def field_kinds(cls: type) -> dict[str, tuple]:
-    """The types of every field of a dataclass, those of a union one by one."""
+    """Returns the types of every dataclass field, with unions split."""
     return {
         name: typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -78,8 +78,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        of = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is_of(item, of) for item in value)
+        item_kind = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_of(item, item_kind) for item in value)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -92,30 +92,45 @@ class MoEConfig:
     The first five fields are the paper's granularities and expansions; the rest names each point
     where the published HF model, the published training code, the paper and its ablations differ.
     The default of each is the published HF model's behaviour.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> moe = fm.MoEConfig(intermediate_granularity=8, active_per_group=2)
+      >>> moe.num_experts, moe.num_active
+      (32, 4)
     """
 
+    # G_I: slices of the intermediate width.
     intermediate_granularity: int = 32
+    # G_O: output slots.
     output_granularity: int = 2
+    # R_I: copies of each slice in a group.
     intermediate_expansion: int = 1
+    # R_O: candidate groups per slot.
     output_expansion: int = 2
+    # T_I: active experts per slot.
     active_per_group: int = 1
-    # Width of the shared expert: None is the dense FFN's full width, 0 means no shared expert.
+    # Width of the shared expert. None: the dense FFN's width; 0: no shared expert.
     shared_expert_intermediate_size: int | None = None
-    # Training code at G_O = 1: top-k over all logits, candidate groups ignored.
+    # The training code's rule for G_O = 1: top-k over all logits, ignoring candidate groups.
     plain_top_k: bool = False
-    # Training code at one active expert in total: its weight is the softmax over all experts.
+    # The training code's rule for one active expert in total: softmax over all experts.
     pre_softmax: bool = False
-    # Divide the weights once more by their sum (HF key of the same name).
+    # Also divides the weights by their sum (HF key of the same name).
     norm_topk_prob: bool = False
     # Ablation AddConcatProj. "routed": proj(routed) + shared, the HF model;
     # "all": proj(routed + shared), the training code with shared-expert overlap.
     concat_proj: Literal["none", "routed", "all"] = "none"
-    # Ablation of Table 3: a second router chooses the candidate group of each slot.
+    # Ablation of Table 3: a second router selects the candidate group of each slot.
     separate_routers: bool = False
-    # Arithmetic of the router's logits and of the selection.
+    # Dtype of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Which layers are MoE layers (HF keys of the same names).
+    # One layer in so many is an MoE layer (HF key of the same name).
     decoder_sparse_step: int = 1
+    # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,8 +139,8 @@ class MoEConfig:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(
-                    f"{name}={value} must be at least 1. (In the published training code 0 means "
-                    '"the same as the granularity"; write that number out.)'
+                    f"{name}={value} must be at least 1. (The published training code reads 0 as "
+                    '"equal to the granularity": write that number here.)'
                 )
         if self.active_per_group > self.group_size and not self.plain_top_k:
             raise InputError(
@@ -135,8 +150,8 @@ class MoEConfig:
             )
         if self.plain_top_k and self.output_granularity != 1:
             raise InputError(
-                "plain_top_k selects over all experts of one slot and needs output_granularity=1, "
-                f"not {self.output_granularity}"
+                f"plain_top_k=True needs output_granularity=1, not {self.output_granularity}: it "
+                "selects from all experts of a single slot"
             )
         if self.plain_top_k and self.active_per_group > self.num_experts:
             raise InputError(
@@ -144,19 +159,22 @@ class MoEConfig:
             )
         if self.pre_softmax and self.norm_topk_prob:
             raise InputError(
-                "pre_softmax=True with norm_topk_prob=True contradict each other: dividing by the "
-                "sum undoes the softmax over all experts; set one of them to False"
+                "pre_softmax=True and norm_topk_prob=True contradict each other: dividing by the "
+                "sum undoes the softmax over all experts; set one to False"
             )
         if self.plain_top_k and self.separate_routers:
-            raise InputError("plain_top_k has no candidate groups for separate_routers to choose")
+            raise InputError(
+                "plain_top_k=True ignores the candidate groups that separate_routers=True would "
+                "select; set one to False"
+            )
         if (shared := self.shared_expert_intermediate_size) is not None and shared < 0:
             raise InputError(
                 f"shared_expert_intermediate_size={shared} must be 0 (none) or positive"
             )
         if self.decoder_sparse_step < 1:
             raise InputError(
-                f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1; leave the "
-                "MoE settings away for a dense model"
+                f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1; for a dense "
+                "model set moe=None"
             )
 
     @property
@@ -171,7 +189,7 @@ class MoEConfig:
 
     @property
     def num_experts(self) -> int:
-        """N, the routed experts of a layer."""
+        """Routed experts of a layer: N = G_O * R_O * R_I * G_I."""
         return self.num_groups * self.group_size
 
     @property
@@ -180,7 +198,6 @@ class MoEConfig:
         return self.output_granularity * self.active_per_group
 
 
-# By the paper's symbols.
 GRANULARITIES = {
     "G_I": "intermediate_granularity",
     "G_O": "output_granularity",
@@ -190,14 +207,10 @@ GRANULARITIES = {
 }
 
 LayerKind = Literal["dense", "moe"]
-# Finding the runs of the strangest mixture of layer kinds then still takes seconds.
-_MOST_LAYERS = 1024
-
-
-# Beyond this float32 could not distinguish one position from the next million.
-_MOST_POSITIONS = 1e15
+_MAX_LAYERS = 1024  # keeps layer_runs within seconds for any mixture of layers
+_MAX_POSITIONS = 1e15  # above, float32 positions a million apart coincide
 RopeType = Literal["linear", "llama3", "yarn"]
-# Of each type: the fields that it needs, and those that it may have.
+# Required and optional fields of each type.
 ROPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (
@@ -221,28 +234,30 @@ ROPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Rotary embeddings for longer contexts. Field names and values follow HF's, None: not stated.
+    """Scaling of rotary embeddings for longer contexts. Fields follow HF; None: not given.
 
-    linear divides every frequency by factor. llama3 (Llama 3.1) divides by factor the frequencies
-    that turn fewer than low_freq_factor times within the original context and keeps those that turn
-    more than high_freq_factor times; linear in between. yarn (arXiv 2309.00071) does the same
-    between beta_slow and beta_fast turns, but linear in the pair's number, and also scales the
-    rotated queries and keys. finermoe_jax/layers/basic.py computes all three.
+    linear divides every frequency by factor. llama3 (Llama 3.1) divides the frequencies that turn
+    fewer than low_freq_factor times within the original context, keeps those that turn more than
+    high_freq_factor times, and interpolates in between. yarn (arXiv 2309.00071) does the same
+    between beta_slow and beta_fast turns, interpolates by pair index, and also scales the rotated
+    queries and keys. finermoe_jax/layers/basic.py implements all three.
+
+    Raises InputError for missing, superfluous or invalid fields.
     """
 
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: float  # new context length over the original one
+    low_freq_factor: float | None = None  # llama3 only
+    high_freq_factor: float | None = None  # llama3 only
     # None: the model's max_position_embeddings.
     original_max_position_embeddings: int | None = None
-    rope_type: RopeType = "llama3"
-    # On the rotated queries and keys. None: from factor, mscale and mscale_all_dim.
+    rope_type: RopeType = "llama3"  # linear, llama3 or yarn
+    # Scales the rotated queries and keys. None: computed from factor, mscale and mscale_all_dim.
     attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    # Whether the pairs between which yarn changes over are rounded to whole ones. None: they are.
+    beta_fast: float | None = None  # yarn only
+    beta_slow: float | None = None  # yarn only
+    mscale: float | None = None  # yarn only
+    mscale_all_dim: float | None = None  # yarn only
+    # Rounds the pairs at which yarn's ramp begins and ends to whole numbers. None: True.
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
@@ -250,15 +265,16 @@ class RopeScaling:
         for name, value in self.stated.items():
             if name not in (*needed, *optional):
                 raise InputError(
-                    f"rope_scaling: {name}={value} does not go with rope_type={self.rope_type}"
+                    f"rope_scaling: rope_type={self.rope_type} does not take {name}={value}; "
+                    "remove it"
                 )
-            if not (value is False or 0 < value < _MOST_POSITIONS):  # also refuses NaN
+            if not (value is False or 0 < value < _MAX_POSITIONS):  # also rejects NaN
                 raise InputError(
-                    f"rope_scaling: {name}={value} must be positive and below {_MOST_POSITIONS:g}"
+                    f"rope_scaling: {name}={value} must be positive and below {_MAX_POSITIONS:g}"
                 )
         for name in needed:
             if getattr(self, name) is None:
-                raise InputError(f"rope_scaling: rope_type={self.rope_type} lacks {name}")
+                raise InputError(f"rope_scaling: rope_type={self.rope_type} needs {name}")
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and low >= high:
             raise InputError(
@@ -267,38 +283,50 @@ class RopeScaling:
 
     @property
     def stated(self) -> dict[str, float]:
-        """Every number that is stated, by its field."""
+        """Fields that are not None, without rope_type."""
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k != "rope_type" and v is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Qwen2's, Llama's or Qwen3's kind; `moe` is None for a dense model.
+    """The architecture of a Qwen2, Qwen3 or Llama decoder; `moe` is None for a dense model.
 
-    Field names follow HF's.
+    Field names follow Hugging Face's config.json.
+
+    Raises:
+      InputError: a field of the wrong type or out of range, or sizes that do not divide.
+
+    Examples:
+      >>> import dataclasses
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model").config
+      >>> config = dataclasses.replace(dense, moe=fm.MoEConfig(intermediate_granularity=8))
+      >>> config.expert_intermediate_size, config.expert_output_size
+      (64, 64)
     """
 
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    hidden_size: int  # model width
+    intermediate_size: int  # width of the dense FFN
     num_hidden_layers: int
-    num_attention_heads: int
+    num_attention_heads: int  # query heads
     num_key_value_heads: int
-    rope_theta: float
+    rope_theta: float  # base of the rotary frequencies
     rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    # Bias of q, k and v: Qwen2 has it, Llama has not. The output projection never has one.
+    max_position_embeddings: int  # longest sequence, in tokens
+    tie_word_embeddings: bool  # the output layer shares the embedding's weights
+    # Bias of q, k and v (Qwen2: yes, Llama: no). The output projection never has one.
     attention_bias: bool = True
-    # RMSNorm over head_dim of q and k, before they are rotated: Qwen3 has it.
+    # RMSNorm over head_dim of q and k, before rotation (Qwen3).
     qk_norm: bool = False
     # None: hidden_size / num_attention_heads.
     head_dim: int | None = None
     # None: plain rotary embeddings.
     rope_scaling: RopeScaling | None = None
-    # Standard deviation of what is drawn when training from scratch (Table 5).
+    # Standard deviation of random weights when training from scratch (Table 5).
     initializer_range: float = 0.008
+    # None: a dense model.
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -306,18 +334,18 @@ class ModelConfig:
         for name, kinds in field_kinds(ModelConfig).items():
             if kinds == (int,) and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_hidden_layers > _MOST_LAYERS:
+        if self.num_hidden_layers > _MAX_LAYERS:
             raise InputError(
-                f"num_hidden_layers={self.num_hidden_layers} must be at most {_MOST_LAYERS}"
+                f"num_hidden_layers={self.num_hidden_layers} must be at most {_MAX_LAYERS}"
             )
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
+            if not 0 < getattr(self, name) < math.inf:  # also rejects NaN
                 raise InputError(f"{name}={getattr(self, name)} must be positive and finite")
         if self.rope_scaling is not None:
-            if self.max_position_embeddings >= _MOST_POSITIONS:
+            if self.max_position_embeddings >= _MAX_POSITIONS:
                 raise InputError(
                     f"max_position_embeddings={self.max_position_embeddings} must be below "
-                    f"{_MOST_POSITIONS:g} with rope_scaling"
+                    f"{_MAX_POSITIONS:g} with rope_scaling"
                 )
             if self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
                 raise InputError(
@@ -325,7 +353,7 @@ class ModelConfig:
                 )
         _check_divides(self, "num_attention_heads", self, "num_key_value_heads")
         if self.head_dim is not None and self.head_dim < 1:
-            raise InputError(f"head_dim={self.head_dim} must be at least 1, or left away")
+            raise InputError(f"head_dim={self.head_dim} must be at least 1, or omitted")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
@@ -341,8 +369,8 @@ class ModelConfig:
             for layer in self.moe.mlp_only_layers:
                 if not 0 <= layer < self.num_hidden_layers:
                     raise InputError(
-                        f"mlp_only_layers names layer {layer}, but num_hidden_layers="
-                        f"{self.num_hidden_layers}"
+                        f"mlp_only_layers contains {layer}, but layers are 0 … "
+                        f"{self.num_hidden_layers - 1} (num_hidden_layers={self.num_hidden_layers})"
                     )
 
     @property
@@ -352,10 +380,10 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """The most positions: max_position_embeddings, or what rope_scaling stretches it to.
+        """Maximum number of positions: max_position_embeddings, extended by rope_scaling.
 
-        Files state the stretched context in max_position_embeddings for llama3, but for linear and
-        yarn scaling they usually leave the original one there.
+        With llama3 scaling max_position_embeddings is the extended context; with linear and yarn
+        it usually is the original one.
         """
         scaling, longest = self.rope_scaling, self.max_position_embeddings
         if scaling is None or scaling.rope_type == "llama3":
@@ -365,26 +393,26 @@ class ModelConfig:
 
     @property
     def expert_intermediate_size(self) -> int:
-        """H_e, the intermediate width of one expert."""
+        """Intermediate width of one expert: H_e = H / G_I."""
         assert self.moe is not None
         return self.intermediate_size // self.moe.intermediate_granularity
 
     @property
     def expert_output_size(self) -> int:
-        """h_e, the output width of one expert."""
+        """Output width of one expert: h_e = h / G_O."""
         assert self.moe is not None
         return self.hidden_size // self.moe.output_granularity
 
     @property
     def shared_expert_size(self) -> int:
-        """Width of the shared expert; 0 when there is none."""
+        """Width of the shared expert; 0 without one."""
         assert self.moe is not None
         width = self.moe.shared_expert_intermediate_size
         return self.intermediate_size if width is None else width
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """Each layer's kind, by HF's rule for decoder_sparse_step and mlp_only_layers."""
+        """Kind of each layer, by HF's rule for decoder_sparse_step and mlp_only_layers."""
 
         def kind(layer: int) -> LayerKind:
             if self.moe is None or layer in self.moe.mlp_only_layers:
@@ -395,10 +423,10 @@ class ModelConfig:
 
     @property
     def layer_runs(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The layers as (pattern, repeats) runs; each run is compiled once and scanned.
+        """The layers as runs (pattern, repeats). Each run is compiled once and scanned.
 
-        All-MoE is one run of a one-layer pattern; decoder_sparse_step=2 is one run of the
-        pattern (dense, moe). At each layer the repeating pattern that covers most layers wins.
+        An all-MoE model is one run of a one-layer pattern; decoder_sparse_step=2 is one run of
+        (dense, moe). Greedy: each run takes the repeating pattern that covers most layers.
         """
         kinds, runs, start = self.layer_kinds, [], 0
         while start < len(kinds):
@@ -421,6 +449,5 @@ def _check_divides(model: ModelConfig, size: str, of: ModelConfig | MoEConfig, n
     whole, parts = getattr(model, size), getattr(of, name)
     if whole % parts:
         raise InputError(
-            f"{size}={whole} must be a multiple of {name}={parts}; it leaves a remainder of "
-            f"{whole % parts}"
+            f"{size}={whole} must be a multiple of {name}={parts}; the remainder is {whole % parts}"
         )

@@ -1,4 +1,4 @@
-"""Configs from defaults, from mappings and from files: the presets of configs/, and users' own."""
+"""Builds configs from defaults, mappings and config files (presets in configs/, or users' own)."""
 
 import dataclasses
 import inspect
@@ -19,11 +19,19 @@ from finermoe_jax.runtime.paths import local
 
 
 def default_config() -> Any:
-    """An ml_collections ConfigDict holding every field of RunConfig at its default.
+    """Returns an ml_collections ConfigDict with every field of RunConfig at its default.
 
-    `moe` holds the published settings; `config.moe = None` gives a dense run. `dense` is None.
+    `moe` holds the published settings; set `config.moe = None` for a dense run. `dense` is None.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.default_config()
+      >>> config.init_from = "Qwen/Qwen2.5-0.5B"
+      >>> config.data.path = "my_text.jsonl"
+      >>> config.moe.intermediate_granularity
+      32
     """
-    from ml_collections import ConfigDict  # the library itself runs without it
+    from ml_collections import ConfigDict  # needed for config files only
 
     config = ConfigDict(
         {
@@ -39,28 +47,43 @@ def default_config() -> Any:
 
 
 def run_config(values: Any) -> RunConfig:
-    """A RunConfig from a nested mapping or a ConfigDict, such as `preset(NAME)`.
+    """Makes a RunConfig from a ConfigDict, such as `preset(NAME)`, or from a nested mapping.
 
-    Raises InputError naming an unknown field (with near misses) or a value of the wrong type.
+    Args:
+      values: fields by name; those omitted get their defaults.
+
+    Returns:
+      The validated config.
+
+    Raises:
+      InputError: an unknown field (the message suggests similar names), a value of the wrong type
+        or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.preset("demo")
+      >>> config.train.steps = 10
+      >>> fm.run_config(config).train.steps
+      10
     """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
     if not isinstance(values, Mapping):
-        raise InputError(f"a config is of type {type(values).__name__}, not a mapping of fields")
+        raise InputError(f"config is of type {type(values).__name__}; it must be a mapping")
     return from_dict(RunConfig, _renamed(values), "config")
 
 
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields by today's names: `dense` was called `model`."""
+    """Renames the former field `model` to `dense`."""
     if "model" not in values:
         return values
     if values.get("dense") is not None:
-        raise InputError("config.model is the former name of config.dense: leave one of them out")
+        raise InputError("config.model is the former name of config.dense: remove config.model")
     return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
 
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """Builds dataclass `cls` from nested mappings, strictly: every key known, every type right."""
+    """Builds dataclass `cls` from nested mappings. Raises InputError, naming the field."""
     kinds = field_kinds(cls)
     kwargs = {}
     for key, value in values.items():
@@ -73,14 +96,14 @@ def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - kwargs.keys()):
-        raise InputError(f"{where} lacks {', '.join(missing)}")
+        raise InputError(f"{where} lacks {', '.join(missing)}: add the missing fields")
     return cls(**kwargs)
 
 
 def typed(value: Any, kinds: tuple, where: str) -> Any:
-    """`value` as one of these types. Ints serve as floats, lists as tuples.
+    """Converts `value` to one of these types: ints to floats, lists to tuples.
 
-    Raises InputError for a value of another type, and for numbers too large to compute with.
+    Raises InputError for a value of another type, and for numbers that are too large.
     """
     for kind in kinds:
         if dataclasses.is_dataclass(kind) and value is not None:
@@ -103,25 +126,36 @@ def typed(value: Any, kinds: tuple, where: str) -> Any:
 
 
 def preset(name: str) -> Any:
-    """The ConfigDict that --config=NAME reads: of a preset (`demo`), or of a file (`my/run.py`).
+    """Returns the ConfigDict of `--config=NAME`. `run_config` makes a RunConfig from it.
 
-    Either may end in `:VARIANT`. `run_config` makes a RunConfig of it.
+    Args:
+      name: a preset ("demo") or a file ("my/run.py"), with or without ":VARIANT".
 
-    Raises InputError where there is no such file and, naming it, where it fails or returns
-    something else than a ConfigDict.
+    Returns:
+      A ConfigDict whose fields can be changed.
+
+    Raises:
+      InputError: there is no such file, it fails, it has no such variant, or it returns something
+        other than a ConfigDict.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> config = fm.preset("demo:ct")
+      >>> config.init_from, config.moe
+      ('demo/model', None)
     """
-    from ml_collections import ConfigDict  # the library itself runs without it
+    from ml_collections import ConfigDict  # needed for config files only
 
     path, variant = find_config(name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if not callable(get_config):
-            raise InputError("it defines no function get_config()")
+            raise InputError("it does not define get_config()")
         _check_variant(get_config, variant)
         config = get_config() if variant is None else get_config(variant)
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever a config file may raise
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f" in line {frame.lineno}" for frame in frames if frame.filename == str(path)]
         where = lines[-1] if lines else ""
@@ -131,8 +165,8 @@ def preset(name: str) -> Any:
     if not isinstance(config, ConfigDict):
         found = "nothing" if config is None else f"a {type(config).__name__}"
         raise InputError(
-            f"config file {path}: get_config() returns {found}, and must return a ConfigDict: "
-            "change and return the one that finermoe_jax.default_config() gives"
+            f"config file {path}: get_config() returns {found} but must return a ConfigDict: "
+            "modify and return finermoe_jax.default_config()"
         )
     if "model" in config:
         config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
@@ -140,7 +174,7 @@ def preset(name: str) -> Any:
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:
-    """Raises InputError where a config does not take the variant, or needs one."""
+    """Raises InputError if a config does not take a variant, or needs one."""
     try:
         inspect.signature(get_config).bind(*([] if variant is None else [variant]))
     except TypeError:
@@ -152,11 +186,11 @@ def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:
 
 
 def find_config(name: str) -> tuple[Path, str | None]:
-    """The file of `PATH[:VARIANT]` or `PRESET[:VARIANT]`, and the variant; None without one.
+    """Returns the file of `PATH[:VARIANT]` or `PRESET[:VARIANT]`, and the variant or None.
 
-    Paths may hold colons: the longest part of `name` that is a file is the path.
+    Paths may contain colons: the longest prefix of `name` that is a file is the path.
 
-    Raises InputError, with near misses and the presets, where there is none.
+    Raises InputError, with near misses and the presets, if there is no such file.
     """
     name = local(name, "--config")
     for end in (len(name), *(i for i in reversed(range(len(name))) if name[i] == ":")):
@@ -170,7 +204,7 @@ def find_config(name: str) -> tuple[Path, str | None]:
 
 
 def _not_found(path: str) -> str:
-    """The message for a --config that is no file and no preset."""
+    """Returns the message for a --config that is neither a file nor a preset."""
     presets = sorted(file.stem for file in find("configs").glob("*.py"))
     folder, listed = os.path.dirname(path), f"Presets: {', '.join(presets)}."
     if folder or path.endswith(".py"):

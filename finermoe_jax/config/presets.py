@@ -1,11 +1,8 @@
-"""Parts of presets: every architecture of the paper by name, and Qwen's dense shapes.
+"""Building blocks of presets: the paper's architectures by name, and Qwen's dense shapes.
 
-`--config=configs/NAME.py:ARCHITECTURE` picks one.
-
-An architecture is a set of changes to MoEConfig's and UpcycleConfig's defaults, which are the
-published model. Four or five numbers are one, too: G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). Another
-upcycling may be chosen alone, and a recipe the training alone; they are combined with an
-architecture, or with the preset's own, by "+": `c32a2+lean`. docs/architectures.md describes them.
+`--config=configs/NAME.py:VARIANT` selects an architecture: a name, or the numbers
+G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). "+" adds an upcycling variant or a training recipe, as in
+`c32a2+lean`; either may also stand alone. docs/architectures.md describes all of them.
 """
 
 import dataclasses
@@ -21,7 +18,7 @@ from finermoe_jax.errors import InputError, near_misses
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The differences of one of the paper's models from the published one; moe None: dense."""
+    """One of the paper's models; `moe` is None for a dense one."""
 
     about: str
     moe: MoEConfig | None
@@ -29,19 +26,13 @@ class Architecture:
 
 
 def _moe(g_i: int, g_o: int, r_i: int, r_o: int, t_i: int = 1, *, shared: bool = True) -> MoEConfig:
-    """An MoEConfig of the paper's numbers, as the paper trained it.
-
-    Where the output is not cut (G_O = 1), the paper's training code takes the T_I best of all
-    experts and ignores the candidate groups, and where a single expert is active, its weight is
-    the softmax over all of them. So were the paper's rows trained. The published model's weight,
-    a softmax over one logit, is the constant 1, and its router would get no gradient.
-    """
+    """Returns an MoEConfig with the paper's numbers and the routing of its training code."""
     shared_size = None if shared else 0
     return MoEConfig(
         *(g_i, g_o, r_i, r_o, t_i),
         shared_expert_intermediate_size=shared_size,
-        # With one candidate group the two selections are the same one.
-        plain_top_k=g_o == 1 and r_o > 1,
+        plain_top_k=g_o == 1 and r_o > 1,  # no difference at r_o = 1
+        # The HF model's softmax over one logit is constantly 1: no gradient for the router.
         pre_softmax=g_o == 1 and t_i == 1,
     )
 
@@ -63,7 +54,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         UpcycleConfig(drop_ratio=0.5),
     ),
     "nvshard": Architecture(
-        "Table 1, NVShard: 8 copies of 8 slices, 8 active, virtual groups at the start",
+        "Table 1, NVShard: 8 copies of 8 slices, 8 active, initial virtual groups",
         _moe(8, 1, 8, 1, 8, shared=False),
         UpcycleConfig(virtual_groups=True),
     ),
@@ -72,7 +63,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "out_fg": Architecture("Table 2, Out FG: output slices", _moe(1, 2, 1, 2, 1)),
     "inter_out_fg": Architecture("Table 2, Inter&Out FG: FineRMoE itself", MoEConfig()),
     "separate_routers": Architecture(
-        "Table 3, separate routers: a second router chooses the candidate groups",
+        "Table 3, separate routers: a second router selects the candidate groups",
         MoEConfig(separate_routers=True),
     ),
     "add_concat_proj": Architecture(
@@ -84,13 +75,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-# Another upcycling, that goes with every architecture that has a shared expert.
+# Upcycling variants for every architecture with a shared expert.
 UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "function_preserving": dict(function_preserving=True)
 }
 
-
-# The least memory that a weight takes: bfloat16, with Adafactor's factored second moments.
+# Smallest memory per weight: bfloat16, with Adafactor's factored second moments.
 LEAN_STATE: Mapping[str, Mapping[str, Any]] = {
     "optimizer": dict(name="adafactor", moment_dtype="float32"),
     "train": dict(param_dtype="bfloat16"),
@@ -98,7 +88,7 @@ LEAN_STATE: Mapping[str, Mapping[str, Any]] = {
 
 
 def _lean(config: Any) -> None:
-    """For one device of 16 GB: one short sequence a step, so that no gradients are summed."""
+    """Fits one device of 16 GB: one short sequence per step, without gradient accumulation."""
     for group, values in LEAN_STATE.items():
         config[group].update(values)
     config.data.global_batch_size = 1
@@ -110,9 +100,9 @@ RECIPES = {"lean": _lean}
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a name, or of four or five numbers G_I,G_O,R_I,R_O[,T_I].
+    """Returns the architecture of a name or of the numbers G_I,G_O,R_I,R_O[,T_I].
 
-    Raises InputError for another name, with near misses, or for numbers that are no architecture.
+    Raises InputError for an unknown name (with near misses) or invalid numbers.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -120,24 +110,23 @@ def architecture(name: str) -> Architecture:
         numbers = [int(number) for number in name.split(",")]
         if len(numbers) not in (4, 5):
             raise InputError(
-                f"{name} has {len(numbers)} numbers; an architecture has 4 or 5: "
+                f"{name} has {len(numbers)} numbers; an architecture needs 4 or 5: "
                 "G_I,G_O,R_I,R_O[,T_I]"
             )
         return Architecture("", _moe(*numbers))
     known = (*ARCHITECTURES, *UPCYCLE_VARIANTS, *RECIPES)
     raise InputError(
-        f"unknown variant {name!r}. {near_misses(name, known)} Four or five numbers are "
-        "G_I,G_O,R_I,R_O[,T_I]; + combines an architecture with "
-        f"{' and '.join((*UPCYCLE_VARIANTS, *RECIPES))}."
+        f"unknown variant {name!r}. {near_misses(name, known)} Or give the numbers "
+        "G_I,G_O,R_I,R_O[,T_I]; + adds "
+        f"{' or '.join((*UPCYCLE_VARIANTS, *RECIPES))}."
     )
 
 
 def apply_variant(config: Any, variant: str) -> None:
     """Applies VARIANT of `--config=configs/NAME.py:VARIANT` to a preset in place; "" is a no-op.
 
-    An architecture replaces config.moe and config.upcycle as a whole, so `c32a2` is the paper's for
-    any granularities of the preset. Raises InputError for names that are unknown or empty, and for
-    two architectures in one variant.
+    An architecture replaces config.moe and config.upcycle entirely. Raises InputError for unknown
+    or empty names, and for two architectures in one variant.
     """
     chosen: list[str] = []
     changes: list[Mapping[str, Any]] = []
@@ -151,7 +140,7 @@ def apply_variant(config: Any, variant: str) -> None:
             chosen.append(name)
     if len(chosen) > 1:
         raise InputError(
-            f"variant {variant!r} combines the architectures {' and '.join(chosen)}; a run has one"
+            f"variant {variant!r} combines the architectures {' and '.join(chosen)}; choose one"
         )
     if chosen:
         one = architecture(chosen[0])
@@ -180,7 +169,7 @@ QWEN2P5 = {
     ),
 }  # fmt: skip
 
-# Not of the paper.
+# Not in the paper.
 QWEN3 = {
     "0.6B": ModelConfig(
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
@@ -194,10 +183,10 @@ _STEPS = round(50e9 / (2048 * 8192))
 
 
 def qwen_config(name: str, variant: str) -> Any:
-    """The run that made FineRMoE from a dense model: name is Qwen2.5-0.5B, or Qwen3-0.6B.
+    """Returns the paper's training config for a dense model, such as Qwen2.5-0.5B or Qwen3-0.6B.
 
     Granularities, optimizer, schedule and batch are the defaults (config/run.py, Table 5).
-    `apply_variant` says what variants there are.
+    `variant` is as in `apply_variant`.
     """
     family, size = name.split("-")
     shape = dataclasses.asdict({"Qwen2.5": QWEN2P5, "Qwen3": QWEN3}[family][size])

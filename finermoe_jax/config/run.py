@@ -1,4 +1,4 @@
-"""The config of a run: model, start, data, optimizer, mesh, training."""
+"""The config of a run: model, initial weights, data, optimizer, mesh, training."""
 
 import dataclasses
 import math
@@ -15,22 +15,25 @@ from finermoe_jax.runtime.paths import local, local_list
 class DataConfig:
     """The training data, in rows of sequence_length tokens (docs/data.md)."""
 
-    # Text, a directory of finermoe_jax.prepare_data, a Megatron .bin/.idx pair, or a mixture
+    # Text, a directory written by `finermoe prepare`, a Megatron .bin/.idx pair, or a mixture
     # "path:weight,path:weight".
     path: str = ""
-    # "stream": windows of the token stream, across documents. "documents": whole documents in a
-    # row, each on its own in attention, positions and loss.
+    # "stream": windows of the token stream, across documents. "documents": whole documents packed
+    # into rows, with separate attention, positions and loss.
     packing: Literal["stream", "documents"] = "stream"
-    # A directory with a tokenizer, or a hub id; empty: the tokenizer of init_from.
+    # Directory with tokenizer files, or a hub id; empty: the tokenizer of init_from.
     tokenizer: str = ""
+    # Tokens per row.
     sequence_length: int = 8192
     # Sequences per optimizer step, over all devices.
     global_batch_size: int = 2048
-    # Share of each source, taken from its end, that is held out; and the rows scored of it.
-    # With eval_path that source is scored, and nothing held out.
+    # Share of each source that is held out, taken from its end.
     eval_fraction: float = 0.05
+    # A source to score instead; then nothing is held out.
     eval_path: str = ""
+    # Rows scored per held-out evaluation.
     eval_windows: int = 64
+    # Seed of the shuffle.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,38 +46,38 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
 
-    # "adafactor": second moments kept as sums over either of an array's two largest axes (small
-    # ones whole), no first moment; same
-    # schedule, clipping and decay. beta1, beta2 and moment_dtype are AdamW's alone.
+    # "adafactor": factored second moments (unfactored for small arrays), no first moment; same
+    # schedule, clipping and decay. beta1, beta2 and moment_dtype apply to AdamW only.
     name: Literal["adamw", "adafactor"] = "adamw"
-    # AdamW's first moment. The second keeps the weights' dtype: Optax has no option for it.
+    # Dtype of AdamW's first moment. The second moment has the weights' dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    learning_rate: float = 1e-5
-    final_learning_rate: float = 1e-7
-    warmup_fraction: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    # Only embedding, routers, experts and norms train; attention, the FFNs of dense layers and
-    # lm_head stay as they were upcycled, and have neither gradients nor moments.
+    learning_rate: float = 1e-5  # after warm-up
+    final_learning_rate: float = 1e-7  # at the last step
+    warmup_fraction: float = 0.01  # share of the steps
+    beta1: float = 0.9  # AdamW only
+    beta2: float = 0.95  # AdamW only
+    weight_decay: float = 0.1  # not on norms and biases
+    clip_norm: float = 1.0  # largest norm of the whole gradient
+    # Trains only embedding, routers, experts and norms. Attention, dense FFNs and lm_head are
+    # frozen and have neither gradients nor moments.
     freeze_backbone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, "the rest of the devices"."""
+    """Sizes of the mesh axes. One of them may be -1: all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = -1  # replicas
+    fsdp: int = 1  # shards of weights and optimizer state, and of the batch
+    expert: int = 1  # shards of the routed experts, of the batch and of dense weights
+    tensor: int = 1  # shards of heads, dense FFNs, shared expert and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length, precision, memory and rhythm of a run."""
+    """Length, precision, memory use and intervals of a run."""
 
+    # Optimizer steps.
     steps: int = 2980
     # Microbatches per optimizer step; their gradients are averaged.
     grad_accumulation: int = 1
@@ -82,94 +85,111 @@ class TrainConfig:
     # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
     # so its effective weight at 8192 tokens is 0.001 / 8192.
     aux_loss_weight: float = 0.001
-    # Activations' and master weights' dtypes.
+    # Dtype of activations.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # Dtype of the master weights.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
-    # "reference" take blocks of queries); "auto" goes by the platform.
+    # "reference" process blocks of queries). "auto" selects it by platform.
     kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
-    # What the backward pass recomputes: "none" keeps all, "full" keeps each layer's input only,
-    # "dots" keeps the results of matrix products.
+    # Activations kept for the backward pass: "none" keeps all, "full" only each layer's input,
+    # "dots" the results of matrix products. The rest is recomputed.
     remat: Literal["none", "full", "dots"] = "full"
-    # Layers written out per turn of the loop over layers. With all of them there is no loop, and
-    # no copy of each layer's weights and gradients out of and into their stacks: a tenth of a
-    # step on a CPU, for a compile time that grows with depth.
+    # Layers unrolled per iteration of the loop over layers. Unrolling all of them saves copies of
+    # each layer's weights and gradients, about 10 % of a step on a CPU, but compiles longer.
     scan_unroll: int = 1
-    # Tokens whose logits exist at one time in the loss, on each device.
+    # Tokens per device whose logits the loss computes at a time.
     loss_chunk_tokens: int = 1024
-    # Steps between lines of metrics.jsonl, and between records of every expert's load in
-    # expert_load.jsonl (docs/monitoring.md says how large they are).
+    # Steps between lines of metrics.jsonl.
     log_every: int = 1
+    # Steps between records of every expert's load in expert_load.jsonl (docs/monitoring.md).
     load_every: int = 10
+    # Steps between held-out evaluations.
     eval_every: int = 100
+    # Steps between checkpoints.
     checkpoint_every: int = 100
-    # The newest so many are kept and, beside them, those of the lowest held-out loss.
+    # Newest checkpoints kept.
     keep_checkpoints: int = 3
+    # Checkpoints of the lowest held-out loss kept beside them.
     keep_best: int = 0
-    # A step whose loss or gradient is not finite is skipped; so many in a row end the run.
+    # Steps with a non-finite loss or gradient are skipped; this many in a row end the run.
     max_skipped_steps: int = 10
+    # Seed of initial weights, upcycling and stochastic rounding.
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything train.py needs; configs/*.py make one through `default_config`."""
+    """All settings of a training run. `run_config` makes one from a preset or a ConfigDict.
 
-    # The dense architecture. With init_from it must agree with the source; None: as the source.
+    Raises:
+      InputError: a field of the wrong type or out of range, or fields that contradict each other.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> run = fm.run_config(fm.preset("demo"))
+      >>> run.data.path, run.moe.intermediate_granularity
+      ('demo/pydoc_small.txt', 8)
+    """
+
+    # The dense architecture. With init_from it must match the source; None: taken from it.
     dense: ModelConfig | None = None
-    # How the FFNs become experts; None trains the model as init_from holds it.
+    # The MoE architecture to upcycle to. None: train the model of init_from unchanged.
     moe: MoEConfig | None = None
-    # The start of those experts.
+    # Initialisation of the experts.
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
-    # HF directory, hub id or finermoe checkpoint to start from; empty: random weights.
+    # HF directory, Hub id or finermoe checkpoint to start from; empty: random weights.
     init_from: str = ""
     # Prompts whose continuations are shown before and after training.
     prompts: tuple[str, ...] = ()
+    # New tokens per prompt.
     prompt_tokens: int = 48
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()  # text and batches
+    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW or Adafactor, and the schedule
+    mesh: MeshConfig = MeshConfig()  # devices
+    train: TrainConfig = TrainConfig()  # steps, precision, memory, logs, checkpoints
 
     def __post_init__(self) -> None:
         for group in (self, self.data, self.optimizer, self.mesh, self.train):
             check_fields(group)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
         if self.dense is None and not self.init_from:
-            raise InputError("a run needs init_from (weights to start from) or dense (a shape)")
+            raise InputError(
+                "init_from and dense are both empty: set init_from (weights to start from) or "
+                "dense (an architecture for random weights)"
+            )
         if self.dense is not None and self.dense.moe is not None:
-            raise InputError("config.dense states the dense shape; the experts go into config.moe")
+            raise InputError("config.dense.moe must be None: put the experts into config.moe")
         if self.moe is not None and self.dense is not None:
-            dataclasses.replace(self.dense, moe=self.moe)  # divisibility, before any work
+            dataclasses.replace(self.dense, moe=self.moe)  # checks divisibility
         self.upcycle.check(self.moe)
         for name, (low, high) in _RANGES.items():
             value = operator.attrgetter(name)(self)
-            if not low <= value <= high:  # also refuses NaN
-                within = (
-                    f"lie between {low} and {high}" if high < math.inf else f"be at least {low}"
-                )
-                raise InputError(f"{name}={value} must {within}")
+            if not low <= value <= high:  # also rejects NaN
+                within = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+                raise InputError(f"{name}={value} must be {within}")
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
-        """Raises InputError for fields that are right alone, and not together."""
+        """Raises InputError for fields that contradict each other."""
         data, train, optimizer = self.data, self.train, self.optimizer
         if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
             raise InputError(
-                f"optimizer.moment_dtype={optimizer.moment_dtype} is AdamW's, and optimizer.name="
-                f"{optimizer.name} keeps no first moment: leave it at float32"
+                f"optimizer.moment_dtype={optimizer.moment_dtype} applies to AdamW only, but "
+                f"optimizer.name={optimizer.name}: set moment_dtype to float32"
             )
         if train.keep_best and not (data.eval_fraction or data.eval_path):
             raise InputError(
-                f"train.keep_best={train.keep_best} ranks by held-out loss, and data.eval_fraction="
-                f"{data.eval_fraction} holds nothing out; set one of them otherwise"
+                f"train.keep_best={train.keep_best} needs held-out data, but data.eval_fraction="
+                f"{data.eval_fraction}: raise it, set data.eval_path, or set keep_best to 0"
             )
         together = math.lcm(train.eval_every, train.checkpoint_every)
         if train.keep_best and together > train.steps:
             raise InputError(
-                f"train.keep_best={train.keep_best}: of train.steps={train.steps} none is both "
-                f"scored (train.eval_every={train.eval_every}) and saved (train.checkpoint_every="
-                f"{train.checkpoint_every}) before the last; make one a multiple of the other"
+                f"train.keep_best={train.keep_best}: none of the {train.steps} train.steps before "
+                f"the last is both scored (train.eval_every={train.eval_every}) and saved "
+                f"(train.checkpoint_every={train.checkpoint_every}); make one a multiple of the "
+                "other"
             )
         if data.global_batch_size % train.grad_accumulation:
             raise InputError(
@@ -194,7 +214,7 @@ _AT_LEAST_ONE = (
     "train.keep_checkpoints",
     "train.max_skipped_steps",
 )
-# The smallest and the largest values of a RunConfig's fields.
+# Minimum and maximum of RunConfig's fields.
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.inf)) | {
     "data.eval_fraction": (0, 0.999),
     "data.seed": (0, 2**32 - 1),

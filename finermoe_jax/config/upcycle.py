@@ -1,4 +1,4 @@
-"""Upcycling config, dense FFN to experts: its fields, and the architectures each one fits."""
+"""The config of upcycling, and checks that it fits an architecture."""
 
 import dataclasses
 
@@ -8,18 +8,29 @@ from finermoe_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleConfig:
-    """The choices in turning a dense FFN into experts that the architecture leaves open.
+    """Initialisation of the experts from a dense FFN.
 
     The defaults are the published start: copies of slices, everything new from normal(0, 0.02).
     finermoe_jax/weights/upcycle.py computes it, docs/architectures.md states the formulas.
+
+    Raises:
+      InputError: a number outside its range, or fields that contradict each other.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> start = fm.UpcycleConfig(drop_ratio=0.5)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0), start)
     """
 
-    # Drop-upcycling: share of the intermediate channels that each expert redraws.
+    # Drop-upcycling: share of intermediate channels that each expert reinitialises.
     drop_ratio: float = 0.0
-    # NVShard: one router row for all slices of a copy, so that whole copies are chosen.
+    # NVShard: one router row for all slices of a copy, so that initially whole copies are selected.
     virtual_groups: bool = False
-    # Starts at the dense model's logits. Only the shared expert contributes, with its gate's 1/2
-    # compensated; every routed down-projection is zero.
+    # Reproduces the dense model's logits at the start: every routed down-projection is zero, and
+    # the shared expert compensates for its gate's initial 1/2.
     function_preserving: bool = False
     # Standard deviation of concat_proj; 0 gives zeros.
     concat_proj_std: float = 0.02
@@ -30,31 +41,30 @@ class UpcycleConfig:
             ("drop_ratio", self.drop_ratio, 1),
             ("concat_proj_std", self.concat_proj_std, 1e6),
         ):
-            if not 0 <= number <= high:  # also refuses NaN
-                raise InputError(f"upcycle.{name}={number} must lie between 0 and {high}")
+            if not 0 <= number <= high:  # also rejects NaN
+                raise InputError(f"upcycle.{name}={number} must be between 0 and {high}")
         if self.drop_ratio and self.function_preserving:
             raise InputError(
-                f"upcycle.drop_ratio={self.drop_ratio} redraws down-projections that "
-                "upcycle.function_preserving=True starts at zero; set one of them to its default"
+                f"upcycle.drop_ratio={self.drop_ratio} reinitialises down-projections that "
+                "upcycle.function_preserving=True sets to zero; set one of them to its default"
             )
         if self.function_preserving and not self.concat_proj_std:
             raise InputError(
                 f"upcycle.concat_proj_std={self.concat_proj_std} with "
-                "upcycle.function_preserving=True: projection and experts' outputs would both be "
-                "zero, and stay so, since each one's gradient is a multiple of the other; set one "
-                "of them to its default"
+                "upcycle.function_preserving=True makes the projection and the experts' outputs "
+                "zero, and their gradients too; set one of them to its default"
             )
 
     def check(self, moe: MoEConfig | None) -> None:
-        """Raises InputError, naming both values, where `moe` cannot start as this says."""
-        for name, reason in _against(moe):
+        """Raises InputError if these settings do not apply to `moe`."""
+        for name, reason in _conflicts(moe):
             value = getattr(self, name)
             if value != getattr(PUBLISHED_UPCYCLING, name):
-                raise InputError(f"upcycle.{name}={value} does not go with {reason}")
+                raise InputError(f"upcycle.{name}={value} is incompatible with {reason}")
 
 
-def _against(moe: MoEConfig | None) -> list[tuple[str, str]]:
-    """Fields of UpcycleConfig, and what of `moe` each does not go with."""
+def _conflicts(moe: MoEConfig | None) -> list[tuple[str, str]]:
+    """Returns each field of UpcycleConfig that must keep its default, with the reason."""
     if moe is None:
         dense = "moe=None, a dense model"
         return [(field.name, dense) for field in dataclasses.fields(UpcycleConfig)]
@@ -67,8 +77,8 @@ def _against(moe: MoEConfig | None) -> list[tuple[str, str]]:
          f"moe.intermediate_granularity={slices}"),
         ("virtual_groups", moe.pre_softmax, "pre_softmax=True; it needs False"),
         ("virtual_groups", moe.separate_routers, "separate_routers=True; it needs False"),
-        ("function_preserving", moe.concat_proj == "all", "concat_proj=all, which projects the "
-         "shared expert's output, too"),
+        ("function_preserving", moe.concat_proj == "all", "concat_proj=all, which also projects "
+         "the shared expert's output"),
         ("function_preserving", shared == 0,
          "shared_expert_intermediate_size=0; it needs a shared expert"),
         ("concat_proj_std", moe.concat_proj == "none", "concat_proj=none"),

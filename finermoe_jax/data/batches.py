@@ -1,7 +1,7 @@
-"""Sources of tokens to rows, rows to global batches: the same for any number of processes.
+"""Sources of tokens to rows, and rows to global batches, for any number of processes.
 
-A source is a text file, a prepared directory or a Megatron pair; several are mixed by weight.
-The position in the data is the step number, whatever is mixed or packed.
+A source is a text file, a prepared directory or a Megatron pair; several are mixed by weight. The
+step number alone determines the position in the data.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from finermoe_jax.runtime.files import find
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Global batches read ahead of the step; each is copied from memory-mapped files by one thread.
+# Global batches to prefetch, and threads that copy them from memory-mapped files.
 _AHEAD, _THREADS = 4, 2
 
 
@@ -41,11 +41,12 @@ _AHEAD, _THREADS = 4, 2
 
 
 def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
-    """`path`, or `path:weight,path:weight`, as paths and exact weights; weight 0 leaves out.
+    """Parses `path` or `path:weight,path:weight` into paths and exact weights; omits weight 0.
 
-    Raises InputError: a weight that is missing, negative or no number, none above 0, a path twice.
+    Raises InputError for a weight that is missing, negative or not a number, for weights that are
+    all 0, and for a repeated path.
     """
-    if _lies_there(text):
+    if _exists(text):
         return [(text, Fraction(1))]
     found: dict[str, Fraction] = {}
     places: dict[Path, str] = {}
@@ -58,14 +59,14 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
             share = Fraction(weight)
         except (ValueError, ZeroDivisionError):
             raise InputError(
-                f"data.path: the weight {weight!r} of {path or item} is not a number; a mixture "
-                "is written path:weight,path:weight"
+                f"data.path: the weight {weight!r} of {path or item} is not a number; write a "
+                "mixture as path:weight,path:weight"
             ) from None
         if not path or share < 0:
             raise InputError(
                 f"data.path: {item!r} must be a path and a weight of at least 0, path:weight"
             )
-        place = _place(path)
+        place = _canonical(path)
         if place in places:
             first = places[place]
             spelt = "" if first == path else f" (as {first})"
@@ -79,17 +80,17 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
     return [(path, share) for path, share in found.items() if share]
 
 
-def _lies_there(name: str) -> bool:
-    """Returns whether a path names something to read."""
+def _exists(name: str) -> bool:
+    """True if the path names something to read."""
     try:
         return find(name).exists() or megatron_prefix(find(name)) is not None
-    except OSError:  # no name of a file: too long, say
+    except OSError:  # not a valid file name, e.g. too long
         return False
 
 
-def _place(name: str) -> Path:
-    """The same for all spellings of a source's path."""
-    if not _lies_there(name):
+def _canonical(name: str) -> Path:
+    """Returns the same path for all spellings of a source."""
+    if not _exists(name):
         return Path(name)
     path = find(name)
     return (megatron_prefix(path) or path).resolve()
@@ -98,9 +99,9 @@ def _place(name: str) -> Path:
 def open_source(
     name: str, tokenizer: "PreTrainedTokenizerBase", files: Path, show_progress: bool
 ) -> Corpus:
-    """Opens a path of data.path or data.eval_path, according to what is stored there.
+    """Opens a path of data.path or data.eval_path by the kind of data found there.
 
-    Raises InputError for what is none of the known kinds, and whatever is wrong with it.
+    Raises InputError if the data is of no known kind or damaged.
     """
     try:
         path = find(name)
@@ -110,20 +111,20 @@ def open_source(
         return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id, show_progress)
     if (path / PARTIAL).is_file():
         raise InputError(
-            f"{path} is not prepared to the end: start finermoe prepare "
-            "once more with the same arguments, and it goes on"
+            f"{path} is not fully prepared: rerun finermoe prepare "
+            "with the same arguments to resume it"
         )
     if prefix := megatron_prefix(path):
         return open_megatron(prefix, show_progress)
     tokens_file = path if path.suffix == ".bin" else Path(f"{path}.bin")
     if tokens_file.is_file() and (path == tokens_file or not path.exists()):
         raise InputError(
-            f"{tokens_file} has no index: {tokens_file.with_suffix('.idx')} does not exist; a "
-            "Megatron pair is both"
+            f"{tokens_file} has no index: {tokens_file.with_suffix('.idx')} does not exist, and a "
+            "Megatron pair needs both"
         )
     if path.is_dir() or (path.is_file() and not text_kind(path)):
         raise InputError(
-            f"{path} is nothing to train on: neither a directory with {MANIFEST} "
+            f"{path} has no training data: it is neither a directory with {MANIFEST} "
             f"(finermoe prepare), nor a pair of .bin and .idx, nor text ({KNOWN})"
         )
     pieces = list(TextFile(path).pieces())
@@ -139,9 +140,8 @@ def open_source(
 
 
 def _refuse_mixture(eval_path: str) -> None:
-    """Raises InputError where data.eval_path looks like several sources, or one with a weight."""
     name, colon, _ = eval_path.rpartition(":")
-    if not _lies_there(eval_path) and ("," in eval_path or (colon and _lies_there(name))):
+    if not _exists(eval_path) and ("," in eval_path or (colon and _exists(name))):
         raise InputError(
             f"data.eval_path={eval_path} must name one source, without a weight: only data.path "
             "takes a mixture"
@@ -154,9 +154,10 @@ def _refuse_mixture(eval_path: str) -> None:
 def split_held_out(sources: Sequence[tuple[Corpus, Fraction]], config: DataConfig) -> tuple[
     Mixture, Mixture | None
 ]:  # fmt: skip
-    """Training rows and held-out rows; the latter come from the end of each source.
+    """Returns training rows and held-out rows; the latter come from the end of each source.
 
-    Raises InputError: a source without a row, fewer rows than a batch, held-out text without a row.
+    Raises InputError for a source without a row, fewer rows than a batch, or held-out text without
+    a row.
     """
     training = [_rows(source, config, config.eval_fraction) for source, _ in sources]
     names, weights = [s.path for s, _ in sources], [w for _, w in sources]
@@ -171,8 +172,8 @@ def split_held_out(sources: Sequence[tuple[Corpus, Fraction]], config: DataConfi
     for name, part in zip(names, train.parts, strict=True):
         if not len(part):
             raise InputError(
-                f"{name} gives no training {kind} of {config.sequence_length} tokens; leave it "
-                "out of the mixture, or use shorter sequences"
+                f"{name} gives no training {kind} of {config.sequence_length} tokens; remove it "
+                "from the mixture, or use shorter sequences"
             )
     if not config.eval_fraction:
         return train, None
@@ -188,7 +189,7 @@ def split_held_out(sources: Sequence[tuple[Corpus, Fraction]], config: DataConfi
 
 
 def _rows(source: Corpus, config: DataConfig, held_out: float) -> tuple[Rows, Rows]:
-    """The rows of a source, those of its last `held_out` of tokens (whole documents) apart."""
+    """Returns a source's training rows, and the rows of its last `held_out` of tokens."""
     total, length = len(source.tokens), config.sequence_length
     cut = total - round(total * held_out)
     if config.packing == "stream":
@@ -201,7 +202,7 @@ def _rows(source: Corpus, config: DataConfig, held_out: float) -> tuple[Rows, Ro
 
 
 class RunData(NamedTuple):
-    """The data that a run reads. `identity`, JSON, distinguishes it from other data."""
+    """The data of a run. `identity`, JSON, distinguishes it from other data."""
 
     train: Mixture
     held_out: Mixture | None
@@ -215,28 +216,22 @@ def open_data(
     vocab_size: int,
     show_progress: bool = False,
 ) -> RunData:
-    """Opens and checks all that a run reads; held_out is None if no data is held out.
+    """Opens and checks all data of a run; held_out is None if nothing is held out.
 
-    Args:
-      config: what to read.
-      tokenizer: of text; prepared tokens must come from the same.
-      files: the directory that the tokenizer was loaded from.
-      vocab_size: the model's; token ids must be below it.
-      show_progress: a bar where text is tokenised or tokens are scanned.
-
-    Raises InputError for whatever is wrong with the data.
+    Prepared tokens must come from this tokenizer, which was loaded from the directory `files`, and
+    token ids must be below the model's vocab_size. Raises InputError if anything is wrong with the
+    data.
     """
     if not config.path:
         raise InputError(
-            f"data.path is empty; name text to train on ({KNOWN}), a prepared directory or a "
-            "Megatron pair"
+            f"data.path is empty; set it to text ({KNOWN}), a prepared directory or a Megatron pair"
         )
     mixture = parse_mixture(config.path)
     _refuse_mixture(config.eval_path)
 
     def opened(name: str) -> Corpus:
         source = open_source(name, tokenizer, files, show_progress)
-        return dataclasses.replace(source, path=name)  # as the config says it, on every process
+        return dataclasses.replace(source, path=name)  # the config's spelling, on every process
 
     sources = [(opened(name), weight) for name, weight in mixture]
     held_out = opened(config.eval_path) if config.eval_path else None
@@ -244,7 +239,7 @@ def open_data(
         largest = source.identity["max_id"]
         if largest >= vocab_size:
             raise InputError(
-                f"{source.path} holds the token {largest}, and the model's vocab_size is "
+                f"{source.path} contains token {largest}, but the model's vocab_size is "
                 f"{vocab_size}: prepare the text with the model's tokenizer"
             )
     identity = {
@@ -268,7 +263,7 @@ def open_data(
 
 
 class Order:
-    """The endless training order, by random access: each source's epochs shuffled on their own."""
+    """The endless training order with random access; each source's epochs are shuffled."""
 
     def __init__(self, rows: Mixture, seed: int):
         self.rows = rows
@@ -283,7 +278,7 @@ class Order:
 
 
 def _seed(seed: int, part: int) -> int:
-    """The first source's is the run's; sources of one size must not come in one order."""
+    """Returns the seed of a source: sources of equal size must get different orders."""
     if part == 0:
         return seed
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
@@ -292,7 +287,7 @@ def _seed(seed: int, part: int) -> int:
 def batch_reader(
     rows: Mixture, config: DataConfig, wanted: Sequence[int]
 ) -> Callable[[int], Batch]:
-    """A function that reads the wanted rows, [R, T + 1], of a step's global batch."""
+    """Returns a function that reads the wanted rows, [R, T + 1], of a step's global batch."""
     order = Order(rows, config.seed)
 
     def read(step: int) -> Batch:
@@ -305,21 +300,20 @@ def batch_reader(
 def train_batches(
     rows: Mixture, config: DataConfig, start_step: int, wanted: Sequence[int]
 ) -> Iterator[Batch]:
-    """The wanted rows, [R, T + 1], of every global batch from start_step on, read ahead.
+    """Yields the wanted rows, [R, T + 1], of every global batch from start_step on, prefetched.
 
-    The order depends on the seed alone, and row r of step s is its entry s * global_batch_size + r:
-    global batches are the same however many processes share them, and the position in the data is
-    the step number.
+    The order depends on the seed only, and row r of step s is its entry s * global_batch_size + r:
+    global batches are the same for any number of processes.
     """
-    steps = grain.MapDataset.range(start_step, 1 << 40)  # there is no end
+    steps = grain.MapDataset.range(start_step, 1 << 40)  # endless
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     return iter(steps.map(batch_reader(rows, config, wanted)).to_iter_dataset(options))
 
 
 def batch_identity(rows: Mixture, config: DataConfig, step: int) -> list[dict[str, Any]]:
-    """The rows in the global batch of a step, counted from 1.
+    """Lists the rows in the global batch of a step, which counts from 1.
 
-    Each is given by its source, and in it by the row's number, its first token, and the epoch.
+    Each has its source, its number there, its first token, and the epoch.
     """
     order, found = Order(rows, config.seed), []
     first = (step - 1) * config.global_batch_size

@@ -15,17 +15,17 @@ from finermoe_jax.runtime.install import require
 
 SUFFIXES = (".gz", ".xz", ".zst")
 _READ_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 17
-# `xz -9` asks for 65 MiB.
+# Memory limit; `xz -9` needs 65 MiB.
 _XZ_MEMORY = 512 << 20
 
 
 def decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
-    """The plain bytes of the open file `raw`, which `path` names; a file of another kind as it is.
+    """Returns the plain bytes of the open file `raw` named `path`; other kinds of files unchanged.
 
-    Reading raises InputError where the file is damaged or cut off, and where anything but a further
-    stream, or the padding that its format allows, follows a compressed stream.
+    Reading raises InputError if the file is damaged or truncated, or if a compressed stream is
+    followed by anything but another stream or the padding that its format allows.
 
-    Raises InputError when .zst cannot be read for want of a package.
+    Raises InputError if .zst needs a package that is not installed.
     """
     match path.suffix.lower():
         case ".gz":
@@ -42,7 +42,7 @@ def decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
 
 
 def zstd_module(path: Path) -> Any:
-    """The standard library's module, or its backport before Python 3.14."""
+    """Returns the standard library's module, or its backport before Python 3.14."""
     if sys.version_info >= (3, 14):
         return importlib.import_module("compression.zstd")
     require("backports.zstd", "data", str(path))
@@ -50,12 +50,11 @@ def zstd_module(path: Path) -> Any:
 
 
 class _Format(NamedTuple):
-    """`new` makes a decompressor of one stream, which raises `error`. Zero bytes may follow a
-    stream in multiples of `padding`; 0: none may."""
+    """A compression format."""
 
-    new: Callable[[], Any]
-    error: type[Exception]
-    padding: int
+    new: Callable[[], Any]  # makes a decompressor of one stream
+    error: type[Exception]  # that it raises
+    padding: int  # zero bytes may follow a stream in multiples of it; 0: none
 
 
 class _Gzip:
@@ -76,10 +75,10 @@ class _Gzip:
 
 
 class _Streams(io.RawIOBase):
-    """The plain bytes of compressed streams in a row, one rule for all formats.
+    """The plain bytes of concatenated compressed streams, with one rule for all formats.
 
-    The standard library's own files differ: lzma's ends without an error at the first stream after
-    another that it cannot read.
+    The standard library's file classes differ: lzma's stops without an error at the first further
+    stream that it cannot read.
     """
 
     def __init__(self, raw: io.BufferedReader, path: Path, form: _Format):
@@ -103,17 +102,17 @@ class _Streams(io.RawIOBase):
         """Prepares the next call of decompress; False at the end of the file."""
         self.given = b""
         if self.stream.eof and not self.ended:
-            self.given = self._behind()
+            self.given = self._next_stream()
             self.ended = not self.given
             self.stream = self.form.new()
         elif not self.ended and self.stream.needs_input:
             self.given = self.raw.read(_READ_BYTES)
             if not self.given:
-                raise InputError(f"{self.path} cannot be read: it is cut off in the middle")
+                raise InputError(f"{self.path} cannot be read: it is truncated")
         return not self.ended
 
-    def _behind(self) -> bytes:
-        """The first bytes after a stream and its padding; empty at the end of the file."""
+    def _next_stream(self) -> bytes:
+        """Returns the first bytes after a stream and its padding; empty at the end of the file."""
         zeros, rest = 0, self.stream.unused_data or self.raw.read(_READ_BYTES)
         while rest:
             begin = rest.lstrip(b"\0")

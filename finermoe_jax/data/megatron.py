@@ -1,4 +1,4 @@
-"""Megatron-Core's .bin/.idx pairs of tokens, memory-mapped (its IndexedDataset)."""
+"""Megatron-Core's .bin/.idx pairs of tokens (IndexedDataset), memory-mapped."""
 
 import hashlib
 import struct
@@ -16,7 +16,7 @@ _DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def megatron_prefix(path: Path) -> Path | None:
-    """The common part of a .bin/.idx pair that `path` names whole, by its .idx or by its .bin."""
+    """Returns the common prefix of the .bin/.idx pair that `path` names, with or without suffix."""
     for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
         if Path(f"{prefix}.idx").is_file():
             return prefix
@@ -24,31 +24,32 @@ def megatron_prefix(path: Path) -> Path | None:
 
 
 def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
-    """A .bin/.idx pair as Megatron-Core's IndexedDataset writes it, memory-mapped.
+    """Opens a .bin/.idx pair of Megatron-Core's IndexedDataset, memory-mapped.
 
-    All tokens are read once, for the largest and the smallest id and a hash of them: the format
-    does not state them.
+    Reads all tokens once for their smallest and largest id and a hash, which the format does not
+    state.
 
-    Raises InputError: a header or sizes that contradict each other, a missing file, negative ids.
+    Raises InputError for a header or sizes that contradict each other, a missing file, or negative
+    ids.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     content = map_file(index, np.dtype("u1"))
     head = len(_HEADER) + 25
     if len(content) < head or content[:9].tobytes() != _HEADER:
         refuse_pointer(index)
-        raise InputError(f"{index} does not begin as an index of Megatron-Core (MMIDIDX)")
+        raise InputError(f"{index} does not begin with MMIDIDX, as an index of Megatron-Core does")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:head].tobytes())
     if version != 1 or code not in _DTYPES:
         raise InputError(
-            f"{index} has version {version} and dtype code {code}; version 1 with one of the "
-            f"integer codes {', '.join(map(str, _DTYPES))} is needed"
+            f"{index} has version {version} and dtype code {code}; supported are version 1 and "
+            f"the integer codes {', '.join(map(str, _DTYPES))}"
         )
     needed = head + 12 * sequences + 8 * documents
-    # Multimodal data adds a byte a sequence.
+    # Multimodal data adds one byte per sequence.
     if len(content) not in (needed, needed + sequences) or not sequences or not documents:
         raise InputError(
             f"{index} has {len(content)} bytes; its {sequences} sequences and {documents} "
-            f"document marks would take {needed}: it is cut or damaged"
+            f"document marks need {needed}: it is truncated or damaged"
         )
     lengths = np.frombuffer(content, "<i4", sequences, head)
     pointers = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
@@ -56,9 +57,9 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
     dtype = np.dtype(_DTYPES[code])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if (lengths < 0).any() or (pointers != starts[:-1] * dtype.itemsize).any():
-        raise InputError(f"{index}: its sequences do not lie in {data} one after the other")
+        raise InputError(f"{index}: its sequences are not contiguous in {data}")
     if marks[0] != 0 or marks[-1] != sequences or (np.diff(marks) < 0).any():
-        raise InputError(f"{index}: its document marks do not rise from 0 to {sequences}")
+        raise InputError(f"{index}: its document marks do not ascend from 0 to {sequences}")
     total = int(starts[-1])
     if not total:
         raise InputError(f"{data} is empty")
@@ -66,15 +67,15 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
     if size != total * dtype.itemsize:
         refuse_pointer(data)
         raise InputError(
-            f"{data} has {size} bytes, and {index} speaks of {total} tokens of "
-            f"{dtype.itemsize} bytes: one of them is cut, or of another pair"
+            f"{data} has {size} bytes, but {index} states {total} tokens of "
+            f"{dtype.itemsize} bytes: one file is truncated, or from another pair"
         )
     tokens = map_file(data, dtype)
     digest = xxhash.xxh3_128()
     with scan_bar(total, prefix.name if show_progress else "") as progress:
         low, high = id_range(tokens, progress, digest)
     if low < 0:
-        raise InputError(f"{data} holds the negative token {low}")
+        raise InputError(f"{data} contains the negative token {low}")
     identity = {
         "kind": "megatron",
         "index_sha256": hashlib.sha256(content).hexdigest(),

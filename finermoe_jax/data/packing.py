@@ -1,8 +1,8 @@
 """Batches of tokens, and whole documents packed into their rows. Letters: config/model.py.
 
-Documents are packed in stored order (next fit): a row takes as many whole documents as fit, so
-that it is one range of the token stream. A document longer than a row is cut into rows that
-overlap by one token: each of its tokens but the first is a target once.
+Documents are packed in stored order (next fit): a row takes as many whole documents as fit, so it
+is a contiguous range of the token stream. A document longer than a row is cut into rows that
+overlap by one token, so every token except the first is a target once.
 """
 
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK = 1 << 20  # documents looked at together
+_BLOCK = 1 << 20  # documents per searchsorted call
 
 
 class Batch(NamedTuple):
     """Rows of tokens: inputs are [:, :-1], targets [:, 1:].
 
     tokens is int32 [B, T + 1]. segment_ids, int32 of the same shape, numbers the documents of each
-    row from 1, 0 at padding; None where all tokens of a row are one segment.
+    row from 1, with 0 at padding; None: each row is one segment.
     """
 
     tokens: Any
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def counted(batch: Batch) -> Any:
-    """Marks the targets in the document of their input, bool [B, T]: the loss counts those."""
+    """Returns True at targets in the same document as their input, bool [B, T]: the loss's mask."""
     if batch.segment_ids is None:
         return jnp.ones(batch.tokens[:, 1:].shape, bool)
     inputs, targets = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
@@ -34,9 +34,9 @@ def counted(batch: Batch) -> Any:
 
 
 def masks(batch: Batch) -> dict[str, Any]:
-    """The arguments by which Decoder.features keeps documents apart, by name, int32 [B, T].
+    """Returns the arguments of Decoder.features that separate documents, int32 [B, T].
 
-    Positions start again at 0 in each document.
+    Positions restart at 0 in each document.
     """
     if batch.segment_ids is None:
         return {}
@@ -52,12 +52,12 @@ def masks(batch: Batch) -> dict[str, Any]:
 
 
 def pack(starts: np.ndarray, first: int, last: int, size: int) -> np.ndarray:
-    """Ranges [R, 2], int64, of the tokens first … last - 1, each of at most `size`: the rows.
+    """Returns the rows: ranges [R, 2], int64, of the tokens first … last - 1, each at most `size`.
 
     Args:
-      starts: where documents begin, rising; the first at `first` or before.
+      starts: first tokens of documents, ascending; one is at or before `first`.
       first: a document's first token.
-      last: where the last document ends.
+      last: end of the last document.
       size: tokens of a row, targets included.
     """
     inner = starts[(starts > first) & (starts < last)]
@@ -65,7 +65,7 @@ def pack(starts: np.ndarray, first: int, last: int, size: int) -> np.ndarray:
     documents = len(bounds) - 1
     begins: list[int] = []
     ends: list[int] = []
-    place = 0  # of the document that the next row begins with
+    place = 0  # first document of the next row
     for block in range(0, documents, _BLOCK):
         here = bounds[block : min(block + _BLOCK, documents)]
         fits = (np.searchsorted(bounds, here + size, side="right") - 1).tolist()
@@ -81,7 +81,7 @@ def pack(starts: np.ndarray, first: int, last: int, size: int) -> np.ndarray:
                 begins.append(begin)
                 ends.append(begin + size)
                 begin += size - 1
-            # The rest of it shares its row with the documents after it.
+            # The document's rest shares a row with the following documents.
             place = int(np.searchsorted(bounds, begin + size, side="right")) - 1
             begins.append(begin)
             ends.append(int(bounds[place]))

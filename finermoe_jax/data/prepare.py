@@ -1,8 +1,8 @@
 """Turns text into memory-mapped token shards, once, for any number of runs (docs/data.md).
 
-One process reads and writes, the others tokenise. What is written follows from the text, the
-tokenizer and the settings alone: not from the number of processes, nor from when a run was killed.
-Started once more with the same arguments, it resumes after the last complete shard.
+One process reads and writes, the others tokenize. The output depends only on the text, the
+tokenizer and the settings, not on the number of processes or interruptions. A rerun with the same
+arguments resumes after the last complete shard.
 """
 
 import collections
@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.data import text
-from finermoe_jax.data.shard_writer import ShardWriter, being_written, write_manifest
+from finermoe_jax.data.shard_writer import ShardWriter, partial_path, write_manifest
 from finermoe_jax.data.token_files import (
     DTYPES,
     MANIFEST,
@@ -52,7 +52,7 @@ from finermoe_jax.runtime.files import find, make_directory, sync
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
 
-_AHEAD = 4  # in-flight batches of text for each process
+_AHEAD = 4  # in-flight batches of text per process
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.npy\.partial")
@@ -63,22 +63,26 @@ def prepare(
     text_field: str = "text", split: str = "train", shard_tokens: int = 1 << 27,
     say: Callable[[str], None] = print,
 ) -> Manifest:  # fmt: skip
-    """Writes, or completes, a prepared directory.
+    """Writes or completes a prepared directory.
+
+    Files without text are omitted and reported.
 
     Args:
       sources: files, globs, directories (all text in them), ids of Hugging Face datasets.
       target: the directory; new, empty, or begun with the same arguments.
       tokenizer_files: a directory with a tokenizer, or a hub id.
-      processes: that tokenise; 1: this one does.
-      text_field: where a JSON line, a row of parquet or of a dataset has its text.
-      split: of Hugging Face datasets.
-      shard_tokens: a shard ends with the piece of text that reaches so many.
-      say: takes the messages.
+      processes: number of processes that tokenize; 1: this one.
+      text_field: field of a JSON line, column of parquet or of a dataset that contains the text.
+      split: split of Hugging Face datasets.
+      shard_tokens: a shard ends with the piece of text that reaches this many tokens.
+      say: called with each message.
 
-    A file without text is left out and reported.
+    Returns:
+      The manifest of the complete directory.
 
-    Raises InputError: nothing to read or unreadable, a target that holds something else or was
-    begun with other settings, is being written by another process, or on a full disk.
+    Raises:
+      InputError: no or unreadable sources; a target with other content or settings, or in use by
+        another process; a full disk.
     """
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
@@ -99,7 +103,7 @@ def prepare(
         sources=tuple(source.name for source in found),
         source_bytes=tuple(source.size for source in found),
     )
-    with _alone(target):
+    with _locked(target):
         if (target / MANIFEST).is_file():
             manifest = read_manifest(target / MANIFEST)
             _refuse_other(target, manifest.settings, settings)
@@ -107,7 +111,7 @@ def prepare(
             return manifest
         shards = _begun(target, settings)
         if shards:
-            say(f"going on behind {len(shards)} complete shards")
+            say(f"resuming after {len(shards)} complete shards")
         writer = ShardWriter(target, settings, shards)
         with contextlib.closing(writer), _encoder(tokenizer, tokenizer_files, processes) as encode:
             _write(found, writer, encode, _AHEAD * processes if processes > 1 else 1, say)
@@ -117,7 +121,7 @@ def prepare(
 
 
 def summary(manifest: Manifest) -> str:
-    """A line on what a prepared directory holds."""
+    """Summarizes a prepared directory in one line."""
     return (
         f"{manifest.tokens:,} tokens of {manifest.documents:,} documents in "
         f"{len(manifest.shards)} shards, {manifest.settings.dtype}"
@@ -125,9 +129,10 @@ def summary(manifest: Manifest) -> str:
 
 
 def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | text.HubText]:
-    """Every source in turn, a directory's or a glob's files by name.
+    """Expands sources into files and datasets; files of a directory or glob are sorted by name.
 
-    Raises InputError: nothing found, an empty file, an unknown kind of file, one named twice.
+    Raises InputError if nothing is found, and for an empty file, an unknown kind of file, or a
+    repeated one.
     """
     found: list[text.TextFile | text.HubText] = []
     for source in sources:
@@ -135,7 +140,7 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and text.text_kind(p))
             if not files:
-                raise InputError(f"{path} holds no text ({text.KNOWN})")
+                raise InputError(f"{path} contains no text ({text.KNOWN})")
         elif not path.exists() and glob.has_magic(source):
             files = sorted(Path(p) for p in glob.glob(source, recursive=True))
             if not files:
@@ -148,7 +153,7 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
         found += [text.TextFile(file, field) for file in files]
     files_found = [source for source in found if isinstance(source, text.TextFile)]
     if empty := [source.name for source in files_found if not source.size]:
-        raise InputError(f"--source names empty files, leave them out: {', '.join(empty)}")
+        raise InputError(f"--source names empty files, remove them: {', '.join(empty)}")
     names = collections.Counter(
         str(source.path.resolve()) if isinstance(source, text.TextFile) else source.name
         for source in found
@@ -162,16 +167,16 @@ def expand(sources: list[str], split: str, field: str) -> list[text.TextFile | t
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Makes the target, and keeps other processes from writing it until done.
+def _locked(target: Path) -> Iterator[None]:
+    """Creates the target and locks it against other writers.
 
-    Raises InputError for a file, for a second writer and where the disk fills up.
+    Raises InputError for a file, for a second writer, and if the disk fills up.
     """
     if target.exists() and not target.is_dir():
-        raise InputError(f"--target={target} is a file; give a directory")
+        raise InputError(f"--target={target} is a file; pass a directory")
     filled = (
-        f"{target} cannot be written: No space is left on its disk; make room and start the same "
-        "command again, and it goes on behind the last complete shard"
+        f"{target} cannot be written: No space is left on its disk; free some space and rerun the "
+        "same command to resume after the last complete shard"
     )
     with disk.refusing_full(filled), contextlib.closing(Lock(target, "--target")) as lock:
         make_directory(target)
@@ -181,12 +186,12 @@ def _alone(target: Path) -> Iterator[None]:
         finally:
             if (target / MANIFEST).is_file():
                 lock.path.unlink(missing_ok=True)
-                sync(target)  # a power cut does not bring back the removed files
+                sync(target)  # removed files stay removed after a power cut
 
 
 def _begun(target: Path, settings: Settings) -> list[Shard]:
-    """Returns the complete shards that a killed run left, and removes what else it left."""
-    begins = being_written(target / PARTIAL)  # killed there, a run has left nothing else
+    """Returns the complete shards of an interrupted run, and removes its other files."""
+    begins = partial_path(target / PARTIAL)  # a run's very first file
     shards: list[Shard] = []
     if (target / PARTIAL).is_file():
         manifest = read_manifest(target / PARTIAL)
@@ -197,13 +202,13 @@ def _begun(target: Path, settings: Settings) -> list[Shard]:
             shards.append(shard)
     elif others := [p.name for p in target.iterdir() if p not in (target / LOCK_FILE, begins)]:
         raise InputError(
-            f"--target={target} holds {others[0]} and no prepared data: give a new directory"
+            f"--target={target} contains {others[0]} and no prepared data: pass a new directory"
         )
-    # From here on a killed run is known by this file.
+    # This file marks an interrupted run.
     write_manifest(target / PARTIAL, Manifest.of(settings, shards))
     kept = {path for shard in shards for path in shard_files(target, shard.name)}
     for path in target.iterdir():
-        ours = _OURS.fullmatch(path.name) or path == being_written(target / MANIFEST)
+        ours = _OURS.fullmatch(path.name) or path == partial_path(target / MANIFEST)
         if ours and path not in kept and not path.is_dir():
             path.unlink()
     return shards
@@ -214,7 +219,7 @@ def _refuse_other(target: Path, begun: Settings, settings: Settings) -> None:
         f"{target} was prepared with other settings",
         dataclasses.asdict(begun),
         dataclasses.asdict(settings),
-        "give a new --target, or the settings that it was prepared with",
+        "pass a new --target, or the settings that it was prepared with",
         here="now",
     )
 
@@ -233,12 +238,12 @@ def _write(
         total=sum(sizes) if all(sizes) else None, unit="B", unit_scale=True, desc="preparing",
         mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, file=sys.stderr,
     )  # fmt: skip
-    under_way: collections.deque[tuple[list[text.Piece], int, int, int, Any]] = collections.deque()
+    in_flight: collections.deque[tuple[list[text.Piece], int, int, int, Any]] = collections.deque()
     began, tokens = time.monotonic(), 0
 
     def take() -> None:
         nonlocal tokens
-        batch, number, done, position, future = under_way.popleft()
+        batch, number, done, position, future = in_flight.popleft()
         for piece, ids in zip(batch, future.result(), strict=True):
             done += 1
             tokens += len(ids)
@@ -253,30 +258,30 @@ def _write(
             if number == first:
                 done = sum(1 for _ in itertools.islice(pieces, skipped))
                 bar.update(sum(sizes[:number]) + sources[number].position - bar.n)
-                bar.initial = bar.n  # what was done before says nothing about the speed
+                bar.initial = bar.n  # earlier work does not count for the speed
             for batch in text.batches(pieces):
                 future = encode(batch)
-                under_way.append((batch, number, done, sources[number].position, future))
+                in_flight.append((batch, number, done, sources[number].position, future))
                 done += len(batch)
-                while len(under_way) >= ahead:
+                while len(in_flight) >= ahead:
                     take()
-        while under_way:
+        while in_flight:
             take()
 
 
 def _filled(
     source: text.TextFile | text.HubText, say: Callable[[str], None]
 ) -> Iterator[text.Piece]:
-    """Its pieces; none, and a warning, where it is blank."""
+    """Yields the pieces of a source; if it is blank, warns and yields none."""
     try:
         yield from source.pieces()
     except text.BlankError as error:
-        say(f"WARNING: {error}; it is left out")
+        say(f"WARNING: {error}; it is omitted")
 
 
 @contextlib.contextmanager
 def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
-    """A function from a batch of pieces to the future of their tokens."""
+    """Yields a function from a batch of pieces to the future of their tokens."""
     if processes == 1:
 
         def encode(batch: list[text.Piece]) -> concurrent.futures.Future:
@@ -286,7 +291,7 @@ def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
 
         yield encode
         return
-    # Spawned: a fork would copy whatever threads hold at that moment.
+    # Spawn: a fork would copy locks held by threads.
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _begin_worker, (str(files),)
     )
@@ -294,8 +299,8 @@ def _encoder(tokenizer: Any, files: Path, processes: int) -> Iterator[Any]:
         yield lambda batch: pool.submit(_work, batch)
     except BrokenProcessPool:
         raise InputError(
-            "a process that tokenises was lost (killed, or out of memory): start the command once "
-            "more, with fewer --processes, and it goes on behind the last complete shard"
+            "a tokenizing process died (killed, or out of memory): rerun the command with fewer "
+            "--processes to resume after the last complete shard"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

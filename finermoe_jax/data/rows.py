@@ -1,4 +1,4 @@
-"""Rows of tokens: of one source as windows or as packed documents, and of several in shares."""
+"""Rows of tokens: windows or packed documents of one source, and mixtures of sources."""
 
 import bisect
 import itertools
@@ -13,7 +13,7 @@ from finermoe_jax.data.token_files import TokenStream
 
 
 class Windows:
-    """Windows of length + 1 tokens, `length` apart, of a stream's tokens first … last - 1."""
+    """Windows of length + 1 tokens, every `length`, in a stream's tokens first … last - 1."""
 
     packed = False  # rows have no segments
 
@@ -25,7 +25,7 @@ class Windows:
         return self.count
 
     def first_token(self, index: int) -> int:
-        """The position in the source at which window `index` begins, in tokens."""
+        """Returns the first token of window `index` in the source."""
         return self.first + index * self.length
 
     def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:
@@ -34,7 +34,7 @@ class Windows:
 
 
 class Packed:
-    """Whole documents of a stream's tokens first … last - 1 (finermoe_jax/data/packing.py)."""
+    """Whole documents of a stream's tokens first … last - 1 (data/packing.py)."""
 
     packed = True
 
@@ -47,11 +47,11 @@ class Packed:
         return len(self.ranges)
 
     def first_token(self, index: int) -> int:
-        """The position in the source at which row `index` begins, in tokens."""
+        """Returns the first token of row `index` in the source."""
         return int(self.ranges[index, 0])
 
     def read(self, index: int, tokens: np.ndarray, segments: np.ndarray | None) -> None:
-        """Writes row `index` into int32 [length + 1] arrays; token 0 and segment 0 pad its end."""
+        """Writes row `index` into int32 [length + 1] arrays; padded with token 0 and segment 0."""
         assert segments is not None
         begin, end = self.ranges[index].tolist()
         size = end - begin
@@ -69,11 +69,11 @@ Rows = Windows | Packed
 
 
 class Mixture:
-    """Rows of several sources, numbered one source after the other, and their shares.
+    """Rows of several sources, numbered source by source, and their mixing weights.
 
     Attributes:
-      length: tokens of a row that are inputs.
-      packed: whether rows have segments.
+      length: input tokens of a row.
+      packed: True if rows have segments.
     """
 
     def __init__(self, parts: Sequence[Rows], names: Sequence[str], weights: Sequence[Fraction]):
@@ -87,7 +87,7 @@ class Mixture:
         return self.starts[-1]
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """The rows of these numbers: int32 [R, length + 1] of tokens, and of segments or None."""
+        """Returns these rows: int32 [R, length + 1] tokens, and segments or None."""
         tokens = np.empty((len(indices), self.length + 1), np.int32)
         segments = np.empty_like(tokens) if self.packed else None
         for row, index in enumerate(indices):
@@ -96,20 +96,20 @@ class Mixture:
         return Batch(tokens, segments)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of a row, and its number there. Raises IndexError."""
+        """Returns a row's source and its number there. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part = bisect.bisect_right(self.starts, index) - 1
         return part, index - self.starts[part]
 
     def turn(self, place: int) -> tuple[int, int]:
-        """The source at `place` of the endless mixture, and how often it came before.
+        """Returns the source at `place` of the endless mixture, and how often it came before.
 
-        After any first n places each source has had its share of n, off by at most the number of
-        sources. The arithmetic is exact, so this holds for every n.
+        After any n rows each source has supplied its share of n, off by at most the number of
+        sources. The arithmetic is exact.
         """
-        # The places up to here and the next one's are dealt out source by source: the first takes
-        # its share, rounded up, the rest is the others'.
+        # Distributes `place` and `place + 1` places over the sources: each takes its share, rounded
+        # up, and leaves the rest to the following ones.
         rest, following, total = place, place + 1, sum(self.weights)
         for part, weight in enumerate(self.weights):
             left = rest * (total - weight) // total
@@ -117,10 +117,10 @@ class Mixture:
             if following - left_following > rest - left:
                 return part, rest - left
             rest, following, total = left, left_following, total - weight
-        raise AssertionError("some source's turn comes at every place")
+        raise AssertionError("every place belongs to a source")
 
     def in_order(self, count: int) -> list[int]:
-        """The numbers of up to `count` rows in shares, unshuffled, none twice."""
+        """Returns up to `count` different row numbers in proportion to the weights, unshuffled."""
         found: list[int] = []
         while len(found) < count:
             part, inside = self.turn(len(found))

@@ -23,18 +23,18 @@ from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import to_json
 
 
-def being_written(manifest: Path) -> Path:
-    """The path of a manifest until it is complete."""
+def partial_path(manifest: Path) -> Path:
+    """Returns a manifest's path while it is being written."""
     return manifest.with_name(f".{manifest.name}.partial")
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest; the file is there whole or not at all."""
+    """Writes a manifest atomically."""
     files.write(path, to_json(dataclasses.asdict(manifest), indent=1))
 
 
 class ShardWriter:
-    """Writes tokens into shards, one after the other; a shard counts once the manifest has it."""
+    """Writes tokens into shards in order; a shard is complete when the manifest lists it."""
 
     def __init__(self, target: Path, settings: Settings, shards: list[Shard]):
         self.target, self.settings, self.shards = target, settings, shards
@@ -44,7 +44,7 @@ class ShardWriter:
         self.file: Any = None
 
     def add(self, ids: np.ndarray, ends_document: bool, source: int, pieces: int) -> None:
-        """A piece's tokens; `pieces` of its source are then done."""
+        """Adds a piece's tokens; `pieces` of its source are then done."""
         if self.file is None:
             path, _ = shard_files(self.target, shard_name(len(self.shards)))
             self.file = path.with_suffix(".partial").open("wb")
@@ -81,12 +81,12 @@ class ShardWriter:
         write_manifest(self.target / PARTIAL, Manifest.of(self.settings, self.shards))
 
     def close(self) -> None:
-        """Leaves a shard that is not complete to the next run, which removes it."""
+        """Closes an incomplete shard, which the next run removes."""
         if self.file is not None:
             self.file.close()
 
     def finish(self) -> Manifest:
-        """The last shard, and the manifest that makes the directory complete."""
+        """Writes the last shard, and the manifest that completes the directory."""
         if self.file is not None and self.tokens:
             self._complete()
         if not self.shards:

@@ -1,7 +1,7 @@
-"""Text of files and of Hugging Face datasets, a piece at a time; pieces of text to tokens.
+"""Text of files and Hugging Face datasets in pieces, and pieces of text to tokens.
 
-A piece is at most a few hundred thousand characters, cut after a line end: memory stays small
-whatever a file's size, and the tokens of a text do not depend on how it is read.
+A piece is at most a few hundred thousand characters, cut after a line end. So memory stays small
+for files of any size, and the tokens of a text do not depend on how it is read.
 """
 
 import io
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 PIECE_CHARS = 1 << 16  # a piece ends with the line that reaches it
 LINE_CHARS = 1 << 18  # longer lines are cut
-BATCH_CHARS = 1 << 19  # what is given to the tokenizer at once
+BATCH_CHARS = 1 << 19  # per call of the tokenizer
 BATCH_PIECES = 1024
 
-HALF_PAIR = "half of a surrogate pair, which is no text"
+HALF_PAIR = "half of a surrogate pair, which is not valid text"
 _KINDS = (".txt", ".jsonl", ".parquet")
 KNOWN = ".txt or .jsonl, plain or with .gz, .xz or .zst, or .parquet"
 
 
 class BlankError(InputError):
-    """A file of text that holds none."""
+    """A text file that contains only white space."""
 
 
 class Piece(NamedTuple):
-    """Some text of a document, and whether the document ends with it."""
+    """Some text of a document; ends_document marks its last piece."""
 
     text: str
     ends_document: bool
 
 
 def text_kind(path: Path) -> str:
-    """ ".txt", ".jsonl" or ".parquet", looking through a compression's suffix; "" for others."""
+    """Returns ".txt", ".jsonl" or ".parquet", ignoring compression suffixes; "" for others."""
     suffixes = [s.lower() for s in path.suffixes]
     kind = suffixes.pop() if suffixes else ""
     if kind in SUFFIXES:
@@ -54,15 +54,15 @@ def text_kind(path: Path) -> str:
 
 
 class TextFile:
-    """A .txt file (one document), a .jsonl or a .parquet file (a document a line or row).
+    """A .txt file (one document), or a .jsonl or .parquet file (one document per line or row).
 
     Attributes:
-      size: bytes of the file, compressed as it is.
-      position: how many of them `pieces` has read.
+      size: bytes of the file, as stored.
+      position: bytes that `pieces` has read.
     """
 
     def __init__(self, path: Path, field: str = "text"):
-        """Raises InputError: no such file, of an unknown kind, or a git-lfs pointer."""
+        """Raises InputError for a missing file, an unknown kind, or a git-lfs pointer."""
         path = Path(local(path))
         if not path.is_file():
             raise InputError(f"text file {path} does not exist")
@@ -73,13 +73,13 @@ class TextFile:
         self.size, self.position = path.stat().st_size, 0
 
     def pieces(self) -> Iterator[Piece]:
-        """The text, from the beginning.
+        """Yields the text from the beginning.
 
-        Raises InputError: text that is not UTF-8, a line or row without a text, a line of JSON that
-        is too long, a damaged or cut file, a reader that is not installed. BlankError: nothing but
-        white space; no piece of it has then been given.
+        Raises InputError for text that is not UTF-8, a line or row without text, a line of JSON
+        that is too long, a damaged or truncated file, or a missing package. Raises BlankError,
+        before any piece, if there is only white space.
         """
-        blank: list[Piece] | None = []  # until there is text
+        blank: list[Piece] | None = []  # held back until there is text
         try:
             for piece in self._read():
                 if blank is None:
@@ -94,7 +94,7 @@ class TextFile:
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from None
         if blank is not None:
-            raise BlankError(f"{self.path} holds no text")
+            raise BlankError(f"{self.path} contains no text")
 
     def _read(self) -> Iterator[Piece]:
         kind = text_kind(self.path)
@@ -108,7 +108,7 @@ class TextFile:
                 yield piece
 
     def _document(self, stream: io.BufferedReader) -> Iterator[Piece]:
-        # A byte order mark is no text; line ends stay as they are.
+        # Drops a byte order mark; keeps line ends.
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             yield from _cut(text)
 
@@ -144,7 +144,7 @@ class TextFile:
             for batch in file.iter_batches(batch_size=64, columns=[self.field]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
-                        raise InputError(f"{self.path}, row {row}: {self.field!r} is no text")
+                        raise InputError(f"{self.path}, row {row}: {self.field!r} is not text")
                     row += 1
                     self.position = self.size * row // rows
                     yield from cut_document(text)
@@ -153,17 +153,17 @@ class TextFile:
 class HubText:
     """The rows of a Hugging Face dataset, streamed: `owner/name` or `owner/name:configuration`."""
 
-    size = position = 0  # not known
+    size = position = 0  # unknown
 
     def __init__(self, name: str, split: str, field: str):
-        """Raises InputError when the library `datasets` is not installed."""
-        require("datasets", "data", f"{name} is no file here; as a Hugging Face dataset it")
+        """Raises InputError if the package `datasets` is not installed."""
+        require("datasets", "data", f"{name} is not a file here; as a Hugging Face dataset it")
         self.name, self.split, self.field = name, split, field
 
     def pieces(self) -> Iterator[Piece]:
-        """The text, from the beginning.
+        """Yields the text from the beginning.
 
-        Raises InputError: the dataset cannot be had, or a row without a text.
+        Raises InputError if the dataset cannot be loaded, or for a row without text.
         """
         import datasets
 
@@ -185,14 +185,11 @@ class HubText:
                 f"the dataset {self.name} cannot be read: {first_line(error)}"
             ) from None
         if number < 0:
-            raise InputError(f"{self.name} holds no text")
+            raise InputError(f"{self.name} contains no text")
 
 
 def is_text(text: str) -> bool:
-    """Returns whether a string has a form in UTF-8.
-
-    Halves of surrogate pairs, which JSON can spell, have none.
-    """
+    """True if a string can be encoded in UTF-8; halves of surrogate pairs in JSON cannot."""
     try:
         return text.isascii() or text.encode() is not None
     except UnicodeEncodeError:
@@ -200,7 +197,7 @@ def is_text(text: str) -> bool:
 
 
 def cut_document(text: str) -> Iterator[Piece]:
-    """The pieces of one document."""
+    """Yields the pieces of one document."""
     if len(text) < PIECE_CHARS:
         yield Piece(text, True)
     else:
@@ -208,7 +205,7 @@ def cut_document(text: str) -> Iterator[Piece]:
 
 
 def _cut(stream: Any) -> Iterator[Piece]:
-    """The pieces of a stream that holds one document."""
+    """Yields the pieces of a stream that contains one document."""
     lines: list[str] = []
     length = 0
     while line := stream.readline(LINE_CHARS):
@@ -221,7 +218,7 @@ def _cut(stream: Any) -> Iterator[Piece]:
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of a size that keeps a tokenizer busy."""
+    """Groups pieces into batches for the tokenizer."""
     batch: list[Piece] = []
     length = 0
     for piece in pieces:
@@ -235,7 +232,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode(batch: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase") -> list[np.ndarray]:
-    """Each piece's tokens, int32; a document's last piece ends with the end-of-text token."""
+    """Returns each piece's tokens, int32; the end-of-text token follows a document's last piece."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer([p.text for p in batch], add_special_tokens=False, verbose=False)
     return [
@@ -245,7 +242,7 @@ def encode(batch: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase") -> list
 
 
 class Tokens(NamedTuple):
-    """ids, int32 [N], of all documents in a row; starts, int64 [D], the first of each."""
+    """ids, int32 [N], of all documents in sequence; starts, int64 [D], the first of each."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -254,7 +251,7 @@ class Tokens(NamedTuple):
 def tokenize(
     pieces: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase", show_progress: bool = False
 ) -> Tokens:
-    """The tokens of documents, each followed by the tokenizer's end-of-text token."""
+    """Tokenizes documents; the end-of-text token follows each of them."""
     arrays: list[np.ndarray] = []
     starts: list[int] = []
     count, begins = 0, True

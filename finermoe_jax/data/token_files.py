@@ -1,12 +1,12 @@
 """Tokens in memory-mapped files: streams of them, and prepared directories.
 
-A prepared directory (finermoe prepare) holds
+A prepared directory (finermoe prepare) contains
 
-    manifest.json          what it was made of and with, and each shard: `Manifest`
+    manifest.json          sources, settings and the list of shards: `Manifest`
     00000.bin              tokens, little-endian uint16 or uint32
-    00000.documents.npy    int64: where in the shard documents begin
+    00000.documents.npy    int64: positions in the shard where documents begin
 
-The shards in a row are one stream; a document may continue in the next shard.
+All shards form one stream; a document may continue in the next shard.
 """
 
 import bisect
@@ -38,7 +38,7 @@ DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u
 
 
 class TokenStream:
-    """Integer arrays in a row, read as one; memory-mapped ones stay on disk."""
+    """Integer arrays read as one stream; memory-mapped ones stay on disk."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays = list(arrays)
@@ -48,7 +48,7 @@ class TokenStream:
         return self.starts[-1]
 
     def read(self, first: int, out: np.ndarray) -> None:
-        """Fills `out`, int32 [N], with the tokens from `first` on; they must be there."""
+        """Fills `out`, int32 [N], with the tokens from `first` on, which must exist."""
         number = bisect.bisect_right(self.starts, first) - 1
         done = 0
         while done < len(out):
@@ -59,7 +59,7 @@ class TokenStream:
             number += 1
 
     def digest(self) -> str:
-        """SHA-256 of the tokens as they are stored."""
+        """Returns the SHA-256 of the tokens as stored."""
         found = hashlib.sha256()
         for array in self.arrays:
             found.update(np.ascontiguousarray(array))
@@ -68,13 +68,13 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on, and where their documents begin.
+    """Training tokens and the positions where documents begin.
 
     Attributes:
-      path: what the user calls it.
-      tokens: all of them.
-      document_files: int64 arrays of the documents' first tokens, or .npy files of them, and what
-        to add to each.
+      path: the user's name for it.
+      tokens: all tokens.
+      document_files: int64 arrays of the documents' first tokens, or .npy files of them, each with
+        an offset to add.
       identity: distinguishes this data from other data, JSON.
     """
 
@@ -84,9 +84,9 @@ class Corpus:
     identity: dict[str, Any]
 
     def documents(self) -> np.ndarray:
-        """The first token of each document, int64 [D], rising; in memory.
+        """Returns the first token of each document, int64 [D], ascending.
 
-        Raises InputError when they do not rise, or leave the stream.
+        Raises InputError if they do not ascend or are outside the stream.
         """
         starts = np.concatenate(
             [
@@ -96,18 +96,18 @@ class Corpus:
         )
         if len(starts) and (starts[0] < 0 or starts[-1] > len(self.tokens)):
             raise InputError(
-                f"{self.path}: its documents begin at tokens {starts[0]} … {starts[-1]}, and it "
-                f"has {len(self.tokens)}; the file is damaged: prepare it anew"
+                f"{self.path}: its documents begin at tokens {starts[0]} … {starts[-1]}, but it "
+                f"has {len(self.tokens)} tokens; the file is damaged: prepare it again"
             )
         if (np.diff(starts) < 0).any():
-            raise InputError(f"{self.path}: its documents overlap; prepare it anew")
+            raise InputError(f"{self.path}: its documents overlap; prepare it again")
         return starts
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file's content as an array, memory-mapped, read-only.
+    """Returns a file's content as a memory-mapped read-only array.
 
-    Raises InputError: a file that is missing, may not be read or is empty.
+    Raises InputError if the file is missing, unreadable or empty.
     """
     try:
         return np.memmap(path, dtype, "r").view(np.ndarray)
@@ -120,8 +120,10 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One pair of files. `end` is the source it ends in, by number, and that source's pieces of
-    text (finermoe_jax/data/text.py) up to there; `open`: its last document continues in the next.
+    """One pair of files.
+
+    `end` is the number of the source in which the shard ends, and how many of its pieces
+    (data/text.py) precede the end. `open`: the last document continues in the next shard.
     """
 
     name: str
@@ -137,7 +139,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings that determine a prepared directory's content; sources with sizes in bytes."""
+    """Everything that determines a prepared directory's content; source sizes in bytes."""
 
     tokenizer: str
     vocab_size: int
@@ -152,7 +154,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """manifest.json. While it is being prepared, the directory holds it under another name."""
+    """manifest.json. It has another name until the directory is complete."""
 
     format: str
     tokens: int
@@ -162,13 +164,13 @@ class Manifest:
 
     @classmethod
     def of(cls, settings: Settings, shards: Sequence[Shard]) -> "Manifest":
-        """The manifest of these shards."""
+        """Returns the manifest of these shards."""
         tokens, documents = (sum(getattr(s, n) for s in shards) for n in ("tokens", "documents"))
         return cls(FORMAT, tokens, documents, settings, tuple(shards))
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises InputError for a file that is no manifest, or of another format."""
+    """Reads a manifest. Raises InputError if it is not one or has another format."""
     values = read_json(path)
     if (found := values.get("format")) != FORMAT:
         raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
@@ -177,24 +179,24 @@ def read_manifest(path: Path) -> Manifest:
         if len(shard.end) != 2 or min(*shard.end, shard.tokens, shard.documents) < 0:
             raise InputError(
                 f"{path}: shard {shard.name!r} has {shard.tokens} tokens, {shard.documents} "
-                f"documents and end={shard.end}, which must be two numbers, none below 0: prepare "
-                "the text anew"
+                f"documents and end={shard.end}, which must be two non-negative numbers: prepare "
+                "the text again"
             )
     return manifest
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard's files, without a suffix."""
+    """Returns the name of a shard's files, without suffix."""
     return f"{number:05d}"
 
 
 def shard_files(directory: Path, name: str) -> tuple[Path, Path]:
-    """The paths of a shard's tokens and of its documents."""
+    """Returns the paths of a shard's tokens and documents."""
     return directory / f"{name}.bin", directory / f"{name}.documents.npy"
 
 
 def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
-    """Describes the damage that the size of a shard's files shows; empty if none."""
+    """Describes a shard's damage that its file sizes reveal; empty if none."""
     tokens, documents = shard_files(directory, shard.name)
     for path, least, exact in (
         (tokens, shard.tokens * dtype.itemsize, True),
@@ -206,19 +208,19 @@ def shard_damage(directory: Path, shard: Shard, dtype: np.dtype) -> str:
             return f"{path} cannot be read: {error}"
         if size != least if exact else size < least:
             refuse_pointer(path)
-            return f"{path} has {size} bytes, and the manifest says {least}"
+            return f"{path} has {size} bytes, but the manifest says {least}"
     return ""
 
 
 def open_prepared(
     directory: Path, tokenizer: str, eos_id: int | None, show_progress: bool = False
 ) -> Corpus:
-    """A prepared directory, checked against its manifest by size and by the largest token.
+    """Opens a prepared directory; compares sizes and largest tokens with its manifest.
 
     tokenizer is `tokenizer_hash` of the run's tokenizer, eos_id its end-of-text token.
 
-    Raises InputError: another tokenizer, shards that are missing, unreadable, empty or of another
-    size or largest token than the manifest says.
+    Raises InputError for another tokenizer, and for shards that are missing, unreadable, empty, or
+    differ from the manifest in size or largest token.
     """
     manifest = read_manifest(directory / MANIFEST)
     for what, theirs, ours in (
@@ -227,8 +229,8 @@ def open_prepared(
     ):
         if theirs != ours:
             raise InputError(
-                f"{directory} was prepared with {what} {theirs}, and the run's is {ours}: set "
-                "data.tokenizer to the one it was prepared with, or prepare the text anew"
+                f"{directory} was prepared with {what} {theirs}, but the run's is {ours}: set "
+                "data.tokenizer to the one it was prepared with, or prepare the text again"
             )
     _check_manifest(directory, manifest)
     dtype = DTYPES[manifest.settings.dtype]
@@ -240,14 +242,14 @@ def open_prepared(
         if shard.name != shard_name(number):
             raise InputError(f"{directory}: shard {shard_name(number)} is named {shard.name!r}")
         if damage := shard_damage(directory, shard, dtype):
-            raise InputError(f"{damage}: copy it again, or prepare the text anew")
+            raise InputError(f"{damage}: copy it again, or prepare the text again")
         path, starts = shard_files(directory, shard.name)
         arrays.append(map_file(path, dtype))
         documents.append((starts, shift))
         if (shape := _load(starts).shape) != (shard.documents,):
             raise InputError(
-                f"{starts} has shape {shape}, and the manifest says "
-                f"{shard.documents} documents: copy it again, or prepare the text anew"
+                f"{starts} has shape {shape}, but the manifest says "
+                f"{shard.documents} documents: copy it again, or prepare the text again"
             )
         shift += shard.tokens
     _check_ids(directory, manifest, arrays, show_progress)
@@ -261,40 +263,38 @@ def open_prepared(
 
 
 def _check_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raises InputError for a manifest that contradicts itself."""
     empty = [shard.name for shard in manifest.shards if shard.tokens < 1]
     if empty or not manifest.shards:
         what = f"shard {empty[0]}" if empty else "the list of shards"
-        raise InputError(f"{directory}: {what} is empty; prepare it anew")
+        raise InputError(f"{directory}: {what} is empty; prepare it again")
     if manifest != Manifest.of(manifest.settings, manifest.shards):
         raise InputError(
-            f"{directory / MANIFEST} speaks of {manifest.tokens} tokens of {manifest.documents} "
-            "documents, which is not the sum of its shards; prepare it anew"
+            f"{directory / MANIFEST} states {manifest.tokens} tokens in {manifest.documents} "
+            "documents, which is not the sum of its shards; prepare it again"
         )
     if (dtype := manifest.settings.dtype) not in DTYPES:
         raise InputError(
-            f"{directory}: dtype {dtype!r} must be one of {', '.join(DTYPES)}; prepare it anew"
+            f"{directory}: dtype {dtype!r} must be one of {', '.join(DTYPES)}; prepare it again"
         )
 
 
 def _allow_files(count: int) -> None:
-    """Lets this process open so many more files, as far as the system does."""
+    """Raises this process's limit of open files if `count` more may exceed it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
     if soft != resource.RLIM_INFINITY and opened + count > soft // 2:
-        with contextlib.suppress(OSError, ValueError):  # then the file that fails is named
+        with contextlib.suppress(OSError, ValueError):  # opening will fail and name the file
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_ids(directory: Path, manifest: Manifest, arrays: list[np.ndarray], bar: bool) -> None:
-    """Compares the largest token of each shard with the manifest."""
     with scan_bar(manifest.tokens, directory.name if bar else "") as progress:
         for shard, tokens in zip(manifest.shards, arrays, strict=True):
             largest = id_range(tokens, progress)[1]
             if largest != shard.max_id:
                 raise InputError(
-                    f"{shard_files(directory, shard.name)[0]}: its largest token is {largest}, and "
-                    f"the manifest says {shard.max_id}; compare the files: finermoe prepare "
+                    f"{shard_files(directory, shard.name)[0]}: its largest token is {largest}, but "
+                    f"the manifest says {shard.max_id}; verify the files: finermoe prepare "
                     f"--verify={directory}"
                 )
 
@@ -304,13 +304,13 @@ def _load(path: Path) -> np.ndarray:
         found = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    except Exception:  # a header may be damaged in as many ways as Python code
+    except Exception:  # a damaged header may raise anything
         raise InputError(
-            f"{path} is damaged: it is no .npy file of int64; copy it again, or prepare the text "
-            "anew"
+            f"{path} is damaged: it is not a .npy file of int64; copy it again, or prepare the "
+            "text again"
         ) from None
     if found.dtype != np.dtype("<i8") or found.ndim != 1:
-        raise InputError(f"{path} holds {found.dtype} {found.shape}, not a row of int64")
+        raise InputError(f"{path} contains {found.dtype} {found.shape}, not a row of int64")
     return found
 
 
@@ -329,22 +329,22 @@ def verify(directory: Path) -> Manifest:
                 except OSError as error:
                     found = str(error)
                 if found != expected:
-                    bad.append(f"{path}: {found}, and the manifest says {expected}")
+                    bad.append(f"{path}: {found}, but the manifest says {expected}")
     if bad:
         raise InputError("damaged files:\n  " + "\n  ".join(bad))
     return manifest
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """SHA-256 of what a tokenizer's files say about text and ids.
+    """Returns the SHA-256 of the tokenizer files that define text and ids.
 
-    Of tokenizer.json, however it is laid out; without it, of the files in its stead.
+    Hashes the content of tokenizer.json, not its formatting; without it, the files it replaces.
     """
     found = hashlib.sha256()
     whole = directory / "tokenizer.json"
     if whole.is_file():
         content = read_json(whole)
-        for setting in ("truncation", "padding"):  # of how it was called last
+        for setting in ("truncation", "padding"):  # state of its last call
             content.pop(setting, None)
         found.update(to_json(content, sort_keys=True).encode())
     else:
@@ -355,7 +355,7 @@ def tokenizer_hash(directory: Path) -> str:
 
 
 def scan_bar(total: int, name: str) -> tqdm:
-    """Of a scan of so many tokens; without a name it is not shown."""
+    """Returns a progress bar of a token scan; hidden without a name."""
     return tqdm(
         total=total, desc=f"scanning {name}", unit="token", unit_scale=True, disable=not name,
         mininterval=1,
@@ -363,7 +363,7 @@ def scan_bar(total: int, name: str) -> tqdm:
 
 
 def id_range(tokens: np.ndarray, bar: tqdm | None = None, digest: Any = None) -> tuple[int, int]:
-    """The smallest and the largest of at least one token; `digest` is fed all of them."""
+    """Returns the smallest and largest of at least one token; feeds all to `digest`."""
     low, high, block = int(tokens[0]), int(tokens[0]), 1 << 20
     for first in range(0, len(tokens), block):
         part = tokens[first : first + block]

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 GENERATION_FILE = "generation_config.json"
 _CONFIG_FILE = "tokenizer_config.json"
-# Each of these makes a directory one with a tokenizer.
+# Any one of these files makes a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# The files that a tokenizer may consist of, and the one that says when generation ends.
+# All files of a tokenizer, and the one with the end-of-text tokens.
 TOKENIZER_FILES = (
     *_VOCABULARIES,
     "merges.txt",
@@ -29,9 +29,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION_FILE,
 )
-# Further chat templates, each under a name of its own.
+# Further, named chat templates.
 TEMPLATE_FILES = "additional_chat_templates/*.jinja"
-# More tokens than any model has: for a tokenizer that is loaded without a model.
+# More tokens than any model has, to load a tokenizer without a model.
 ANY_VOCABULARY = 1 << 31
 
 
@@ -42,20 +42,19 @@ def tokenizer_directory(source: str | os.PathLike) -> Path:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """True for a directory that holds a tokenizer's vocabulary."""
+    """True if a directory contains a tokenizer's vocabulary."""
     return any((directory / name).is_file() for name in _VOCABULARIES)
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory, checked against the model's vocabulary.
+    """Loads a directory's tokenizer and checks it against the model's vocabulary.
 
-    Raises InputError: no tokenizer files, unreadable ones, or more tokens than vocab_size.
+    Raises InputError for missing or unreadable files, or more tokens than vocab_size.
     """
     if not has_tokenizer(directory):
         raise InputError(
-            f"{directory} holds no tokenizer ({', '.join(_VOCABULARIES)}: none is there); put the "
-            "model's tokenizer files there, or in training name a directory that has them in "
-            "data.tokenizer"
+            f"{directory} has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy the model's "
+            "tokenizer files there, or for training set data.tokenizer to a directory with them"
         )
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".txt", ".jinja") and path.is_file():
@@ -64,31 +63,31 @@ def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase
     largest = vocabulary(tokenizer)
     if largest > vocab_size:
         raise InputError(
-            f"the tokenizer in {directory} has {largest} tokens, the model's vocab_size is "
-            f"{vocab_size}; its ids would not fit the embedding: use the model's own tokenizer"
+            f"the tokenizer in {directory} has {largest} tokens, but the model's vocab_size is "
+            f"{vocab_size}: use the model's own tokenizer"
         )
     return tokenizer
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The number of ids that a tokenizer needs: one more than its largest."""
+    """Returns the number of ids that a tokenizer needs: its largest id plus one."""
     return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
 _SAVE_ONCE = (
-    "Write its tokenizer.json once, where transformers can load it: "
-    "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIRECTORY); then put the files of "
-    "DIRECTORY in place of the tokenizer's"
+    "Write its tokenizer.json where transformers can load it: "
+    "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIRECTORY); then replace the "
+    "tokenizer's files by those of DIRECTORY"
 )
 
 
 def _from_transformers(directory: Path) -> "PreTrainedTokenizerBase":
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    # tokenizer.json says everything. AutoTokenizer would look at a config.json beside it and
-    # rebuild the splitting rules of that model type, which are not always the file's.
+    # tokenizer.json is complete. AutoTokenizer would also read a config.json beside it and rebuild
+    # the splitting rules of that model type, which may differ from the file's.
     complete = (directory / "tokenizer.json").is_file()
     kind = PreTrainedTokenizerFast if complete else AutoTokenizer
     if not complete and not (directory / "vocab.json").is_file():
@@ -99,9 +98,9 @@ def _from_transformers(directory: Path) -> "PreTrainedTokenizerBase":
                 f"Or: {_SAVE_ONCE}"
             )
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of every model type that it does not know
+    logging.set_verbosity_error()  # no warnings about unknown model types
     try:
-        # False, not left out: transformers would ask on the terminal whether to run foreign code.
+        # Explicit False: otherwise transformers asks on the terminal whether to run remote code.
         return kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         way_out = "" if complete else f". {_SAVE_ONCE}"
@@ -110,21 +109,17 @@ def _from_transformers(directory: Path) -> "PreTrainedTokenizerBase":
         logging.set_verbosity(verbosity)
 
 
-# --- apart from the model ---------------------------------------------------------------------
+# --- copies without the model -----------------------------------------------------------------
 
 
 def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
-    """Names and contents of the files that keep a directory's tokenizer and its ends of text.
+    """Returns names and contents of the files that preserve a directory's tokenizer.
 
-    They need no config.json beside them. What only config.json says is written into them: ids of
-    special tokens into generation_config.json, the tokenizer's class into tokenizer_config.json.
-    All else is as it is in `directory`.
+    They need no config.json. Its special tokens' ids are written into generation_config.json and
+    the tokenizer's class into tokenizer_config.json; everything else is copied unchanged. If
+    `directory` names no end-of-text token, the ids come from `model`.
 
-    Args:
-      directory: a model's, or a tokenizer's alone.
-      model: where the special tokens' ids are if `directory` names no end of text.
-
-    Raises InputError: files that cannot be read, ids that are no integers.
+    Raises InputError for unreadable files, or ids that are not integers.
     """
     found = [directory / name for name in TOKENIZER_FILES]
     found += sorted(directory.glob(TEMPLATE_FILES))
@@ -134,11 +129,11 @@ def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
     settings = _stated(directory)
     if model is not None and "eos_token_id" not in settings:
         settings = {key: value for key, value in _stated(model).items() if key in _IDS} | settings
-    generation = _read_if_there(directory / GENERATION_FILE)
+    generation = _read_optional(directory / GENERATION_FILE)
     if any(generation.get(key) is None for key in _IDS if key in settings):
         files[GENERATION_FILE] = _json(generation | settings)
-    settings = _read_if_there(directory / _CONFIG_FILE)
-    # Names of code that is neither run nor copied.
+    settings = _read_optional(directory / _CONFIG_FILE)
+    # Refers to code that is neither run nor copied.
     kept = {key: value for key, value in settings.items() if key != "auto_map"}
     implied = "tokenizer.json" not in files and (directory / "config.json").is_file()
     if implied and has_tokenizer(directory):
@@ -146,7 +141,7 @@ def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
         if str(kept.get("tokenizer_class")).removesuffix("Fast") != name:
             kept["tokenizer_class"] = name
     if "tokenizer.json" in files and not kept.get("tokenizer_class"):
-        # transformers 4 would look for the model's type, and knows none of a mixture's.
+        # transformers 4 would look up the model's type, and knows none for a mixture.
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     if kept != settings:
         files[_CONFIG_FILE] = _json(kept)
@@ -154,13 +149,11 @@ def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
 
 
 def check_kept(directory: Path, beside: Mapping[str, str] | None = None) -> None:
-    """Loads what `kept_files` makes of a directory, and compares it with the directory's own.
+    """Compares the tokenizer that `kept_files` writes with the directory's own.
 
-    Args:
-      directory: a model's, or a tokenizer's alone; one without a tokenizer passes.
-      beside: further files, by name, of the place where they are to be kept.
+    `beside` are other files, by name, of the target. A directory without a tokenizer passes.
 
-    Raises InputError: files that cannot be read, or a tokenizer that would be another one there.
+    Raises InputError if files cannot be read or the copied tokenizer would behave differently.
     """
     files = kept_files(directory)
     if beside and "config.json" in beside:
@@ -176,8 +169,8 @@ def check_kept(directory: Path, beside: Mapping[str, str] | None = None) -> None
             made = ()
     if made != given:
         raise InputError(
-            f"the tokenizer in {directory} would be another one in what is made of it, which does "
-            f"not have the config.json and the other files beside it. {_SAVE_ONCE}"
+            f"the tokenizer in {directory} would behave differently when copied without the "
+            f"config.json and other files beside it. {_SAVE_ONCE}"
         )
 
 
@@ -188,18 +181,18 @@ def write_files(files: Mapping[str, bytes], target: Path) -> None:
         (target / name).write_bytes(content)
 
 
-# Spaces, digits, signs, letters of several scripts and lines: what tokenizers split differently.
+# Spaces, digits, signs, scripts and line ends, which tokenizers split differently.
 _PROBE = "The 2nd  of 1234 tests isn't\n\n\tça naïve — 東京 Привет 🙂 <|im_end|></s> e\u0301."
 
 
 def _behaviour(directory: Path) -> tuple:
-    """Everything by which two tokenizers could be distinguished."""
+    """Returns everything that can distinguish two tokenizers."""
     tokenizer = load_tokenizer(directory, ANY_VOCABULARY)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoded: Any
     try:
         encoded = tokenizer(_PROBE, verbose=False)["input_ids"]
-    except Exception as error:  # of one without a token for the unknown
+    except Exception as error:  # no token for unknown text
         encoded = str(error)
     return (
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
@@ -217,7 +210,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 
 def prefix_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token before a text's first: the beginning-of-text token, else the end-of-text token."""
+    """Returns the token before a text: the beginning-of-text token, else the end-of-text token."""
     begin: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
 
@@ -228,11 +221,11 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
     """Returns the generation_config.json settings of a model with this directory's tokenizer.
 
-    They come from the directory's own generation_config.json. Special tokens that it omits come
-    from a config.json and, if neither names an end of text, from the tokenizer. Ids outside the
-    vocabulary, which never come up, are left out. Empty if there are none of these files.
+    They come from the directory's own generation_config.json. Missing special tokens come from
+    config.json or, if neither names an end-of-text token, from the tokenizer. Omits ids outside the
+    vocabulary. Empty without any of these files.
 
-    Raises InputError: files that cannot be read, ids that are no integers.
+    Raises InputError for unreadable files, or ids that are not integers.
     """
     settings = _stated(directory)
     if "eos_token_id" not in settings and has_tokenizer(directory):
@@ -247,20 +240,20 @@ def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _listed(ids: Any) -> list:
-    """A setting's ids: None, one, or a list of them."""
+    """Returns a setting's ids as a list; the setting is None, an id or a list."""
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _stated(directory: Path) -> dict[str, Any]:
-    """generation_config.json, and ids of special tokens that only config.json names."""
-    config = _read_if_there(directory / "config.json")
+    """Returns generation_config.json, and special tokens' ids that only config.json states."""
+    config = _read_optional(directory / "config.json")
     settings: dict[str, Any] = {}
-    # As transformers does it: where several configs are in one, the decoder's comes second.
+    # As in transformers, a nested decoder's config has lower priority.
     parts = (config.get(name) for name in ("decoder", "generator", "text_config"))
     nested = next((part for part in parts if part and isinstance(part, dict)), {})
     for part in (nested, config):
         settings |= {key: part[key] for key in _IDS if part.get(key) is not None}
-    generation = _read_if_there(directory / GENERATION_FILE)
+    generation = _read_optional(directory / GENERATION_FILE)
     settings |= {key: value for key, value in generation.items() if value is not None}
     for key in _IDS:
         value = settings.get(key)
@@ -269,12 +262,11 @@ def _stated(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
 def end_tokens(files: Path, tokenizer: Any, vocab_size: int) -> frozenset[int]:
-    """The tokens that end a text: those of generation_config.json (config.json, where that is
-    silent) in `files`, and the tokenizer's own."""
+    """Returns the ids that end a text: those stated in `files` and the tokenizer's own."""
     stated = generation_settings(files, vocab_size).get("eos_token_id")
     return frozenset([*_listed(stated), *_listed(tokenizer.eos_token_id)])

@@ -1,1 +1,1 @@
-"""Scores of texts and of the benchmarks' tasks."""
+"""Perplexity of texts and benchmark scores."""

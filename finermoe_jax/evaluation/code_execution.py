@@ -1,14 +1,12 @@
-"""Runs programs that a model wrote, for benchmarks that score code. Only where the user allows it.
+"""Runs model-written programs for benchmarks that score code, if the user allows it.
 
-A program runs in a process of its own, in a directory that holds it alone and is removed, without
-this process's environment. Limits on memory, processor time and the size of a file hold for each
-process that it starts, not for all of them together.
+A program runs in a separate process, in a temporary directory, without this process's environment.
+Memory, CPU time and file size are limited for each process that it starts.
 
-Where the kernel allows it (Linux, mostly outside of containers), it runs in user and process
-namespaces of its own. Then it can neither read another process's environment and memory nor send
-it a signal, and all that it has started ends with it. Elsewhere it can do the one, and what has
-left its session survives. All this stops accidents, not attacks: a program has the user's files
-and the network.
+If the kernel allows it (Linux, mostly outside containers), the program runs in its own user and
+process namespaces: it cannot read other processes' environment or memory, nor signal them, and its
+children end with it. Otherwise it can, and children that leave its session survive. This prevents
+accidents, not attacks: the program can access the user's files and the network.
 """
 
 import contextlib
@@ -26,14 +24,14 @@ from typing import Any
 
 from finermoe_jax.errors import InputError
 
-SECONDS = 3.0  # that a program may run; what the benchmarks' own metric allows
-_LIMITED = """
+SECONDS = 3.0  # time limit of a program, as in the benchmarks' own metric
+_RUNNER = """
 import contextlib, os, resource, runpy, sys
 path, done, token = sys.argv[1:]
 del sys.argv[1:]
 with contextlib.suppress(AttributeError, OSError):
     os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWPID)
-# The first child is process 1 of the namespace, with which all others end; the second goes on.
+# The first child is process 1 of the namespace: all others end with it. The second one continues.
 for _ in range(2):
     if child := os.fork():
         os._exit(os.waitpid(child, 0)[1] != 0)
@@ -50,12 +48,12 @@ with open(done, "w") as file:
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Returns whether a Python program reaches its end in time and without an error.
+    """Returns True if a Python program ends in time and without an error.
 
-    Its name is not "__main__", so what a script would do besides its tests is left out.
+    Its __name__ is not "__main__", so that code under that condition does not run.
     """
     folder = Path(tempfile.mkdtemp(prefix="finermoe-code-"))
-    # Opened now: the program may revoke its own rights, or put a link in place of its folder.
+    # Opened now: the program may remove permissions or replace its folder by a link.
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return _run(folder, program, seconds)
@@ -69,10 +67,10 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
 def _run(folder: Path, program: str, seconds: float) -> bool:
     path, done = folder / "program.py", folder / "done"
     path.write_text(program, encoding="utf-8", errors="replace")
-    # The exit code alone is no proof: a program may leave before its tests.
+    # The exit code is not enough: a program may exit before its tests.
     token = secrets.token_hex()
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _LIMITED, str(path), str(done), token],
+        [sys.executable, "-I", "-c", _RUNNER, str(path), str(done), token],
         cwd=folder,
         env={"PATH": os.defpath},
         stdin=subprocess.DEVNULL,
@@ -81,24 +79,19 @@ def _run(folder: Path, program: str, seconds: float) -> bool:
         start_new_session=True,
     )
     try:
-        # A pipe of that name would be waited for.
+        # is_file: reading a pipe would block.
         ended = process.wait(seconds) == 0 and done.is_file()
         return ended and done.read_bytes() == token.encode()
     except (subprocess.TimeoutExpired, OSError):
         return False
     finally:
-        # What the program has started goes with it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _empty(folder: int) -> None:
-    """Removes what an open directory holds; what cannot be removed stays.
-
-    Directories inside move up, one by one. A recursion would end at Python's limit, a long path at
-    the system's.
-    """
+    """Deletes an open directory's content; moves nested directories up to avoid path limits."""
     moved: list[str] = []
 
     def clear(directory: int) -> None:
@@ -127,13 +120,16 @@ def _empty(folder: int) -> None:
 
 
 class CodeEval:
-    """The hub's metric `code_eval`, as far as the harness calls it."""
+    """The Hub's metric `code_eval`, as far as the harness uses it."""
 
     def compute(
         self, references: list[str], predictions: list[list[str]], k: list[int]
     ) -> tuple[dict[str, float], dict]:
-        """pass@k: the chance that one of k programs, drawn from a task's predictions, passes the
-        test in references; the mean over the tasks."""
+        """Returns pass@k, averaged over tasks.
+
+        pass@k is the probability that at least one of k programs, drawn from a task's predictions,
+        passes its test in references.
+        """
         chances: dict[str, list[float]] = {f"pass@{count}": [] for count in k}
         for test, programs in zip(references, predictions, strict=True):
             passed = sum(passes(f"{program}\n{test}\n") for program in programs)
@@ -146,27 +142,26 @@ class CodeEval:
 
 
 @contextlib.contextmanager
-def own_code_eval() -> Iterator[None]:
-    """While tasks are loaded: `evaluate.load("code_eval")` gives `CodeEval`.
+def local_code_eval() -> Iterator[None]:
+    """Makes `evaluate.load("code_eval")` return `CodeEval` while tasks are loaded.
 
-    The harness's tasks would fetch that metric's source from the hub and run it.
+    The original would download the metric's source from the Hub and run it.
 
-    Raises InputError: a program that does nothing fails, so that all would.
+    Raises InputError if programs cannot be run here at all.
     """
     import evaluate
 
     if not passes("pass"):
         raise InputError(
-            "code cannot be run apart here: a program that does nothing failed "
-            f"({sys.executable}, {SECONDS:g} s, a directory in {tempfile.gettempdir()}); leave out "
-            "the tasks that run code"
+            "programs cannot be run here: an empty one failed "
+            f"({sys.executable}, {SECONDS:g} s, a directory in {tempfile.gettempdir()}); omit the "
+            "tasks that run code"
         )
 
     if passes(f"open('/proc/{os.getpid()}/environ').read()"):
         print(
-            "WARNING: this system gives programs no namespaces of their own: those that the model "
-            "writes can read the environment of this process and signal it. Leave secrets out of "
-            "the environment",
+            "WARNING: this system does not allow namespaces, so model-written programs can read "
+            "this process's environment and signal it: keep secrets out of the environment",
             file=sys.stderr,
         )
     real = evaluate.load

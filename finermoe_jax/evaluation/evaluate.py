@@ -1,4 +1,4 @@
-"""Scores: the held-out loss of a run, perplexity of a file, tasks of the evaluation harness."""
+"""Held-out loss of a run, perplexity of a file, tasks of the evaluation harness."""
 
 import dataclasses
 import functools
@@ -38,11 +38,10 @@ from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """The selection of evaluation harness tasks to run.
+    """The evaluation harness tasks to run, and their settings.
 
     names, data_dir, num_fewshot, skip_missing and allow_code_execution are as in `tasks.select`.
-    limit is the number of rows of each task, None for all. chat puts prompts in the tokenizer's
-    chat template.
+    limit: rows per task; None: all. chat: wraps prompts in the tokenizer's chat template.
     """
 
     names: Sequence[str]
@@ -65,32 +64,32 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores of a text and of the harness's tasks, spread over all devices.
+    """Evaluates a text and harness tasks, on all devices.
 
     Args:
-      checkpoint: a checkpoint, a workdir, a HF directory or a hub id, with its tokenizer.
-      text: a .txt or .jsonl file. Each document is scored in windows of sequence_length tokens (0:
-        the model's limit, at most 2048), `stride` apart (0: half a window): every token once, after
-        at least sequence_length - stride tokens, or all of the document, before it.
-      sequence_length: of text's windows.
-      stride: of text's windows.
-      tasks: what of the harness.
-      int8: scores the model with int8 weights (`int8.int8_weights`), on one device.
-      batch_tokens: tokens that a device computes together, padding included.
-      show_progress: bars on stderr.
+      checkpoint: checkpoint, workdir, HF directory or Hub id, with a tokenizer.
+      text: .txt or .jsonl file. Every token of a document is scored once, given at least
+        sequence_length - stride previous tokens or the document's beginning.
+      sequence_length: tokens per window; 0: the model's context, at most 2048.
+      stride: tokens between window starts; 0: half a window.
+      tasks: harness tasks.
+      int8: uses int8 weights (`quantize.int8_weights`), on one device.
+      batch_tokens: tokens per batch and device, padding included.
+      show_progress: shows progress bars on stderr.
 
     Returns:
-      perplexity, loss (nats per token) and tokens, of text; tasks (name → metric → value), cut (how
-      many of their prompts lost their beginning) and, if there were any, skipped (names).
+      For text: perplexity, loss (nats per token), tokens. For tasks: tasks (name → metric →
+      value), cut (number of truncated prompts) and, if any, skipped (names).
 
-    Raises InputError, before weights are read: unreadable text, windows that the model does not
-    take, no tokenizer, unknown tasks, missing or unusable rows, the extra `eval` not installed.
-    After: log-likelihoods that are not finite.
+    Raises:
+      InputError: before weights are read, for unreadable text, invalid windows, a missing
+        tokenizer, unknown tasks, missing or unusable rows, or if the extra `eval` is not
+        installed; afterwards, if log-likelihoods are not finite.
     """
     check_integer("--batch_tokens", batch_tokens, 1)
     file = TextFile(text) if text else None
     tasks = _checked(tasks) if tasks else None
-    # Before the harness, which takes many seconds to load.
+    # Before the harness, which is slow to import.
     source, tokenizer, ends = open_with_tokenizer(checkpoint)
     limit = source.config.context_length
     pieces = list(file.pieces()) if file else []
@@ -115,33 +114,27 @@ def evaluate(
 
 
 def _window(length: int, stride: int, limit: int) -> tuple[int, int]:
-    """A window's length and stride, defaults in place of 0. Raises InputError beyond the limit."""
+    """Returns a window's length and stride, with defaults for 0. Raises InputError if invalid."""
     length = length or min(limit, 2048)
     stride = stride or max(1, length // 2)
     if not 1 <= length <= limit:
-        raise InputError(f"--sequence_length={length} must lie in 1 … {limit}, the model's limit")
+        raise InputError(f"--sequence_length={length} must be in 1 … {limit}, the model's context")
     if not 1 <= stride <= length:
-        raise InputError(f"--stride={stride} must lie in 1 … {length}, a window")
+        raise InputError(f"--stride={stride} must be in 1 … {length}, the window's length")
     return length, stride
 
 
 def perplexity(
     checkpoint: str, text: Path, sequence_length: int = 0, stride: int = 0
 ) -> dict[str, float | int]:
-    """`evaluate` of a text alone."""
+    """Evaluates a text only; see `evaluate`."""
     return evaluate(checkpoint, text=text, sequence_length=sequence_length, stride=stride)
 
 
 def _documents(
     pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
 ) -> list[tuple[int, np.ndarray]]:
-    """Of each document the token that its first one follows, and its tokens, int32 [N].
-
-    The end-of-text tokens that training puts between documents are left out. A tokenizer without
-    special tokens has nothing for a document's first token to follow: it is not scored.
-
-    Raises InputError for a text without any token to score.
-    """
+    """Returns each document's prefix (or else first) token and tokens to score, int32 [N]."""
     ids, starts = tokenize(pieces, tokenizer, show_progress and bool(pieces))
     ends = [*starts[1:], len(ids)] if len(starts) else []
     prefix, closed = prefix_token(tokenizer), tokenizer.eos_token_id is not None
@@ -153,7 +146,7 @@ def _documents(
         elif len(own):
             documents.append((int(own[0]), own[1:]))
     if text and not any(len(own) for _, own in documents):
-        raise InputError(f"{text} has no token that could be scored")
+        raise InputError(f"{text} contains no token to score")
     return documents
 
 
@@ -169,34 +162,37 @@ def _perplexity(
     total, count = 0.0, sum(len(ids) for _, ids in documents)
     parts = (part for prefix, ids in documents for part in windows(ids, prefix, length, stride))
     with tqdm(total=count, desc="scoring", unit="token", disable=not show_progress) as bar:
-        # So many at a time: windows of a long text are many times its tokens.
+        # In groups: overlapping windows need many times the text's memory.
         for group in itertools.batched(parts, 512):
             scores = score(model, group, batch_tokens=batch_tokens)
             total += math.fsum(one.log_likelihood for one in scores)
             bar.update(sum(len(part.targets) for part in group))
     loss = -total / count
-    # A loss beyond float64's exponents comes from broken weights; JSON has no infinity.
+    # The minimum avoids overflow.
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "tokens": count}
 
 
 def _checked(tasks: Tasks) -> Tasks:
-    """Returns the tasks with data_dir as a local path; InputError for errors visible at once."""
+    """Resolves data_dir. Raises InputError for errors that need no model."""
     data_dir = None if tasks.data_dir is None else Path(local(tasks.data_dir))
     if not tasks.names:
-        raise InputError("--tasks is empty; arc_easy,hellaswag names two, finermoe the paper's ten")
+        raise InputError(
+            "--tasks is empty: name tasks, such as arc_easy,hellaswag, or finermoe for the paper's "
+            "ten"
+        )
     for name, value, least in (("limit", tasks.limit, 1), ("num_fewshot", tasks.num_fewshot, 0)):
         if value is not None:
             check_integer(f"--{name}", value, least)
     if tasks.skip_missing and tasks.data_dir is None:
-        raise InputError("--skip_missing is about the rows of --data_dir; give that too")
+        raise InputError("--skip_missing has no effect without --data_dir; add --data_dir")
     for package in ("lm_eval", "datasets"):
         require(package, "eval", "--tasks")
     return dataclasses.replace(tasks, data_dir=data_dir)
 
 
 def _select(tasks: Tasks) -> Any:
-    """The harness's tasks and their rows."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
+    """Loads the harness's tasks and their rows."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch
     from finermoe_jax.evaluation.tasks import select
 
     return select(
@@ -209,14 +205,14 @@ def _select(tasks: Tasks) -> Any:
 
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:
-    """Checks what needs the model and its tokenizer, and then, as it takes longest, every row."""
-    from finermoe_jax.evaluation.harness import check_limits, check_rows, needed_prefix
+    """Checks tasks and rows against model and tokenizer. Raises InputError."""
+    from finermoe_jax.evaluation.harness import check_limits, check_rows, required_prefix
 
-    needed_prefix(tokenizer)
+    required_prefix(tokenizer)
     if tasks.chat and not tokenizer.chat_template:
         raise InputError(
-            "--apply_chat_template: the tokenizer has no chat_template; leave the flag away for a "
-            "base model"
+            "--apply_chat_template: the tokenizer has no chat template; omit the flag for a base "
+            "model"
         )
     check_limits(selection.tasks, limit)
     check_rows(selection.tasks, tasks.limit, tasks.num_fewshot)
@@ -231,8 +227,7 @@ def _run(
     from finermoe_jax.evaluation.tasks import ALL_TEN, TEN
 
     harness = HarnessModel(model, tokenizer, **options)
-    # The harness draws few-shot examples with seeds of its own: a rerun sees the same.
-    random.seed(0)
+    random.seed(0)  # few-shot examples have the harness's own fixed seeds
     with redirect_stdout(sys.stderr):
         found = lm_eval.simple_evaluate(
             model=harness,
@@ -248,26 +243,26 @@ def _run(
     if ALL_TEN in tasks.names:
         values = [metrics[name][metric] for name, metric in TEN.items() if name in metrics]
         metrics[ALL_TEN] = {"mean": math.fsum(values) / len(values), "benchmarks": len(values)}
-    warn_of_what_is_no_number(metrics)
+    warn_non_finite(metrics)
     skipped = {"skipped": selection.skipped} if selection.skipped else {}
     return {"tasks": metrics, "cut": harness.cut} | skipped
 
 
-def warn_of_what_is_no_number(metrics: dict[str, dict[str, float]]) -> None:
-    """Names on stderr each metric, by task, that is NaN or infinite; JSON will hold null."""
+def warn_non_finite(metrics: dict[str, dict[str, float]]) -> None:
+    """Warns on stderr about each task's metric that is NaN or infinite."""
     for task, values in metrics.items():
         for name, value in values.items():
             if not math.isfinite(value):
                 print(
-                    f"WARNING: {task}: {name} is no number ({value}); as JSON it is null",
+                    f"WARNING: {task}: {name} is not finite ({value}) and becomes null in JSON",
                     file=sys.stderr,
                 )
 
 
 def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) -> float:
-    """Mean cross-entropy, nats per counted target, of the first `count` rows, sources in shares.
+    """Returns the mean cross-entropy of `count` rows, in nats per counted target.
 
-    The sum is of float64, on the host.
+    The sources contribute in proportion to their weights. Sums in float64 on the host.
     """
     graphdef, state = nnx.split(model)
     state = sharding.as_kernels_read(state)
@@ -285,7 +280,7 @@ def held_out_loss(model: Decoder, rows: Mixture, count: int, chunk_tokens: int) 
 
 
 def batch_rows(count: int, mesh: Mesh | None) -> int:
-    """Rows of a batch of the held-out loss, of `count` in all: a multiple of the mesh's parts."""
+    """Returns the held-out loss's batch size for `count` rows: a multiple of the mesh's parts."""
     parts = sharding.batch_parts(mesh) if mesh else 1
     return -(-min(16, count) // parts) * parts
 
@@ -294,7 +289,7 @@ def batch_rows(count: int, mesh: Mesh | None) -> int:
 def summed_loss(
     graphdef: Any, state: Any, batch: Batch, real: Array, chunk_tokens: int
 ) -> Float[Array, ""]:
-    """Summed cross-entropy of the counted targets of a batch's real rows."""
+    """Sums the cross-entropy of the counted targets in the rows where `real` is True."""
     model = nnx.merge(graphdef, state)
     hidden = model.features(batch.tokens[:, :-1], **masks(batch)).hidden
     targets = batch.tokens[:, 1:]

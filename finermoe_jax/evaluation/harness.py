@@ -1,4 +1,4 @@
-"""Our models for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
+"""Adapter for EleutherAI's lm-evaluation-harness. Needs the extra `eval`."""
 
 import itertools
 import sys
@@ -17,14 +17,14 @@ from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.generation.text import continue_all
 from finermoe_jax.model.decoder import Decoder
 
-NEW_TOKENS = 256  # where a task does not say; the harness's own
+NEW_TOKENS = 256  # the harness's default
 
 
 class HarnessModel(TemplateLM):
     """A decoder and its tokenizer as the harness's `LM`.
 
-    Texts become tokens as in the harness's own Hugging Face model: whatever the tokenizer adds by
-    itself, and its beginning-of-text token (else its end-of-text token) where there is no context.
+    Tokenises like the harness's Hugging Face model: with the tokenizer's default special tokens,
+    and a beginning-of-text (or else end-of-text) token in place of an empty context.
     """
 
     def __init__(
@@ -36,43 +36,43 @@ class HarnessModel(TemplateLM):
         batch_tokens: int = BATCH_TOKENS,
         show_progress: bool = False,
     ):
-        """ends as in `completion.complete`, the others as in `scoring.score`.
+        """`ends` is as in `text.complete`, the others as in `scoring.score`.
 
-        `cut` counts the prompts that have lost their beginning.
+        `cut` counts truncated prompts.
 
-        Raises InputError when the tokenizer has neither of the two tokens.
+        Raises InputError if the tokenizer has neither of the two tokens.
         """
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.ends, self.batch_tokens, self.show_progress = ends, batch_tokens, show_progress
-        self.prefix = needed_prefix(tokenizer)
+        self.prefix = required_prefix(tokenizer)
         self.cut = 0
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model takes."""
+        """The model's context length in tokens."""
         return self.model.config.context_length
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token; the prefix where there is none."""
+        """The end-of-text token, or else the prefix."""
         end: int | None = self.tokenizer.eos_token_id
         return self.prefix if end is None else end
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without a context."""
+        """The token that replaces an empty context."""
         return self.prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """Marks the harness's caches of requests."""
+        """Key of the harness's request caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text; one that begins with the beginning-of-text token gets no second."""
+        """Tokenises a text, without duplicating a beginning-of-text token."""
         begin = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (begin and string.startswith(begin))
@@ -84,7 +84,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one text."""
+        """Renders a conversation as one text."""
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -109,8 +109,10 @@ class HarnessModel(TemplateLM):
         return [(one.log_likelihood, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's limit without overlap, but for
-        the last, which has all the context that fits."""
+        """Returns log-likelihoods of whole texts, in windows of the model's context length.
+
+        Windows do not overlap, except the last, which has as much context as fits.
+        """
         parts: list[Continuation] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -126,13 +128,12 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Continuations, each ended by its stop strings, which are left out.
+        """Generates continuations up to the stop strings, which are excluded.
 
-        Eight at a time, or as many more as batch_tokens allows with prompt and new tokens.
+        Batches have at least eight prompts, or more if batch_tokens allows. Prompts that leave no
+        room for the new tokens are truncated on the left.
 
-        A prompt that leaves no room for the new tokens loses its beginning.
-
-        Raises InputError: as many new tokens as the model has positions, or more.
+        Raises InputError if the new tokens alone fill the model's context.
         """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -165,36 +166,36 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _count_cut(self, count: int, of: int, new: int = 0) -> None:
-        """Adds to `cut` and says so; new: tokens that are generated."""
+        """Adds to `cut` and logs it; `new`: number of tokens to generate."""
         self.cut += count
-        most = f"the model's limit of {self.max_length} tokens"
+        most = f"the model's context of {self.max_length} tokens"
         if new:
-            most = f"{self.max_length - new} tokens ({self.max_length} less {new} to generate)"
+            most = f"{self.max_length - new} tokens ({self.max_length} minus {new} to generate)"
         if count:
             print(
-                f"{count} of {of} prompts exceed {most} and lose their beginning, as in the "
+                f"{count} of {of} prompts exceed {most} and are truncated on the left, as in the "
                 "harness",
                 file=sys.stderr,
             )
 
 
-def needed_prefix(tokenizer: Any) -> int:
-    """The token that a text without a context follows. Raises InputError where there is none."""
+def required_prefix(tokenizer: Any) -> int:
+    """Returns the token for an empty context. Raises InputError if the tokenizer has none."""
     prefix = prefix_token(tokenizer)
     if prefix is None:
         raise InputError(
-            "the tokenizer names no beginning-of-text and no end-of-text token, after which a text "
-            "without a context could be scored; set eos_token in its tokenizer_config.json"
+            "the tokenizer has neither a beginning-of-text nor an end-of-text token, which scoring "
+            "without a context needs; set eos_token in its tokenizer_config.json"
         )
     return prefix
 
 
 def _room(limit: int, new: int) -> int:
-    """Tokens that a prompt may have."""
+    """Returns the maximum prompt length. Raises InputError if it is 0."""
     if new >= limit:
         raise InputError(
             f"max_gen_toks={new} leaves no room for a prompt in the model's "
-            f"context of {limit} tokens"
+            f"context of {limit} tokens; omit this task"
         )
     return limit - new
 
@@ -207,19 +208,18 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 
 
 def check_limits(tasks: Sequence[Any], limit: int) -> None:
-    """Raises InputError when a task generates more tokens than the model has room for, or asks
-    for what there is not: pictures, beam search."""
+    """Raises InputError for tasks that exceed the context, or need images or beam search."""
     for task in tasks:
         if getattr(task, "MULTIMODAL", False):
             raise InputError(
-                f"task {task.task_name} shows pictures, and the model reads text alone"
+                f"task {task.task_name} needs images, but the model reads text only; omit it"
             )
         if task.get_config("output_type") == "generate_until":
             settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, NEW_TOKENS)
             if (settings.get("num_beams") or 1) != 1:
                 raise InputError(
-                    f"task {task.task_name} asks for num_beams={settings['num_beams']}; there is "
-                    "no beam search here"
+                    f"task {task.task_name} needs num_beams={settings['num_beams']}, but beam "
+                    "search is not supported; omit it"
                 )
             try:
                 _room(limit, settings["max_gen_toks"])
@@ -228,8 +228,10 @@ def check_limits(tasks: Sequence[Any], limit: int) -> None:
 
 
 def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None) -> None:
-    """Raises InputError for a row, of the first `limit` of each task, that the task cannot use, and
-    where there are fewer rows than examples that a prompt wants."""
+    """Raises InputError for an unusable row, or too few rows for the few-shot examples.
+
+    Checks the first `limit` rows of each task; None: all.
+    """
     for task in tasks:
         _check_examples(task, num_fewshot)
         for number, row in enumerate(itertools.islice(task.eval_docs, limit)):
@@ -237,13 +239,13 @@ def check_rows(tasks: Sequence[Any], limit: int | None, num_fewshot: int | None)
                 _use(task, row)
             except Exception as error:  # of jinja, or a task's own code
                 raise InputError(
-                    f"task {task.task_name}, row {number}: it cannot be used: "
+                    f"task {task.task_name}, row {number} is unusable: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from None
 
 
 def _use(task: Any, row: Any) -> None:
-    """Asks of a row what the harness will ask of it, and raises for an unusable answer."""
+    """Evaluates a row as the harness will, and raises if the result is unusable."""
     text, target = task.doc_to_text(row), task.doc_to_target(row)
     if not isinstance(text, str | int):
         raise TypeError(f"its text is {text!r}")
@@ -255,7 +257,7 @@ def _use(task: Any, row: Any) -> None:
     for index in target if isinstance(target, list) else [target]:
         # The harness would count it as a wrong answer.
         if isinstance(index, int) and not 0 <= index < len(choices):
-            raise ValueError(f"its answer, {index}, is none of its {len(choices)} choices")
+            raise ValueError(f"its answer {index} is not in 0 … {len(choices) - 1}, its choices")
 
 
 def _check_examples(task: Any, num_fewshot: int | None) -> None:
@@ -263,19 +265,19 @@ def _check_examples(task: Any, num_fewshot: int | None) -> None:
     if not count or not hasattr(task, "fewshot_cfg"):
         return
     rows = len(task.sampler.fewshot_docs()) if hasattr(task, "sampler") else 0
-    # The harness keeps a row back where it takes the scored row itself for an example.
+    # If examples come from the test split, the harness excludes the scored row.
     have = rows - (task.fewshot_cfg.split == task.config.test_split)
     if count > have:
         raise InputError(
-            f"task {task.task_name}: {count} examples in each prompt are more than the "
-            f"{max(0, have)} rows for them; set --num_fewshot, or give more rows"
+            f"task {task.task_name} needs {count} examples per prompt but has {max(0, have)} rows "
+            "for them; lower --num_fewshot, or give more rows"
         )
 
 
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
-    """A task's metrics from the harness's result of it; "rows" is how many were scored.
+    """Extracts a task's numeric metrics from the harness's results.
 
-    A metric of a named filter is "metric,filter". What has no number is left out.
+    "rows" is the number of scored rows; a metric of a named filter is "metric,filter".
     """
     found = {
         key.removesuffix(",none"): float(value)

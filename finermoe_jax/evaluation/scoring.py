@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations: sorted by length, padded to few shapes, spread over the mesh.
+"""Log-likelihoods of continuations.
 
-Logits exist for the scored positions alone, a chunk at a time. Axis letters:
-finermoe_jax/config/model.py; here M counts scored positions.
+Requests are sorted by length, padded to few shapes and sharded over the mesh. Logits are computed
+for scored positions only, in chunks. Axis letters: config/model.py; here M counts scored positions.
 """
 
 import functools
@@ -23,19 +23,19 @@ from finermoe_jax.layers.basic import project
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import log_likelihood
 
-BATCH_TOKENS = 2048  # of one device; more gains nothing on a CPU
-_CHUNK = 256  # scored positions whose logits exist at one time
+BATCH_TOKENS = 2048  # per device
+_CHUNK = 256  # scored positions whose logits are computed at a time
 
 
 class Continuation(NamedTuple):
-    """A scored text: `targets`, each given all tokens before it. Neither field may be empty."""
+    """Scores `targets`, each given all tokens before it. Neither field may be empty."""
 
     context: Sequence[int]
     targets: Sequence[int]
 
 
 class Score(NamedTuple):
-    """log_likelihood: sum over the targets, nats. greedy: each is the likeliest token there."""
+    """log_likelihood: sum over the targets, nats. greedy: every target is the most likely token."""
 
     log_likelihood: float
     greedy: bool
@@ -48,32 +48,33 @@ def score(
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
 ) -> list[Score]:
-    """The log-likelihood of every request, in their order.
+    """Returns the log-likelihood of every request, in order.
 
-    A request longer than the model's limit loses the beginning of its context. Requests with equal
-    inputs, such as one-token answers to one question, are computed once.
+    A context that exceeds the model's limit is truncated on the left. Requests with equal inputs,
+    such as one-token answers to one question, share one computation.
 
     Args:
-      model: any decoder; on a mesh the rows of a batch are spread over it.
-      requests: tokens.
-      batch_tokens: tokens of a batch on one device, padding included; at least one row.
-      show_progress: a bar on stderr.
+      model: any decoder; on a mesh, batch rows are sharded over it.
+      requests: contexts and targets, as token ids.
+      batch_tokens: tokens per batch and device, padding included; at least one row.
+      show_progress: shows a progress bar on stderr.
 
-    Raises InputError: a request without context or targets, or more targets than the limit;
-    log-likelihoods that are not finite.
+    Raises:
+      InputError: a request has no context, no targets or more targets than the limit, or
+        log-likelihoods are not finite.
     """
     limit = model.config.context_length
-    # Input tokens → the requests that they answer, each scored at the last positions.
+    # Input tokens → indices of the requests, each scored at the last positions.
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, targets) in enumerate(requests):
         if not context or not targets:
             raise InputError(
-                f"{len(targets)} tokens after a context of {len(context)}: both must be 1 or more"
+                f"{len(targets)} tokens after a context of {len(context)}: both must be at least 1"
             )
         if len(targets) > limit:
             raise InputError(
                 f"a continuation of {len(targets)} tokens exceeds the model's "
-                f"context of {limit} tokens"
+                f"context of {limit} tokens; shorten it"
             )
         inputs = tuple([*context, *targets][-limit - 1 : -1])
         rows.setdefault(inputs, []).append(index)
@@ -101,11 +102,7 @@ def score(
 def _batches(
     ordered: list[tuple[int, ...]], limit: int, batch_tokens: int, mesh: Any
 ) -> Iterator[tuple[list[tuple[int, ...]], Any, Any]]:
-    """Batches of rows, longest first, with their ids and mask [B, T].
-
-    T is the bucket of the longest row and decides B; rows of a shorter bucket fill a batch up. The
-    last batch has fewer rows, a power of two of them.
-    """
+    """Yields rows, longest first, with ids and mask [B, T]; T is the longest row's bucket."""
     parts = sharding.batch_parts(mesh) if mesh else 1
     start = 0
     while start < len(ordered):
@@ -131,7 +128,7 @@ def _scored(
     requests: Sequence[Continuation],
     length: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each scored position, int64 [M]: its place in B·T, its target and its request."""
+    """Returns each scored position's index in B·T, target and request, int64 [M]."""
     places, targets, owners = [], [], []
     for row, inputs in enumerate(batch):
         end = row * length + len(inputs)
@@ -153,17 +150,17 @@ def _hidden(
 def _log_likelihoods(
     model: Decoder, hidden: Float[Array, "B T D"], places: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p [M] of the targets, and whether each is the likeliest token of its place."""
+    """Returns log p [M] of the targets, and bools [M]: True if the target is the most likely."""
     pad = -len(places) % _CHUNK
     chunks = [np.pad(x, (0, pad)).astype(np.int32).reshape(-1, _CHUNK) for x in (places, targets)]
-    # All are in flight before the first is waited for.
-    found = [_of_chunk(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
+    # Dispatch all chunks before blocking on the first.
+    found = [_score_chunk(hidden, model.head[...], *chunk) for chunk in zip(*chunks, strict=True)]
     log_p, likeliest = (np.concatenate(x) for x in zip(*jax.device_get(found), strict=True))
     return log_p[: len(places)], likeliest[: len(places)]
 
 
 @jax.jit
-def _of_chunk(
+def _score_chunk(
     hidden: Float[Array, "B T D"],
     weight: Any,
     places: Int[Array | np.ndarray, " M"],
@@ -178,10 +175,10 @@ def _of_chunk(
 def windows(
     tokens: Sequence[int] | np.ndarray, prefix: int, length: int, stride: int
 ) -> Iterator[Continuation]:
-    """A text as windows of at most `length` inputs; each token is a target exactly once.
+    """Splits a text into windows of at most `length` inputs; each token is scored exactly once.
 
-    The first token is scored after `prefix`. The first window scores all its tokens, each later one
-    the next `stride`, after as many tokens before them as fit: at least length - stride.
+    `prefix` is the context of the first token. The first window scores all its tokens, each later
+    one the next `stride`, with at least length - stride tokens of context.
     """
     ids = np.concatenate([[prefix], np.asarray(tokens, np.int64)])  # ids[i] precedes tokens[i]
     done, last = 0, len(ids) - 1

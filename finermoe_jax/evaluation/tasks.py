@@ -1,6 +1,6 @@
-"""The harness's tasks by name, with rows from the hub or from a local directory.
+"""Loads harness tasks by name, with rows from the Hub or from a local directory.
 
-The layout of such a directory is in docs/evaluation.md. Needs the extra `eval`.
+docs/evaluation.md describes the directory's layout. Needs the extra `eval`.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from lm_eval.tasks import TaskManager
 from finermoe_jax.data.compressed import decompressed
 from finermoe_jax.data.text import HALF_PAIR, is_text
 from finermoe_jax.errors import InputError, first_line, near_misses
-from finermoe_jax.evaluation.code_execution import own_code_eval
+from finermoe_jax.evaluation.code_execution import local_code_eval
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows, to_json
 
-# The paper's ten by the harness's names, and the metric of each that goes into the mean: the one of
-# the Open LLM Leaderboards where they had the task, else the harness's first.
+# The paper's ten benchmarks by the harness's names, with the metric that enters the mean: the Open
+# LLM Leaderboards' metric if they had the task, else the harness's first.
 TEN = {
     "mmlu": "acc",
     "bbh": "exact_match,get-answer",
@@ -40,7 +40,7 @@ TEN = {
     "gpqa_main_zeroshot": "acc_norm",
 }
 ALL_TEN = "finermoe"
-# Where the harness keeps them. Reading all its tasks takes many times as long.
+# Their folders in the harness: reading all tasks takes many times as long.
 _FOLDERS = (
     "mmlu/default", "bbh/cot_fewshot", "hellaswag", "winogrande", "arc", "agieval", "mbpp", "gsm8k",
     "gpqa/zeroshot",
@@ -50,9 +50,12 @@ _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupConfig)}
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Tasks that can be run.
+    """Loaded tasks.
 
-    objects are the harness's tasks and groups; skipped are the tasks left out for want of rows.
+    Attributes:
+      objects: the harness's tasks and groups.
+      tasks: all tasks in them.
+      skipped: names of tasks without local rows.
     """
 
     objects: list[Any]
@@ -71,14 +74,15 @@ def select(
     """Loads tasks, groups and tags of the harness, and their rows.
 
     Args:
-      names: of the harness; "finermoe" stands for the ten of TEN.
-      data_dir: local rows; nothing is fetched. None: the hub.
-      num_fewshot: examples per prompt; None: as the task says.
-      skip_missing: leaves out what data_dir has no rows of.
-      allow_code_execution: whether programs that the model writes may be run.
+      names: the harness's names; "finermoe" stands for the keys of TEN.
+      data_dir: directory with local rows; nothing is downloaded. None: the Hub.
+      num_fewshot: examples per prompt; None: the task's own number.
+      skip_missing: skips tasks that have no rows in data_dir.
+      allow_code_execution: allows tasks that run model-written programs.
 
-    Raises InputError: an unknown name, rows that are missing or that the task cannot use, a task
-    that runs code without leave to.
+    Raises:
+      InputError: an unknown name, missing or unusable rows, or a task that runs code without
+        permission.
     """
     _read.cache_clear()
     if data_dir is not None and not data_dir.is_dir():
@@ -91,10 +95,9 @@ def select(
     unsafe = [x for of in leaves.values() for x in of if (index[x].cfg or {}).get("unsafe_code")]
     if unsafe and not allow_code_execution:
         raise InputError(
-            f"--tasks={','.join(names)} includes {', '.join(unsafe)}, which runs programs that the "
-            "model has written, on this machine and with your rights. Where that is acceptable "
-            "(best in a container without network), add --allow_code_execution; otherwise name the "
-            "other tasks"
+            f"--tasks={','.join(names)} includes {', '.join(unsafe)}, which runs model-written "
+            "programs on this machine with your permissions. To allow this (best in a container "
+            "without network), add --allow_code_execution; otherwise omit the task"
         )
     local: dict[str, dict] | None = None
     missing: dict[str, Path] = {}
@@ -102,37 +105,36 @@ def select(
         local, missing = _find_rows(leaves, index, data_dir, num_fewshot)
         _check_rows(data_dir, names, local, {} if skip_missing else missing)
     objects: list[Any] = []
-    with own_code_eval() if unsafe else contextlib.nullcontext():
+    with local_code_eval() if unsafe else contextlib.nullcontext():
         for name in wanted:
-            # GPQA's choices are shuffled when it is loaded.
-            random.seed(0)
+            random.seed(0)  # loading GPQA shuffles its choices
             objects += _build(name, manager, local)
     _refuse_duplicates(objects)
     built = {one.name if isinstance(one, Group) else one.task_name for one in objects}
     if ALL_TEN in names and not built & TEN.keys():
         raise InputError(
-            f"--data_dir={data_dir} holds no rows of any of the ten of {ALL_TEN}, which then has "
-            "no mean: leave that name out"
+            f"--data_dir={data_dir} contains no rows of the ten benchmarks of {ALL_TEN}: add rows, "
+            "or omit that name"
         )
     tasks = [task for one in objects for task in _tasks(one)]
     return Selection(objects, tasks, list(missing))
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """The harness's index of the ten benchmarks, or of all its tasks where a name needs it."""
+    """Returns the harness's index of the ten benchmarks, or of all tasks if a name needs it."""
     root = Path(lm_eval.tasks.__file__).parent
     folders: list[str | Path] = [root / folder for folder in _FOLDERS]
     logger = logging.getLogger("lm_eval")
-    logger.setLevel(logging.ERROR)  # of its many tasks some define a name twice
+    logger.setLevel(logging.ERROR)  # hides warnings about names that the harness defines twice
     few = TaskManager(include_defaults=False, include_path=folders)
-    # A tag of these may hold tasks of other folders too.
+    # A tag may also contain tasks of other folders.
     if all(n in few.task_index and few.task_index[n].kind.name != "TAG" for n in names):
         return few
     every = TaskManager()
     for name in names:
         if name not in every.task_index:
             raise InputError(
-                f"--tasks names {name!r}, which the harness does not have. "
+                f"--tasks contains {name!r}, which the harness does not have. "
                 + near_misses(name, [ALL_TEN, *every.all_tasks])
             )
     return every
@@ -150,7 +152,7 @@ def _members(name: str, index: dict) -> list[str] | None:
 
 
 def _listed(members: Any) -> Iterator[str]:
-    """The names in a group's list, whose members may have settings or be groups defined there."""
+    """Yields the names in a group's list; members may be names, settings or inline groups."""
     for member in [members] if isinstance(members, str | dict) else members or []:
         if isinstance(member, str):
             yield member
@@ -161,7 +163,7 @@ def _listed(members: Any) -> Iterator[str]:
 
 
 def _leaves(name: str, index: dict) -> list[str]:
-    if name not in index:  # defined inside of its group
+    if name not in index:  # defined inline in its group
         return []
     members = _members(name, index)
     return [name] if members is None else [x for m in members for x in _leaves(m, index)]
@@ -174,7 +176,8 @@ def _refuse_duplicates(objects: list[Any]) -> None:
         for task in _tasks(one):
             if task.task_name in seen:
                 raise InputError(
-                    f"--tasks names {task.task_name} twice: in {seen[task.task_name]} and {name}"
+                    f"--tasks contains {task.task_name} twice, in {seen[task.task_name]} and "
+                    f"{name}: omit one"
                 )
             seen[task.task_name] = name
 
@@ -187,7 +190,7 @@ def _tasks(one: Any) -> list[Any]:
 
 
 def _build(name: str, manager: TaskManager, local: dict[str, dict] | None) -> list[Any]:
-    """The task or group of that name, or a tag's tasks. With local rows, those that have some."""
+    """Builds the task or group of a name, or a tag's tasks; with local rows, those with rows."""
     if local is None:
         loaded = _harness(name, lambda: manager.load(name))
         groups = loaded.get("groups") or {}
@@ -203,7 +206,7 @@ def _with_rows(
     if members is None:
         if name not in local:
             return []
-        # A member of a group may change settings; a task by itself may not.
+        # Wrapped in a group: only group members may override settings.
         spec = {"group": "local", "task": [{"task": name, **settings, **local[name]}]}
         return list(_harness(name, lambda: manager.load(spec))["tasks"].values())
     config: dict[str, Any] = entry.cfg or {} if entry.kind.name == "GROUP" else {}
@@ -211,8 +214,8 @@ def _with_rows(
         m for m in config.get("task") or [] if not isinstance(m, str)
     ]:
         raise InputError(
-            f"the harness defines members of {name} inside of it ({unknown[0]}); with --data_dir "
-            "name the tasks themselves"
+            f"the harness defines members of {name} inline ({unknown[0]}); with --data_dir name "
+            "the tasks themselves"
         )
     settings = settings | {k: v for k, v in config.items() if k not in (*_GROUP_FIELDS, "tag")}
     found = [x for member in members for x in _with_rows(member, manager, local, settings)]
@@ -225,12 +228,12 @@ def _with_rows(
 
 
 def _harness(name: str, load: Callable[[], Any]) -> Any:
-    """Runs a load of the harness and turns its many kinds of errors into one InputError."""
+    """Calls a loader of the harness and converts its many kinds of errors to InputError."""
     try:
         return load()
-    except Exception as error:  # of datasets, the hub's client, jinja, or a task's own code
+    except Exception as error:  # of datasets, the Hub client, jinja, or a task's own code
         raise InputError(
-            f"task {name}: its rows cannot be had or used: {type(error).__name__}: "
+            f"task {name}: its rows cannot be loaded: {type(error).__name__}: "
             f"{first_line(error)}\nWithout a network, give local rows with --data_dir "
             "(docs/evaluation.md)"
         ) from None
@@ -240,7 +243,7 @@ def _harness(name: str, load: Callable[[], Any]) -> Any:
 
 
 def _summary(missing: dict[str, Path]) -> list[str]:
-    """A line per folder."""
+    """Returns one line per folder."""
     folders: dict[Path, list[str]] = {}
     for task, place in missing.items():
         folders.setdefault(place.parent, []).append(f"{task} ({place.name}.jsonl or .jsonl.gz)")
@@ -253,20 +256,23 @@ def _summary(missing: dict[str, Path]) -> list[str]:
 def _check_rows(
     data_dir: Path, names: Sequence[str], local: dict[str, dict], missing: dict[str, Path]
 ) -> None:
-    """Raises InputError where a directory lacks rows that are needed, or holds none."""
+    """Raises InputError if required rows, or all rows, are missing."""
     if missing:
         raise InputError(
             "\n  ".join([f"--data_dir={data_dir} has no rows for", *_summary(missing)])
-            + "\ndocs/evaluation.md states the layout; --skip_missing leaves such tasks out"
+            + "\nAdd them (layout: docs/evaluation.md), or skip these tasks with --skip_missing"
         )
     if not local:
-        raise InputError(f"--data_dir={data_dir} holds no rows of {', '.join(names)}")
+        raise InputError(
+            f"--data_dir={data_dir} contains no rows of {', '.join(names)}: see the layout in "
+            "docs/evaluation.md"
+        )
 
 
 def _find_rows(
     leaves: dict[str, list[str]], index: dict, data_dir: Path, num_fewshot: int | None
 ) -> tuple[dict[str, dict], dict[str, Path]]:
-    """Settings of the tasks whose rows are there; and of the others where they should be."""
+    """Returns the settings of tasks with rows, and the expected paths of missing rows."""
     found: dict[str, dict] = {}
     missing: dict[str, Path] = {}
     for leaf in dict.fromkeys(leaf for group in leaves.values() for leaf in group):
@@ -283,7 +289,7 @@ def _find_rows(
                 missing.setdefault(leaf, place)
         if leaf in missing:
             continue
-        # Left as they are, the harness would read splits that it does not need.
+        # None, so that the harness does not read splits that it does not need.
         absent = {key: None for key, split in splits.items() if split and split not in rows}
         found[leaf] = {"custom_dataset": _dataset(rows)} | absent
     return found, missing
@@ -293,12 +299,12 @@ _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
 def examples(stated: int | None, asked: int | None) -> int:
-    """Examples in each prompt of a task that states so many, where so many are asked for."""
+    """Returns the examples per prompt, given the task's number and the user's."""
     return (stated or 0) if asked is None or stated == 0 else asked
 
 
 def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
-    """The split that the harness takes examples from; None if it needs none from the rows."""
+    """Returns the split with the few-shot examples; None if no rows are needed for them."""
     fewshot = config.get("fewshot_config") or {}
     count = examples(config.get("num_fewshot"), num_fewshot)
     named = fewshot.get("split") or config.get("fewshot_split")
@@ -311,7 +317,7 @@ def _fewshot_split(config: dict, num_fewshot: int | None) -> str | None:
 def _rows_of(
     data_dir: Path, task: str, config: dict, split: str, scored: bool
 ) -> tuple[list[dict] | None, Path]:
-    """A split's rows, None if there are none, and their path, present or not, without a suffix."""
+    """Returns a split's rows, or None, and their expected path without a suffix."""
     place = data_dir / task / split
     rows = _read(place)
     folder, subset = _family(config)
@@ -325,7 +331,7 @@ def _rows_of(
 
 
 def _family(config: dict) -> tuple[str, str]:
-    """The folder and the name of a subset of MMLU, BBH, AGIEval or GPQA; else empty."""
+    """Returns the folder and the name of a subset of MMLU, BBH, AGIEval or GPQA; else empty."""
     path, name = str(config.get("dataset_path")), str(config.get("dataset_name") or "")
     if path.startswith("hails/agieval-"):
         return "agieval", path.removeprefix("hails/agieval-")
@@ -333,12 +339,9 @@ def _family(config: dict) -> tuple[str, str]:
     return folders.get(path, ""), name
 
 
-@functools.lru_cache(maxsize=4)  # MMLU's subjects share a file
+@functools.lru_cache(maxsize=4)  # MMLU's subjects share one file
 def _read(path: Path) -> list[dict] | None:
-    """The rows of path.jsonl or path.jsonl.gz; None when there is neither.
-
-    Raises InputError: damage, text that is not UTF-8, a line that is no JSON object, no line.
-    """
+    """Reads the rows of path.jsonl or path.jsonl.gz; returns None if neither exists."""
     plain, packed = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".jsonl.gz"))
     file = plain if plain.is_file() else packed
     if not file.is_file():
@@ -349,19 +352,19 @@ def _read(path: Path) -> list[dict] | None:
         with file.open("rb") as raw, decompressed(raw, file) as stream:
             for number, row in json_rows(stream, file):
                 if not isinstance(row, dict):
-                    raise InputError(f"{file}, line {number}: not a JSON object")
+                    raise InputError(f"{file}, line {number} is not a JSON object")
                 if not is_text(to_json(row, ensure_ascii=False)):
                     raise InputError(f"{file}, line {number}: {HALF_PAIR}")
                 rows.append(row)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not rows:
-        raise InputError(f"{file} holds no rows")
+        raise InputError(f"{file} contains no rows")
     return rows
 
 
 def _dataset(rows: dict[str, list[dict]]) -> Callable[..., Any]:
-    """A function that the harness calls for a dataset; it returns one in memory."""
+    """Returns a function that the harness calls to get an in-memory dataset."""
     return lambda **_: datasets.DatasetDict(
         {split: datasets.Dataset.from_list(of_split) for split, of_split in rows.items()}
     )

@@ -1,1 +1,1 @@
-"""Prefill, decoding, the next token; text and conversations."""
+"""Prefill, decoding, sampling; text completion and chat."""

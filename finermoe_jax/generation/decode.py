@@ -1,7 +1,7 @@
-"""Generation: a prefill of the prompts, then a token at a time from a preallocated KV cache.
+"""Generation: prefills the prompts, then decodes one token at a time with a preallocated KV cache.
 
-Both are one compiled program for each batch size and bucket of lengths, whatever the prompts, the
-number of new tokens and the sampling.
+Each is compiled once per batch size and length bucket, independent of the prompts, the number of
+new tokens and the sampling settings.
 """
 
 import functools
@@ -42,23 +42,30 @@ def generate(
     *,
     sampling: Sampling | None = None,
 ) -> Int[Array, "B TN"]:
-    """Continues every row of a batch.
+    """Generates tokens after every row of a batch.
 
     Args:
       model: any decoder.
-      input_ids: int [B, T], padded left or right where attention_mask is 0.
-      attention_mask: [B, T] or None (no padding).
+      input_ids: int [B, T], array or nested list, padded left or right where attention_mask is 0.
+      attention_mask: [B, T], nonzero at real tokens; None: no padding.
       max_new_tokens: tokens to add to each row.
-      temperature: 0 takes the most likely token, else samples from softmax(logits / temperature).
-      seed: of the sampling.
-      sampling: all settings, in place of temperature and seed.
+      temperature: 0 takes the most likely token; otherwise samples from
+        softmax(logits / temperature).
+      seed: seed of the sampling.
+      sampling: all sampling settings; replaces temperature and seed.
 
     Returns:
-      int32 [B, T + max_new_tokens]: the input as given, then the new tokens.
+      int32 [B, T + max_new_tokens]: the input, then the new tokens.
 
     Raises:
-      InputError: arguments of another type, empty prompts, rows of different lengths, ids outside
-        the vocabulary, more positions than the model has; logits that are not finite.
+      InputError: an argument of the wrong type, an empty prompt, rows of different lengths, ids
+        outside the vocabulary, more positions than the model has, or logits that are not finite.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model")
+      >>> fm.generate(model, [[5, 6, 7]], max_new_tokens=2).shape
+      (1, 5)
     """
     prompt = rectangular("input_ids", input_ids)
     if sampling is None:
@@ -74,26 +81,29 @@ def stream(
     max_new_tokens: int = 16,
     sampling: Sampling = Sampling(),  # noqa: B008
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """`generate`, one new token of every row at a time. Input is checked at the call."""
+    """Yields one new token of every row, int32 [B], at a time; arguments as in `generate`.
+
+    Raises InputError at the call for invalid input, and later for logits that are not finite.
+    """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     ids = rectangular("input_ids", input_ids)
     mask = np.ones(ids.shape, bool)
     if attention_mask is not None:
         mask = rectangular("attention_mask", attention_mask)
     check(model.config, ids, mask, max_new_tokens)
-    check_type("sampling", sampling, Sampling, "Sampling(temperature=0.8) is one")
+    check_type("sampling", sampling, Sampling, "give, for example, Sampling(temperature=0.8)")
     sampling.check()
     return _tokens(model, ids, mask != 0, int(max_new_tokens), sampling)
 
 
 def bucket(tokens: int) -> int:
-    """The length that `tokens` are padded to: 32, 48, 64, 96, 128 … (2^n and 3 * 2^(n-1))."""
+    """Returns the padded length of `tokens`: 32, 48, 64, 96, 128 … (2^n and 3 * 2^(n-1))."""
     size = max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
     return size * 3 // 4 if size > SMALLEST_BUCKET and tokens <= size * 3 // 4 else size
 
 
 class _Running(NamedTuple):
-    """The state passed from step to step. It is donated, so the cache is written in place."""
+    """State passed between steps. It is donated, so that the cache is updated in place."""
 
     cache: KVCache
     seen: Bool[Array, "B V"]
@@ -116,7 +126,7 @@ def _tokens(
     if max_new_tokens > 1:
         state = layers_apart(state)
     for _ in range(1, max_new_tokens):
-        # The next step is on its way before this token is fetched.
+        # Dispatch the next step before fetching this token.
         following, running = decode(graphdef, state, token, running, sampling.scalars())
         yield _fetched(token)
         token = following
@@ -127,20 +137,20 @@ def _fetched(token: Int[Array, " B"]) -> Int[np.ndarray, " B"]:
     tokens = np.asarray(token)
     if (tokens == NO_TOKEN).any():
         raise InputError(
-            "the model's logits are not finite: its weights are damaged or overflow; take an "
-            "older checkpoint, or weights that generate"
+            "the model's logits are not finite: its weights are damaged or overflow; use another "
+            "checkpoint"
         )
     return tokens
 
 
 def layers_apart(state: nnx.State) -> nnx.State:
-    """Returns the state with the layers' weights as a decoding step reads them best (cpu.apart)."""
+    """Returns the state with layers stored as decoding reads them (cpu.separate_layers)."""
 
     def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = axes_of(variable, path)
-        if LAYER not in axes or kind_of(axes).bank:  # a bank is read in place everywhere
+        if LAYER not in axes or kind_of(axes).bank:  # expert banks are read in place
             return variable
-        return variable.replace(jax.tree.map(cpu.apart, variable.get_value()))
+        return variable.replace(jax.tree.map(cpu.separate_layers, variable.get_value()))
 
     return nnx.map_state(cut, state)
 
@@ -154,14 +164,14 @@ def prefill(
     cache: KVCache,
     sampling: Sampling,
 ) -> tuple[Int[Array, " B"], _Running]:
-    """Runs the prompts, [B, T] padded on the right, and chooses each row's first token."""
+    """Runs the prompts [B, T], padded on the right, and selects each row's first token."""
     model = nnx.merge(graphdef, state)
     batch, tokens = ids.shape
     real = jnp.arange(tokens)[None] < lengths[:, None]
     features = model.features(ids, real.astype(jnp.int32), cache=cache)
     hidden = jnp.take_along_axis(features.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     vocab = model.config.vocab_size
-    # Padding is put where no token is.
+    # Padding goes to an extra column, which is dropped.
     seen = jnp.zeros((batch, vocab + 1), bool)
     seen = seen.at[jnp.arange(batch)[:, None], jnp.where(real, ids, vocab)].set(True)[:, :-1]
     return _next(model, hidden, features.cache, seen, sampling, jnp.int32(0))
@@ -171,7 +181,7 @@ def prefill(
 def decode(
     graphdef: Any, state: Any, token: Int[Array, " B"], running: _Running, sampling: Sampling
 ) -> tuple[Int[Array, " B"], _Running]:
-    """Runs the last token of every row and chooses the next."""
+    """Runs the last token of every row and selects the next."""
     model = nnx.merge(graphdef, state)
     features = model.features(token[:, None], cache=running.cache)
     hidden = features.hidden[:, 0]
@@ -193,11 +203,11 @@ def _next(
 
 
 def check(config: ModelConfig, ids: np.ndarray, mask: np.ndarray, new: int) -> None:
-    """Raises InputError where prompts [B, T] cannot be continued by so many tokens (`generate`)."""
+    """Raises InputError if prompts [B, T] cannot be continued by `new` tokens."""
     check_ids(config, ids)
     check_mask("attention_mask", mask, ids.shape)
     if not (mask != 0).any(axis=1).all():
-        raise InputError("a prompt holds no token: its attention_mask is 0 everywhere")
+        raise InputError("a prompt has no token: its attention_mask is 0 everywhere")
     check_integer("max_new_tokens", new, 1)
     limit, longest = config.context_length, (mask != 0).sum(axis=1).max()
     if longest + new > limit:

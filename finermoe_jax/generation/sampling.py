@@ -1,4 +1,4 @@
-"""The choice of the next token from its logits."""
+"""Selects the next token from its logits."""
 
 from typing import NamedTuple
 
@@ -10,28 +10,29 @@ from jaxtyping import Array, Bool, Float, Int
 from finermoe_jax.config.arguments import is_integer, is_number
 from finermoe_jax.errors import InputError
 
-# Where logits are not finite.
-NO_TOKEN = -1
+NO_TOKEN = -1  # marks logits that are not finite
 
 
 class Sampling(NamedTuple):
-    """Settings for drawing tokens. All are arguments of one compiled program; none recompiles it.
+    """Sampling settings. Changing them does not recompile.
 
-    temperature 0 takes the most likely token. Any other value divides the logits. The draw is then
-    among the top_k most likely tokens (0: all), and of these the fewest that hold top_p of the
-    probability. Before all that, the logits of tokens that the row has seen are divided by
-    repetition_penalty where positive and multiplied by it where not (1: no penalty). Each row draws
-    from its own key of the seed.
+    Applied in this order:
+      repetition_penalty: divides positive and multiplies negative logits of tokens that already
+        occurred in the row; 1: no penalty.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keeps the k most likely tokens; 0: all.
+      top_p: of these keeps the fewest tokens whose total probability is at least top_p.
+      seed: each row has a separate key, derived from the seed.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # 1: all tokens
+    repetition_penalty: float = 1.0  # 1: none
+    seed: int = 0  # of the draws
 
     def check(self) -> None:
-        """Raises InputError where a value is of another type or makes no sense."""
+        """Raises InputError for a value of the wrong type or out of range."""
         for name, default in self._field_defaults.items():
             value, whole = getattr(self, name), isinstance(default, int)
             if not (is_integer if whole else is_number)(value):
@@ -48,11 +49,11 @@ class Sampling(NamedTuple):
             ),
             ("seed", 0 <= self.seed < 2**32, "in 0 … 2^32 - 1"),
         ):
-            if not right:  # NaN is not right either
+            if not right:  # also rejects NaN
                 raise InputError(f"{name}={getattr(self, name)} must be {what}")
 
     def scalars(self) -> "Sampling":
-        """The settings as arrays of fixed types, so that no value causes a compilation."""
+        """Converts the settings to scalars of fixed dtypes, so that no value recompiles."""
         kinds = (np.float32, np.int32, np.float32, np.float32, np.uint32)
         return jax.tree.map(lambda kind, x: kind(x), Sampling(*kinds), self)  # type: ignore
 
@@ -60,18 +61,18 @@ class Sampling(NamedTuple):
 def choose(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"], step: Int[Array, ""]
 ) -> Int[Array, " B"]:
-    """Each row's next token, int32; `sampling` holds scalars, step counts the tokens drawn.
+    """Returns each row's next token, int32 [B]; NO_TOKEN if its largest logit is not finite.
 
-    NO_TOKEN for a row whose largest logit is not finite (NaN counts as larger than all).
+    `sampling` contains scalars; `step` counts the previous new tokens. NaN counts as the largest.
     """
     penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen, penalized, logits)
 
     def draw() -> Int[Array, " B"]:
-        # Below float32's normal numbers a temperature is 0 on some devices.
+        # Some devices flush subnormal temperatures to 0.
         temperature = jnp.maximum(sampling.temperature, 1e-30)
-        # From the largest, so that a low temperature overflows to -inf alone.
+        # Relative to the largest, so that a low temperature overflows only to -inf.
         largest = logits.max(axis=-1, keepdims=True)
         scaled = (logits - largest) / temperature
         restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
@@ -95,13 +96,13 @@ def choose(
 
 
 def _least_kept(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[Array, " B"]:
-    """The smallest logit that top_k and top_p leave in each row; equal ones all stay."""
+    """Returns the smallest logit [B] that top_k and top_p keep; ties are kept too."""
     falling = -jnp.sort(-scaled, axis=-1)
     vocab = scaled.shape[-1]
     count = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
     falling = jnp.where(jnp.arange(vocab)[None] < count, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    first = (jnp.arange(vocab) == 0)[None]  # stays, even where top_p is 0 in float32
+    first = (jnp.arange(vocab) == 0)[None]  # kept even if top_p is 0 in float32
     kept = first | (before < sampling.top_p) & (falling > -jnp.inf)
     return jnp.where(kept, falling, jnp.inf).min(axis=-1)

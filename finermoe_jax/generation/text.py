@@ -1,4 +1,4 @@
-"""Text from a decoder: prompts continued piece by piece or in batches, and conversations."""
+"""Text generation: prompts, streamed or in batches, and chat."""
 
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -26,12 +26,19 @@ def complete(
     stop: str | Sequence[str] = (),
     ends: Collection[int] | None = None,
 ) -> Iterator[str]:
-    """The continuation of one prompt, piece by piece.
+    """Yields the continuation of one prompt, piece by piece.
 
-    It ends before the first of the `stop` strings (one string is one of them), at one of the `ends`
-    tokens (default: the tokenizer's end of text) or after max_new_tokens. Raises InputError, at the
-    call, for arguments of another type, and when the prompt has no token or does not fit
-    (`generate`).
+    Args:
+      model: any decoder.
+      tokenizer: the model's tokenizer.
+      prompt: text or token ids.
+      max_new_tokens: maximum number of new tokens.
+      sampling: sampling settings; greedy by default.
+      stop: a string or strings; the text ends before the first of them.
+      ends: end-of-text token ids; default: the tokenizer's.
+
+    Raises InputError, at the call, for arguments of the wrong type, an empty prompt, or one that
+    does not fit (`generate`).
     """
     ids = _encode(tokenizer, prompt)
     text = _Text(tokenizer, ids, stop, ends)
@@ -61,14 +68,14 @@ def continue_all(
     batch_size: int = 8,
     show_progress: bool = False,
 ) -> list[str]:
-    """Every prompt's continuation, as `complete` ends it, in the order of the prompts.
+    """Returns the continuation of every prompt, in order; arguments as in `complete`.
 
-    Prompts run in batches of like lengths, so that few programs are compiled. Raises InputError,
-    before any is run, when one has no token or does not fit.
+    Batches contain prompts of similar length, so that few programs are compiled. Raises InputError
+    before any prompt runs.
     """
     check_integer("batch_size", batch_size, 1)
     if isinstance(prompts, str):
-        raise InputError(f"prompts={prompts!r} is one text: give a list of them")
+        raise InputError(f"prompts={prompts!r} is a string: give a list of strings")
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     for prompt_ids in encoded:
         _check_ids(model.config, prompt_ids, max_new_tokens)
@@ -77,7 +84,7 @@ def continue_all(
     with tqdm(total=len(order), unit="prompt", disable=not show_progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            # A last, smaller batch is filled up: another size would be another program.
+            # Fill up the last batch: another size would be compiled separately.
             filled = [encoded[i] for i in rows] + [encoded[rows[-1]]] * (batch_size - len(rows))
             longest = max(map(len, filled))
             padded = np.zeros((batch_size, longest), np.int32)
@@ -102,7 +109,7 @@ def check_prompt(
     max_new_tokens: int,
     stop: str | Sequence[str],
 ) -> None:
-    """Raises InputError where `complete` would; needs no weights."""
+    """Raises InputError if `complete` would; needs no weights."""
     ids = _encode(tokenizer, prompt)
     _check_ids(config, ids, max_new_tokens)
     _Text(tokenizer, ids, stop, None)
@@ -114,15 +121,15 @@ def _check_ids(config: ModelConfig, ids: list[int], max_new_tokens: int) -> None
 
 
 def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation, by the tokenizer's chat template, up to the next answer.
+    """Returns the tokens of a conversation up to the next answer, by the chat template.
 
-    messages are {"role": "system" | "user" | "assistant", "content": text}. The template is
-    rendered in a sandbox (transformers'). Raises InputError: no template, or one that refuses.
+    messages are {"role": "system" | "user" | "assistant", "content": text}. transformers renders
+    the template in a sandbox. Raises InputError if there is no template or it fails.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            "the tokenizer has no chat template: its model has not learnt conversations. Leave "
-            "--chat away, or put the template's file (chat_template.jinja) beside the tokenizer"
+            "the tokenizer has no chat template, so its model is not a chat model: omit --chat, or "
+            "put chat_template.jinja next to the tokenizer"
         )
     for message in messages:
         _check_text(message["content"], f"a message of the {message['role']}")
@@ -130,7 +137,7 @@ def conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int
         return tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # whatever the template raises
+    except Exception as error:  # a template may raise anything
         raise InputError(f"the tokenizer's chat template failed: {error}") from None
 
 
@@ -139,11 +146,11 @@ def _encode(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
         ids = _integers("a prompt", prompt)
     else:
         _check_text(prompt, "a prompt")
-        # What the tokenizer begins texts with, as in pretraining and as in evaluation.
+        # With the tokenizer's special tokens, as in pretraining and evaluation.
         begins = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
         ids = tokenizer(prompt, add_special_tokens=not begins)["input_ids"] if prompt else []
     if not ids:
-        raise InputError("a prompt is empty; give at least one character")
+        raise InputError("a prompt is empty: give at least one character")
     return ids
 
 
@@ -154,7 +161,7 @@ def _integers(what: str, values: Any) -> list[int]:
     except TypeError:
         wrong = [values]
     if wrong:
-        raise InputError(f"{what} holds {wrong[0]!r}, and ids of tokens are integers")
+        raise InputError(f"{what} contains {wrong[0]!r}; token ids must be integers")
     return [int(each) for each in values]
 
 
@@ -163,12 +170,12 @@ def _check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} is no valid UTF-8 at character {error.start}; convert it first"
+            f"{what} is not valid UTF-8 at character {error.start}; convert it first"
         ) from None
 
 
 class _Text:
-    """The text of the tokens that came after a prompt so far, as far as it is certain."""
+    """The decoded text of a prompt's new tokens, as far as later tokens cannot change it."""
 
     def __init__(
         self,
@@ -179,13 +186,13 @@ class _Text:
     ):
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if wrong := [each for each in self.stop if not isinstance(each, str)]:
-            raise InputError(f"stop holds {wrong[0]!r}; it must be a string or a list of strings")
+            raise InputError(f"stop contains {wrong[0]!r}; it must be a string or strings")
         if "" in self.stop:
-            raise InputError("a stop string is empty; it would end every text at once")
+            raise InputError("a stop string is empty and would end every text at once: remove it")
         self.tokenizer = tokenizer
         self.ends = frozenset([tokenizer.eos_token_id] if ends is None else _integers("ends", ends))
-        # Decoded along with the prompt's last tokens: by itself the first word of a text loses its
-        # space with some tokenizers. They begin with a whole character.
+        # Decoded together with the prompt's last tokens, from a whole character on: some tokenizers
+        # drop the space before a text's first word.
         begin = max(0, len(prompt) - 8)
         while begin and tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
             begin -= 1
@@ -196,7 +203,7 @@ class _Text:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """Returns the text that one more token makes certain; ignores tokens after the end."""
+        """Adds a token and returns the new certain text; ignores tokens after the end."""
         if self.ended:
             return ""
         if token in self.ends:
@@ -207,14 +214,14 @@ class _Text:
         if found:
             self.ended = True
             return self._show(text[: min(found)])
-        # An incomplete UTF-8 sequence decodes to the replacement character: wait for the rest.
-        # So does what may become a stop string.
+        # Hold back an incomplete UTF-8 sequence, which decodes to the replacement character, and
+        # the beginning of a stop string.
         whole = text.rstrip("\ufffd")
         begun = (size for s in self.stop for size in range(1, len(s)) if whole.endswith(s[:size]))
         return self._show(whole[: len(whole) - max(begun, default=0)])
 
     def rest(self) -> str:
-        """Returns the text still held back at the end."""
+        """Ends the text and returns what was held back."""
         if self.ended:
             return ""
         self.ended = True
@@ -222,7 +229,7 @@ class _Text:
 
     def _decoded(self) -> str:
         text = self.tokenizer.decode(self.context + self.tokens)
-        # Tokens given as ids may end inside a character, which the next ones complete.
+        # A prompt of token ids may end inside a character, which new tokens complete.
         kept = os.path.commonprefix([self.before, text])  # noqa: RUF071  (of characters)
         return text[len(kept) :]
 

@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: the dense parts of a decoder, and the sharding of arrays on a mesh."""
+"""The dense parts of a decoder, and the sharding of arrays on a mesh."""

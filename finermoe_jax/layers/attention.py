@@ -12,9 +12,9 @@ from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 
 
 class Attention(nnx.Module):
-    """Rotary positions; N / K query heads share k and v; no bias on the output projection.
+    """Rotary grouped-query attention: N / K query heads share k and v; no output bias.
 
-    As the config says, with biases on q, k, v (Qwen2) and RMSNorm over head_dim of q and k (Qwen3).
+    The config adds biases on q, k, v (Qwen2) or RMSNorm over head_dim of q and k (Qwen3).
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -45,10 +45,10 @@ class Attention(nnx.Module):
         placement: Placement = ONE_DEVICE,
         cache: CacheUse | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends causally within segments (causal.causal_attention, which also says where).
+        """Attends causally within segments (`causal.causal_attention`).
 
-        With a cache k and v are also written there, and a single token attends to what it holds;
-        several must be its first.
+        With a cache, k and v are also written there. A single token attends to the cache; several
+        tokens must be the cache's first.
         """
         q = project("BTD,NHD->BTNH", x, self.query[...])
         k = project("BTD,KHD->BTKH", x, self.key[...])

@@ -1,6 +1,6 @@
-"""The parts every decoder has: norm, rotary positions, embedding, gated MLP.
+"""Parts of every decoder: norm, rotary positions, embedding, gated MLP.
 
-Matrices are stored [out, in] as in HF: the model width is the minor axis, a multiple of 128 in
+Matrices are stored [out, in] as in HF: the minor axis is the model width, a multiple of 128 in
 every published size, and conversion is a copy. Axis letters: config/model.py.
 """
 
@@ -32,20 +32,20 @@ def param(
     dtype: DTypeLike,
     init: Callable[..., Array],
 ) -> nnx.Param:
-    """A parameter: its shape, logical axis names, dtype and start.
+    """Creates a parameter from its shape, logical axis names, dtype and initializer.
 
-    The axes decide its place on a mesh (sharding.RULES) and how it is trained and stored
-    (parameters.KINDS). Raises InputError for axes that are of no kind.
+    The axes determine its sharding (sharding.RULES) and how it is trained and stored
+    (parameters.KINDS). Raises InputError for axes without a kind.
     """
     assert len(shape) == len(axes), (shape, axes)
     kind_of(axes)
     value = init(rngs.params(), tuple(shape), dtype)
-    # The mesh is applied to whole states, outside; a module can be built without one.
+    # The mesh is applied to whole states later, so a module can be built without one.
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
 
 def normal(std: float) -> Callable[..., Array]:
-    """normal(0, std), drawn in float32 and cast."""
+    """Returns an initializer: normal(0, std), drawn in float32 and cast."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
@@ -59,11 +59,11 @@ def project(
     weight: Weight,
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """jnp.einsum(equation, x, weight) with operands in x's dtype: every product with a weight.
+    """Returns jnp.einsum(equation, x, weight) in x's dtype. Every product with a weight uses this.
 
-    The summed axes are the last of both. Accumulated in float32 where the platform can, returned in
-    out_dtype (default: x's). On a CPU few rows take a form of their own (layers/cpu.py), in float32
-    whatever the weight is stored in.
+    The summed axes are the last of both operands. Accumulates in float32 where the platform can;
+    returns out_dtype (default: x's). On a CPU, few rows are computed in float32 for every dtype of
+    the weight (layers/cpu.py).
     """
     out_dtype = out_dtype or x.dtype
     if isinstance(weight, Quantized):
@@ -73,10 +73,10 @@ def project(
     of_x, of_weight = equation.partition("->")[0].replace("...", "").split(",")
     summed = len({*of_x} & {*of_weight})
     leading = x.shape[: x.ndim - summed]
-    few = cpu.has_form_for(math.prod(leading))
+    few = cpu.uses_few_rows(math.prod(leading))
     if not few and isinstance(weight, Array) and weight.dtype != jnp.int8:
         return _project(equation, x, weight, out_dtype)
-    # As a matrix: cut out of a stack with several output or input axes, a CPU would transpose it.
+    # As a matrix: a CPU would transpose a slice with several output or input axes.
     outputs = weight.shape[: weight.ndim - summed]
     matrix = weight.reshape(math.prod(outputs), -1)
     rows = x.reshape(-1, matrix.shape[1])
@@ -91,7 +91,7 @@ def project(
 def _project(
     equation: str, x: Float[Array, "..."], weight: Float[Array, "..."], out_dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """`project`; on a CPU its backward pass holds x and the cotangent as arrays of their own."""
+    """`project`; its backward pass materializes x and the cotangent on a CPU."""
     return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=out_dtype)
 
 
@@ -110,14 +110,14 @@ _project.defvjp(
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, statistics in float32 whatever x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * scale, with float32 statistics."""
 
     def __init__(self, size: int, eps: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps = eps
         self.scale = param(rngs, (size,), ("norm",), dtype, nnx.initializers.ones)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalizes along the last axis, in x's dtype."""
+        """Normalizes the last axis, in x's dtype."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
@@ -125,14 +125,14 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """The angle per position of each pair [head_dim / 2], and the factor on the rotated pairs.
+    """Returns each pair's angle per position [head_dim / 2], and the factor on rotated pairs.
 
-    Constants, rounded to float32 where transformers rounds: at position 100,000 a difference in
-    the last bit of a frequency turns a pair by up to 0.008.
+    Rounded to float32 where transformers rounds: at position 100,000 a difference in the last bit
+    of a frequency turns a pair by up to 0.008.
     """
     dim, scaling = config.attention_head_dim, config.rope_scaling
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    with np.errstate(all="ignore"):  # a base that no model has
+    with np.errstate(all="ignore"):  # absurd rope_theta
         powers = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
         frequencies = 1 / powers
     if scaling is None:
@@ -154,10 +154,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _yarn_range(scaling: RopeScaling, dim: int, theta: float, original: int) -> tuple[float, float]:
-    """The pairs that turn beta_fast and beta_slow times within the original context.
-
-    Below the first of them frequencies are kept, above the second they are divided by factor.
-    """
+    """Pairs with beta_fast and beta_slow turns; frequencies change between them."""
 
     def pair(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -165,13 +162,13 @@ def _yarn_range(scaling: RopeScaling, dim: int, theta: float, original: int) -> 
     first, last = pair(scaling.beta_fast or 32.0), pair(scaling.beta_slow or 1.0)
     if scaling.truncate is not False:
         first, last = float(math.floor(first)), float(math.ceil(last))
-    # Of dim, not of its half, as in transformers.
+    # dim, not dim / 2, as in transformers.
     first, last = max(first, 0.0), min(last, dim - 1.0)
     return first, last if last != first else last + 0.001
 
 
 def _yarn_factor(scaling: RopeScaling) -> float:
-    """The factor on rotated queries and keys; their products are scaled by its square."""
+    """Factor on rotated queries and keys; scores are scaled by its square."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     grown = math.log(max(scaling.factor, 1.0))
@@ -183,9 +180,9 @@ def _yarn_factor(scaling: RopeScaling) -> float:
 def rotary_angles(
     positions: Int[Array, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines, float32, of each position's rotation of the head_dim / 2 pairs.
+    """Returns float32 cosines and sines of each position's rotation of the head_dim / 2 pairs.
 
-    With yarn scaling both carry its factor.
+    With yarn scaling both include its factor.
     """
     frequencies, factor = rotary_frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
@@ -195,14 +192,14 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Rotary embedding, half-split form: pair i is (x[i], x[i + H/2]). Computed in float32."""
+    """Applies rotary embeddings in float32, half-split form: pair i is (x[i], x[i + H/2])."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """[V, D] table, used to look tokens up and, where tied or as lm_head, to score them."""
+    """[V, D] table: embeds tokens and, if tied or as lm_head, gives their logits."""
 
     def __init__(
         self,
@@ -218,10 +215,11 @@ class Embedding(nnx.Module):
     def __call__(
         self, ids: Int[Array, "B T"], dtype: DTypeLike, placement: Placement = ONE_DEVICE
     ) -> Float[Array, "B T D"]:
-        """Each id's row, cast to dtype.
+        """Returns each id's row, cast to dtype.
 
-        On a mesh every device looks up its slice of the width, for the tokens of all devices that
-        hold other slices of the same rows; the slices then change places. The table stays put.
+        On a mesh every device looks up its slice of the width, for the tokens of all devices with
+        other slices of the same rows; an all-to-all then exchanges the slices. The table is not
+        moved.
         """
         mesh, table = placement.mesh, self.weight[...]
         if mesh is None or mesh.size == 1:
@@ -229,9 +227,9 @@ class Embedding(nnx.Module):
         stored, _ = sharding.spec(("vocab", "embed"), table.shape, mesh, "embedding")
         columns = sharding.mesh_axes(stored[1])
         tokens, _ = sharding.spec(("batch", "sequence"), ids.shape, mesh, "tokens")
-        # Left to the partitioner, a vocabulary split over tensor becomes a mask by device around a
-        # scatter, which some versions of XLA for TPUs compiled wrongly inside a loop
-        # (openxla/xla issue 49143); it comes to this only where fsdp does not divide the width.
+        # The partitioner turns a vocabulary split over tensor into a per-device mask around a
+        # scatter, which some versions of XLA for TPUs miscompiled inside a loop (openxla/xla issue
+        # 49143). It is used only if fsdp does not divide the width.
         if not columns or not {*columns} <= {*sharding.mesh_axes(tokens[0])}:
             return sharding.constrain(
                 table[ids].astype(dtype), _ACTIVATION, placement, "embedded tokens"
@@ -252,7 +250,7 @@ class Embedding(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). The dense FFN and the shared expert."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), as dense FFN and shared expert."""
 
     def __init__(
         self,
@@ -270,7 +268,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], placement: Placement = ONE_DEVICE
     ) -> Float[Array, "B T D"]:
-        """Applies the layer, in x's dtype."""
+        """Applies the layer in x's dtype."""
         gate = project("BTD,FD->BTF", x, self.gate[...])
         up = project("BTD,FD->BTF", x, self.up[...])
         hidden = sharding.constrain(

@@ -1,16 +1,15 @@
-"""Causal attention: over whole sequences, without all scores in memory at once, and of one query.
+"""Causal attention over whole sequences, in blocks of queries, and for single decoding queries.
 
-A token sees itself and what came before it in its own segment. Padding is a segment of its own,
-wherever it is.
+A token sees itself and the earlier tokens of its segment. All padding is one segment.
 
-    TPU  the library's splash kernel, whatever the segments
-    GPU  cuDNN's kernel in 16-bit types where all tokens are of one segment, as in training; the
-         public way to it knows no segments. The library's kernel for Mosaic GPU does not either,
-         and has no causal backward pass. Everything else goes in blocks of queries.
+    TPU  JAX's splash attention kernel, with or without segments
+    GPU  cuDNN's kernel for 16-bit types without segments, as in training with packed streams;
+         its public API supports no segments. JAX's Mosaic GPU kernel supports none either and has
+         no causal backward pass. All other cases use blocks of queries.
     CPU  blocks of queries, each against all keys
 
-Axis letters: config/model.py; here G is the queries that share one k, v head, Q all of them
-over all tokens.
+Axis letters: config/model.py; here G is the number of queries that share one k, v head, and Q
+counts these queries over all tokens.
 """
 
 import functools
@@ -27,9 +26,8 @@ from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from pallas_kernels.platform import Implementation, choose
 
-PADDING = jnp.iinfo(jnp.int32).min  # no document's segment
-# Queries whose scores exist at one time without a kernel. On a CPU faster than 512, and much faster
-# than all at once.
+PADDING = jnp.iinfo(jnp.int32).min  # segment of padding
+# Queries per block without a kernel. On a CPU faster than 512, and much faster than one block.
 QUERY_BLOCK = 256
 SPLASH_BLOCK, LANES = 512, 128
 
@@ -37,7 +35,7 @@ SPLASH_BLOCK, LANES = 512, 128
 def segments(
     attention_mask: Int[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None
 ) -> Int[Array, "B T"] | None:
-    """Each token's segment, PADDING where attention_mask is 0; None: all tokens are of one."""
+    """Returns each token's segment, PADDING where attention_mask is 0; None: a single segment."""
     if attention_mask is None:
         return segment_ids
     return jnp.where(attention_mask != 0, 0 if segment_ids is None else segment_ids, PADDING)
@@ -51,22 +49,21 @@ def causal_attention(
     placement: Placement = ONE_DEVICE,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v over the keys that each query sees; N / K queries share k, v.
+    """Returns softmax(q k^T / sqrt(H)) v over each query's visible keys; N / K queries share k, v.
 
-    On a mesh batch and heads are split (sharding.RULES), each device attending alone. Query heads
-    that do not divide leave all heads whole; k, v heads that do not are repeated, to the fewest
-    that do.
+    On a mesh each device attends to its shard of batch and heads (sharding.RULES). Query heads that
+    do not divide stay whole; k, v heads that do not divide are repeated as little as possible.
 
     Args:
       q: queries, rotated; float32 or bfloat16, the result's dtype.
       k: keys, rotated.
       v: values.
-      segment_ids: None: one segment, without padding.
-      placement: mesh and kernel; "cpu" and "reference" are blocks of queries on any platform.
-      interpret: runs the TPU's kernel, named in placement, in interpret mode on any platform.
+      segment_ids: None: one segment, no padding.
+      placement: mesh and kernel; "cpu" and "reference" use blocks of queries on any platform.
+      interpret: runs the TPU kernel in interpret mode on any platform; placement must name it.
 
     Raises:
-      NotImplementedError: no kernels for this platform, or another platform's named.
+      NotImplementedError: no kernel for this platform, or placement names another platform's.
     """
     mesh, kernel = placement
     local = functools.partial(_on_one_device, kernel=kernel, interpret=interpret)
@@ -105,10 +102,10 @@ def _on_one_device(
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, interpret: bool) -> Array:
-    """The library's kernel. It needs whole blocks; padding is added after all real queries."""
+    """The splash kernel. It needs whole blocks; padding is added after all real queries."""
     tokens, heads, width = q.shape[1:]
     block, padded = _even_blocks(tokens, SPLASH_BLOCK, LANES)
-    # Unfused, the backward pass computes scores twice, but stores no dq per block of keys.
+    # Unfused, the backward pass computes scores twice but stores no dq per block of keys.
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads),
         block_sizes=splash.BlockSizes(block, block, block, block, block, block, block, block),
@@ -126,12 +123,12 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, interpret: 
 
 
 def _blocked(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    """A block of queries at a time against all keys, in the backward pass too."""
+    """Attends one block of queries at a time to all keys, in the backward pass too."""
     batch, tokens = q.shape[:2]
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, tokens), jnp.int32)
     block, padded = _even_blocks(tokens, QUERY_BLOCK)
-    # Float32 outside of the blocks, so that the gradients of k, v are summed over them in it.
+    # float32, so that gradients of k, v are summed over blocks in float32.
     keys, values = (x if padded == block else x.astype(jnp.float32) for x in (k, v))
 
     def rows(block: tuple[Array, Array, Array]) -> Array:
@@ -158,10 +155,10 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v, all scores at once, in float32; N / K queries share k, v.
+    """Returns softmax(q k^T / sqrt(H)) v, all scores at once, in float32; N / K queries share k, v.
 
-    The queries of one k, v head are stacked along the token axis, so that both products are
-    plain batched ones. Masked scores are finite: a fully masked row stays free of NaN.
+    The queries of one k, v head are stacked along the token axis, so both products are plain
+    batched matmuls. Masked scores are finite, so a fully masked row gives no NaN.
     """
     batch, tokens, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -183,7 +180,7 @@ def attend_one(
     values: Float[Array, "B K S H"],
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B 1 N H"]:
-    """softmax(q k^T / sqrt(H)) v of one query a row over the visible slots; in float32."""
+    """Returns softmax(q k^T / sqrt(H)) v of one query per row over visible slots, in float32."""
     batch, _, heads, width = q.shape
     kv_heads = keys.shape[1]
     f32 = jnp.float32
@@ -197,12 +194,11 @@ def attend_one(
 
 
 def _even_blocks(tokens: int, most: int, multiple: int = 1) -> tuple[int, int]:
-    """The size of the fewest blocks of at most `most` that hold the tokens, and all their size."""
+    """Returns the size of equal blocks of at most `most` that hold the tokens, and their sum."""
     blocks = -(-tokens // most)
     block = -(-tokens // (blocks * multiple)) * multiple
     return block, blocks * block
 
 
 def _pad(x: Array, tokens: int) -> Array:
-    """Appends zeros, up to so many tokens."""
     return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

@@ -1,8 +1,8 @@
-"""Kinds of parameters: the one table from logical axes to how a parameter is trained and stored.
+"""The one table from logical axes to a parameter's kind: how it is trained and stored.
 
-A parameter's axes are named where it is made (`basic.param`). Code that has to know whether it is
-decayed, frozen, quantized or a bank of experts asks here, and never goes by a name, path or rank.
-The other table, sharding.RULES, places its axes on a mesh.
+`basic.param` names a parameter's axes. Code that asks whether a parameter is decayed, frozen,
+quantized or an expert bank uses this table, never its name, path or rank. sharding.RULES is the
+table for the mesh.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from finermoe_jax.errors import InputError
 
 # A parameter's path in its model, e.g. ("runs", 0, 0, "moe", "gate_up").
 type Path = tuple[Any, ...]
-# The leading axis of what is stacked over the layers of a run; it changes no parameter's kind.
+# Leading axis of parameters stacked over a run's layers; it does not affect the kind.
 LAYER = "layer"
 
 
@@ -24,12 +24,12 @@ class Kind:
     """The way a parameter is trained and stored.
 
     Attributes:
-      decayed: weight decay acts on it.
-      backbone: it is not trained if the backbone is frozen.
-      summed: the axes, from the end, that its product sums over: int8 weights have one scale for
-        each place of the others. Empty: it stays as it is in a quantized model.
-      bank: the weights of all experts of a layer, of which a token needs few. It is stored
-        row-major, one expert after the other, and spread over the mesh's expert axis.
+      decayed: weight decay applies.
+      backbone: frozen by optimizer.freeze_backbone.
+      summed: axes, from the end, that its product sums over; int8 weights have one scale per index
+        of the other axes. Empty: never quantized.
+      bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
+        sharded over the mesh's expert axis.
     """
 
     decayed: bool = True
@@ -38,7 +38,7 @@ class Kind:
     bank: bool = False
 
 
-# Matrices are [out, in], but for the experts' second, which is [E, in, out].
+# Matrices are [out, in], except the experts' down, [E, in, out].
 KINDS: dict[tuple[str, ...], Kind] = {
     ("vocab", "embed"): Kind(summed=(-1,)),
     ("scored_vocab", "width"): Kind(summed=(-1,), backbone=True),
@@ -50,7 +50,7 @@ KINDS: dict[tuple[str, ...], Kind] = {
     ("kv_heads", "head_dim"): Kind(decayed=False, backbone=True),
     ("mlp", "embed"): Kind(summed=(-1,), backbone=True),
     ("embed", "mlp"): Kind(summed=(-1,), backbone=True),
-    # Small, and the router decides: never in int8.
+    # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind(),
     ("gate_in",): Kind(),
     ("expert", "expert_mlp", "expert_in"): Kind(summed=(-1,), bank=True),
@@ -62,9 +62,9 @@ KINDS: dict[tuple[str, ...], Kind] = {
 
 
 def axes_of(variable: nnx.Variable, path: Path = ()) -> tuple[str, ...]:
-    """A parameter's logical axes, "layer" first where it is stacked.
+    """Returns a parameter's logical axes, "layer" first if it is stacked.
 
-    Raises InputError, which names the path, where it has none.
+    Raises InputError, naming the path, if it has none.
     """
     axes = variable.get_metadata().get("out_sharding")
     if axes is None:
@@ -73,22 +73,22 @@ def axes_of(variable: nnx.Variable, path: Path = ()) -> tuple[str, ...]:
 
 
 def of_one_layer(axes: Sequence[str]) -> tuple[str, ...]:
-    """The axes without that of the stacked layers."""
+    """Removes the axis of stacked layers."""
     return tuple(axis for axis in axes if axis != LAYER)
 
 
 def kind_of(axes: Sequence[str]) -> Kind:
     """Returns the kind of a parameter with these axes, stacked or not.
 
-    Raises InputError where KINDS has none.
+    Raises InputError if KINDS has none.
     """
     own = of_one_layer(axes)
     if own not in KINDS:
-        raise InputError(f"logical axes {own} are of no kind in layers/parameters.py")
+        raise InputError(f"logical axes {own} have no kind: add one to layers/parameters.py")
     return KINDS[own]
 
 
 def kinds(model: nnx.Module) -> dict[Path, Kind]:
-    """Every parameter's path and kind; shapes in place of arrays will do."""
+    """Returns every parameter's path and kind; works on shapes as well as arrays."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {path: kind_of(axes_of(variable, path)) for path, variable in flat}

@@ -1,8 +1,8 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Mesh axes: data (replicated weights), fsdp (weights and optimizer state split, gathered for use),
-expert (experts split, tokens travel to them), tensor (heads, FFN width and vocabulary split).
-Every axis but tensor splits the batch; dense weights are stored split over fsdp and expert alike.
+Mesh axes: data (replicas), fsdp (shards weights and optimizer state, gathers them for use), expert
+(shards experts, exchanges tokens), tensor (shards heads, FFN width and vocabulary). Every axis but
+tensor splits the batch. Dense weights are sharded over both fsdp and expert.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers.parameters import Path, axes_of, kind_of, kinds, of_one_layer
 from pallas_kernels.platform import Implementation, platform
 
-# Logical axis → mesh axes, outer first. Parameters, then activations.
+# Logical axis → mesh axes, outermost first. Parameters, then activations.
 RULES: dict[str, tuple[str, ...]] = {
     "layer": (),
-    "vocab": ("tensor",),  # of the lookup; its width moves
-    "scored_vocab": ("tensor", "fsdp", "expert"),  # of lm_head
+    "vocab": ("tensor",),  # embedding
+    "scored_vocab": ("tensor", "fsdp", "expert"),  # lm_head
     "embed": ("fsdp", "expert"),
     "norm": (),
     "concat": (),
@@ -47,20 +47,20 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_out": (),
     "batch": ("data", "fsdp", "expert"),
     "sequence": (),
-    "routed_sequence": ("tensor",),  # where work is per token
+    "routed_sequence": ("tensor",),  # for per-token work
     "width": (),
 }
-# The mesh axes over which a parameter's axis is gathered before use; gradients go the other way.
+# Mesh axes over which a parameter's axis is gathered before use; its gradient is reduce-scattered.
 GATHERED: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "expert"), "expert": ("fsdp",)}
-# Axes whose first mesh axis must divide them: leaving them whole would change the algorithm.
+# Axes that their first mesh axis must divide: keeping them whole would change the algorithm.
 MUST_DIVIDE = ("expert",)
 
 
 class Placement(NamedTuple):
-    """The mesh and the kernels with which a model is computed."""
+    """The mesh and the kernels that compute a model."""
 
     mesh: Mesh | None = None  # None: one device
-    # Of the experts (pallas_kernels.expert_ffn) and of attention (causal.py); None: the platform's.
+    # For experts (pallas_kernels.expert_ffn) and attention (causal.py); None: chosen by platform.
     kernel: Implementation | None = None
 
 
@@ -68,47 +68,49 @@ ONE_DEVICE = Placement()
 
 
 def kernel_named(name: str) -> Implementation | None:
-    """The implementation that train.kernel names; None, by the platform, for "auto".
+    """Returns the implementation named by train.kernel; None for "auto".
 
-    Raises InputError for a kernel of another platform than this one.
+    Raises InputError for a kernel of another platform.
     """
     if name in ("tpu", "gpu") and name != platform():
         raise InputError(
-            f"train.kernel={name!r} runs on a {name} and the devices here are {platform()}: "
+            f"train.kernel={name!r} needs a {name}, but the devices here are {platform()}: "
             'set train.kernel="auto"'
         )
     return None if name == "auto" else cast(Implementation, name)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of each axis over so many devices.
+    """Returns the size of each mesh axis over `devices` devices.
 
-    Raises InputError when the sizes do not multiply to the number of devices.
+    Raises InputError if the sizes do not multiply to the number of devices.
     """
     sizes = dataclasses.asdict(config)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise InputError(f"mesh {sizes}: sizes are positive, and at most one is -1 (the rest)")
+        raise InputError(
+            f"mesh {sizes}: sizes must be positive; one of them may be -1 (the remaining devices)"
+        )
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:
         sizes[rest[0]] = devices // known
     if math.prod(sizes.values()) != devices:
         raise InputError(
-            f"mesh {sizes} has {math.prod(sizes.values())} places for {devices} devices; "
-            "set one of the axes to -1 to take the rest"
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but {devices} devices are "
+            "available: set one of the axes to -1 to use the remaining devices"
         )
     return sizes
 
 
 def least_devices(config: MeshConfig) -> int:
-    """The product of the sizes, "the rest" counted as one."""
+    """Returns the product of the sizes, with -1 counted as 1."""
     return math.prod(max(1, size) for size in dataclasses.astuple(config))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or the given ones), axes in MeshConfig's order.
+    """Returns a mesh over all devices (or the given ones), axes in MeshConfig's order.
 
-    Raises InputError when the sizes do not multiply to the number of devices.
+    Raises InputError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -123,11 +125,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices of several slices as a mesh whose data axis alone goes from one to another."""
+    """Arranges several slices so that only the data axis crosses slice boundaries."""
     if sizes["data"] % slices:
         raise InputError(
-            f"mesh {sizes}: data must be a multiple of the {slices} slices, since it alone goes "
-            "over the slower network between them"
+            f"mesh {sizes}: data must be a multiple of the {slices} slices, since only the data "
+            "axis may use the slower network between them"
         )
     inside = (sizes["data"] // slices, *list(sizes.values())[1:])
     between = (slices, *(1 for _ in inside[1:]))
@@ -143,13 +145,13 @@ def spec(
     name: str,
     gathered: bool = False,
 ) -> tuple[PartitionSpec, list[str]]:
-    """The PartitionSpec of an array with logical `axes`, and a note per axis not fully split.
+    """Returns the PartitionSpec of an array with logical `axes`, and notes on axes not fully split.
 
-    One rule for what does not divide: an axis is split by the longest run of its mesh axes, from
-    the outermost, that divides it; the note says so. With `gathered`, as the array is when used.
+    An axis is split by all of its mesh axes or, if these do not divide it, by their longest prefix
+    that does. With `gathered`, returns the spec for use, after the gather.
 
-    Raises InputError: a logical axis without a rule, two that claim one mesh axis, or experts
-    that the expert axis does not divide.
+    Raises InputError for a logical axis without a rule, two logical axes on one mesh axis, or
+    experts that the expert axis does not divide.
     """
     entries: list[tuple[str, ...] | None] = []
     notes: list[str] = []
@@ -186,12 +188,12 @@ def spec(
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of a PartitionSpec's entry, which holds a lone one as a string."""
+    """Returns the mesh axes of a PartitionSpec's entry, which may be a single string."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict, list[str]]:
-    """A NamedSharding per parameter, as a pure dict like the parameters', and notes (`spec`)."""
+    """Returns a NamedSharding per parameter, as a pure dict, and notes (`spec`)."""
     notes: list[str] = []
     shardings = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -203,7 +205,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> tuple[dict,
 
 
 def constrain(x: Array, axes: Sequence[str], placement: Placement, name: str) -> Array:
-    """Constrains x, an activation of that name, to the sharding of these logical axes."""
+    """Constrains activation x to the sharding of these logical axes; `name` is for messages."""
     if placement.mesh is None or placement.mesh.size == 1:
         return x
     partition, _ = spec(axes, x.shape, placement.mesh, name)
@@ -211,11 +213,10 @@ def constrain(x: Array, axes: Sequence[str], placement: Placement, name: str) ->
 
 
 def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nnx.State:
-    """A layer's dense parameters as its products want them: cast, then gathered (GATHERED).
+    """Casts a layer's dense parameters, then gathers them for use (GATHERED).
 
-    Cast first, so that half as much travels for bfloat16; their gradients are reduced and
-    scattered in the same dtype. The router keeps its own. Expert weights are left as they are:
-    exchange.py gathers them.
+    Casting first halves the traffic for bfloat16; gradients are reduce-scattered in the same dtype.
+    The router keeps its dtype. Expert weights are left to exchange.py.
     """
     mesh = placement.mesh
     if mesh is None or mesh.size == 1:
@@ -241,7 +242,7 @@ def _gather(x: Array, dtype: DTypeLike, stored: NamedSharding, used: NamedShardi
     return jax.lax.with_sharding_constraint(x.astype(dtype), used)
 
 
-# The cotangent goes straight to the stored shards. Left to JAX it would be summed whole first.
+# Reduce-scatters the cotangent to the stored shards; JAX would all-reduce it first.
 _gather.defvjp(
     lambda x, dtype, stored, used: (_gather(x, dtype, stored, used), jnp.zeros((), x.dtype)),
     lambda dtype, stored, used, like, g: (
@@ -251,7 +252,7 @@ _gather.defvjp(
 
 
 def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) -> Array:
-    """Inside shard_map: the whole of a parameter that is split so, but for the axes in `keep`."""
+    """Inside shard_map: gathers a parameter over all its mesh axes except `keep`."""
     for place, entry in enumerate(partition):
         names = tuple(name for name in mesh_axes(entry) if name not in keep)
         if names:
@@ -260,12 +261,11 @@ def gather_inside(x: Array, partition: PartitionSpec, keep: Sequence[str] = ()) 
 
 
 def row_major(tree: Any, shardings: Any, model: nnx.Module) -> Any:
-    """A Format per leaf: its sharding and, for banks of experts, row-major memory.
+    """Returns a Format per leaf: its sharding and, for expert banks, row-major layout.
 
-    tree holds parameters of the model, or an optimizer's state, whose leaves are laid out like the
-    parameters they belong to. Left to itself a TPU puts the 128 experts of Qwen2.5-0.5B's `down` in
-    the minor axis, because its width of 448 is no multiple of 128. Every call of a kernel then
-    begins with a copy.
+    tree holds parameters of the model, or an optimizer state with leaves of the same shapes. A
+    TPU's default layout puts the 128 experts of Qwen2.5-0.5B's `down` in the minor axis, because
+    its width of 448 is not a multiple of 128. Every kernel call would then begin with a copy.
     """
     shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     banks = {path: shapes[path] for path, kind in kinds(model).items() if kind.bank}
@@ -278,9 +278,9 @@ def row_major(tree: Any, shardings: Any, model: nnx.Module) -> Any:
 
 
 def as_kernels_read(state: nnx.State) -> nnx.State:
-    """The state with banks of experts in row-major memory on a TPU (`row_major`).
+    """Returns the state with expert banks in row-major layout on a TPU (`row_major`).
 
-    Banks in another layout are copied once here, not at each call that follows.
+    Banks in another layout are copied once here instead of at every later call.
     """
 
     def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -296,7 +296,7 @@ def as_kernels_read(state: nnx.State) -> nnx.State:
 
 
 def _parameter_path(path: tuple) -> Path:
-    """The parameter's path that the path of a leaf, in any tree of parameters, ends in."""
+    """Returns the parameter's path at the end of a leaf's path."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -306,20 +306,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the batch axis is split."""
+    """Number of shards of the batch axis."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: each leaf as the parameter whose path it ends in.
+    """Returns shardings of an optimizer state: each leaf like the parameter its path ends in.
 
-    A leaf that is its parameter less one axis (Adafactor's row and column of second moments) keeps
-    the others' shardings; any other shape is whole on every device.
+    A leaf that lacks one axis of its parameter (Adafactor's second moments) keeps the sharding of
+    the other axes. Any other shape is replicated.
     """
     placed = nnx.traversals.flatten_mapping(shardings)
     shapes = {path: p.shape for path, p in nnx.traversals.flatten_mapping(params).items()}

@@ -1,9 +1,9 @@
 """Weights as generation reads them: layers in place in their stack, and int8 with scales.
 
-Generation reads every weight once per token, so a copy would double its time, and a scan over a
-stack of layers hands out copies. `OfLayer` leaves a layer in its stack: accelerators fuse the slice
-into the product, and kernels take the stack. XLA on a CPU copies there too; for it layers/cpu.py
-holds the layers as arrays of their own.
+Generation reads every weight once per token, so a copy would double its time, and a scan copies the
+layers of a stack. A `LayerView` avoids that: accelerators fuse the slice into the product, and
+kernels take the whole stack. XLA on a CPU would still copy; layers/cpu.py stores separate arrays
+there.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class OfLayer:
-    """Layer `layer` of a stack [L, …], not yet cut out of it."""
+class LayerView:
+    """A view of one layer of a stacked parameter [L, …]."""
 
     stack: Array
     layer: Int[Array, ""]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer's weight."""
+        """Shape of the layer's weight."""
         return self.stack.shape[1:]
 
     @property
@@ -35,25 +35,25 @@ class OfLayer:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The stack's."""
+        """Dtype of the stack."""
         return self.stack.dtype
 
     def rows(self, start: Array | int, count: int) -> Array:
-        """`count` entries of the first axis, from `start` on; the only ones that are read."""
+        """Reads `count` entries of the first axis, from `start` on, and no others."""
         begin = (self.layer, start, *(0,) * (self.ndim - 1))
         return lax.dynamic_slice(self.stack, begin, (1, count, *self.shape[1:]))[0]
 
     def whole(self) -> Array:
-        """A copy, unless the compiler can read it in place."""
+        """Returns the weight; a copy, unless the compiler fuses the slice."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
     def astype(self, dtype: DTypeLike) -> Array:
-        """The whole weight, cast."""
+        """Returns the whole weight, cast."""
         return self.whole().astype(dtype)
 
-    def reshape(self, *shape: int) -> "OfLayer":
-        """Another shape of the same weight; its stack stays in place."""
-        return OfLayer(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
+    def reshape(self, *shape: int) -> "LayerView":
+        """Returns a view of the same weight in another shape."""
+        return LayerView(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is ... else self.whole()[index]
@@ -62,11 +62,11 @@ class OfLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """values * scale: int8 weights with one float32 scale for each output.
+    """int8 weights with one float32 scale per output: values * scale.
 
-    values, int8, has the shape of the weight. scale has its first axes for [out, …, in] matrices,
-    that is all but the summed ones; for the experts' down [E, F, W] it is [E, W]. Of a stack of
-    layers both are OfLayer or Apart where those are asked for.
+    values, int8, has the shape of the weight. scale lacks the summed axes: for [out, …, in]
+    matrices it has the first axes, for the experts' down [E, F, W] it is [E, W]. Both may be a
+    LayerView or SeparateLayers.
     """
 
     values: Any
@@ -74,7 +74,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return self.values.shape
 
     @property
@@ -86,22 +86,17 @@ class Quantized:
         return self if index is ... else self.rows(index)
 
     def rows(self, index: Array) -> Array:
-        """float32 rows of a [V, D] table."""
+        """Returns float32 rows of a [V, D] table."""
         return self.values[index].astype(jnp.float32) * self.scale[index][..., None]
 
 
-def in_stack(weight: Array | OfLayer) -> OfLayer:
-    """The weight as a layer of a stack; an array of its own is a stack of one."""
-    return weight if isinstance(weight, OfLayer) else OfLayer(weight[None], jnp.int32(0))
-
-
-type Weight = Array | OfLayer | Quantized
+type Weight = Array | LayerView | Quantized
 
 
 def quantize(weight: Float[Array, "..."], summed: tuple[int, ...]) -> Quantized:
-    """Rounded to int8, symmetrically, by the largest value along the `summed` axes of each output.
+    """Rounds to int8, symmetrically; each output's scale is its largest magnitude / 127.
 
-    A scale is that value / 127; outputs that are all zero have scale 0.
+    `summed` are the axes within an output. Outputs that are all zero have scale 0.
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.abs(weight).max(axis=summed, keepdims=True)

@@ -36,8 +36,7 @@ class Block(nnx.Module):
         cache: CacheUse | None,
         placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
-        """Returns x, the written cache, and a MoE layer's routing with Eq. 11's loss and the tokens
-        [B, E] of each expert."""
+        """Returns x, the written cache, and an MoE layer's (routing, (loss, tokens per expert))."""
         attended, written = self.attention(
             self.input_norm(x), angles, segment_ids, placement, cache
         )
@@ -46,6 +45,6 @@ class Block(nnx.Module):
         if not hasattr(self, "moe"):
             return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        # The loss counts the same: the compiler does it once.
+        # The loss counts them too; XLA merges the two computations.
         tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
         return x + y, written, (routing, (aux_loss, tokens))

@@ -1,4 +1,4 @@
-"""The decoder: Qwen2, Llama or Qwen3, with dense or FineRMoE layers.
+"""The decoder: Qwen2, Qwen3 or Llama, with dense or FineRMoE layers.
 
 Axis letters: config/model.py.
 """
@@ -29,48 +29,64 @@ from finermoe_jax.moe.routing import Routing
 class Features(NamedTuple):
     """The decoder's result before the vocabulary.
 
-    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11, weight not
-    applied; expert_tokens are how many real tokens selected each expert.
+    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11 without its
+    weight. expert_tokens counts the real tokens that selected each expert.
     """
 
-    hidden: Float[Array, "B T D"]
-    aux_loss: Float[Array, " L"]
+    hidden: Float[Array, "B T D"]  # after the final norm
+    aux_loss: Float[Array, " L"]  # Eq. 11
     expert_tokens: Int[Array, "L E"]
-    routing: tuple[Routing, ...]
-    cache: KVCache | None
+    routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
+    cache: KVCache | None  # the cache with these tokens; None without one
 
 
 class Output(NamedTuple):
     """The result of `model(input_ids)`; see `Features`."""
 
-    logits: Float[Array, "B T V"]
-    aux_loss: Float[Array, " L"]
-    routing: tuple[Routing, ...]
+    logits: Float[Array, "B T V"]  # float32
+    aux_loss: Float[Array, " L"]  # Eq. 11
+    routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
 
 
-LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) gives one"
+LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) returns one"
 
 
-def _is_here(array: Any) -> bool:
-    """True for values that this process can look at: not traced, nor on other processes."""
+def _is_concrete(array: Any) -> bool:
+    """True for values that this process can read: not traced, nor on other processes."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
-# Scores want the vocabulary split, lookups the width (finermoe_jax/layers/sharding.py).
+# Logits need the vocabulary split, lookups the width (layers/sharding.py).
 _HEAD_AXES = ("scored_vocab", "width")
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm, lm_head (None where tied to the embedding).
+    """A Qwen2, Qwen3 or Llama decoder with dense or FineRMoE layers.
 
-    `runs[r][p]` holds the blocks at place p of run r's repeating pattern, stacked over the
-    repeats and scanned, so that compile time does not grow with depth (ModelConfig.layer_runs).
+    `load_hf`, `load_checkpoint` and `upcycle` return one. `runs[r][p]` holds the blocks at position
+    p of run r's repeating pattern, stacked over the repeats and scanned: compile time does not grow
+    with depth (`ModelConfig.layer_runs`). `lm_head` is None if it is tied to the embedding.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model")
+      >>> out = model(jnp.array([[5, 6, 7, 0]]), attention_mask=jnp.array([[1, 1, 1, 0]]))
+      >>> out.logits.shape, out.logits.dtype
+      ((1, 4, 2048), dtype('float32'))
     """
 
     def __init__(
         self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        """dtype is the activations', param_dtype the weights' own."""
+        """Draws random weights.
+
+        Args:
+          config: the architecture.
+          dtype: float dtype of the activations.
+          param_dtype: float dtype of the weights.
+          rngs: source of the random keys.
+        """
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.placement = ONE_DEVICE
@@ -94,18 +110,31 @@ class Decoder(nnx.Module):
         position_ids: Int[Array | np.ndarray, "B T"] | None = None,
         segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
-        """Float32 logits of every position, and what the routers did. See `features`.
+        """Returns logits, load-balancing losses and routing. Compiles once per argument shape.
 
-        Compiled once per shape of its arguments. Raises InputError, unless traced, for ids that are
-        no integers or outside the vocabulary, and for shapes that differ.
+        Args:
+          input_ids: int32 [B, T].
+          attention_mask: [B, T], nonzero at real tokens, padded left or right; None: no padding.
+          position_ids: int32 [B, T], rotary positions; None: the real tokens of each row count
+            from 0.
+          segment_ids: int32 [B, T], the documents packed into a row; attention stays inside each.
+
+        Returns:
+          An `Output`: logits, float32 [B, T, V]; aux_loss, float32 [number of MoE layers], Eq. 11
+          without its weight and without padding; routing, a tuple with one `Routing` per MoE layer
+          (logits [B, T, E], experts int32 [B, T, A] and weights [B, T, A], by falling logit).
+
+        Raises:
+          InputError: ids that are not integers or not in the vocabulary, or shapes that differ.
+            Not checked under jit.
         """
         masks = dict(
             attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
         )
-        if _is_here(input_ids):
+        if _is_concrete(input_ids):
             check_ids(self.config, rectangular("input_ids", input_ids))
         for name, mask in masks.items():
-            if mask is not None and _is_here(mask):
+            if mask is not None and _is_concrete(mask):
                 check_mask(name, rectangular(name, mask), np.shape(input_ids))
         given = (None if x is None else jnp.asarray(x) for x in masks.values())
         return _output(*nnx.split(self), jnp.asarray(input_ids), *given)
@@ -121,18 +150,15 @@ class Decoder(nnx.Module):
         unroll: int = 1,
         frozen_experts: bool = False,
     ) -> Features:
-        """Final hidden states [B, T, D] in `dtype`.
+        """Returns the final hidden states, [B, T, D] in `dtype`, and the routers' records.
+
+        The first four arguments are those of `__call__`.
 
         Args:
-          input_ids: tokens.
-          attention_mask: nonzero at real tokens, left- or right-padded; None: all are real.
-          position_ids: rotary positions; None: the real tokens of a row count from 0.
-          segment_ids: documents packed into a row; attention stays inside each. Positions run on
-            unless position_ids restart them.
-          cache: an empty one takes prompts, one that is filled a single token of every row.
-          remat: a key of REMAT_POLICIES, or "none": what the backward pass recomputes.
-          unroll: layers (or repeats of their pattern) written out per turn of the scan.
-          frozen_experts: no gradient is made of the routed experts' weights.
+          cache: an empty cache takes whole prompts, a filled one takes one token of every row.
+          remat: "none" or a key of REMAT_POLICIES: what the backward pass recomputes.
+          unroll: layers (or repeats of their pattern) per iteration of the scan.
+          frozen_experts: omits the gradient of the routed experts' weights.
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
@@ -161,20 +187,20 @@ class Decoder(nnx.Module):
         return Features(self.final_norm(x), *_records(traces), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of the vocabulary, as float32."""
+        """Returns float32 logits over the vocabulary."""
         return project("...D,VD->...V", hidden, self.head[...], jnp.float32)
 
     @property
     def head(self) -> nnx.Param:
-        """The [V, D] weight that scores the vocabulary."""
+        """The [V, D] weight of the logits."""
         return (self.lm_head or self.embed).weight
 
 
 def with_shapes(config: ModelConfig, dtype: DTypeLike = "float32") -> Decoder:
-    """The decoder with shapes in place of arrays; nothing is allocated. dtype: activations'."""
+    """Returns a decoder with shapes in place of arrays. dtype is that of the activations."""
     graphdef, state = _shapes(config, jnp.dtype(dtype))
-    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
-    decoder.config = config  # equal to the one it was traced with, but perhaps 1.0 where that had 1
+    decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # new variables
+    decoder.config = config  # the cached one is equal but may have 1.0 for 1
     return decoder
 
 
@@ -188,18 +214,18 @@ def _shapes(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.St
 
 
 def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
-    """Every parameter's path and shape, stacked over its run's layers."""
+    """Returns every parameter's path and shape, stacked over its run's layers."""
     return dict(_parameter_shapes(config))
 
 
-@functools.lru_cache(maxsize=8)  # a conversion asks several times
+@functools.lru_cache(maxsize=8)
 def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
 def parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
-    """Every parameter's path and kind, for weights that are known by their paths alone."""
+    """Returns every parameter's path and kind."""
     return dict(_parameter_kinds(config))
 
 
@@ -209,19 +235,39 @@ def _parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
 
 
 def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:
-    """The decoder of `config` around existing arrays (or their shapes), which are not copied."""
+    """Returns a decoder around existing arrays (or their shapes), which are not copied."""
     graphdef, state = nnx.split(with_shapes(config, dtype))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
 def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
-    """The same weights, not copied, their MoE layers computed by a subclass of FineRMoE.
+    """Returns a model whose MoE layers are of your subclass of FineRMoE; weights are shared.
 
-    The subclass changes methods (`route`, `__call__`), not parameters. Checkpoints hold weights
-    alone: give the layer again after loading.
+    Checkpoints hold weights only: call this again after loading one.
 
-    Raises InputError for a model without MoE layers, and for what is no subclass of FineRMoE.
+    Args:
+      model: a decoder with MoE layers.
+      layer: a subclass of FineRMoE that overrides methods (`route`, `__call__`) and keeps the
+        parameters.
+
+    Returns:
+      A new decoder around the same arrays.
+
+    Raises:
+      InputError: the model has no MoE layer, or `layer` is not a subclass of FineRMoE.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> class Softer(fm.FineRMoE):
+      ...     def route(self, x):
+      ...         return super().route(x / 2)  # halves the router's logits
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> model = fm.with_layer(fm.upcycle_model(dense, moe, jax.random.key(0)), Softer)
+      >>> type(model.runs[0][0].moe).__name__
+      'Softer'
     """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     if not (isinstance(layer, type) and issubclass(layer, FineRMoE)):
@@ -230,7 +276,7 @@ def with_layer(model: Decoder, layer: type[FineRMoE]) -> Decoder:
     layers = [block.moe for run in changed.runs for block in run if hasattr(block, "moe")]
     if not layers:
         raise InputError(
-            f"the model has no MoE layer that could become a {layer.__name__}: upcycle it first"
+            f"the model has no MoE layer to replace by {layer.__name__}: upcycle it first"
         )
     for moe in layers:
         moe.__class__ = layer
@@ -245,7 +291,7 @@ def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
 
 
 def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...]]:
-    """All runs' records together: Eq. 11's losses [L], tokens of each expert [L, E], routing."""
+    """Concatenates all runs' losses of Eq. 11 [L], tokens per expert [L, E] and routing."""
     if not traces:
         return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), ()
     aux_loss = jnp.concatenate([each.aux_loss for each in traces])

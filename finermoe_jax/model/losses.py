@@ -1,7 +1,7 @@
-"""Log-likelihoods and cross-entropy, in chunks, so that [tokens, vocabulary] never exists whole.
+"""Log-likelihood and cross-entropy in chunks, without a full [tokens, vocabulary] array.
 
-`log_likelihood` is the one formula: of training and the held-out loss through `cross_entropy_sum`,
-of perplexity and the evaluation harness through evaluation/scoring.py.
+Training and the held-out loss use `cross_entropy_sum`; perplexity and the evaluation harness use
+`log_likelihood` through evaluation/scoring.py.
 """
 
 import functools
@@ -20,7 +20,7 @@ from finermoe_jax.model.decoder import Decoder
 def log_likelihood(
     logits: Float[Array, "M V"], targets: Int[Array, " M"]
 ) -> tuple[Float[Array, " M"], Float[Array, "M V"]]:
-    """log p of each target and of every word, in nats, from float32 logits."""
+    """Returns log p of each target and of every token, in nats, from float32 logits."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0], log_p
 
@@ -32,11 +32,11 @@ def cross_entropy_sum(
     mask: Bool[Array, "B T"],
     chunk_tokens: int,
 ) -> Float[Array, ""]:
-    """Sum over the masked positions of -log p(target), in nats, float32.
+    """Returns the sum of -log p(target) over the masked positions, in nats, float32.
 
-    Logits exist for chunk_tokens positions at a time on each device. Gradients are made beside
-    the loss, while a chunk's logits are there; nothing is computed twice. On a mesh every device
-    gathers the vocabulary's weight once and takes its own tokens, tensor axis included.
+    Logits exist for chunk_tokens positions at a time on each device. Gradients are computed in the
+    forward pass, while a chunk's logits exist, so nothing is recomputed. On a mesh every device
+    gathers lm_head once and computes its own tokens; the tensor axis splits tokens too.
     """
     mesh, weight = model.placement.mesh, model.head[...]
     if mesh is None or mesh.size == 1:
@@ -91,7 +91,7 @@ def _chunked_forward(
     (total, dweight), dh = lax.scan(body, start, _pieces(hidden, targets, mask, chunk))
     dh = dh.reshape(-1, hidden.shape[2])[: targets.size].reshape(hidden.shape)
     for place, entry in enumerate(stored or ()):
-        # One mesh axis after the other: of several at once a TPU makes an all-reduce.
+        # One mesh axis at a time: a TPU turns several into an all-reduce.
         for name in sharding.mesh_axes(entry):
             if lax.axis_size(name) > 1:
                 dweight = lax.psum_scatter(dweight, name, scatter_dimension=place, tiled=True)
@@ -110,7 +110,7 @@ def _whole(weight: Array, hidden: Array, stored: P | None) -> Float[Array, "V D"
 
 
 def _pieces(hidden: Array, targets: Array, mask: Array, chunk: int) -> tuple[Array, Array, Array]:
-    """The tokens of all rows in chunks [N, chunk, ...]; what fills up the last one is masked."""
+    """Cuts the tokens of all rows into chunks [N, chunk, ...]; padding of the last is masked."""
     chunk = max(1, min(targets.size, chunk))
     pad = -targets.size % chunk
 
@@ -125,7 +125,7 @@ def _pieces(hidden: Array, targets: Array, mask: Array, chunk: int) -> tuple[Arr
 def _chunk_loss(
     piece: tuple[Array, Array, Array], weight: Float[Array, "V D"]
 ) -> tuple[Float[Array, ""], Float[Array, "M V"]]:
-    """A chunk's summed loss, and log p of every word."""
+    """Returns a chunk's summed loss and log p of every token."""
     h, target, real = piece
     logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)
     chosen, log_p = log_likelihood(logits, target)

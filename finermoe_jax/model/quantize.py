@@ -1,4 +1,4 @@
-"""A decoder with int8 weights, for generation and evaluation where memory's speed is the limit."""
+"""int8 weights, for generation and evaluation limited by memory bandwidth."""
 
 from flax import nnx
 
@@ -9,13 +9,12 @@ from finermoe_jax.model.decoder import Decoder
 
 
 def int8_weights(model: Decoder) -> Decoder:
-    """The decoder with every matrix as int8 and a float32 scale for each output channel.
+    """Returns the decoder with every matrix in int8 and one float32 scale per output channel.
 
-    Activations stay as they are (weight-only quantization), and so do routers, norms, biases and
-    the shared expert's gate (parameters.KINDS). The result generates and scores; it is not trained
-    or saved.
+    Weight-only: activations, routers, norms, biases and the shared expert's gate keep their dtypes
+    (parameters.KINDS). The result can generate and score, not train or be saved.
 
-    Raises InputError: a model on a mesh of several devices.
+    Raises InputError for a model on a mesh of several devices.
     """
 
     def convert(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -28,7 +27,7 @@ def int8_weights(model: Decoder) -> Decoder:
     mesh = model.placement.mesh
     if mesh is not None and mesh.size > 1:
         raise InputError(
-            f"int8 weights are for one device, and the model is on a mesh of {mesh.size}: load it "
+            f"int8 weights need one device, but the model is on a mesh of {mesh.size}: load it "
             "without a mesh"
         )
     graphdef, state = nnx.split(model)

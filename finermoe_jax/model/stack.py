@@ -1,6 +1,6 @@
-"""The loop over layers: one for training, evaluation, prefill and decoding.
+"""The loop over layers, for training, evaluation, prefill and decoding.
 
-Layers that repeat a pattern are one run, their parameters stacked over the repeats, so that compile
+Layers that repeat a pattern form a run. Their parameters are stacked over the repeats, so compile
 time does not grow with depth (ModelConfig.layer_runs). Axis letters: config/model.py.
 """
 
@@ -16,16 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.cpu import Apart
+from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.parameters import axes_of, kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
-from finermoe_jax.layers.stored import OfLayer
+from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.block import Block
 from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
 from finermoe_jax.moe.routing import Routing
 
-# What the backward pass finds stored; the rest of a layer it computes again.
+# Values stored for the backward pass, which recomputes the rest of a layer.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -33,11 +33,11 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class Pass(NamedTuple):
-    """Everything of one pass through the decoder that is the same in all layers.
+    """The inputs of one forward pass that all layers share.
 
-    With a cache, slot is its next free one and visible marks those that a single token sees. remat
-    is a key of REMAT_POLICIES or "none"; unroll is the number of repeats written out in each turn
-    of the loop. frozen_experts get no gradient.
+    With a cache, slot is the next free slot and visible marks the slots that a single token sees.
+    remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
+    frozen_experts get no gradient.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -52,7 +52,7 @@ class Pass(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """Records of a run's MoE layers, in order: routing, Eq. 11's losses, tokens of each expert."""
+    """Records of a run's MoE layers in order: routing, losses of Eq. 11, tokens per expert."""
 
     routing: list[Routing]
     aux_loss: Float[Array, " L"]
@@ -62,7 +62,7 @@ class Traces(NamedTuple):
 def stacked_blocks(
     config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> Block:
-    """One Block whose parameters carry a leading axis "layer" of size repeats."""
+    """Returns one Block whose parameters have a leading axis "layer" of size repeats."""
 
     @nnx.split_rngs(splits=repeats)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
@@ -83,15 +83,15 @@ def run_layers(
     Args:
       run: the pattern's blocks, each with parameters stacked over the repeats.
       x: the residual stream.
-      caches: keys and values of each place of the pattern, stacked over the repeats, or None.
-      shared: everything else.
+      caches: keys and values of each position of the pattern, stacked over the repeats, or None.
+      shared: all other inputs.
 
     Returns:
-      x, the caches with the new keys and values, and the MoE layers' records (None: there are no
-      MoE layers).
+      x, the caches with the new keys and values, and the MoE layers' records (None without MoE
+      layers).
     """
     banks = [_bank(block, caches is None, shared) for block in run]
-    # A bank is read in place; the loop hands out a layer's other parameters.
+    # Banks are read in place; the loop slices a layer's other parameters.
     in_place = [bank is not None for bank in banks]
     graphdef, state = nnx.split(run)
     of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)
@@ -110,16 +110,15 @@ def run_layers(
         return (x, caches, _handed_on(blocks, gradients)), traces
 
     if shared.remat != "none":
-        # In a loop nothing can be shared between the two passes; written out it would be.
-        written_out = shared.unroll >= repeats
+        # A loop cannot share results between the two passes; unrolled code would.
+        unrolled = shared.unroll >= repeats
         policy = REMAT_POLICIES[shared.remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=written_out)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
     carry = x, caches, tuple(() if bank is None else bank.carried for bank in banks)
-    if _held_apart(stacked):
-        (x, caches, gradients), traces = _written_out(body, carry, repeats)
+    if _all_separate(stacked):
+        (x, caches, gradients), traces = _unrolled(body, carry, repeats)
     else:
-        # With a cache few rows meet each weight. Handed out by the scan a layer would be a copy,
-        # of the idle experts too.
+        # Decoding has few rows per weight: slicing a layer would copy it, idle experts included.
         sliced = stacked if caches is None else None
         (x, caches, gradients), traces = jax.lax.scan(
             body, carry, (jnp.arange(repeats), sliced), unroll=min(shared.unroll, repeats)
@@ -131,7 +130,6 @@ def run_layers(
 
 
 def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
-    """The bank of a place's MoE layers, if they have one that is read in place."""
     if not hasattr(block, "moe"):
         return None
     gate_up, down = block.moe.gate_up[...], block.moe.down[...]
@@ -143,7 +141,7 @@ def _of_bank(in_place: list[bool], path: tuple, variable: nnx.Variable) -> bool:
 
 
 def _handed_on(blocks: Any, before: tuple) -> tuple:
-    """The gradients that the blocks' banks hand on, of which they were given `before`."""
+    """Returns the gradients that the blocks' banks pass on, given `before`."""
     after = []
     for block, given in zip(blocks, before, strict=True):
         if given:
@@ -156,7 +154,7 @@ def _handed_on(blocks: Any, before: tuple) -> tuple:
 def _apply(
     blocks: Any, x: Array, caches: tuple[LayerCache, ...] | None, layer: Array | int, shared: Pass
 ) -> tuple:
-    """One repeat of the pattern: ((x, caches), the trace of each block)."""
+    """Applies one repeat of the pattern: ((x, caches), the trace of each block)."""
     x = sharding.constrain(x, ("batch", "sequence", "width"), shared.placement, "residual stream")
     written, traces = [], []
     for place, block in enumerate(blocks):
@@ -171,8 +169,8 @@ def _apply(
     return (x, None if caches is None else tuple(written)), tuple(traces)
 
 
-def _written_out(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
-    """`lax.scan` without a loop, for layers that are arrays of their own."""
+def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
+    """`lax.scan` without a loop, for layers that are separate arrays."""
     each = []
     for layer in range(repeats):
         carry, traces = body(carry, (layer, None))
@@ -180,33 +178,33 @@ def _written_out(body: Callable[..., tuple], carry: tuple, repeats: int) -> tupl
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-def _is_apart(leaf: Any) -> bool:
-    return isinstance(leaf, Apart)
+def _is_separate(leaf: Any) -> bool:
+    return isinstance(leaf, SeparateLayers)
 
 
-def _held_apart(stacked: Any) -> bool:
-    return _is_apart(jax.tree.leaves(stacked, is_leaf=_is_apart)[0])
+def _all_separate(stacked: Any) -> bool:
+    return _is_separate(jax.tree.leaves(stacked, is_leaf=_is_separate)[0])
 
 
 def _repeats(stacked: Any) -> int:
-    first = jax.tree.leaves(stacked, is_leaf=_is_apart)[0]
-    return len(first.layers) if _is_apart(first) else first.shape[0]
+    first = jax.tree.leaves(stacked, is_leaf=_is_separate)[0]
+    return len(first.layers) if _is_separate(first) else first.shape[0]
 
 
 def _in_place(stacked: Any, layer: Array | int, placement: Placement) -> Any:
-    """One repeat's parameters, read where they are stored; on a mesh they are cut out."""
+    """Returns one repeat's parameters, read in place on one device, sliced on a mesh."""
     one_device = placement.mesh is None or placement.mesh.size == 1
 
     def of_layer(leaf: Any) -> Any:
-        if _is_apart(leaf):
+        if _is_separate(leaf):
             return leaf.layers[layer]
-        return OfLayer(leaf, jnp.asarray(layer)) if one_device else leaf[layer]
+        return LayerView(leaf, jnp.asarray(layer)) if one_device else leaf[layer]
 
-    return jax.tree.map(of_layer, stacked, is_leaf=_is_apart)
+    return jax.tree.map(of_layer, stacked, is_leaf=_is_separate)
 
 
 def _in_order(stacked_traces: tuple, repeats: int) -> Traces | None:
-    """Records [repeats, …] of each place of the pattern as records of layers in order."""
+    """Reorders records [repeats, …] by position of the pattern into records by layer."""
     moe = [trace for trace in stacked_traces if trace is not None]
     if not moe:
         return None

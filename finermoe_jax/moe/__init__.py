@@ -1,1 +1,1 @@
-"""The mechanism: routing, the exchange of rows, the layer."""
+"""The FineRMoE layer: routing, exchange of rows, expert banks, balance."""

@@ -1,4 +1,4 @@
-"""Balance: the tokens of each expert, and the loss that keeps them even (paper Eq. 11).
+"""Load balance: tokens per expert, and the loss of Eq. 11.
 
 Letters: config/model.py.
 """
@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 def expert_tokens(
     experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], num_experts: int
 ) -> Float[Array, "B E"]:
-    """Counts the real tokens of each sequence that selected each expert; without a gradient.
+    """Counts the real tokens of each sequence that selected each expert, as float32.
 
-    Whole numbers, in float32. mask is False at padding.
+    mask is False at padding. No gradient.
     """
     real = mask.astype(jnp.float32)
     counts = jax.vmap(lambda e, r: jnp.zeros(num_experts).at[e].add(r[:, None]))(experts, real)
@@ -23,12 +23,12 @@ def expert_tokens(
 def load_balancing_loss(
     logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Sequence-level load-balancing loss, weight not applied (paper Eq. 11, after DeepSeek-V2).
+    """Returns the sequence-level load-balancing loss, weight not applied (paper Eq. 11).
 
-    Per sequence of L real tokens: sum over experts of f_i * P_i, P_i the mean over tokens of the
-    softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
-    sequences that hold a real token. A sequence is a row of the batch, also where documents are
-    packed into it. f carries no gradient.
+    Per sequence of L real tokens: the sum over experts of f_i * P_i, P_i the mean over tokens of
+    the softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
+    sequences with a real token. A sequence is a row of the batch, even if it packs several
+    documents. f has no gradient.
     """
     num_experts, active = logits.shape[-1], experts.shape[-1]
     real = mask.astype(jnp.float32)

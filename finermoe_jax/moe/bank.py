@@ -1,15 +1,14 @@
-"""ExpertBank: the experts of a run of layers, and a window on those of one.
+"""ExpertBank: the experts of a run of layers, used one layer at a time.
 
-A run's layers are stacked, [L, E, ...], and looped over. If the loop sliced a layer's experts from
-their stack, every pass would copy them before the kernel and their gradients after it. So it hands
-out windows: the kernel reads the experts where they are stored, and its backward pass writes their
-gradients where those of the whole run are wanted (expert_ffn_of_run says how).
+A run's layers are stacked, [L, E, ...], and looped over. If the loop sliced a layer's experts out
+of the stack, every pass would copy them before the kernel and their gradients after it. Instead the
+kernel reads the experts of layer l in place, and its backward pass writes their gradients into the
+run's stack (expert_ffn_of_run).
 
-Over a mesh a window is the device's own E / P experts of the layer. If several devices store the
-same experts (the axes data and tensor), each device gathers gradients of its own tokens in a stack
-of its own, [R, L, E, ...] split over these axes, which are summed once after the loop.
-Experts that are stored in pieces (the axis fsdp) are gathered layer by layer, and the gathered
-layer is a bank of one layer.
+On a mesh a device's bank has its own E / P experts of each layer. If several devices store the same
+experts (axes data and tensor), each accumulates the gradients of its own tokens in its own stack,
+[R, L, E, ...] split over these axes; the stacks are summed once after the loop. Experts sharded
+over fsdp are gathered layer by layer; the gathered layer is a bank of one layer.
 """
 
 import dataclasses
@@ -33,17 +32,17 @@ from pallas_kernels.platform import Implementation
 
 @dataclasses.dataclass
 class ExpertBank:
-    """The experts of L layers, with a window on one of them.
+    """The experts of L layers and the layer in use.
 
     Attributes:
       gate_up: [L, E, 2F, D], the gate rows first; int8 with scales.
       down: [L, E, F, W].
-      layer: int32, that of the window.
+      layer: int32, the layer in use.
       scales: float32 [L, E, 2F] and [L, E, W], of int8 weights.
-      gradients: what each use hands on to the next (expert_ffn_of_run); `ffn` replaces it. Empty:
-        the experts get no gradient.
-      adds: their gradients are added to what is handed on (`Summed`).
-      ends: set where the next use is the last one: its `end` closes the loop.
+      gradients: stacks that each use passes on to the next (expert_ffn_of_run); `ffn` replaces
+        them. Empty: the experts get no gradient.
+      adds: gradients are added to the stacks (`Summed`).
+      ends: set on a bank of one layer, whose single use ends the loop with `CarriedBank.end`.
     """
 
     gate_up: Array
@@ -56,7 +55,7 @@ class ExpertBank:
 
     @property
     def experts(self) -> int:
-        """Of one layer."""
+        """Experts per layer."""
         return self.gate_up.shape[1]
 
     def ffn(
@@ -66,7 +65,7 @@ class ExpertBank:
         row_weights: Float[Array, " M"],
         kernel: Implementation | None,
     ) -> Float[Array, "M W"]:
-        """expert_ffn of the window's experts."""
+        """Calls expert_ffn with the experts of `layer`."""
         if self.scales is not None:
             flat = [a.reshape(-1, *a.shape[2:]) for a in (self.gate_up, self.down, *self.scales)]
             first = jnp.asarray(self.layer * self.experts, jnp.int32)
@@ -81,22 +80,22 @@ class ExpertBank:
         return y
 
     def at(self, layer: Array | int, gradients: tuple[Array, ...]) -> "ExpertBank":
-        """The window on another layer, with the gradients that its use is to hand on."""
+        """Returns the bank at another layer, with the gradients to pass on."""
         return dataclasses.replace(self, layer=layer, gradients=gradients)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Summed:
-    """A bank's parameter in one of several microbatches, whose gradients add up in float32.
+    """A bank's parameter in one of several microbatches, whose gradients are summed in float32.
 
     Attributes:
       weights: [L, E, ...], a constant.
-      sums: float32 `Places.carried`, of the microbatches before.
-      gradient: like sums, of any values; the gradient by it is the sums with this microbatch's.
+      sums: float32 `Places.carried`, the sums of earlier microbatches.
+      gradient: shaped like sums, values unused; its gradient is the sums plus this microbatch's.
     """
 
-    weights: Any  # arrays, or a layer of them
+    weights: Any
     sums: Any
     gradient: Any
 
@@ -108,9 +107,9 @@ class Summed:
 def bank_of_run(
     gate_up: Any, down: Any, placement: Placement, frozen: bool = False
 ) -> "CarriedBank | None":
-    """The bank of a run's stacked arrays [L, E, ...] (or int8 of them), to be read in place.
+    """Returns the bank of a run's stacked arrays [L, E, ...] (or int8), to be read in place.
 
-    None where experts are stored in pieces over the mesh. frozen: they get no gradient.
+    None if the experts are sharded over fsdp. `frozen`: no gradient.
     """
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
         scales = gate_up.scale, down.scale
@@ -128,21 +127,21 @@ def bank_of_run(
 
 
 def bank_of_layer(gate_up: Any, down: Any, placement: Placement) -> ExpertBank:
-    """The bank of a layer by itself: of its arrays [E, ...], or int8 of them."""
+    """Returns the bank of a single layer's arrays [E, ...] (or int8)."""
     gate_up, down = jax.tree.map(lambda a: a[None], (gate_up, down))
     run = bank_of_run(gate_up, down, placement)
-    if run is None:  # gathered by routed_experts, which their gradients go back through
+    if run is None:  # routed_experts gathers them and returns their gradients
         return ExpertBank(gate_up, down)
     return dataclasses.replace(run.bank.at(0, run.carried), ends=run)
 
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The placement of a bank's experts on a mesh.
+    """The sharding of a bank's experts.
 
     Attributes:
-      experts: the mesh axes that the experts are split over.
-      copies: the mesh axes whose devices hold the same experts and see other tokens.
+      experts: mesh axes that split the experts.
+      copies: mesh axes whose devices hold the same experts and other tokens.
       mesh: None on one device.
     """
 
@@ -152,7 +151,7 @@ class Places:
 
     @staticmethod
     def of(experts: int, placement: Placement) -> "Places":
-        """Returns the places of so many experts on the placement's mesh."""
+        """Returns the sharding of `experts` experts on the placement's mesh."""
         mesh = placement.mesh
         if mesh is None or mesh.size == 1:
             return Places((), (), None)
@@ -163,23 +162,23 @@ class Places:
 
     @property
     def pieces(self) -> bool:
-        """Says that they are stored in pieces, which are gathered before use."""
+        """True if experts are sharded over fsdp and gathered before use."""
         return "fsdp" in self.experts
 
     @property
     def stack(self) -> P:
-        """Of the weights [L, E, ...]."""
+        """PartitionSpec of the weights [L, E, ...]."""
         return P(None, self.experts or None)
 
     @property
     def gradient(self) -> P:
-        """Of `carried`."""
+        """PartitionSpec of `carried`."""
         return P(self.copies, None, self.experts or None) if self.copies else self.stack
 
     def carried(self, stacks: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The stacks as what is carried: [L, E, ...], or [R, L, E, ...] for R copies.
+        """Returns the gradient stacks a loop carries: [L, E, ...], or [R, L, E, ...] for R copies.
 
-        Nothing reads them. The transpose of the broadcast is the sum of the copies' gradients.
+        Their values are not read. The transpose of the broadcast sums the copies' gradients.
         """
         if not self.copies:
             return stacks
@@ -191,23 +190,23 @@ class Places:
         )
 
     def zeros(self, stack: Array) -> Array:
-        """Sums of gradients of a stack, before the first: float32."""
+        """Initial float32 sums of a stack's gradients."""
         return self.carried((jnp.zeros(stack.shape, jnp.float32),))[0]
 
     def total(self, sums: Array) -> Array:
-        """The sums of all copies together, [L, E, ...]."""
+        """Sums over all copies, [L, E, ...]."""
         return sums.sum(axis=0) if self.copies else sums
 
 
 @dataclasses.dataclass(frozen=True)
 class CarriedBank:
-    """A run's bank with what a loop over its layers carries.
+    """A run's bank and the stacks that a loop over its layers carries.
 
     Attributes:
-      bank: the window is set by the loop.
-      placement: the mesh that the bank is on.
-      carried: `Places.carried`, what the first use is given as its gradients; empty: none are made.
-      sums: float32, like carried: what the gradients are added to; empty: they are written.
+      bank: the loop sets its layer.
+      placement: the bank's mesh.
+      carried: `Places.carried`, passed to the first use; empty: no gradients.
+      sums: float32, shaped like carried, to which gradients are added; empty: they are written.
     """
 
     bank: ExpertBank
@@ -216,7 +215,7 @@ class CarriedBank:
     sums: tuple[Array, ...] = ()
 
     def end(self, x: Array, gradients: tuple[Array, ...]) -> Array:
-        """Returns x, which depends on every use; `gradients` are what the last use handed on."""
+        """Returns x, which depends on every use; `gradients` come from the last use."""
         if not gradients:
             return x
         if self.sums:
@@ -238,7 +237,7 @@ class CarriedBank:
 
 @jax.custom_vjp
 def _from_sums(x: Array, gradients: tuple[Array, ...], sums: tuple[Array, ...]) -> Array:
-    """x; on the way back `sums` begin what the uses add their gradients to (cf. `unread`)."""
+    """Returns x; the backward pass starts from `sums` (cf. `unread`)."""
     return x
 
 
@@ -249,12 +248,12 @@ _from_sums.defvjp(
 
 
 def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:
-    """Raises InputError where a layer's experts were not computed by its bank.
+    """Raises InputError if a layer did not compute its experts through its bank.
 
     Their gradients would be uninitialised memory.
     """
     if before and bank.gradients is before:
         raise InputError(
-            "a layer did not compute its experts through moe/exchange.py's routed_experts, which "
-            "training takes their gradients from: call it with self.experts(placement) in yours"
+            "a layer did not compute its experts with routed_experts of moe/exchange.py, so they "
+            "get no gradient: call it with self.experts(placement) in your layer"
         )

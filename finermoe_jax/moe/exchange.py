@@ -1,27 +1,28 @@
-"""Routed rows on their way to their experts and back, on one device or over a mesh.
+"""Exchange of routed rows between tokens and experts, on one device or over a mesh.
 
 **Sorting.** Each token's row is copied for each of its active experts, the copies are sorted by
-expert, and what the experts return is put back in the tokens' order. Both maps are permutations
-(one after a repeat), so their transposes are gathers too. Left to JAX they would be scatter-adds,
-which are slow everywhere and have been miscompiled inside scans (openxla/xla issue 49143).
+expert, and the results return to token order. Both maps are permutations (one after a repeat), so
+their transposes are gathers too. JAX's own transposes would be scatter-adds, which are slow
+everywhere and were miscompiled inside scans (openxla/xla issue 49143).
 
-**The exchange.** Experts may be spread over the mesh's expert axis. All but `routed_experts` then
-runs inside shard_map. Each device holds R routed rows, sorted by expert, and E / P of the experts,
-P the size of the axis. Devices are numbered along the axis; s is a source, p a destination.
+**The exchange.** The mesh's expert axis may split the experts. Then everything below
+`routed_experts` runs inside shard_map. Each device has R routed rows, sorted by expert, and E / P
+of the experts, P the size of the axis. Devices are numbered along the axis; s is a source, p a
+destination.
 
 **Dropless in bounded memory.** A pair (s, p) exchanges at most `quota` rows at once, about twice
 the balanced share, so a device never buffers more than twice its own rows. The rest goes through
-the same buffer in further rounds. The number of rounds depends on the fullest pair alone and is 1
-unless a pair holds more than twice its share. It is the same along the expert axis, not beyond it:
-a collective over another axis within a round would deadlock.
+the same buffer in further rounds. The fullest pair determines the number of rounds, 1 unless a pair
+has more than twice its share. It is equal along the expert axis but not across other axes, so a
+collective over another axis inside a round would deadlock.
 
-**Bytes.** A row travels as D values and its weight, and comes back as W = D / G_O values; the
-backward pass sends W, and gets D and the weight's gradient. The rows that arrived in the first
-round are kept for it, later rounds send them again.
+**Bytes.** A row travels as D values and its weight and returns as W = D / G_O values; the backward
+pass sends W and returns D and the weight's gradient. The rows received in the first round are
+stored for it; later rounds are sent again.
 
-**No second copy** of a token to a device is saved, because the published layout sends none: the
-experts of one slot are neighbours, so with two devices or more a token's slots are on different
-devices. (Several active experts per slot would share a device while a group is not split.)
+**No deduplication** of a token's copies: the experts of one slot are neighbours, so with two
+devices or more a token's slots are on different devices. (Several active experts per slot could
+share a device if a group is not split.)
 """
 
 import functools
@@ -48,24 +49,17 @@ def routed_experts(
     bank: ExpertBank,
     placement: Placement,
 ) -> Float[Array, "B T A W"]:
-    """Each token's A active experts, weighted; on one device, or over a mesh inside shard_map.
+    """Applies each token's A active experts, weighted, on one device or over a mesh.
 
-    Tokens are split over every mesh axis, tensor included: routed work is per token. An axis that
-    does not divide batch or sequence leaves it whole, and its devices then compute the same.
-
-    Args:
-      x: tokens.
-      experts: the active experts of each token.
-      weights: their routing weights.
-      bank: all experts', with the layer's window. Its weights are not cast here: only those of an
-        expert that owns a row are read. Its gradients are handed on.
-      placement: mesh and kernel.
+    Tokens are split over every mesh axis, tensor included. If an axis does not divide batch or
+    sequence, its devices compute the same tokens. The bank's weights are not cast here, since only
+    those of experts with rows are read. Its gradients are replaced.
     """
     mesh, kernel = placement
     if mesh is None or mesh.size == 1:
         y = _routed(x, experts, weights, bank, kernel=kernel, axis=None)
         return bank.ends.end(y, bank.gradients) if bank.ends else y
-    assert bank.scales is None, "int8 experts are for one device"
+    assert bank.scales is None, "int8 experts need one device"
     tokens, _ = sharding.spec(("batch", "routed_sequence", "width"), x.shape, mesh, "tokens")
     places = Places.of(bank.experts, placement)
     axis = "expert" if mesh.shape["expert"] > 1 else None
@@ -78,7 +72,7 @@ def routed_experts(
             here = _gathered(gate_up, down, places, x.dtype)
             y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
             return (unread(empty_like(here.gradients), y, here.gradients),)
-        # Each copy of the experts has gradients of its own.
+        # Each copy of the experts has its own gradients.
         own = tuple(g[0] if places.copies else g for g in gradients)
         here = ExpertBank(gate_up, down, layer, None, own, bank.adds)
         y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
@@ -99,10 +93,10 @@ def routed_experts(
 
 
 def _gathered(gate_up: Array, down: Array, places: Places, dtype: DTypeLike) -> ExpertBank:
-    """The bank of one layer [1, E, ...] whose experts are stored in pieces, inside shard_map."""
+    """Gathers one layer's fsdp-sharded experts into a bank [1, E, ...], inside shard_map."""
 
     def whole(w: Array) -> Array:
-        # Cast first: half as much travels for bfloat16, gradients included.
+        # Cast first: bfloat16 halves the traffic, gradients included.
         return sharding.gather_inside(w.astype(dtype), places.stack, ("expert",))
 
     gate_up, down = whole(gate_up), whole(down)
@@ -139,7 +133,7 @@ def _routed(
 
 
 def inverse_of(order: Int[Array, " M"]) -> Int[Array, " M"]:
-    """The permutation that undoes `order`."""
+    """Returns the inverse permutation."""
     return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
 
 
@@ -147,7 +141,7 @@ def inverse_of(order: Int[Array, " M"]) -> Int[Array, " M"]:
 def permute(
     x: Float[Array, "M *C"], order: Int[Array, " M"], inverse: Int[Array, " M"]
 ) -> Float[Array, "M *C"]:
-    """x[order], for a permutation and its inverse."""
+    """Returns x[order], given a permutation and its inverse."""
     return x[order]
 
 
@@ -161,7 +155,7 @@ permute.defvjp(
 def dispatch(
     x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
 ) -> Float[Array, "M D"]:
-    """Each token's row `active` times, in the given order of the M = T * active copies."""
+    """Repeats each token's row `active` times, in the given order of the M = T * active copies."""
     return x[order // active]
 
 
@@ -176,7 +170,7 @@ dispatch.defvjp(
 
 
 class Exchange(NamedTuple):
-    """The rows each device sends to each other; only `device` differs along the expert axis."""
+    """Numbers of rows between all pairs; only `device` differs along the expert axis."""
 
     sizes: Int[Array, "P E"]  # rows of each source for each expert
     device: Int[Array, ""]
@@ -190,7 +184,7 @@ class Exchange(NamedTuple):
 
     @property
     def rounds(self) -> Int[Array, ""]:
-        """The number of times the buffer is filled: as many as the fullest pair needs."""
+        """Number of rounds that the fullest pair needs."""
         return (self.counts.max() + self.quota - 1) // self.quota
 
     def moved(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
@@ -198,13 +192,13 @@ class Exchange(NamedTuple):
         return jnp.clip(self.counts - step * self.quota, 0, self.quota)
 
     def first(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
-        """The index, among the rows of s, at which that round's rows for p begin."""
+        """Index, among the rows of s, of that round's first row for p."""
         counts = self.counts
         begin = jnp.cumsum(counts, axis=1) - counts + step * self.quota
         return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))
 
     def experts(self, step: Int[Array, ""] | int) -> Int[Array, "P Q"]:
-        """The local expert of each place of this device's buffer; E / P where nothing arrives."""
+        """Local expert of each place in this device's buffer; E / P at empty places."""
         devices, experts = self.sizes.shape
         local = experts // devices
         mine = lax.dynamic_slice_in_dim(self.sizes, self.device * local, local, axis=1)
@@ -213,16 +207,15 @@ class Exchange(NamedTuple):
 
 
 def quota(rows: int, devices: int) -> int:
-    """Rows that a pair of devices exchanges in a round: twice the balanced share."""
+    """Most rows that a pair of devices exchanges per round: twice the balanced share."""
     return min(rows, -(-2 * rows // devices))
 
 
 def _padded(rows: Array) -> bool:
-    """Returns whether places that hold no row are sent as well.
+    """True if empty places are sent as well, because XLA has no ragged exchange.
 
-    They are where XLA has no ragged exchange: on a CPU, and on v5e slices of more than 16 chips
-    ("limited ICI routing"). An array of one number a row is always sent so: a TPU's ragged exchange
-    would pad it to 256.
+    That is so on a CPU and on v5e slices of more than 16 chips ("limited ICI routing"). Arrays with
+    one number per row are always padded: a TPU's ragged exchange would pad the number to 256.
     """
     if rows.ndim == 1 or platform() == "cpu":
         return True
@@ -234,7 +227,7 @@ def _padded(rows: Array) -> bool:
 def _to_experts(
     plan: Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
 ) -> Float[Array, "M *C"]:
-    """One round's rows where their experts are: `quota` places for each source in turn."""
+    """Sends one round's rows to their experts: `quota` places for each source in turn."""
     devices, me = plan.sizes.shape[0], plan.device
     first, sent = plan.first(step)[me], plan.moved(step)[me]
     if _padded(rows):
@@ -254,7 +247,7 @@ def _from_experts(
     step: Int[Array, ""] | int,
     axis: str,
 ) -> Float[Array, "R *C"]:
-    """`out`, with one round's rows back in their places."""
+    """Returns `out` with one round's rows back in their places."""
     devices, me = plan.sizes.shape[0], plan.device
     first, moved = plan.first(step), plan.moved(step)
     if _padded(buffer):
@@ -285,7 +278,7 @@ def _compute(
     down: Float[Array, "L E F W"],
     layer: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "M W"], tuple[Array, ...]]:
-    """The local experts over one round's buffer; unspecified where nothing arrived."""
+    """Applies the local experts to one round's buffer; empty places are unspecified."""
     local = gate_up.shape[1]
     experts = plan.experts(step).reshape(-1)
     order = jnp.argsort(experts, stable=True)
@@ -311,22 +304,18 @@ def exchanged_ffn(
     kernel: Implementation | None,
     adds: bool,
 ) -> tuple[Float[Array, "R W"], tuple[Array, ...]]:
-    """expert_ffn over all N = P * E experts of the mesh axis, of which this device holds E.
+    """expert_ffn over all N = P * E experts of the mesh axis; this device has E of them.
 
     Args:
       rows: this device's routed rows, sorted by expert.
       weights: their routing weights.
-      gradients: of the local experts, handed on; as in expert_ffn_of_run.
-      gate_up: of the local experts of all layers, as down.
-      down: [L, E, F, W].
-      layer: of the L.
+      gradients: of the local experts, as in expert_ffn_of_run, like layer and adds.
+      gate_up: of the local experts, like down.
       sizes: this device's rows for each of the N experts.
       axis: the mesh axis, manual (inside shard_map).
-      kernel: implementation of expert_ffn.
-      adds: as in expert_ffn_of_run.
 
     Returns:
-      What the experts make of the rows, in their places, and `gradients`.
+      The experts' outputs in the rows' places, and `gradients`.
     """
     return _exchanged(rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds)[0]
 
@@ -381,7 +370,7 @@ def _exchanged_backward(
         def compute(rows: Array, weights: Array, into: tuple[Array, ...]) -> Any:
             return _compute(plan, step, kernel, adds, rows, weights, into, gate_up, down, layer)
 
-        # `into` stands for what is handed on, which nothing reads.
+        # `into` stands in for the gradients argument, whose values are not read.
         _, pull = jax.vjp(compute, *arrived, into)
         dx, dw, into = pull((_to_experts(plan, dy, step, axis), into))
         return (
@@ -395,7 +384,7 @@ def _exchanged_backward(
         return round_of(step, again, sums, adds=True)
 
     zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
-    # The first round writes all of the layer's gradients, later ones add to them.
+    # The first round writes all of the layer's gradients, later rounds add.
     sums = round_of(0, arrived, (*zeros, into), adds)
     drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
     return drows, dweights, into, None, None, None, None

@@ -1,7 +1,7 @@
 """The FineRMoE layer: route, exchange, experts, combine (paper §3).
 
-Dropless: routed rows are sorted by expert, computed in groups of any size, and put back into
-their slots (moe/exchange.py). Letters: config/model.py.
+Dropless: routed rows are sorted by expert, computed in groups of any size, and returned to their
+slots (moe/exchange.py). Letters: config/model.py.
 """
 
 import jax
@@ -20,9 +20,25 @@ from finermoe_jax.moe.routing import Routing, route
 
 
 class FineRMoE(nnx.Module):
-    """Routed experts, fine in both dimensions, beside a gated shared expert."""
+    """The FineRMoE layer: fine-grained routed experts plus a gated shared expert (paper §3).
 
-    bank: ExpertBank | None = None  # set by model/stack.py while it computes the layer
+    Subclass it and override `route` or `__call__` to try another router (`with_layer`).
+
+    Examples:
+      >>> import dataclasses
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model").config
+      >>> config = dataclasses.replace(dense, moe=fm.MoEConfig(intermediate_granularity=8))
+      >>> layer = fm.FineRMoE(config, "float32", nnx.Rngs(0))
+      >>> y, routing, aux_loss = jax.jit(layer)(jnp.ones((1, 3, 128)), jnp.ones((1, 3), bool))
+      >>> y.shape, routing.experts.shape  # two slots, one active expert each
+      ((1, 3, 128), (1, 3, 2))
+    """
+
+    bank: ExpertBank | None = None  # set by model/stack.py for each layer
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.moe is not None
@@ -33,8 +49,8 @@ class FineRMoE(nnx.Module):
         self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
         if moe.separate_routers:
             self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
-        # Gate rows first, then up rows. The model width is minor: stored the other way round,
-        # XLA pads a copy of all experts at every call on a TPU.
+        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
+        # copy of all experts at every call on a TPU.
         self.gate_up = param(
             rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
         )
@@ -52,10 +68,16 @@ class FineRMoE(nnx.Module):
         mask: Bool[Array, "B T"],
         placement: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
-        """Returns the output, the routing of every token, and Eq. 11's loss (weight not applied).
+        """Computes the layer.
 
-        mask marks real tokens; it touches the loss only. placement says on which devices, and
-        by which kernel, the experts are computed.
+        Args:
+          x: [B, T, D].
+          mask: bool [B, T], True at real tokens; only the loss uses it.
+          placement: the devices and the kernel that compute the experts.
+
+        Returns:
+          The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
+          of Eq. 11, weight not applied.
         """
         routing, slot_order = self.route(x)  # Algorithm 1
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
@@ -63,8 +85,7 @@ class FineRMoE(nnx.Module):
             jnp.take_along_axis(chosen, slot_order, axis=-1)
             for chosen in (routing.experts, routing.weights)
         )
-        # The exchange, and the experts with their weights: [B, T, A, W].
-        y = routed_experts(x, experts, weights, self.experts(placement), placement)
+        y = routed_experts(x, experts, weights, self.experts(placement), placement)  # [B, T, A, W]
         y = self._combine(y)  # Eq. 7
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -75,15 +96,22 @@ class FineRMoE(nnx.Module):
         return y, routing, aux_loss
 
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
-        """Each token's experts and weights, and their order by slots (`routing.route`).
+        """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose otherwise: the T_I experts of every slot have to be of that slot.
+        A subclass may choose others, if each slot gets T_I experts of its own.
+
+        Args:
+          x: [B, T, D].
+
+        Returns:
+          A `Routing`, and int [B, T, A]: the order that sorts its experts by slot
+          (`moe.routing.route`).
         """
         dtype = jnp.dtype(self.moe.router_dtype)
 
         def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
-            # HIGHEST: a TPU would otherwise round the operands to bfloat16, and 0.08 % of the
-            # tokens would choose other experts.
+            # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other
+            # experts.
             return jnp.einsum(
                 "BTD,ED->BTE",
                 x.astype(dtype),
@@ -95,13 +123,13 @@ class FineRMoE(nnx.Module):
         return route(logits(self.router), self.moe, x.dtype, candidates)
 
     def experts(self, placement: Placement) -> ExpertBank:
-        """The experts, in the bank of the layer's run where the loop over layers gave one."""
+        """Returns the layer's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank
         return bank_of_layer(self.gate_up[...], self.down[...], placement)
 
     def _combine(self, y: Float[Array, "B T A W"]) -> Float[Array, "B T D"]:
-        """Slot o of the output is the weighted sum of its T_I experts; slots are concatenated."""
+        """Sums the T_I weighted experts of each slot and concatenates the slots."""
         slots, per_slot = self.moe.output_granularity, self.moe.active_per_group
         tokens = y.shape[:2]
         return y.reshape(*tokens, slots, per_slot, -1).sum(axis=3).reshape(*tokens, -1)
@@ -109,7 +137,6 @@ class FineRMoE(nnx.Module):
     def _gated_shared(
         self, x: Float[Array, "B T D"], placement: Placement
     ) -> Float[Array, "B T D"]:
-        """The shared expert times a gate of each token's own."""
         gate = jnp.einsum("BTD,D->BT", x, self.shared_gate[...].astype(x.dtype))
         return jax.nn.sigmoid(gate)[..., None] * self.shared(x, placement)
 

@@ -1,8 +1,8 @@
 """Bi-level routing: pure functions of arrays.
 
-One router drives both levels (paper §3, Algorithm 1). The sparse sum layer marks the T_I best
-experts inside every group; the sparse concatenation layer keeps one group per output slot.
-Expert e = ((slot * R_O + candidate) * R_I + copy) * G_I + slice. Letters: config/model.py.
+One router drives both levels (paper §3, Algorithm 1). The sparse sum layer selects the T_I best
+experts in every group; the sparse concatenation layer keeps one group per output slot. Expert e =
+((slot * R_O + candidate) * R_I + copy) * G_I + slice. Letters: config/model.py.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from finermoe_jax.config.model import MoEConfig
 
 
 class Routing(NamedTuple):
-    """A router's decision; the active experts are in falling order of their logits."""
+    """A router's decision; the active experts are sorted by decreasing logit."""
 
-    logits: Float[Array, "*T E"]
-    experts: Int[Array, "*T A"]
-    weights: Float[Array, "*T A"]
+    logits: Float[Array, "*T E"]  # the router's, of all experts
+    experts: Int[Array, "*T A"]  # active experts, by falling logit
+    weights: Float[Array, "*T A"]  # their weights
 
 
 def route(
@@ -32,23 +32,21 @@ def route(
     """Chooses G_O * T_I experts per token and their weights (paper Algorithm 1).
 
     Args:
-      logits: the router's raw logits; the selection runs in their dtype.
+      logits: the router's raw logits; the selection uses their dtype.
       moe: granularities and variants.
-      weight_dtype: dtype that the weights, a float32 softmax, are cast to.
-      candidate_logits: a second router's logits of the candidate groups, separate_routers only. The
-        paper gives no formula for it: that a slot is scaled by the chosen candidate's probability
-        is this code's reading.
+      weight_dtype: dtype of the weights, cast from a float32 softmax.
+      candidate_logits: a second router's logits of the candidate groups, for separate_routers only.
 
     Returns:
-      The routing, and the order [*T, A] that brings its experts into slot order: applied to
-      `experts` or `weights` along the last axis, the T_I experts of slot 0 come first.
+      The routing, and the order [*T, A] that sorts its experts by slot: applied to `experts` or
+      `weights` along the last axis, it puts the T_I experts of slot 0 first.
     """
     if moe.plain_top_k:
         _, experts = jax.lax.top_k(logits, moe.num_active)
         scale = None
     else:
         experts, scale = _select_in_groups(logits, moe, candidate_logits)
-    # Report by falling logit; equal logits keep slot order, the lower expert first.
+    # Sort by decreasing logit; ties keep slot order, the lower expert first.
     selected = jnp.take_along_axis(logits, experts, axis=-1)
     by_logit = jnp.argsort(-selected, axis=-1, stable=True)
     slot_order = jnp.argsort(by_logit, axis=-1)
@@ -72,15 +70,13 @@ def _select_in_groups(
     moe: MoEConfig,
     candidate_logits: Float[Array, "*T OR"] | None,
 ) -> tuple[Int[Array, "*T A"], Float[Array, "*T A"] | None]:
-    """Experts in slot order; with a second router also each one's factor.
-
-    Ties: top_k and argmax both take the lowest index.
-    """
+    """Returns experts in slot order and, with a second router, their factors."""
     slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
     tokens = logits.shape[:-1]
     grouped = logits.reshape(*tokens, slots, candidates, group)
     _, marked = jax.lax.top_k(grouped, moe.active_per_group)
-    # All of a group's raw logits are summed, marked or not: so says the published model.
+    # The sum is over all raw logits of a group, selected or not, as in the published model. Ties:
+    # top_k and argmax both take the lowest index.
     scores = (
         grouped.sum(axis=-1)
         if candidate_logits is None
@@ -92,8 +88,8 @@ def _select_in_groups(
     experts = (group_index[..., None] * group + inside).reshape(*tokens, moe.num_active)
     if candidate_logits is None:
         return experts, None
-    # The paper gives no formula for separate routers. Through an argmax alone the second router
-    # would never learn, so the chosen candidate's probability scales its slot: one reading of it.
+    # The paper gives no formula for separate routers. Through argmax alone the second router would
+    # get no gradient, so this code scales each slot by the chosen candidate's probability.
     probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     scale = jnp.take_along_axis(probabilities, chosen[..., None], axis=-1)
     return experts, jnp.repeat(scale[..., 0], moe.active_per_group, axis=-1)

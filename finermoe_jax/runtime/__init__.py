@@ -1,1 +1,1 @@
-"""This process and its machine: files, signals, other processes. Knows no model."""
+"""Files, locks, signals and multi-process coordination. Independent of models."""

@@ -1,4 +1,4 @@
-"""Full disks: detected before a write if possible, and distinguished from other errors after it."""
+"""Detection of full disks, before a write and in its errors."""
 
 import contextlib
 import errno
@@ -13,27 +13,27 @@ from finermoe_jax.errors import InputError
 
 
 def has_room(directory: Path, size: int, files: int = 0) -> bool:
-    """True where the disk of a directory takes so many more bytes, and files."""
+    """Returns True if the disk of a directory has room for `size` more bytes and `files` files."""
     found = os.statvfs(directory)
-    # Some file systems have no limit of files, and state none.
+    # f_files is 0 on file systems that do not limit the number of files.
     free = shutil.disk_usage(directory).free
     return size <= free and (not found.f_files or files <= found.f_favail)
 
 
 def free_text(directory: Path) -> str:
-    """Says how much is free on the disk of a directory: bytes, and files where they are limited."""
+    """Describes the free space of a directory's disk: bytes, and files if they are limited."""
     found = os.statvfs(directory)
     more = f", room for {found.f_favail} more files" if found.f_files else ""
     return f"{text(shutil.disk_usage(directory).free)} free{more}"
 
 
 def text(size: int) -> str:
-    """Bytes as a reader likes them."""
+    """Formats a number of bytes for humans."""
     return tqdm.format_sizeof(size, "B")
 
 
 def is_full(error: BaseException | None) -> bool:
-    """True for an error that comes, or whose cause came, of a full disk or quota."""
+    """Returns True if an error, or one in its cause chain, is due to a full disk or quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -46,7 +46,7 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def refusing_full(message: str) -> Iterator[None]:
-    """Raises InputError with the message where the disk fills up; other errors stay as they are."""
+    """Raises InputError with `message` if the disk is full; other errors pass through."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,7 @@
-"""Several processes as one run: who starts them, and what they agree on.
+"""Multi-process runs: joining the processes, and agreement between them.
 
-One process computes on all devices of its machine and needs nothing of this. Several are joined
-by jax.distributed, which knows the common launchers. What is said here between processes goes
-through the key-value store of its coordinator, which is process 0.
+jax.distributed joins the processes. They exchange messages through the key-value store of its
+coordinator, which is process 0. A run with a single process needs none of this.
 """
 
 import contextlib
@@ -17,19 +16,19 @@ import orbax.checkpoint as ocp
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime import rendezvous
-from finermoe_jax.runtime.launchers import find_launch, mpi_ends
+from finermoe_jax.runtime.launchers import find_launch, mpi_watchdog
 
 HEARTBEAT_SECONDS = 60.0
 START_SECONDS = 300.0
 
 PREFIX = "finermoe"
-_WEEK = 7 * 24 * 3600 * 1000  # ms; should a process be lost, the heartbeats end the wait
+_WEEK = 7 * 24 * 3600 * 1000  # ms; if a process is lost, the heartbeats end the wait
 _numbers = itertools.count()
 _hosts: list[str] = []
 
 
 class RefusedByAll(InputError):
-    """An InputError that every process raises, so none has to notify the others."""
+    """An InputError that all processes raise, so that none needs to notify the others."""
 
 
 # --- joining --------------------------------------------------------------------------------
@@ -38,16 +37,15 @@ class RefusedByAll(InputError):
 def initialize(
     heartbeat_seconds: float = HEARTBEAT_SECONDS, start_seconds: float = START_SECONDS
 ) -> None:
-    """Joins the processes of this run, if it has several; to be called before JAX has devices.
+    """Joins the processes of this run, if it has several. Call it before JAX finds its devices.
 
-    They meet first where the environment says where. Then JAX joins them, which aborts where one
-    does not come: after start_seconds this process prints one message and ends with exit code 2.
+    If a process is missing after start_seconds, prints one message and exits with code 2.
 
-    Raises InputError when the environment names several processes and they cannot be joined.
+    Raises InputError if the environment describes several processes that cannot be joined.
     """
-    # A second later than the alarm in this process, which also has an exit code of its own.
-    late = mpi_ends(os.environ, start_seconds + 1, _missing(start_seconds))
-    with _within(start_seconds), late:
+    # One second after the alarm of _within, which sets the right exit code.
+    watchdog = mpi_watchdog(os.environ, start_seconds + 1, _timeout_message(start_seconds))
+    with _within(start_seconds), watchdog:
         launch = find_launch(os.environ)
     if launch is None:
         return
@@ -59,42 +57,42 @@ def initialize(
     with _within(start_seconds):
         jax.distributed.initialize(
             **launch.arguments,
-            # JAX's own watch ends a process without naming a checkpoint; heartbeats act first.
+            # Longer than our own timeouts, which have better messages.
             heartbeat_timeout_seconds=max(1, round(2 * heartbeat_seconds)),
-            initialization_timeout=round(start_seconds) + 60,  # _within acts first
+            initialization_timeout=round(start_seconds) + 60,
         )
-    _hosts[:] = exchange(socket.gethostname())  # now: later a coordinator may not answer
+    _hosts[:] = exchange(socket.gethostname())  # now: later the coordinator may be lost
 
 
 @contextlib.contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Ends this process where what is done takes longer; what fails becomes one InputError."""
-    alarm = threading.Timer(seconds, _not_joined, [seconds])
+    """Exits if the block takes longer than `seconds`; converts its errors to InputError."""
+    alarm = threading.Timer(seconds, _exit_on_timeout, [seconds])
     alarm.daemon = True
     alarm.start()
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # also whatever MPI's and Kubernetes' clients raise
+    except Exception as error:  # also those of MPI's and Kubernetes' clients
         raise InputError(
             f"the processes of this run cannot be joined: {error}\n"
-            "see docs/launch.md; JAX_NUM_PROCESSES=1 runs one process on its own"
+            "See docs/launch.md, or set JAX_NUM_PROCESSES=1 to run a single process"
         ) from None
     finally:
         alarm.cancel()
 
 
-def _not_joined(seconds: float) -> None:
-    """Ends this process, whose main thread waits inside JAX for the others."""
-    os.write(2, _missing(seconds).encode())
+def _exit_on_timeout(seconds: float) -> None:
+    """Exits while the main thread is blocked inside JAX."""
+    os.write(2, _timeout_message(seconds).encode())
     os._exit(2)
 
 
-def _missing(seconds: float) -> str:
+def _timeout_message(seconds: float) -> str:
     return (
-        f"\nerror: not all processes of this run have started within {seconds:g} s: see what the "
-        "launcher says of the others, or wait longer with --start_timeout\n"
+        f"\nerror: not all processes of this run started within {seconds:g} s: check the "
+        "launcher's output for the others, or raise --start_timeout\n"
     )
 
 
@@ -102,20 +100,20 @@ def _missing(seconds: float) -> str:
 
 
 def exchange(text: str) -> list[str]:
-    """Every process's text, by process index. All processes must call it, in the same order."""
+    """Returns every process's text, by process index. All processes must call it in step."""
     if jax.process_count() == 1:
         return [text]
     client, key = ocp.multihost.get_jax_distributed_client(), f"{PREFIX}/{next(_numbers)}/"
-    client.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # no value may be empty
+    client.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # values must not be empty
     everyone = range(jax.process_count())
     return [client.blocking_key_value_get(f"{key}{p}", _WEEK)[1:] for p in everyone]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Checks that succeed everywhere or end every process: nobody is left waiting for the others.
+    """Runs checks that must succeed on all processes; if one fails, all raise.
 
-    Raises InputError: what is wrong here or, if nothing is, what another process found.
+    Raises InputError with this process's error or, if it has none, another process's.
     """
     error = None
     try:
@@ -131,7 +129,7 @@ def together() -> Iterator[None]:
 
 
 def same(value: str, message: str) -> None:
-    """Raises InputError, on every process, unless all have process 0's value."""
+    """Raises InputError on all processes unless they all have process 0's value."""
     values = exchange(value)
     for process, other in enumerate(values):
         if other != values[0]:
@@ -139,6 +137,6 @@ def same(value: str, message: str) -> None:
 
 
 def process_name(process: int) -> str:
-    """A process by index and host."""
+    """Names a process by index and host."""
     host = f" (host {_hosts[process]})" if _hosts else ""
     return f"process {process} of {jax.process_count()}{host}"

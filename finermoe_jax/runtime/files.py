@@ -1,10 +1,8 @@
-"""Path lookup, change detection, page-cache hints, and writes that survive a power cut.
+"""Path lookup, change detection, page-cache hints, and atomic, durable writes.
 
-A new directory is there whole or not at all, and is never written over (`new_directory`).
-
-Without an fsync a file, its name or its new name may be missing or empty after a power cut, in any
-combination. So a file that has to last is written by `write`, or made beside its place and moved
-there by `commit`. Both return when everything is on the disk.
+After a power cut, content and names that were not fsynced may be missing. `write` (a file) and
+`commit` (a directory) therefore return only when everything is on disk. `new_directory` creates a
+directory completely or not at all, and never overwrites one.
 """
 
 import contextlib
@@ -20,18 +18,18 @@ from finermoe_jax.runtime.locks import locked
 from finermoe_jax.runtime.paths import local
 
 _PACKAGE = Path(__file__).parent.parent
-# Inode, bytes, and time of the last write in nanoseconds.
+# Inode, size in bytes, and modification time in nanoseconds.
 State = tuple[int, int, int]
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def find(path: str | os.PathLike) -> Path:
-    """A relative path as it stands in the working directory or, failing that, in the package.
+    """Resolves a relative path against the working directory, then against the package.
 
-    So `demo/model` and `configs/demo.py` work from anywhere: configs/ is beside the package in a
-    clone and inside it in an installed wheel.
+    So `demo/model` and `configs/demo.py` work in any directory: configs/ is next to the package in
+    a clone and inside it in an installed wheel.
 
-    Raises InputError for an address (paths.py).
+    Raises InputError for a URL (paths.py).
     """
     here = Path(local(path))
     places = (here, _PACKAGE / here, _PACKAGE.parent / here)
@@ -39,39 +37,36 @@ def find(path: str | os.PathLike) -> Path:
 
 
 def state(path: Path) -> State:
-    """Returns values that change with a file's content. Raises OSError if there is no file."""
+    """Returns values that change when the file changes. Raises OSError if it does not exist."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises InputError where git-lfs has left its pointer in place of a file."""
+    """Raises InputError if the file is a git-lfs pointer."""
     with contextlib.suppress(OSError), path.open("rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise InputError(
-                f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull` "
-                "in its repository"
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its "
+                "repository"
             )
 
 
 def forget(path: Path) -> None:
-    """Drops a file's written pages from the page cache, on systems that can.
+    """Drops a file's clean pages from the page cache, so that streaming does not evict others.
 
-    Streaming more than the memory holds would otherwise evict the pages that others need.
+    A no-op on systems without posix_fadvise.
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# --- writes that last -----------------------------------------------------------------------
+# --- durable writes -------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or a directory's names, are on the disk.
-
-    Raises OSError naming the file.
-    """
+    """Fsyncs a file or a directory. Raises OSError naming the path."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -79,8 +74,8 @@ def sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Some network file systems cannot do this for directories, and need not. A directory that
-        # may be written to and not be read cannot be opened for it.
+        # Some network file systems cannot fsync directories and need not; a directory without
+        # read permission cannot be opened.
         if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES) and path.is_dir():
             return
         error.filename = str(path)
@@ -88,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """`sync` of a directory and of everything in it, links excepted."""
+    """Fsyncs a directory and everything in it, except links."""
     for entry in directory.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
@@ -98,7 +93,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or directory, replacing a file of that name, and makes the name last."""
+    """Renames a file or directory durably; replaces an existing file."""
     source.replace(target)
     sync(target.parent)
     if source.parent != target.parent:
@@ -106,18 +101,18 @@ def rename(source: Path, target: Path) -> None:
 
 
 def commit(source: Path, target: Path) -> None:
-    """Moves a finished directory to its place: after a power cut it is there whole or not at all.
+    """Moves a finished directory to `target`, atomically and durably.
 
-    target is absent or an empty directory.
+    `target` must be absent or an empty directory.
     """
     sync_tree(source)
     rename(source, target)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replaces a file's content: after a power cut the file holds the old or the new one, whole.
+    """Replaces a file's content, atomically and durably.
 
-    A link stays one. What is no ordinary file (a pipe, /dev/stdout) is written to as it is.
+    Follows links. Writes directly to what is not a regular file (a pipe, /dev/stdout).
     """
     data = content.encode() if isinstance(content, str) else content
     path = Path(os.path.realpath(path))
@@ -138,19 +133,19 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and its parents, where they are missing, and makes their names last."""
+    """Creates a directory and its missing parents durably."""
     path = path.absolute()
-    made = [each for each in (path, *path.parents) if not each.exists()]
+    created = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for each in made:
+    for each in created:
         sync(each.parent)
 
 
-# --- directories that are there whole or not at all --------------------------------------------
+# --- atomic directories ---------------------------------------------------------------------
 
 
 def refuse_occupied(target: Path) -> None:
-    """Raises InputError when target is a file or a directory that holds anything."""
+    """Raises InputError if target is a file or a non-empty directory."""
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; nothing is overwritten: give a new directory")
     if target.exists() and not target.is_dir():
@@ -159,30 +154,30 @@ def refuse_occupied(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """A path at which to make a directory, which becomes `target` once the block has ended well.
+    """Yields a temporary path, and moves it to `target` if the block succeeds (`commit`).
 
-    After that, a power cut cannot take it away, or a part of it (`commit`).
+    The path is in a hidden directory next to target. Leftovers of a killed process are removed by
+    the next one that writes the same target.
 
-    The path is in a hidden directory beside target. The next process that writes the same target
-    removes what a killed one left there.
-
-    Raises InputError when target is occupied, or while another process is writing it.
+    Raises InputError if target is not empty, or while another process is writing it.
     """
     target = Path(os.path.realpath(local(target)))
     refuse_occupied(target)
     if os.path.ismount(target):
-        raise InputError(f"{target} is a mount point, and is not replaced: give a directory in it")
+        raise InputError(
+            f"{target} is a mount point and cannot be replaced: give a directory in it"
+        )
     partial = target.with_name(f".{target.name}.partial")
     try:
         make_directory(target.parent)
         lock = _claim(partial, target)
     except OSError as error:
         raise InputError(
-            f"{target} cannot be made ({error.filename}: {error.strerror}); give a directory "
-            "where you may write"
+            f"{target} cannot be created ({error.filename}: {error.strerror}): give a directory "
+            "that you can write to"
         ) from None
     try:
-        refuse_occupied(target)  # again: the one that had the lock may have made it
+        refuse_occupied(target)  # again: the previous lock holder may have created it
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield partial / target.name
@@ -195,21 +190,21 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def _claim(partial: Path, target: Path) -> int:
-    """An open, locked descriptor of the hidden directory, made where it is missing."""
+    """Returns an open, locked descriptor of the hidden directory; creates it if missing."""
     while True:
         partial.mkdir(exist_ok=True)
         try:
-            # A link would have what it points to emptied; it is refused as no directory.
+            # O_NOFOLLOW: the content of a link's target would be deleted.
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            continue  # its owner has just finished
+            continue  # its owner has just removed it
         if not locked(lock):
             os.close(lock)
             raise InputError(
-                f"another process is writing {target} (into {partial}): wait for it, or give "
+                f"another process is writing {target} (in {partial}): wait for it, or give "
                 "another directory"
             )
-        # Its previous owner may have removed it after the open and before the lock.
+        # The previous owner may have removed it between open and lock.
         if partial.exists() and os.fstat(lock).st_ino == partial.stat().st_ino:
             return lock
         os.close(lock)

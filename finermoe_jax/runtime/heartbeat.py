@@ -1,4 +1,4 @@
-"""Several processes that live and end together: when one is lost, the others end with its name."""
+"""Heartbeats between the processes of a run: if one is lost, the others exit and name it."""
 
 import contextlib
 import itertools
@@ -21,21 +21,21 @@ _DONE = "done"
 
 
 @contextlib.contextmanager
-def heartbeats(heartbeat_seconds: float, way_on: Callable[[], str]) -> Iterator[None]:
-    """Ends this process when another is lost or fails, with one message that says which.
+def heartbeats(heartbeat_seconds: float, resume_hint: Callable[[], str]) -> Iterator[None]:
+    """Exits with code 1 and one message if another process is lost or fails.
 
-    A process that dies is missed after heartbeat_seconds, the coordinator at once. A failure is
-    reported to the others. The exit code is then 1. JAX's own watch does the same after twice that
-    time if this process is unable to.
+    A dead process is detected after heartbeat_seconds, a dead coordinator at once. A failure of
+    this process is reported to the others. JAX's own heartbeats are a fallback after twice that
+    time.
 
     Args:
-      heartbeat_seconds: how long a process may be silent.
-      way_on: returns one sentence on how to resume the run; called when the run must end.
+      heartbeat_seconds: maximum time between two beats of a process.
+      resume_hint: returns one sentence on how to resume the run.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    beats = Heartbeat(heartbeat_seconds, way_on)
+    beats = Heartbeat(heartbeat_seconds, resume_hint)
     beats.start()
     try:
         yield
@@ -47,36 +47,36 @@ def heartbeats(heartbeat_seconds: float, way_on: Callable[[], str]) -> Iterator[
             raise
         failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
         if failed and "RESOURCE_EXHAUSTED" not in str(error):
-            # Most likely the other end is gone: then the thread finds out and ends this process.
+            # Another process is probably lost: give the thread time to detect it and exit.
             time.sleep(1.5 * heartbeat_seconds)
         beats.fail(error)
     jax.distributed.shutdown()
 
 
 class Heartbeat(threading.Thread):
-    """Beats for this process, and in process 0 listens to the others' beats."""
+    """Sends this process's beats; in process 0 also checks the others'."""
 
-    def __init__(self, seconds: float, way_on: Callable[[], str]):
+    def __init__(self, seconds: float, resume_hint: Callable[[], str]):
         super().__init__(name="heartbeat", daemon=True)
         self.client = ocp.multihost.get_jax_distributed_client()
-        self.seconds, self.way_on, self.over = seconds, way_on, False
+        self.seconds, self.resume_hint, self.over = seconds, resume_hint, False
         first = distributed.process_name(0)
-        self.unreachable = f"{first}, the coordinator, was lost: it cannot be reached any more"
+        self.unreachable = f"{first}, the coordinator, was lost: it cannot be reached"
         self.heard = {p: ("", time.monotonic()) for p in range(1, jax.process_count())}
-        # Looked up ahead, and beside the beats: there is no time for it when the end comes, and a
-        # file system that hangs must not look like a lost process.
-        self.known = ""
-        threading.Thread(target=self._look_up, daemon=True).start()
+        # The hint is refreshed in a thread: there is no time for it at the end, and a hanging file
+        # system must not stop the beats.
+        self.hint = ""
+        threading.Thread(target=self._refresh_hint, daemon=True).start()
 
-    def _look_up(self) -> None:
+    def _refresh_hint(self) -> None:
         while not self.over:
-            self.known = self.way_on()
+            self.hint = self.resume_hint()
             time.sleep(0.2)
 
     def run(self) -> None:
-        """Until `over`; ends the process when another is lost."""
+        """Beats until `over`; exits the process if another is lost."""
         for beat in itertools.count():
-            # A coordinator may hang instead of ending, and what is asked of it with it.
+            # A hanging coordinator would block the calls below.
             alarm = threading.Timer(self.seconds, self._end, [self.unreachable])
             alarm.daemon = True
             alarm.start()
@@ -86,11 +86,9 @@ class Heartbeat(threading.Thread):
                 )
                 if jax.process_index() == 0 and (silent := self._silent()):
                     names = " and ".join(map(distributed.process_name, silent))
-                    self._tell(
-                        f"{names} was lost: nothing has been heard of it for {self.seconds:g} s"
-                    )
-                # Instead of a sleep: it returns at once when the run must end, or is cut off
-                # when the coordinator is.
+                    self._publish_end(f"{names} was lost: no heartbeat for {self.seconds:g} s")
+                # Waits between beats; returns at once if the run must end or the coordinator is
+                # lost.
                 message = self.client.blocking_key_value_get(_END, round(100 * self.seconds))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error) and not self.over:
@@ -102,7 +100,7 @@ class Heartbeat(threading.Thread):
             return
 
     def _silent(self) -> list[int]:
-        """The processes whose beat has not changed for too long."""
+        """Returns the processes whose beat has not changed for too long."""
         now = time.monotonic()
         for key, beat in self.client.key_value_dir_get(_BEAT):
             process = int(key.rpartition("/")[2])
@@ -110,28 +108,28 @@ class Heartbeat(threading.Thread):
                 self.heard[process] = (beat, now)
         return [p for p, (_, when) in self.heard.items() if now - when > self.seconds]
 
-    def _tell(self, message: str) -> None:
+    def _publish_end(self, message: str) -> None:
         self.client.key_value_set(_END, message, allow_overwrite=True)
 
     def _end(self, message: str) -> None:
         if self.over or message == _DONE:
             return
-        # At once, and unbuffered: where the coordinator is lost, JAX is about to abort the process.
-        os.write(2, f"\nerror: {message}. {self.known}\n".encode())
+        # Unbuffered: if the coordinator is lost, JAX is about to abort this process.
+        os.write(2, f"\nerror: {message}. {self.hint}\n".encode())
         if jax.process_index() == 0:
-            time.sleep(1)  # the message's readers lose the coordinator with this process
+            time.sleep(1)  # lets the others read the message before the coordinator exits
         os._exit(1)
 
     def finish(self) -> None:
-        """Ends the beats once all processes have done their work: one gone earlier is missed."""
+        """Stops the beats when all processes are done."""
         distributed.exchange(_DONE)
         self.over = True
         if jax.process_index() == 0:
-            self._tell(_DONE)
+            self._publish_end(_DONE)
         self.join(self.seconds)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Tells the others what ended this process, then lets it end."""
+        """Reports this process's failure to the others, then exits or re-raises."""
         self.over = True
         refused = isinstance(error, (InputError, OSError, RunEnded))
         if not refused and not isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -141,10 +139,11 @@ class Heartbeat(threading.Thread):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, distributed.RefusedByAll):
             with contextlib.suppress(Exception):
-                self._tell(f"{distributed.process_name(jax.process_index())} failed: {reason}")
+                name = distributed.process_name(jax.process_index())
+                self._publish_end(f"{name} failed: {reason}")
         if jax.process_index() == 0:
             time.sleep(1)
         if refused:
             raise error
-        # Without the interpreter's shutdown, which waits for processes that wait for this one.
+        # A normal interpreter shutdown would deadlock with the other processes.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -1,4 +1,4 @@
-"""Settings of the process's allocator for freed memory, for training on a CPU."""
+"""Allocator settings that speed up training on a CPU."""
 
 import ctypes
 import os
@@ -10,14 +10,13 @@ _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60
 
 
 def keep_freed() -> bool:
-    """Keeps freed memory for the next allocation; to be called before JAX has devices.
+    """Makes glibc keep freed memory for reuse. Call it before JAX finds its devices.
 
-    XLA takes a step's temporaries from malloc and gives them back after it. glibc maps and unmaps
-    anything that large, and the kernel then clears gigabytes of pages at every step: a third of a
-    step's time. From one heap that is never trimmed they are found again as they were.
+    By default glibc unmaps a step's large temporaries, and the kernel clears their pages again in
+    the next step: up to a third of a step's time.
 
-    Where JAX may find an accelerator, or the C library is another one, nothing is done; neither
-    where GLIBC_TUNABLES says what is wanted. Returns whether freed memory is now kept.
+    A no-op if JAX may use an accelerator, if the C library is not glibc, or if GLIBC_TUNABLES is
+    set. Returns True if the settings were applied.
     """
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(find_spec, _ACCELERATORS))
     library = ctypes.CDLL(None)

@@ -1,7 +1,4 @@
-"""JSON in and out: every file and line that is read, every text that is written.
-
-Only this module imports json (tests/runtime/test_json_files.py).
-"""
+"""Reads and writes JSON files, JSON lines and logs. Only this module imports json."""
 
 import codecs
 import io
@@ -15,22 +12,19 @@ from typing import Any
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
 
-# Far above the index of any model.
-_FILE_BYTES = 256 << 20
-# A line is in memory several times over while it is read.
-LINE_BYTES = 64 << 20
-# Far above any real file; Python's own recursions end at a few hundred levels.
-_LEVELS = 64
+_FILE_BYTES = 256 << 20  # far above the index of any model
+LINE_BYTES = 64 << 20  # parsing needs several times a line's size in memory
+_LEVELS = 64  # of nesting: far above real files, below Python's recursion limit
 
 
 # --- reading --------------------------------------------------------------------------------
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Parses a JSON text (bytes: UTF-8), with or without a byte order mark.
+    """Parses JSON text (bytes: UTF-8), with or without a byte order mark.
 
-    Raises InputError, which names `where`: no JSON, not UTF-8, nested too deep, or an integer of
-    more digits than Python converts.
+    Raises InputError, naming `where`, for invalid JSON or UTF-8, nesting that is too deep, or an
+    integer with more digits than Python converts.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -44,8 +38,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
         reason = f"{error.msg} at {place}column {error.colno}"
     except RecursionError:
         reason = f"it is nested more than {_LEVELS} levels deep"
-    except ValueError:  # Python's limit: the conversion takes quadratic time
-        reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits"
+    except ValueError:  # Python's limit on integer digits
+        reason = f"it contains an integer of more than {sys.get_int_max_str_digits()} digits"
     else:
         return value
     raise InputError(f"{where} is not readable as JSON: {reason}")
@@ -66,11 +60,11 @@ def _too_deep(text: str, value: Any) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises InputError naming the file."""
     try:
-        # A pipe would be waited for, and a device read until memory is full.
+        # Reading a pipe may block, and a device may never end.
         if not path.is_file() and path.exists():
             raise InputError(f"{path} is not a file")
         if (size := path.stat().st_size) > _FILE_BYTES:
-            raise InputError(f"{path} has {size} bytes; at most {_FILE_BYTES} are read as JSON")
+            raise InputError(f"{path} has {size} bytes; JSON files may have {_FILE_BYTES}")
         content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
@@ -84,32 +78,32 @@ def read_json(path: Path) -> dict[str, Any]:
         refuse_pointer(path)
         raise
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
+        raise InputError(f"{path} contains a {type(value).__name__}, not a JSON object")
     return value
 
 
 def json_rows(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
-    """Parses JSON lines: (number of the line from 1, value); blank lines are skipped.
+    """Yields (line number from 1, value) for JSON lines; skips blank lines.
 
-    Raises InputError naming `path` and the line: no JSON, or more than LINE_BYTES in the line.
+    Raises InputError, naming `path` and line, for invalid JSON or a line above LINE_BYTES.
     """
     number = 0
     while line := stream.readline(LINE_BYTES + 1):
         number += 1
         if len(line) > LINE_BYTES:
             raise InputError(
-                f"{path}, line {number}: it has more than {LINE_BYTES:,} bytes, and a line must "
-                "fit in memory: cut its document into several, or give it as a .txt file"
+                f"{path}, line {number} has more than {LINE_BYTES:,} bytes, the maximum: split its "
+                "document, or give it as a .txt file"
             )
         if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, parse_json(line, f"{path}, line {number}")
 
 
 def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Reads a run's log: each line that holds a JSON object with a step, as stored and parsed.
+    """Returns a run's log records, raw and parsed: each line that is a JSON object with a step.
 
-    Other lines are skipped: a crash or a power cut leaves such lines. So is a last line without an
-    end, which is being written or was cut off. An absent file has no lines.
+    Skips other lines, which a crash may leave, and a last line without a newline. A missing file
+    has no records.
     """
     if not path.is_file():
         return []
@@ -128,10 +122,7 @@ def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def to_json(value: Any, **layout: Any) -> str:
-    """Writes a value as JSON; NaN and infinity, which JSON does not have, become null.
-
-    `layout` are json.dumps's keywords.
-    """
+    """Converts a value to JSON. NaN and infinity become null. `layout`: keywords of json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, **layout)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Detects the launcher and how this process joins the others, from the environment."""
+"""Detects the launcher, and how this process joins the others, from environment variables."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.rendezvous import Member, bind_address
 
-_STARTED_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Launchers that jax.distributed does not recognise: what they call the number of processes.
-_UNKNOWN_TO_JAX = ("PMI_SIZE", "WORLD_SIZE")
+_MANUAL = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Process counts of launchers that jax.distributed does not support.
+_UNSUPPORTED_COUNTS = ("PMI_SIZE", "WORLD_SIZE")
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _FIRST_PORT, _PORTS = 61440, 4096  # JAX's range for the coordinator
-_TPU_PORT, _KUBERNETES_PORT = 8482, 55527  # where it goes by no number of a run
-# Sums and products of what GKE sets, used where other launchers set a variable.
+_TPU_PORT, _KUBERNETES_PORT = 8482, 55527  # JAX's fixed ports
+# Computed from GKE's variables (_tpu_numbers); other launchers set a variable.
 _TPU_INDEX, _TPU_NUMBER = "process index", "number of processes"
 
 
@@ -30,9 +30,9 @@ class Launch(NamedTuple):
     """The way this process joins the others.
 
     Attributes:
-      arguments: passed to jax.distributed.initialize, which finds out the rest by itself.
-        Without a member, a coordinator_bind_address is one at which this process will listen.
-      member: what the meeting before it needs; None where JAX alone knows the address.
+      arguments: for jax.distributed.initialize, which detects the rest itself. Without a member,
+        coordinator_bind_address is set only if this process will listen at it.
+      member: for rendezvous.meet; None if only JAX can find the coordinator's address.
     """
 
     arguments: dict[str, Any]
@@ -40,22 +40,22 @@ class Launch(NamedTuple):
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """Returns how this process joins the others; None for one process on its own.
+    """Detects how this process joins the others; returns None for a single process.
 
-    Raises InputError for several processes that jax.distributed could not join.
+    Raises InputError for several processes that jax.distributed cannot join.
     """
     if environment.get("JAX_NUM_PROCESSES") == "1":
         return None
-    missing = [name for name in _STARTED_BY_HAND if not environment.get(name)]
+    missing = [name for name in _MANUAL if not environment.get(name)]
     launcher = _launcher(environment) if missing else ""
-    if not launcher and len(missing) == len(_STARTED_BY_HAND):
+    if not launcher and len(missing) == len(_MANUAL):
         _refuse_unknown(environment)
         return None
     if not launcher and missing:
-        given = [name for name in _STARTED_BY_HAND if name not in missing]
+        given = [name for name in _MANUAL if name not in missing]
         raise InputError(
-            f"{' and '.join(given)} set, {' and '.join(missing)} not: processes started by "
-            f"hand need {', '.join(_STARTED_BY_HAND)}"
+            f"{' and '.join(given)} set but {' and '.join(missing)} not set: processes started "
+            f"manually need {', '.join(_MANUAL)}"
         )
     names = {"JAX_NUM_PROCESSES": "num_processes", "JAX_PROCESS_ID": "process_id"}
     arguments: dict[str, Any] = {
@@ -67,7 +67,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     if member:
         arguments["coordinator_address"] = member.address
         arguments["coordinator_bind_address"] = member.bind
-        if launcher == "Cloud TPU":  # JAX would ask for all of it again
+        if launcher == "Cloud TPU":  # JAX need not query the metadata again
             arguments |= {"num_processes": member.processes, "process_id": member.index}
             arguments["cluster_detection_method"] = "deactivate"
     else:
@@ -76,12 +76,12 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
-    for name in _UNKNOWN_TO_JAX:
+    for name in _UNSUPPORTED_COUNTS:
         if environment.get(name, "1") != "1":
             raise InputError(
-                f"{name}={environment[name]} speaks of several processes, started in a way that "
-                f"jax.distributed does not know; set {', '.join(_STARTED_BY_HAND)} for each, or "
-                "JAX_NUM_PROCESSES=1 for one process on its own"
+                f"{name}={environment[name]} means several processes, but jax.distributed does "
+                f"not support this launcher: set {', '.join(_MANUAL)} for each process, or "
+                "JAX_NUM_PROCESSES=1 for a single one"
             )
 
 
@@ -90,54 +90,53 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise InputError(f"{name}={value!r} must be a whole number") from None
+        raise InputError(f"{name}={value!r} must be an integer") from None
 
 
-# --- where they meet ------------------------------------------------------------------------
+# --- addresses ------------------------------------------------------------------------------
 
 
 def _member(environment: Mapping[str, str], launcher: str) -> Member | None:
-    """Returns this process's entry for the meeting; None if the environment lacks part of it.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID take precedence over the
-    launcher's variables, as they do in JAX.
-    """
-    index_name, number_name, find_address = _TELLING.get(launcher, ("", "", lambda _: ""))
+    """Returns this process's Member, preferring JAX's variables; None if any value is missing."""
+    index_name, number_name, find_address = _LAUNCHERS.get(launcher, ("", "", lambda _: ""))
     if launcher == "Cloud TPU":
         environment = {**environment, **_tpu_numbers(environment)}
     index_name, number_name = (
-        ours if environment.get(ours) else theirs
-        for ours, theirs in (("JAX_PROCESS_ID", index_name), ("JAX_NUM_PROCESSES", number_name))
+        jax_name if environment.get(jax_name) else name
+        for jax_name, name in (("JAX_PROCESS_ID", index_name), ("JAX_NUM_PROCESSES", number_name))
     )
     if not (environment.get(index_name) and environment.get(number_name)):
         return None
-    way_out = "JAX_COORDINATOR_ADDRESS"
-    address = environment.get(way_out, "")
+    port_name = "JAX_COORDINATOR_ADDRESS"
+    address = environment.get(port_name, "")
     if not address:
-        way_out, address = "JAX_COORDINATOR_PORT", find_address(environment)
+        port_name, address = "JAX_COORDINATOR_PORT", find_address(environment)
     if not address:
         return None
     index, processes = _integer(environment, index_name), _integer(environment, number_name)
     if not 0 <= index < processes:
         raise InputError(
-            f"{index_name}={index} must lie in 0 … {processes - 1}: {number_name}={processes}"
+            f"{index_name}={index} must be in 0 … {processes - 1}, as {number_name}={processes}"
         )
     bind = bind_address(address, environment)
-    return Member(address, bind, index, processes, index_name, number_name, way_out)
+    return Member(address, bind, index, processes, index_name, number_name, port_name)
 
 
 def slurm_address(environment: Mapping[str, str]) -> str:
-    """The step's first node, of lists such as `n7,n9`, `n[001,007-015],x` and `n[1-2]-ib`."""
+    """Returns the step's first node and its port.
+
+    Parses node lists such as `n7,n9`, `n[001,007-015],x` and `n[1-2]-ib`.
+    """
     nodes = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"])
-    port = _of_run(_integer(environment, "SLURM_JOB_ID"))
+    port = _job_port(_integer(environment, "SLURM_JOB_ID"))
     return f"{nodes.partition(',')[0]}:{_port(environment, port)}"
 
 
 def open_mpi_address(environment: Mapping[str, str]) -> str:
-    """The machine of `mpirun`, by its first IP address; that of rank 0 from version 5 on.
+    """Returns the address of `mpirun`'s machine or, from version 5 on, of rank 0's.
 
-    Version 4 says `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911`, or `…;tcp6://[fe80::1,…]:43370`.
-    Version 5 hides it. "" for another form, and for version 5 without mpi4py.
+    Version 4 sets `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911`, or `…;tcp6://[fe80::1,…]:43370`;
+    the first IP address is used. Returns "" for other forms, and for version 5 without mpi4py.
     """
     uri = environment.get("OMPI_MCA_orte_hnp_uri")
     if uri is None:
@@ -146,17 +145,14 @@ def open_mpi_address(environment: Mapping[str, str]) -> str:
     if not found:
         return ""
     job, ipv4, ipv6 = found.groups()
-    return f"{ipv4 or f'[{ipv6}]'}:{_port(environment, _of_run(int(job) // _PORTS))}"
+    return f"{ipv4 or f'[{ipv6}]'}:{_port(environment, _job_port(int(job) // _PORTS))}"
 
 
 def _mpi_address(environment: Mapping[str, str]) -> str:
-    """Rank 0's host name and a port that is free there, broadcast through MPI as JAX does.
-
-    All processes must call it. "" without mpi4py.
-    """
+    """Broadcasts rank 0's host name and a free port through MPI, as JAX does; "" without mpi4py."""
     if find_spec("mpi4py") is None:
         return ""
-    from mpi4py import MPI  # joins the processes of mpirun
+    from mpi4py import MPI  # calls MPI_Init
 
     address = ""
     if MPI.COMM_WORLD.Get_rank() == 0:
@@ -166,8 +162,8 @@ def _mpi_address(environment: Mapping[str, str]) -> str:
     return MPI.COMM_WORLD.bcast(address, root=0)
 
 
-# Waits for its input to end; where that takes longer it ends its parent with a message.
-_WATCH = """
+# Kills its parent with a message unless stdin is closed in time.
+_WATCHDOG = """
 import os, select, signal, sys
 seconds, parent, message = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if not select.select([0], [], [], seconds)[0]:
@@ -177,33 +173,29 @@ if not select.select([0], [], [], seconds)[0]:
 
 
 @contextlib.contextmanager
-def mpi_ends(environment: Mapping[str, str], seconds: float, message: str) -> Iterator[None]:
-    """Ends this process with a message where joining Open MPI 5 takes longer.
+def mpi_watchdog(environment: Mapping[str, str], seconds: float, message: str) -> Iterator[None]:
+    """Kills this process with a message if joining Open MPI 5 takes longer than `seconds`.
 
-    MPI_Init waits for every process of mpirun and holds Python's lock, so that no thread of this
-    process could end it. A process of its own does.
+    A child process does so: MPI_Init holds the GIL while it waits for the other processes.
     """
     five = "OMPI_COMM_WORLD_SIZE" in environment and "OMPI_MCA_orte_hnp_uri" not in environment
     if not five or environment.get("JAX_COORDINATOR_ADDRESS") or find_spec("mpi4py") is None:
         yield
         return
-    command = [sys.executable, "-S", "-c", _WATCH, str(seconds), str(os.getpid()), message]
-    with subprocess.Popen(command, stdin=subprocess.PIPE):  # its input ends with this block
+    command = [sys.executable, "-S", "-c", _WATCHDOG, str(seconds), str(os.getpid()), message]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # closes stdin at the end
         yield
 
 
 def tpu_address(environment: Mapping[str, str]) -> str:
-    """The first host of the first TPU slice; JAX's port, unless JAX_COORDINATOR_PORT names one.
-
-    "" where the environment names no hosts.
-    """
+    """Returns the first host of the first TPU slice and its port; "" if no hosts are given."""
     hosts = _tpu_hosts(environment)
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or (hosts[0] if hosts else "")
     return first and f"{first.partition(':')[0]}:{_port(environment, _TPU_PORT)}"
 
 
 def _tpu_numbers(environment: Mapping[str, str]) -> dict[str, str]:
-    """This process's index over all slices and the number of processes; empty if not given."""
+    """Returns this process's index over all slices and the process count; empty if not given."""
     hosts, slices = len(_tpu_hosts(environment)), 1
     if not hosts or not environment.get("TPU_WORKER_ID"):
         return {}
@@ -215,7 +207,7 @@ def _tpu_numbers(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tpu_hosts(environment: Mapping[str, str]) -> list[str]:
-    """The hosts of this TPU slice, as GKE names them; empty where it does not."""
+    """Returns the hosts of this TPU slice from GKE's variables; empty if not set."""
     if path := environment.get("TPU_PROCESS_ADDRESSES_PATH"):
         try:
             return Path(path).read_text().strip().split(",")
@@ -228,7 +220,7 @@ def _tpu_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def _bind(environment: Mapping[str, str], launcher: str) -> dict[str, str]:
-    """The coordinator's bind address, for process 0; JAX alone finds the address to connect to."""
+    """Returns the coordinator's bind address in process 0; JAX finds the address to connect to."""
     index, port = environment.get("JAX_PROCESS_ID"), 0
     if launcher == "Kubernetes":
         index, port = index or environment["JOB_COMPLETION_INDEX"], _KUBERNETES_PORT
@@ -247,59 +239,59 @@ def _port(environment: Mapping[str, str], default: int) -> int:
         return default
     port = _integer(environment, name)
     if not 0 < port < 1 << 16:
-        raise InputError(f"{name}={port} must lie in 1 … 65535")
+        raise InputError(f"{name}={port} must be in 1 … 65535")
     return port
 
 
-def _of_run(number: int) -> int:
-    """The port that JAX derives from a run's number."""
-    return _FIRST_PORT + number % _PORTS
+def _job_port(job: int) -> int:
+    """Returns the port that JAX derives from a job's number."""
+    return _FIRST_PORT + job % _PORTS
 
 
-# Launchers that give each process all that a meeting needs: the variables with its index and the
-# number of processes, and the function that finds the coordinator's address.
-_TELLING: dict[str, tuple[str, str, Callable[[Mapping[str, str]], str]]] = {
+# Variables with a process's index and the process count, and the function that finds the
+# coordinator's address.
+_LAUNCHERS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], str]]] = {
     "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", slurm_address),
     "Cloud TPU": (_TPU_INDEX, _TPU_NUMBER, tpu_address),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", open_mpi_address),
 }
 
 
-# --- who started it -------------------------------------------------------------------------
+# --- launcher detection ---------------------------------------------------------------------
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
-    """Names the launcher that started several processes and that jax.distributed detects; or ""."""
+    """Returns the launcher of several processes that jax.distributed supports; else ""."""
     if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         return "Open MPI"
     tasks = environment.get("SLURM_NTASKS", "1")
     if tasks != "1":
         if "SLURM_STEP_NODELIST" not in environment:
             raise InputError(
-                f"SLURM_NTASKS={tasks}, but srun did not start this process, so that it would "
-                "run alone: start it with srun, or set JAX_NUM_PROCESSES=1"
+                f"SLURM_NTASKS={tasks}, but this process was not started by srun and would run "
+                "alone: start it with srun, or set JAX_NUM_PROCESSES=1"
             )
         return "SLURM"
     if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return "Cloud TPU"
     if hosts := _tpu_hosts(environment):
         return "Cloud TPU" if len(hosts) > 1 else ""
-    # Set by JAX where it finds TPU chips: only then may a metadata server be there to be asked.
+    # JAX sets TPU_ML_PLATFORM if it finds TPU chips: only then may there be a metadata server.
     if environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment:
         if "," in _metadata("worker-network-endpoints"):  # the hosts of this slice
             return "Cloud TPU"
     elif "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if find_spec("kubernetes") is None:
             raise InputError(
-                "this is a pod of an indexed Kubernetes job, and only Kubernetes knows how many "
-                f"there are: pip install kubernetes, or set {', '.join(_STARTED_BY_HAND)}"
+                "this is a pod of an indexed Kubernetes job, whose process count only Kubernetes "
+                f"knows: pip install kubernetes, or set {', '.join(_MANUAL)}"
             )
         return "Kubernetes"
     return ""
 
 
 def _metadata(name: str) -> str:
-    """Asks the TPU VM's metadata server, as libtpu does too; returns "" without an answer."""
+    """Queries the TPU VM's metadata server; returns "" without an answer."""
     request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:

@@ -1,7 +1,7 @@
-"""The one lock: one process at a time writes a directory.
+"""Directory locks: one process at a time writes a directory.
 
-The operating system holds it and drops it with the process, however that ends: there are no stale
-locks. On NFS it holds between machines too, where the server supports locks.
+The operating system releases a lock when its process ends, so there are no stale locks. On NFS
+locks work between machines if the server supports them.
 """
 
 import datetime
@@ -18,7 +18,7 @@ LOCK_FILE = ".lock"
 
 
 def locked(descriptor: int) -> bool:
-    """Locks an open file or directory; false where another process holds it.
+    """Locks an open file or directory; returns False if another process has locked it.
 
     Raises OSError on a file system without locks.
     """
@@ -30,15 +30,18 @@ def locked(descriptor: int) -> bool:
 
 
 class Lock:
-    """Keeps a second process out of a directory while this one lives, by a file that names it."""
+    """Locks a directory while this process runs, by a file that names the process."""
 
     def __init__(self, directory: Path, flag: str):
-        """`flag` is how a user names the directory."""
+        """`flag` is the user's flag for the directory, for messages."""
         self.path, self.flag = directory / LOCK_FILE, flag
         self.stream: IO[str] | None = None
 
     def take(self) -> None:
-        """Takes the lock unless it is held already. Raises InputError when another one has it."""
+        """Acquires the lock if this object does not have it yet.
+
+        Raises InputError if another process has it.
+        """
         if self.stream is not None:
             return
         stream = self.path.open("a+")
@@ -47,15 +50,15 @@ class Lock:
         except OSError as error:
             stream.close()
             print(f"WARNING: {self.path} cannot be locked ({error.strerror}): make sure that no "
-                  "other process writes there", file=sys.stderr)  # fmt: skip
+                  "other process writes to its directory", file=sys.stderr)  # fmt: skip
             return
         if not free:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()
             raise InputError(
-                f"{self.path.parent} is in use by {holder}: wait until that process has ended, end "
-                f"it, or give another {self.flag}"
+                f"{self.path.parent} is in use by {holder}: wait for that process, stop it, or "
+                f"give another {self.flag}"
             )
         stream.truncate(0)
         since = datetime.datetime.now().isoformat(" ", "seconds")
@@ -64,7 +67,7 @@ class Lock:
         self.stream = stream
 
     def close(self) -> None:
-        """Lets others in."""
+        """Releases the lock."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None

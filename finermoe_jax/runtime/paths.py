@@ -1,7 +1,7 @@
-"""Paths as users name them: `~` is expanded, addresses such as gs://bucket/run are refused.
+"""User-given paths: expands `~` and rejects URLs such as gs://bucket/run.
 
-Every path of a flag, of a config's field and of the Python API passes through `local`, before any
-work. Support for a kind of address begins here: let its scheme through.
+Every path from a flag, a config field or the Python API passes through `local` first. To support a
+URL scheme, let it through here.
 """
 
 import os
@@ -11,40 +11,39 @@ from pathlib import PurePath
 from finermoe_jax.errors import InputError
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-# pathlib has made one slash of two. No scheme has a single letter.
+# pathlib collapses the two slashes. No scheme has a single letter.
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", re.DOTALL)
 _HUB_HOSTS = ("huggingface.co/", "www.huggingface.co/", "hf.co/")
 _COPYING = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
 
 
 def local(name: str | os.PathLike, what: str = "") -> str:
-    """Returns the path that `name` means on this machine; hub ids (owner/name) stay as they are.
+    """Returns a local path with `~` expanded; Hub ids (owner/name) are unchanged.
 
     Args:
-      name: as the user gave it.
-      what: the field or argument that it was given for; messages begin with it.
+      name: the user's input.
+      what: the field or argument, as a prefix for messages.
 
-    Raises InputError for an address, scheme://…, with what to do instead. It would otherwise
-    become a directory called `gs:`.
+    Raises InputError for a URL (scheme://…), which would become a directory named `gs:`.
     """
     path = os.fspath(name)
     found = (_COLLAPSED if isinstance(name, PurePath) else _ADDRESS).match(path)
     if found:
-        message = _way_out(found[1].lower(), found[2])
+        message = _url_message(found[1].lower(), found[2])
         raise InputError((f"{what}: " if what else "") + message)
     return os.path.expanduser(path)
 
 
 def local_list(names: str, what: str = "") -> str:
-    """Returns `local` of each part of a comma-separated list, such as a mixture path:weight,…"""
+    """Applies `local` to each part of a comma-separated list, such as a mixture path:weight,…"""
     return re.sub(r"[^\s,][^,]*", lambda part: local(part[0], what), names)
 
 
-def _way_out(scheme: str, rest: str) -> str:
-    """The message for an address of this scheme."""
+def _url_message(scheme: str, rest: str) -> str:
+    """Returns the error message for a URL."""
     address = f"{scheme}://{rest}"
     if scheme == "file":
-        return f"{address} is an address: give the path alone, /{rest.partition('/')[2]}"
+        return f"{address} is a URL: give the path alone, /{rest.partition('/')[2]}"
     if scheme in ("http", "https"):
         host = next((host for host in _HUB_HOSTS if rest.startswith(host)), None)
         hub_name = rest.removeprefix(host) if host else ""
@@ -53,15 +52,15 @@ def _way_out(scheme: str, rest: str) -> str:
     found = re.match(r"(?:(?:datasets|models)/)?([\w.-]+/[\w.-]+)", hub_name)
     if found:
         return (
-            f"{address} is an address: where a hub id can be given, give {found[1]}; elsewhere "
-            f"download it (hf download {found[1]} --local-dir DIR) and give DIR"
+            f"{address} is a URL: give the Hub id {found[1]} if Hub ids are allowed here; "
+            f"otherwise download it (hf download {found[1]} --local-dir DIR) and give DIR"
         )
     if scheme in _COPYING:
         return (
-            f"{address} is the address of a bucket, and only local and mounted paths are read and "
-            f"written: copy with `{_COPYING[scheme]}`, or mount the bucket, and give the local path"
+            f"{address} is a bucket URL, but only local and mounted paths are supported: copy it "
+            f"with `{_COPYING[scheme]}` or mount the bucket, and give the local path"
         )
     return (
-        f"{address} is an address, and only local and mounted paths are read and written: copy the "
-        "files from or to a local directory, and give its path"
+        f"{address} is a URL, but only local and mounted paths are supported: copy the files from "
+        "or to a local directory, and give its path"
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, and the command exits with code 75."""
+"""SIGTERM and Ctrl-C: the run finishes and saves the current step, and exits with code 75."""
 
 import contextlib
 import os
@@ -8,21 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h: running the same command again resumes.
-EXIT_CODE = 75
-
-
-# A moment for the finalizer or callback that lost an interrupt to return in.
-_AGAIN_SECONDS = 0.05
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
+_AGAIN_SECONDS = 0.05  # time for the finalizer or callback to return
 
 
 @contextlib.contextmanager
-def interrupts_arrive() -> Iterator[None]:
-    """Makes sure that Ctrl-C reaches the program: an interrupt that Python drops comes again.
+def redeliver_interrupts() -> Iterator[None]:
+    """Resends a Ctrl-C that Python dropped.
 
-    Python raises KeyboardInterrupt wherever the program happens to be. In a finalizer or a callback
-    of the garbage collector, such as JAX's, it can go no further: Python hands it to
-    sys.unraisablehook, and the program would continue.
+    Inside a finalizer or a garbage-collector callback, such as JAX's, Python passes
+    KeyboardInterrupt to sys.unraisablehook and continues.
     """
     before = sys.unraisablehook
 
@@ -43,18 +38,17 @@ def interrupts_arrive() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Gives a function that says whether a run must end after a step.
+    """Yields a function of the step that returns True if the run must stop after it.
 
-    To be asked after every step, in order, by all processes; true at the same step for all. One
-    process listens to SIGTERM itself; of several any may get the signal, and JAX's preemption
-    service agrees on a step that none has passed. Ctrl-C counts as SIGTERM the first time and ends
-    the process at once the second time; repeating SIGTERM is a no-op. Outside the main thread no
-    signal is handled.
+    All processes must call it after every step, in order; it is true at the same step on all.
+    With several processes any may get SIGTERM: JAX's preemption service agrees on a common step.
+    The first Ctrl-C counts as SIGTERM, the second exits at once; further SIGTERMs are no-ops.
+    Outside the main thread no signal is handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
-    import jax  # here, as every command reads this module first
+    import jax  # here: every command imports this module
     from jax.experimental import multihost_utils
 
     several = jax.process_count() > 1
@@ -65,7 +59,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             os._exit(128 + number)
         received.append(number)
         if several and number == signal.SIGINT:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX listens to
+            os.kill(os.getpid(), signal.SIGTERM)  # handled by JAX
 
     listened = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, listen) for number in listened}

@@ -1,9 +1,9 @@
-"""Gathers the processes of a run before jax.distributed joins them.
+"""Checks that all processes of a run are present before jax.distributed joins them.
 
-JAX aborts a process, without an exception, where the coordinator's port is taken, a partner never
-comes, or an index is given twice. So the processes meet here first, at the coordinator's address:
-each connects and says its index, and process 0 answers all of them once they are complete, or says
-what is wrong. The port is then free again for JAX.
+JAX aborts without an exception if the coordinator's port is in use, a process is missing, or an
+index is used twice. So the processes first meet at the coordinator's address: each connects and
+sends its index, and process 0 answers all of them when they are complete, or with an error. Then
+the port is free for JAX.
 """
 
 import asyncio
@@ -21,20 +21,20 @@ from finermoe_jax.runtime.json_files import parse_json, to_json
 
 _GREETING = "finermoe-jax"
 _RETRY_SECONDS = 0.3
-# Process 0's verdict on what is missing comes before the others give up by themselves.
+# The others time out this much later, to receive process 0's verdict first.
 _GRACE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process of a run, and where it meets the others.
+    """One process of a run and its meeting point.
 
     Attributes:
-      address: host:port of process 0, as all reach it.
+      address: host:port of process 0 for all processes.
       bind: host:port at which process 0 listens; an empty host means all interfaces.
-      index, processes: this process's, and how many there are.
-      index_name, processes_name: the environment variables that say so.
-      port_name: the one that gives all processes another port.
+      index, processes: this process's index and the process count.
+      index_name, processes_name: the environment variables of these.
+      port_name: the environment variable that sets the port.
     """
 
     address: str
@@ -47,25 +47,25 @@ class Member:
 
 
 def meet(member: Member, seconds: float) -> None:
-    """Returns in all processes once all are there; waits so many seconds for them.
+    """Waits up to `seconds` until all processes are present.
 
-    Raises InputError, in all that are there: the port is in use, an index is given twice, the
-    processes disagree on their number, or not all came in time.
+    Raises InputError, in all present processes, if the port is in use, an index is used twice, the
+    process counts differ, or a process is missing.
     """
     asyncio.run(_meet(member, seconds))
 
 
 def refuse_taken(bind: str, port_name: str) -> None:
-    """Raises InputError where process 0 cannot listen at `bind`; `port_name` gives another port."""
+    """Raises InputError if process 0 cannot listen at `bind`; `port_name` sets the port."""
 
-    async def look() -> None:
+    async def probe() -> None:
         (await _listen(bind, port_name, lambda *_: None)).close()
 
-    asyncio.run(look())
+    asyncio.run(probe())
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[IPv6]:port`. Raises InputError for anything else."""
+    """Splits `host:port` or `[IPv6]:port`. Raises InputError for anything else."""
     host, colon, port = address.rpartition(":")
     if not (colon and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise InputError(f"{name}={address} must be HOST:PORT, such as 10.0.0.1:12345")
@@ -73,11 +73,10 @@ def split_address(address: str, name: str) -> tuple[str, int]:
 
 
 def bind_address(address: str, environment: Mapping[str, str]) -> str:
-    """host:port at which the coordinator listens.
+    """Returns the host:port at which the coordinator listens.
 
-    JAX_COORDINATOR_BIND_ADDRESS where it is set. Else the address itself where that is an IP
-    address of this machine: 127.0.0.1 then stays out of the network's reach. A name may mean
-    another address elsewhere than here, so with a name all interfaces are listened on.
+    JAX_COORDINATOR_BIND_ADDRESS if set; else `address` if it is an IP address of this machine (so
+    127.0.0.1 stays local); else all interfaces, as a host name may resolve differently elsewhere.
     """
     if given := environment.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return given
@@ -98,10 +97,9 @@ async def _meet(member: Member, seconds: float) -> None:
     else:
         register = _Register(member, seconds)
         server = await _listen(member.bind, member.port_name, register.receive)
-        # Process 0 asks at the common address, too: a second process 0, on another machine, then
-        # gets the first one's answer.
+        # Process 0 asks too: a second process 0 on another machine then gets the first's answer.
         message = await _ask(member, seconds)
-        await register.all_told()
+        await register.answer_all()
         server.close()
     if message:
         raise InputError(message)
@@ -115,19 +113,19 @@ async def _listen(bind: str, port_name: str, receive: Callable[..., Any]) -> asy
         )
     except OSError as error:
         raise InputError(
-            f"process 0 cannot listen on {bind} ({os.strerror(error.errno or 0)}): end "
-            f"what uses the port, or give all processes another one in {port_name}"
+            f"process 0 cannot listen on {bind} ({os.strerror(error.errno or 0)}): stop the "
+            f"program that uses the port, or set another one in {port_name} for all processes"
         ) from None
 
 
 class _Register:
-    """Process 0's list of who is there, and its answer to all of them."""
+    """Process 0's list of the present processes, and its answer to all of them."""
 
     def __init__(self, member: Member, seconds: float):
         loop = asyncio.get_running_loop()
         self.member = member
         self.present: dict[int, str] = {}  # index → host
-        self.telling: set[asyncio.Task] = set()
+        self.connections: set[asyncio.Task] = set()
         self.verdict: asyncio.Future[str] = loop.create_future()
         loop.call_later(seconds, self._give_up, seconds)
 
@@ -139,15 +137,15 @@ class _Register:
         address, processes = self.member.address, self.member.processes
         missing = [str(p) for p in range(processes) if p not in self.present]
         self._decide(
-            f"process {' and '.join(missing)} of {processes} did not come to {address} within "
-            f"{seconds:g} s: see why it has not started, or wait longer with --start_timeout"
+            f"process {' and '.join(missing)} of {processes} did not connect to {address} within "
+            f"{seconds:g} s: check why it has not started, or raise --start_timeout"
         )
 
     async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Holds a process's connection until there is an answer to send."""
+        """Keeps a process's connection open until the verdict, and sends it."""
         task = asyncio.current_task()
         assert task is not None
-        self.telling.add(task)
+        self.connections.add(task)
         with contextlib.closing(writer), contextlib.suppress(OSError, ValueError, KeyError):
             hello = _read(await self._unless_decided(reader.readline()))
             if hello is None:
@@ -158,7 +156,7 @@ class _Register:
                 answer = {"from": _GREETING, "message": self.verdict.result()}
                 writer.write(to_json(answer).encode() + b"\n")
                 await writer.drain()
-            else:  # it ended; one that is started in its place is welcome
+            else:  # it disconnected; a restarted one may take its place
                 self.present.pop(hello["index"], None)
 
     async def _unless_decided(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
@@ -172,33 +170,33 @@ class _Register:
         return b""
 
     def _enter(self, index: int, processes: int, host: str) -> None:
-        """Adds a process; decides when the list is complete, or cannot be."""
+        """Adds a process; decides if the list is complete or contradictory."""
         ours = self.member
         if processes != ours.processes:
             self._decide(
                 f"process {index} (host {host}) was started with {ours.processes_name}={processes},"
-                f" process 0 with {ours.processes}: give all the same, and each run its own port "
-                f"({ours.port_name})"
+                f" process 0 with {ours.processes}: set the same value for all, and give each run "
+                f"its own port ({ours.port_name})"
             )
         elif index in self.present:
             self._decide(
-                f"{ours.index_name}={index} was given to two processes, on {self.present[index]} "
-                f"and on {host}: each needs its own of 0 … {processes - 1}, and each run its own "
-                f"port ({ours.port_name})"
+                f"{ours.index_name}={index} is set for two processes, on {self.present[index]} "
+                f"and on {host}: give each process its own of 0 … {processes - 1}, and each run "
+                f"its own port ({ours.port_name})"
             )
         else:
             self.present[index] = host
             if len(self.present) == processes:
                 self._decide("")
 
-    async def all_told(self) -> None:
-        """Waits until the verdict has been sent to all that are there."""
-        if self.verdict.done() and self.telling:
-            await asyncio.wait(self.telling, timeout=_GRACE_SECONDS)
+    async def answer_all(self) -> None:
+        """Waits until the verdict has been sent to all present processes."""
+        if self.verdict.done() and self.connections:
+            await asyncio.wait(self.connections, timeout=_GRACE_SECONDS)
 
 
 async def _ask(member: Member, seconds: float) -> str:
-    """Returns process 0's answer: "" when all are there. Without one, says who is missing."""
+    """Returns process 0's answer: "" if all are present, else an error message."""
     host, port = split_address(member.address, "JAX_COORDINATOR_ADDRESS")
     hello = {
         "from": _GREETING,
@@ -217,7 +215,7 @@ async def _ask(member: Member, seconds: float) -> str:
                         answer = _read(await reader.readline())
                     if answer is not None:
                         return str(answer.get("message"))
-                    seen = "another program answers, or a run that has all its processes"
+                    seen = "another program or another, complete run answered"
                 except ConnectionError as error:
                     seen = os.strerror(error.errno or 0)
                 except (OSError, ValueError) as error:
@@ -226,11 +224,11 @@ async def _ask(member: Member, seconds: float) -> str:
     if not member.index:
         return (
             f"process 0, on {socket.gethostname()}, cannot reach itself at {member.address} "
-            f"({seen}): give all processes its address in JAX_COORDINATOR_ADDRESS"
+            f"({seen}): set its address for all processes in JAX_COORDINATOR_ADDRESS"
         )
     return (
-        f"process {member.index} of {member.processes} has not found process 0 at {member.address} "
-        f"within {seconds:g} s ({seen}): see why that one has not started, or wait longer with "
+        f"process {member.index} of {member.processes} did not find process 0 at {member.address} "
+        f"within {seconds:g} s ({seen}): check why process 0 has not started, or raise "
         "--start_timeout"
     )
 

@@ -1,1 +1,1 @@
-"""A run: what it begins with, its steps, its workdir."""
+"""Training runs: initial weights, steps, checkpoints, workdir."""

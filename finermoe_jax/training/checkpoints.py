@@ -1,4 +1,4 @@
-"""A run's checkpoints: asynchronous saves, the newest few kept, and saves that fail."""
+"""A run's checkpoints: asynchronous saves, retention, and failed saves."""
 
 import contextlib
 import math
@@ -31,9 +31,9 @@ from finermoe_jax.weights.orbax_files import save_errors
 
 
 class TrainingCheckpoints:
-    """A workdir's checkpoints/, through Orbax's manager: asynchronous, the newest few kept.
+    """A workdir's checkpoints/, saved asynchronously through Orbax's manager.
 
-    With keep_best, as many more are kept: those saved with the lowest held-out loss.
+    Keeps the `keep` newest and, in addition, the `keep_best` with the lowest held-out loss.
     """
 
     def __init__(self, directory: Path, keep: int, keep_best: int = 0):
@@ -59,16 +59,16 @@ class TrainingCheckpoints:
             ),
             handler_registry=registry(self.arrays),
         )
-        # Listens to what Orbax's threads log: the failures of this run's saves.
+        # Collects the failed saves that Orbax's threads log.
         self._listening = contextlib.ExitStack()
         self.failures = self._listening.enter_context(save_errors())
 
     def latest_step(self) -> int | None:
-        """The newest complete step; None in a new workdir."""
+        """Returns the newest complete step; None in a new workdir."""
         return self.manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step kept with the lowest held-out loss; None without keep_best."""
+        """Returns the kept step with the lowest held-out loss; None without keep_best."""
         return self.manager.best_step() if self.keep_best else None
 
     def save(
@@ -82,16 +82,12 @@ class TrainingCheckpoints:
         logged: Mapping[str, int] | None = None,
         skipped_in_a_row: int = 0,
     ) -> None:
-        """Starts a save of this step; training may continue while it is written.
+        """Starts an asynchronous save of this step. It is complete when `wait` returns.
 
-        It counts as saved when `wait` returns: then a power cut cannot take it away, and older
-        ones may be removed.
+        `loss` is the held-out loss for keep_best, `logged` the size of each log in bytes,
+        `skipped_in_a_row` the number of steps skipped directly before this save.
 
-        `loss` is the held-out loss by which keep_best ranks, None where there is none. `logged` are
-        the bytes of each log up to this step (`logged_bytes`). `skipped_in_a_row` are the last
-        steps that were skipped (`skipped_in_a_row`).
-
-        Raises RunEnded when the disk has no room for it, or when the save before has failed.
+        Raises RunEnded if the disk is full or the previous save failed.
         """
         if step in self.manager.all_steps():
             return
@@ -115,12 +111,12 @@ class TrainingCheckpoints:
             )
 
     def check(self) -> None:
-        """Raises RunEnded when the save in progress has failed; costs nothing."""
+        """Raises RunEnded if the save in progress has failed; does not block."""
         if self.failures:
             raise self._ended(self.failures[0])
 
     def wait(self) -> None:
-        """Until the save in progress is complete; raises as `save` does."""
+        """Blocks until the save in progress is complete; raises as `save` does."""
         try:
             with self._saving():
                 self.manager.wait_until_finished()
@@ -128,9 +124,9 @@ class TrainingCheckpoints:
             self.arrays.settle()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
-        """Weights and optimizer state of a step, onto the shardings that the targets carry.
+        """Restores weights and optimizer state of a step, with the shardings of the targets.
 
-        Raises InputError when it cannot be read.
+        Raises InputError if the checkpoint cannot be read.
         """
         directory = self.directory / str(step)
         with readable(directory):
@@ -146,15 +142,15 @@ class TrainingCheckpoints:
                 self.wait()
         finally:
             self.arrays.settle()
-            # After a failure the manager waits for the other processes' parts, which never come.
+            # After a failure the manager would wait forever for the other processes' parts.
             if not self.failures or jax.process_count() == 1:
-                with contextlib.suppress(Exception):  # the failure, once more
+                with contextlib.suppress(Exception):  # repeats the failure
                     self.manager.wait_until_finished()
                 self.manager.close()
             self._listening.close()
 
     def _refuse_full(self, step: int, *trees: Any) -> None:
-        """Raises RunEnded, on all processes, unless a checkpoint of these arrays has room."""
+        """Raises RunEnded, on all processes, if the disk has no room for these arrays."""
         leaves = jax.tree.leaves(trees)
         size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
         if known := saved_steps(self.directory):
@@ -163,13 +159,13 @@ class TrainingCheckpoints:
         full = not disk.has_room(self.directory, size, files)
         if distributed.exchange("full" if full else "")[0]:
             raise RunEnded(
-                f"step {step} is not saved: a checkpoint needs about {disk.text(size)} and {files} "
-                f"files, and {self._full()}"
+                f"step {step} was not saved: a checkpoint needs about {disk.text(size)} and "
+                f"{files} files, but {self._full()}"
             )
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Raises RunEnded instead of the errors that Orbax raises for a failed save."""
+        """Converts Orbax's errors for a failed save to RunEnded."""
         try:
             yield
         except RunEnded:
@@ -180,7 +176,7 @@ class TrainingCheckpoints:
 
     @contextlib.contextmanager
     def ending_when_full(self) -> Iterator[None]:
-        """Raises RunEnded instead of what a full disk raises; other errors stay as they are."""
+        """Converts errors due to a full disk to RunEnded; others pass through."""
         try:
             yield
         except Exception as error:
@@ -193,38 +189,38 @@ class TrainingCheckpoints:
             return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
         return RunEnded(
             f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
-            f"{self._complete()}. Mend that, then run the same command again",
+            f"{self._complete()}. Fix the cause, then run the same command again",
             alone=True,
         )
 
     def _full(self) -> str:
         return (
-            f"the disk of {self.directory} is full, {disk.free_text(self.directory)}. "
-            f"{self._complete()}. Make room, then run the same command again"
+            f"the disk of {self.directory} is full ({disk.free_text(self.directory)}). "
+            f"{self._complete()}. Free some space, then run the same command again"
         )
 
     def _complete(self) -> str:
         known = saved_steps(self.directory)
         return (
-            f"Steps there are complete: {', '.join(map(str, known))}"
+            f"Complete checkpoints: step {', '.join(map(str, known))}"
             if known
-            else "No step there is complete"
+            else "There is no complete checkpoint"
         )
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:
-    """The loss that ranks checkpoints; those without one, or whose loss is NaN, come last."""
+    """Returns the loss that ranks checkpoints; infinity if it is missing or NaN."""
     loss = metrics.get("loss", math.inf)
     return loss if math.isfinite(loss) else math.inf
 
 
 def _chunks(model: Decoder, params: dict) -> Any:
-    """Save arguments that say how the arrays of weights are chunked on the disk."""
+    """Returns save arguments that set how weights are chunked on disk."""
     kinds = parameter_kinds(model.config)
 
     def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
-        # So that a reader of some experts need not hold, or decompress, all of a layer's. Orbax
-        # cuts these axes to the last row whatever the size: that is one expert.
+        # One chunk per expert, so that a reader of some experts need not decompress them all.
+        # Orbax splits shard_axes down to single rows.
         kind = kinds.get(tuple(key.key for key in path))
         bank = kind is not None and kind.bank
         outer = (0, 1) if bank and leaf.shape[0] * leaf.shape[1] > 1 else ()
@@ -234,11 +230,11 @@ def _chunks(model: Decoder, params: dict) -> Any:
 
 
 def logged_bytes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each log when the checkpoint was saved; empty for one from before this was kept."""
+    """Returns each log's size in bytes at the save; empty for older checkpoints without it."""
     logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
     return logged if isinstance(logged, dict) else {}
 
 
 def skipped_in_a_row(checkpoint: Path) -> int:
-    """The skipped steps directly before the save; 0 for a checkpoint from before this was kept."""
+    """Returns the steps skipped directly before the save; 0 for older checkpoints without it."""
     return int(read_json(checkpoint / CONFIG / "metadata").get("skipped_in_a_row", 0))

@@ -1,4 +1,4 @@
-"""The start of a run: the model, from wherever the config takes it, and its tokenizer."""
+"""The initial model and tokenizer of a run."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,12 +26,15 @@ from finermoe_jax.weights.upcycle import upcycled
 
 @dataclasses.dataclass
 class InitialModel:
-    """The start of a run.
+    """The initial model of a run.
 
-    `model` has shapes in place of arrays. `place` takes the shardings of its parameters (a pure
-    dict) and makes its weights on them, each device's part for that device alone. `ends_files` is
-    the directory that names the ends of text if `tokenizer_files` does not. `dense` is the model
-    that it was upcycled from, if any.
+    Attributes:
+      model: a decoder with shapes in place of arrays.
+      place: takes the parameters' shardings (a pure dict); returns the weights on them. Each
+        device's shard is computed for that device alone.
+      tokenizer_files: directory of the tokenizer.
+      ends_files: directory that defines the end-of-text tokens if tokenizer_files does not.
+      dense: the dense model before upcycling, if any.
     """
 
     model: Decoder
@@ -42,19 +45,25 @@ class InitialModel:
 
 
 def initial_model(config: RunConfig) -> InitialModel:
-    """The model before training: upcycled from init_from, taken as it is, or random."""
+    """Returns the model before training: upcycled from init_from, unchanged, or random.
+
+    Raises InputError if init_from, the tokenizer and the config do not fit together.
+    """
     compute, stored = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.param_dtype)
     key = jax.random.key(config.train.seed)
     named = config.data.tokenizer
     tokenizer = tokenizer_directory(find(named)) if named else None
     if not config.init_from:
         if tokenizer is None:
-            raise InputError("training from scratch needs data.tokenizer: a directory or a hub id")
+            raise InputError(
+                "data.tokenizer and init_from are both empty: training from scratch needs "
+                "data.tokenizer, a directory with tokenizer files or a hub id"
+            )
         assert config.dense is not None
         if config.upcycle != PUBLISHED_UPCYCLING:
             raise InputError(
-                f"init_from is empty: random weights are not upcycled, and {config.upcycle} would "
-                "do nothing; leave config.upcycle alone, or name a dense model in init_from"
+                f"init_from is empty, so {config.upcycle} has no effect: random weights are not "
+                "upcycled. Keep config.upcycle at its default, or set init_from to a dense model"
             )
         model_config = dataclasses.replace(config.dense, moe=config.moe)
 
@@ -83,7 +92,7 @@ def initial_model(config: RunConfig) -> InitialModel:
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
-    """True also where one of them has none; ids of one tokenizer say nothing in another."""
+    """Returns True if both tokenizers are equal or either directory has none."""
     if not (has_tokenizer(one) and has_tokenizer(other)):
         return True
     return tokenizer_hash(one) == tokenizer_hash(other)
@@ -97,12 +106,12 @@ def _lazy_model(
 
 
 def resumed_model(config: RunConfig, checkpoint: Path, workdir: Path) -> InitialModel:
-    """The start of a resumed run: the tokenizer that the workdir keeps, and no weights yet."""
+    """Returns a resumed run's model, without weights, and the workdir's tokenizer."""
     model_config, _, _ = read_description(checkpoint)
     model = with_shapes(model_config, config.train.compute_dtype)
 
     def restored(shardings: dict) -> dict:
-        raise AssertionError("a resumed run's weights are restored together with its optimizer")
+        raise AssertionError("a resumed run's weights are restored with its optimizer state")
 
     return InitialModel(model, restored, workdir / "tokenizer")
 
@@ -118,8 +127,8 @@ def _check_agreement(config: RunConfig, source: ModelConfig) -> None:
     if source.moe is not None:
         found.pop("tie_word_embeddings"), stated.pop("tie_word_embeddings")
     refuse_differences(
-        f"{config.init_from} is not the model that config.dense states",
+        f"{config.init_from} differs from config.dense",
         found,
         stated,
-        "set config.dense to the source's sizes, or to None to take them over",
+        "set config.dense to the source's values, or to None to use them automatically",
     )

@@ -1,4 +1,4 @@
-"""The steps of a run, with logging, held-out scores and saves on the way."""
+"""The training loop, with logging, evaluations and saves."""
 
 import dataclasses
 import time
@@ -27,12 +27,12 @@ from finermoe_jax.training.initial import InitialModel
 from finermoe_jax.training.monitor import Monitor
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.step import jit_step, rebuild
-from finermoe_jax.training.workdir import way_on
+from finermoe_jax.training.workdir import resume_hint
 
 
 @dataclasses.dataclass
 class RunSetup:
-    """One run: what was asked for, and what has been read and checked of it."""
+    """A run's config, and the inputs that have been read and checked."""
 
     config: RunConfig
     workdir: Path
@@ -40,14 +40,14 @@ class RunSetup:
     initial: InitialModel
     tokenizer: Any
     data: RunData
-    say: Callable[[str], None]  # takes messages along the way
+    say: Callable[[str], None]  # prints a message
 
 
 @dataclasses.dataclass
 class Loop:
-    """The steps of one run. Every process holds one.
+    """The training loop of one run, on every process.
 
-    `report` scores a model, by name, after a step; `must_stop` says whether a run ends after one.
+    `report(name, model, step)` scores a model; `must_stop(step)` is True if the run must stop.
     """
 
     setup: RunSetup
@@ -58,16 +58,16 @@ class Loop:
     guard: Guard
     report: Callable[[str, Decoder, int], float | None]
     must_stop: Callable[[int], bool]
-    under_way: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
+    in_flight: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
 
     def run(self, first: int, params: dict, opt_state: Any) -> dict:
-        """Steps first + 1 … steps, and the parameters after them.
+        """Runs steps first + 1 … train.steps and returns the parameters after them.
 
-        The host is a step ahead: it dispatches step n + 1 before it asks for the result of step n.
-        It waits for a step itself only if a save, a held-out score or a profile comes after it. The
-        steps in a checkpoint are logged before it is saved.
+        The host dispatches step n + 1 before it fetches the metrics of step n. It blocks on a step
+        only before a save, an evaluation or the start or end of a profile. All steps in a
+        checkpoint are logged before it is saved.
 
-        Raises RunEnded when it is asked to stop, the disk is full, or steps are not finite.
+        Raises RunEnded on a request to stop, a full disk, or too many non-finite steps.
         """
         setup, monitor, steps = self.setup, self.monitor, self.setup.config.train.steps
         if first == steps:
@@ -75,19 +75,19 @@ class Loop:
         batches = _global_batches(setup.config, setup.data.train, first, batch_sharding(setup.mesh))
         batch = next(batches)
         run_step, params, opt_state = self._compiled(params, opt_state, batch)
-        # A log with steps and no checkpoint then means that checkpoints were lost (workdir.claim).
+        # So that logged steps without a checkpoint mean lost checkpoints (workdir.claim).
         self.checkpoints.wait()
         saved = first - self.guard.skipped  # updates in the newest checkpoint
         monitor.show_progress(first)
         for step in range(first + 1, steps + 1):
             if step == monitor.profile[0]:
-                self._finish()
+                self._drain()
                 with monitor.pause():
                     monitor.start_profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                params, opt_state, told = run_step(params, opt_state, batch)
-            self._finish()
-            self.under_way.append((step, told))
+                params, opt_state, metrics = run_step(params, opt_state, batch)
+            self._drain()
+            self.in_flight.append((step, metrics))
             self.checkpoints.check()
             if step < steps:
                 with monitor.waiting():
@@ -97,14 +97,14 @@ class Loop:
             if stop:
                 self.checkpoints.wait()
                 raise RunEnded(
-                    f"stopped on request after step {step}. {way_on(setup.workdir)}", EXIT_CODE
+                    f"stopped on request after step {step}. {resume_hint(setup.workdir)}", EXIT_CODE
                 )
         return params
 
     def _compiled(
         self, params: dict, opt_state: Any, batch: Batch
     ) -> tuple[Callable[..., Any], dict, Any]:
-        """The compiled step, and parameters and optimizer state where it wants them."""
+        """Returns the compiled step, and parameters and optimizer state in its layouts."""
         setup = self.setup
         graphdef, _ = nnx.split(setup.initial.model)
         step, places = jit_step(
@@ -116,25 +116,25 @@ class Loop:
         setup.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
         return compiled, params, opt_state
 
-    def _finish(self) -> None:
+    def _drain(self) -> None:
         """Blocks on in-flight steps and logs their metrics."""
-        for step, told in self.under_way:
-            values = jax.device_get(told)
+        for step, metrics in self.in_flight:
+            values = jax.device_get(metrics)
             try:
                 self.guard.check(step, values)
             finally:
                 self.monitor.step(step, values | {"skipped": self.guard.skipped})
-        self.under_way.clear()
+        self.in_flight.clear()
 
     def _after(self, step: int, params: dict, opt_state: Any, stop: bool, saved: int) -> int:
-        """Profile, held-out score and save after a step; returns the updates saved so far."""
+        """Profiles, evaluates and saves after a step; returns the updates saved so far."""
         monitor, model = self.monitor, self.setup.initial.model
         settings = self.setup.config.train
         last = step == settings.steps
         saves = step % settings.checkpoint_every == 0 or last or stop
         scores = step % settings.eval_every == 0 or last
         if saves or scores or step == monitor.profile[1]:
-            self._finish()
+            self._drain()
         if step == monitor.profile[1]:
             with monitor.pause():
                 monitor.stop_profile()
@@ -142,8 +142,8 @@ class Loop:
         if scores:
             with monitor.pause():
                 loss = self.report(f"step {step}", rebuild(nnx.split(model)[0], params), step)
-        # Saved after scoring and logging, so that a run resumed from here has both. Not saved if
-        # all steps since the last save were skipped: the same weights would displace others.
+        # Saved after evaluation and logging, so that a run resumed from here has both. If every
+        # step since the last save was skipped, nothing is saved, to keep the older checkpoints.
         updates = step - self.guard.skipped
         if not saves or not (updates > saved or stop or last):
             return saved
@@ -158,7 +158,7 @@ class Loop:
 def _global_batches(
     config: RunConfig, windows: Mixture, first: int, sharding: jax.sharding.NamedSharding
 ) -> Iterator[Batch]:
-    """Batches [B, T + 1] over all devices; each process reads the rows that its devices hold."""
+    """Yields global batches [B, T + 1]; each process reads the rows of its own devices."""
     shape = (config.data.global_batch_size, config.data.sequence_length + 1)
 
     def rows_of(index: tuple[slice, ...] | None) -> range:

@@ -1,7 +1,6 @@
-"""A run's output: files, the progress line, TensorBoard, Weights & Biases, a profile.
+"""A run's output: logs, progress line, TensorBoard, Weights & Biases and profile.
 
-docs/monitoring.md says what each figure means. Everything here runs on the host, on values that
-are ready: nothing waits for a device.
+docs/monitoring.md defines each figure. Runs on the host only and never blocks on a device.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ from finermoe_jax.training.workdir import Log
 
 _GIB = 2**30
 
-# What of metrics.jsonl depends on the clock and the machine: two runs of one config share the rest.
+# Fields of metrics.jsonl that depend on time and hardware; two equal runs share all others.
 MEASURED = (
     "tokens_per_second",
     "tokens_per_second_per_device",
@@ -44,11 +43,11 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-    """The output requested beyond the workdir's JSON-lines files; none of it changes the run."""
+    """Optional output beyond the workdir's JSON-lines files. It does not change the run."""
 
     tensorboard: bool = False
-    wandb: str = ""  # the project; empty: not used
-    profile_steps: tuple[int, int] | None = None  # the first and the last step that are traced
+    wandb: str = ""  # project; empty: off
+    profile_steps: tuple[int, int] | None = None  # first and last traced step
     peak_flops: float | None = None  # of one device, FLOP/s; None: by its kind
 
 
@@ -56,7 +55,7 @@ NOTHING_MORE = Telemetry()
 
 
 def read_steps(text: str) -> tuple[int, int] | None:
-    """The range "a:b" as (a, b), both included; None for an empty text.
+    """Parses the inclusive range "a:b" as (a, b); returns None for empty text.
 
     Raises InputError unless 1 <= a <= b.
     """
@@ -65,16 +64,13 @@ def read_steps(text: str) -> tuple[int, int] | None:
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise InputError(
-            f"--profile_steps={text!r} must be two steps, like 20:22, the first at least 1"
+            f"--profile_steps={text!r} must be FIRST:LAST with 1 <= FIRST <= LAST, such as 20:22"
         )
     return int(first), int(last)
 
 
 def check(telemetry: Telemetry, steps: int) -> None:
-    """Raises InputError for telemetry that a run of so many steps cannot provide.
-
-    That is: a package that is not installed, steps that are not run, a peak that is no rate.
-    """
+    """Raises InputError for a missing package, profile steps out of range or an invalid peak."""
     for asked, package, flag in (
         (telemetry.tensorboard, "tensorboardX", "--tensorboard"),
         (bool(telemetry.wandb), "wandb", f"--wandb={telemetry.wandb}"),
@@ -84,29 +80,29 @@ def check(telemetry: Telemetry, steps: int) -> None:
     if telemetry.profile_steps:
         begin, end = telemetry.profile_steps
         if not 0 < begin <= end <= steps:
-            raise InputError(f"--profile_steps={begin}:{end}: this run makes steps 1 to {steps}")
+            raise InputError(f"--profile_steps={begin}:{end} must be within this run's 1:{steps}")
     if telemetry.peak_flops is not None and not 0 < telemetry.peak_flops < math.inf:
         raise InputError(f"--peak_tflops={telemetry.peak_flops / 1e12:g} must be positive")
 
 
-# --- load of the experts --------------------------------------------------------------------
+# --- expert load ----------------------------------------------------------------------------
 
 
 class Load(NamedTuple):
-    """The spread of a step's tokens over the experts, per MoE layer."""
+    """Distribution of a step's tokens over the experts of each MoE layer."""
 
-    aux_loss: Float[np.ndarray, " L"]  # Eq. 11, 1 where even
+    aux_loss: Float[np.ndarray, " L"]  # Eq. 11; 1 if balanced
     tokens: Int[np.ndarray, "L E"]
-    entropy: Float[np.ndarray, " L"]  # of an expert's share of the rows, over log E: 1 where even
+    entropy: Float[np.ndarray, " L"]  # of the experts' shares, divided by log E; 1 if balanced
     max_over_mean: Float[np.ndarray, " L"]
-    dead: Int[np.ndarray, " L"]  # experts that no token selected
-    candidates: Float[np.ndarray, "L O R"]  # share of a slot's rows in each candidate group
+    dead: Int[np.ndarray, " L"]  # number of experts that no token selected
+    candidates: Float[np.ndarray, "L O R"]  # share of a slot's tokens in each candidate group
 
 
 def load_of(
     tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
 ) -> Load:
-    """The figures that follow from how many tokens selected each expert."""
+    """Computes the load from the number of tokens that selected each expert."""
     total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     share = tokens / total
     surprise = np.log(share, out=np.zeros_like(share), where=share > 0)
@@ -127,7 +123,7 @@ def load_of(
 
 
 class _Lines:
-    """A stream that tqdm writes its line to, where nothing can be overwritten: one line each."""
+    """Output stream for tqdm outside a terminal: writes each update as a separate line."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -149,7 +145,7 @@ def _progress(steps: int, first: int) -> tqdm:
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.5 if terminal else 20,
         miniters=1,
-        smoothing=0,  # of the whole time, so that evaluations and saves are in what remains
+        smoothing=0,  # average speed, so that the remaining time includes evaluations and saves
         dynamic_ncols=terminal,
         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}]{postfix}",
@@ -158,7 +154,7 @@ def _progress(steps: int, first: int) -> tqdm:
 
 
 def memory_gib() -> float:
-    """The peak so far, in GiB: of the fullest local device; of this process if none reports one."""
+    """Returns the peak memory in GiB of the fullest local device, or else of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -168,10 +164,10 @@ def memory_gib() -> float:
 
 
 class Monitor:
-    """Reports one run's finished steps to all its outputs, and closes what it opened.
+    """Writes one run's finished steps to all outputs.
 
-    All processes hold one and call it alike; the first one writes. `profile` holds the first and
-    the last step that it traces, zeros if there are none.
+    All processes must make the same calls; only the first one writes. `profile` is the first and
+    the last traced step, (0, 0) without a profile.
     """
 
     def __init__(
@@ -183,12 +179,12 @@ class Monitor:
         first: int,
         devices: int,
     ):
-        """`first` is the last step already made, `devices` how many the run computes on.
+        """`first` is the last finished step, `devices` the number of devices.
 
-        Raises InputError when Weights & Biases cannot be reached.
+        Raises InputError if Weights & Biases cannot be reached.
         """
         self.log, self.config, self.moe, self.devices = Log(workdir), config, model.moe, devices
-        # A resumed run traces the steps that are left: the same command must be able to resume.
+        # A resumed run traces the remaining steps, so that the same command can resume.
         begin, end = telemetry.profile_steps or (0, 0)
         traces = end > first and jax.process_index() == 0
         self.profile = (max(begin, first + 1), end) if traces else (0, 0)
@@ -200,7 +196,7 @@ class Monitor:
         self.held_out: float | None = None
         self.writers: list[TensorBoard | WeightsAndBiases] = []
         self.bar: tqdm | None = None
-        self.line: dict[str, Any] | None = None  # the last one of metrics.jsonl
+        self.line: dict[str, Any] | None = None  # last line of metrics.jsonl
         self.tracing = False
         if jax.process_index() == 0:
             if telemetry.tensorboard:
@@ -212,27 +208,27 @@ class Monitor:
     # --- time -------------------------------------------------------------------------------
 
     def begin(self, step: int) -> None:
-        """Time runs from here, after `step` steps."""
+        """Restarts the clock after `step` steps."""
         self.clock, self.since = time.perf_counter(), step
         self.waited = self.paused = self.tokens = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The loop waits for a batch."""
+        """Measures the time that the loop waits for a batch."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is no training: an evaluation, the start of a save or of a profile."""
+        """Excludes time from step_seconds: an evaluation, a save or a profile."""
         began = time.perf_counter()
         if self.bar is not None:
             self.bar.clear()
         yield
         self.paused += time.perf_counter() - began
 
-    # --- what is reported -------------------------------------------------------------------
+    # --- output -----------------------------------------------------------------------------
 
     def show_progress(self, first: int) -> None:
         """Shows the progress line and starts the clock."""
@@ -240,7 +236,7 @@ class Monitor:
         self.begin(first)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
-        """A finished step, in order and each once; `values` as step.train_step returns them."""
+        """Logs a finished step. Call it once per step, in order, with train_step's metrics."""
         train = self.config.train
         last = step == train.steps
         self.tokens += float(values["tokens"])
@@ -282,7 +278,7 @@ class Monitor:
         self._show()
 
     def _show(self) -> None:
-        """Puts figures into the progress line, the most wanted first: a terminal cuts the rest."""
+        """Updates the progress line, most important figures first: terminals cut the rest."""
         if self.bar is None or self.line is None:
             return
         line = self.line
@@ -297,7 +293,7 @@ class Monitor:
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def evaluation(self, name: str, step: int, loss: float) -> None:
-        """A held-out loss, of the model of that name."""
+        """Logs the held-out loss of the model `name`."""
         self.log.append("evals.jsonl", {"name": name, "step": step, "loss": loss})
         if name.startswith("step"):
             self.held_out = loss
@@ -311,17 +307,17 @@ class Monitor:
     # --- profile ----------------------------------------------------------------------------
 
     def start_profile(self) -> None:
-        """Traces this process and its devices from here on."""
+        """Starts tracing this process and its devices."""
         jax.profiler.start_trace(self.profile_directory, create_perfetto_trace=True)
         self.tracing = True
 
     def stop_profile(self) -> None:
-        """Writes the trace into the workdir's profile/."""
+        """Stops tracing; writes the trace to the workdir's profile/."""
         self.tracing = False
         jax.profiler.stop_trace()
 
     def close(self, failed: bool) -> None:
-        """Ends the line, and what was opened for other programs."""
+        """Closes the progress line, the profile and the trackers."""
         if self.tracing:
             self.stop_profile()
         if self.bar is not None:
@@ -331,7 +327,7 @@ class Monitor:
 
 
 def _plain(load: Load) -> dict[str, Any]:
-    """For JSON; shares and ratios to four digits, which keeps a record small."""
+    """Converts to JSON types; rounds shares and ratios to four digits."""
     return {
         name: value.tolist() if value.dtype.kind in "iu" else np.round(value, 4).tolist()
         for name, value in load._asdict().items()
@@ -339,7 +335,7 @@ def _plain(load: Load) -> dict[str, Any]:
 
 
 def _load_scalars(load: Load) -> dict[str, float]:
-    """Each layer's figures under names of their own. Layers count the MoE layers alone."""
+    """Returns each layer's figures under separate names. Layers count MoE layers only."""
     scalars = {}
     for layer in range(len(load.tokens)):
         for name in ("aux_loss", "entropy", "max_over_mean", "dead"):

@@ -1,4 +1,4 @@
-"""Records steps whose loss or gradient is not finite; stops a run after too many in a row."""
+"""Records steps with a non-finite loss or gradient; stops the run after too many in a row."""
 
 import io
 import math
@@ -18,11 +18,11 @@ from finermoe_jax.runtime.json_files import to_json
 
 
 class Guard:
-    """Counts the steps that train_step skipped, names their batches, and ends the run.
+    """Counts the steps that train_step skipped, records their batches, and stops the run.
 
     Attributes:
-      skipped: steps skipped since the run began, across interruptions.
-      in_a_row: the last of these without another step between them, across interruptions.
+      skipped: steps skipped since the start of the run, across resumptions.
+      in_a_row: steps skipped directly before now, across resumptions.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Guard:
         self.skipped, self.in_a_row = skipped, in_a_row
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records one step's metrics; to be called for every step, in order, at any delay.
+        """Checks one step's metrics. Call it for every step, in order; it may be delayed.
 
         Raises RunEnded, on all processes, after train.max_skipped_steps in a row.
         """
@@ -50,7 +50,7 @@ class Guard:
         limit = self.config.train.max_skipped_steps
         folder = self.workdir / "nonfinite"
         self.say(
-            f"WARNING: step {step} is left out: loss {float(metrics['loss']):g}, gradient norm "
+            f"WARNING: step {step} was skipped: loss {float(metrics['loss']):g}, gradient norm "
             f"{float(metrics['grad_norm']):g}; {self.in_a_row} in a row, {limit} end the run. Its "
             f"batch: {folder / f'step-{step}.json'}"
         )
@@ -59,12 +59,12 @@ class Guard:
         if self.in_a_row >= limit:
             first = step - limit + 1
             raise RunEnded(
-                f"the loss or the gradient was not finite in {limit} steps in a row, {first} … "
-                f"{step}: the run ends (train.max_skipped_steps={limit}). The weights are as they "
-                f"were before step {first}. {folder} holds the last batch's tokens, "
-                f"step-{step}.npz, and for each step its windows, step-N.json. Going on from an "
-                "earlier checkpoint meets the same batches in the same order; a lower "
-                "--config.optimizer.learning_rate needs --allow_changes=optimizer.learning_rate"
+                f"the loss or gradient was not finite in {limit} steps in a row, {first} … {step}: "
+                f"the run ends (train.max_skipped_steps={limit}). The weights are those before "
+                f"step {first}. "
+                f"{folder} contains the last batch's tokens (step-{step}.npz) and each step's rows "
+                "(step-N.json). Resuming replays the same batches; to resume with a lower "
+                "--config.optimizer.learning_rate add --allow_changes=optimizer.learning_rate"
             )
 
     def _write(

@@ -1,4 +1,4 @@
-"""AdamW with the paper's schedule, and Adafactor where memory is short, from Optax."""
+"""AdamW with the paper's schedule, and Adafactor to save memory, from Optax."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,13 +13,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from finermoe_jax.config.run import OptimizerConfig
 from finermoe_jax.layers.parameters import Kind, Path
 
-# Every parameter's kind (parameters.kinds).
+# Kind of every parameter (parameters.kinds).
 type Kinds = Mapping[Path, Kind]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Rate of the update that follows `count` others: linear from 0 over the warm-up, then a
-    cosine that reaches the final rate after `steps` updates (Table 5)."""
+    """Returns the learning rate as a function of the number of previous updates (Table 5).
+
+    Linear from 0 during warm-up, then a cosine decay that reaches the final rate after `steps`.
+    """
     warmup = max(1, round(config.warmup_fraction * steps)) if config.warmup_fraction else 0
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
@@ -31,17 +33,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Any, kinds: Kinds) -> Any:
-    """True at every parameter that weight decay acts on: all but norms and biases."""
+    """Returns True for every parameter with weight decay: all but norms and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: kinds[tuple(key.key for key in path)].decayed, params
     )
 
 
 def trained(params: dict, config: OptimizerConfig, kinds: Kinds) -> dict:
-    """The part of a nested dict of parameters that training changes.
+    """Selects the trainable parameters of a nested dict.
 
-    All of it, or with freeze_backbone what the published training code leaves free beside a frozen
-    backbone: embedding, routers, experts (the shared one, too) and norms.
+    All of them, or with freeze_backbone those that the published training code trains: embedding,
+    routers, experts (including the shared one) and norms.
     """
     if not config.freeze_backbone:
         return params
@@ -52,16 +54,16 @@ def trained(params: dict, config: OptimizerConfig, kinds: Kinds) -> dict:
 
 
 def completed(params: dict, part: dict) -> dict:
-    """params with the leaves of `part`, a nested dict of some of them, in place of its own."""
+    """Returns params with the leaves of `part`, a nested dict of some of them, replaced."""
     flatten = nnx.traversals.flatten_mapping
     return nnx.traversals.unflatten_mapping(flatten(params) | flatten(part))
 
 
 def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Table 5) or Adafactor; weight decay times the rate.
+    """Clips by global norm, then applies AdamW (Table 5) or Adafactor.
 
-    It keeps its state, and takes gradients, for `trained(params)` alone. kinds: of the model's
-    parameters.
+    Weight decay is multiplied by the learning rate. Gradients and state cover `trained(params)`
+    only.
     """
     mask = functools.partial(decayed, kinds=kinds)
     if config.name == "adafactor":
@@ -90,23 +92,21 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (Shazeer and Stern, 2018) with AdamW's schedule and decay.
 
-    Not optax.adafactor: that one multiplies each rate by the parameter's own root mean square, so
-    that Table 5's rates would mean something else, and decays by an amount that ignores the
-    schedule. Layers and experts are stacked, so one clip serves a whole stack.
+    Unlike optax.adafactor, it does not scale the rate by the parameter's root mean square, and
+    decay follows the schedule.
     """
     return optax.chain(
         in_float32(optax.scale_by_factored_rms()),
-        optax.clip_by_block_rms(1.0),  # the paper's d = 1
+        optax.clip_by_block_rms(1.0),  # d = 1 in the Adafactor paper
         optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation on gradients and parameters cast to float32, its state included.
+    """Casts gradients, parameters and state of a transformation to float32.
 
-    A moving average in bfloat16 stops changing once its step is below half a unit in the last
-    place, and Adafactor's shrinks to a 600th over a run.
+    In bfloat16 Adafactor's moving averages would stop changing, as their steps round to zero.
     """
 
     def cast(tree: Any) -> Any:
@@ -119,11 +119,10 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def apply_updates(params: Any, updates: Any, key: PRNGKeyArray) -> Any:
-    """params + updates; into bfloat16 rounded at random, in proportion to what is cut off.
+    """Returns params + updates, with stochastic rounding for bfloat16 parameters.
 
-    At Table 5's rates almost every update is smaller than half the distance between neighbouring
-    bfloat16 values. Rounded to nearest it would be lost every time; at random, it arrives on
-    average.
+    At Table 5's rates most updates are below half the spacing of bfloat16 values: rounding to
+    nearest would lose them, stochastic rounding keeps them on average.
     """
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
@@ -131,13 +130,13 @@ def apply_updates(params: Any, updates: Any, key: PRNGKeyArray) -> Any:
     def apply(param: Array, update: Array, key: PRNGKeyArray) -> Array:
         if param.dtype != jnp.bfloat16:
             return param + update.astype(param.dtype)
-        return round_at_random(param.astype(jnp.float32) + update.astype(jnp.float32), key)
+        return stochastic_round(param.astype(jnp.float32) + update.astype(jnp.float32), key)
 
     return jax.tree.map(apply, params, updates, keys)
 
 
-def round_at_random(x: Float[Array, "*S"], key: PRNGKeyArray) -> Float[Array, "*S"]:
-    """float32 as one of the two neighbouring bfloat16 values; the expectation is x."""
+def stochastic_round(x: Float[Array, "*S"], key: PRNGKeyArray) -> Float[Array, "*S"]:
+    """Rounds float32 to one of the two neighbouring bfloat16 values; the expectation is x."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     cut = ((bits + noise) >> 16).astype(jnp.uint16)

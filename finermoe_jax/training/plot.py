@@ -10,14 +10,11 @@ import numpy as np
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import read_log
 from finermoe_jax.runtime.paths import local
+from finermoe_jax.training import style
+from finermoe_jax.training.load_map import draw_load
 
-_BLUE, _PALE, _ORANGE, _GREY = "#1f5f99", "#9ec5e8", "#c2410c", "#777777"
-_GREEN, _PURPLE = "#2a9d6f", "#7b4fa3"
-_DEAD = "black"
 # The score of the dense model that an upcycled one was made of, before any step.
 _BASE = "dense base"
-# The colours cover loads between an eighth of the even one and eight times as much.
-_OCTAVES = 3
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -45,84 +42,64 @@ def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
     return [picture for picture in pictures if picture is not None]
 
 
-def _matplotlib() -> Any:
-    import matplotlib.figure  # without pyplot there is no backend to choose, and nothing to close
-
-    return matplotlib
-
-
-def colours() -> Any:
-    """The colour map of loads: purple is less than even, white even, orange more.
-
-    Everybody can distinguish these colours. The darkest ends of Matplotlib's map are left out: they
-    look like the black of dead experts.
-    """
-    mpl = _matplotlib()
-    return mpl.colors.ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256)))
-
-
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that hold one; null means that it was not finite."""
     kept = [line for line in lines if type(line.get(name)) in (int, float)]
     return [line["step"] for line in kept], [line[name] for line in kept]
 
 
+@style.applied()
 def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     """Draws losses, learning rate, gradient norm and speed over steps; returns the PNG's path.
 
-    `rival` is the workdir of a run to compare with, as of the dense model on the same tokens: its
-    losses are drawn, too. Without one, an upcycled run is drawn beside the dense model as loaded,
-    which no step has trained.
+    `rival` is the workdir of a run to compare with, such as the dense model trained on the same
+    tokens: its losses are drawn, too. Without one, an upcycled run is drawn beside the dense model
+    as loaded, which no step has trained.
 
     Raises InputError when workdir holds no metrics, or rival neither metrics nor held-out losses.
     """
     metrics, evals = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "evals"))
     if not metrics:
         raise InputError(f"{workdir} holds no metrics.jsonl to draw")
-    figure = _matplotlib().figure.Figure(figsize=(7.5, 9), layout="constrained")
-    panels = figure.subplots(4, 1, height_ratios=(3, 1, 1, 1), sharex=True)
+    picture = style.figure(7.5, 8.5)
+    panels = picture.subplots(4, 1, height_ratios=(4, 1, 1, 1), sharex=True)
     top, *rates = panels
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
-    top.plot(steps, losses, color=_PALE, linewidth=0.8, label="training, each logged step")
-    if span > 1:
-        top.plot(
-            steps, _running_mean(losses, span), color=_BLUE, linewidth=1.6,
-            label=f"training, mean of {span} logged steps",
-        )  # fmt: skip
+    ends: dict[Any, str] = {}
     if rival is not None:
-        _draw_rival(top, rival, span)
+        ends |= _rival_lines(top, rival, span)
     elif base := _series([e for e in evals if e.get("name") == _BASE], "loss")[1]:
-        top.axhline(
-            base[-1], color=_GREY, linestyle="--", linewidth=1.2,
-            label=f"held-out, dense base as loaded: {base[-1]:.3f}",
-        )  # fmt: skip
-    _draw_held_out(top, evals, "held-out", "o-", _ORANGE)
-    top.set_ylabel("loss (nats per token)")
-    # Above the curves, which may be anywhere.
-    top.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        line = top.axhline(base[-1], color=style.SLATE, linestyle="--", linewidth=1.2)
+        ends[line] = f"held-out, dense base\nas loaded: {base[-1]:.3f}"
+    name = "" if rival is None else f"{style.short(workdir.absolute().name)}\n"
+    top.plot(steps, losses, color=style.BLUE, linewidth=0.8, alpha=0.3)
+    training = (
+        f"training, mean of\n{span} logged steps" if span > 1 else "training, each logged step"
+    )
+    ends |= _training_line(top, metrics, span, f"{name}{training}", style.BLUE)
+    ends |= _held_out_line(top, evals, f"{name}held-out", style.BLUE, "o-")
+    top.set_title("loss, nats per token" + (" (pale: each logged step)" if span > 1 else ""))
+    top.margins(x=0.02)
     _draw_rates(metrics, *rates)
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.align_ylabels()
-    figure.suptitle(workdir.absolute().name)
+    style.title(picture, workdir.absolute().name)
+    style.label_ends(top, ends)
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=130)
+    picture.savefig(path)
     return path
 
 
 def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
     """Learning rate, gradient norm and speed over the run's steps."""
-    for axes, name, label in (
+    for axes, name, title in (
         (rate, "learning_rate", "learning rate"),
-        (norm, "grad_norm", "gradient norm"),
+        (norm, "grad_norm", "norm of the gradient, before clipping"),
         (speed, "tokens_per_second", "tokens per second"),
     ):
         steps, values = _series(metrics, name)
-        axes.plot(steps, values, color=_BLUE, linewidth=1)
-        axes.set_ylabel(label)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.plot(steps, values, color=style.BLUE, linewidth=1)
+        axes.set_title(title)
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     # One spike would flatten all the rest.
     positive = [value for value in _series(metrics, "grad_norm")[1] if value > 0]
     speed.xaxis.get_major_locator().set_params(integer=True)
@@ -133,26 +110,36 @@ def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
     speed.set_xlabel("step")
 
 
-def _draw_held_out(axes: Any, evals: list[dict], name: str, line: str, colour: str) -> None:
-    """Held-out losses over the run's steps."""
+def _training_line(
+    axes: Any, metrics: list[dict], span: int, label: str, colour: str
+) -> dict[Any, str]:
+    """Draws the running mean of the training losses; returns the line and its label."""
+    steps, losses = _series(metrics, "loss")
+    if not losses:
+        return {}
+    [line] = axes.plot(steps, _running_mean(losses, span), color=colour, linewidth=1)
+    return {line: label}
+
+
+def _held_out_line(
+    axes: Any, evals: list[dict], name: str, colour: str, form: str
+) -> dict[Any, str]:
+    """Draws held-out losses over the run's steps; returns the line and its label."""
     steps, losses = _series([e for e in evals if e.get("name") != _BASE], "loss")
-    if losses:
-        label = f"{name}: {losses[0]:.3f} → {losses[-1]:.3f}"
-        axes.plot(steps, losses, line, color=colour, markersize=4, label=label)
+    if not losses:
+        return {}
+    [line] = axes.plot(steps, losses, form, color=colour, linewidth=2)
+    return {line: f"{name}: {losses[0]:.3f} → {losses[-1]:.3f}"}
 
 
-def _draw_rival(axes: Any, rival: Path, span: int) -> None:
-    """Another run's losses, behind the run's own."""
-    name, evals = rival.absolute().name, read_lines(rival / "evals.jsonl")
-    steps, losses = _series(read_lines(rival / "metrics.jsonl"), "loss")
-    if losses:
-        axes.plot(
-            steps, _running_mean(losses, span), color=_GREY, linewidth=1, alpha=0.7,
-            label=f"{name}: training",
-        )  # fmt: skip
-    elif not evals:
+def _rival_lines(axes: Any, rival: Path, span: int) -> dict[Any, str]:
+    """Draws another run's losses, behind the run's own; returns the lines and their labels."""
+    metrics, evals = (read_lines(rival / f"{name}.jsonl") for name in ("metrics", "evals"))
+    name = style.short(rival.absolute().name)
+    training = _training_line(axes, metrics, span, f"{name}\ntraining", style.ORANGE)
+    if not training and not evals:
         raise InputError(f"{rival} holds neither metrics.jsonl nor evals.jsonl to draw")
-    _draw_held_out(axes, evals, f"{name}: held-out", "s--", _GREY)
+    return training | _held_out_line(axes, evals, f"{name}\nheld-out", style.ORANGE, "s--")
 
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:
@@ -161,147 +148,23 @@ def _running_mean(values: list[float], span: int) -> np.ndarray:
     return sums / np.minimum(np.arange(1, len(values) + 1), span)
 
 
-def draw_load(workdir: Path) -> Path | None:
-    """Draws each expert's load in each layer, and how it developed; returns the PNG's path.
-
-    None, and no picture, where no load was recorded: the run is dense.
-    """
-    records = read_lines(workdir / "expert_load.jsonl")
-    if not records:
-        return None
-    mpl = _matplotlib()
-    last = records[-1]
-    tokens = np.asarray(last["tokens"], float)
-    candidates = np.asarray(last["candidates"])
-    layers, slots, choices = candidates.shape
-    height = max(2.6, 1.2 + 0.17 * layers)
-    figure = mpl.figure.Figure(figsize=(13, height + 3.2), layout="constrained")
-    map_row, curve_row = figure.subfigures(2, 1, height_ratios=(height, 2.8))
-    left, right = map_row.subplots(
-        1, 2, width_ratios=(1, min(0.5, 0.06 + 0.02 * slots * choices)), sharey=True
-    )
-    _heat_map(mpl, figure, left, tokens, slots, choices)
-    _shares(figure, right, candidates)
-    _over_steps(mpl, curve_row, records, layers)
-    figure.suptitle(f"{workdir.absolute().name}: load of the experts, step {last['step']}")
-    path = workdir / "load.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _heat_map(
-    mpl: Any, figure: Any, axes: Any, tokens: np.ndarray, slots: int, choices: int
-) -> None:
-    """A cell for each expert of each layer; what got nothing is black, with a cross."""
-    experts = tokens.shape[1]
-    even = np.maximum(tokens.mean(axis=1, keepdims=True), 1e-9)
-    octaves = np.log2(np.where(tokens > 0, tokens / even, np.nan))
-    axes.set_facecolor(_DEAD)
-    image = axes.imshow(
-        octaves, cmap=colours(), vmin=-_OCTAVES, vmax=_OCTAVES, aspect="auto",
-        interpolation="nearest",
-    )  # fmt: skip
-    dead = np.argwhere(tokens == 0)
-    axes.plot(dead[:, 1], dead[:, 0], "x", color="white", markersize=3, markeredgewidth=0.8)
-    group = experts // (slots * choices)
-    for border in range(group, experts, group):
-        heavy = border % (group * choices) == 0
-        axes.axvline(border - 0.5, color="black", linewidth=1.6 if heavy else 0.6)
-    names = axes.secondary_xaxis("top")
-    names.set_xticks(
-        [(number + 0.5) * group - 0.5 for number in range(slots * choices)],
-        [f"slot {n // choices}, candidate {n % choices}" for n in range(slots * choices)],
-        fontsize=8,
-    )
-    names.tick_params(length=0)
-    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=15))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=16))
-    axes.set_xlabel(
-        f"expert (black with a cross: no token in this step; {len(dead)} of {tokens.size})"
-    )
-    axes.set_ylabel("MoE layer")
-    bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01, aspect=30)
-    bar.ax.yaxis.set_major_formatter(
-        mpl.ticker.FuncFormatter(
-            lambda value, _: f"{2**value:g}×" if value >= 0 else f"1/{2**-value:g}"
-        )
-    )
-    bar.set_ticks(range(-_OCTAVES, _OCTAVES + 1))
-    bar.set_label("tokens / even load")
-
-
-def _shares(figure: Any, axes: Any, candidates: np.ndarray) -> None:
-    """The share of tokens that chose each candidate group of each slot."""
-    layers, slots, choices = candidates.shape
-    flat = candidates.reshape(layers, -1)
-    image = axes.imshow(
-        flat, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
-    )
-    for border in range(choices, slots * choices, choices):
-        axes.axvline(border - 0.5, color="white", linewidth=2)
-    axes.set_xticks(
-        range(slots * choices), [f"{n // choices}.{n % choices}" for n in range(slots * choices)]
-    )
-    axes.set_xlabel("slot.candidate")
-    bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=30)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    bar.set_label("share of tokens")
-    axes.set_title("candidate chosen", fontsize=9)
-
-
-def _over_steps(mpl: Any, figure: Any, records: list[dict], layers: int) -> None:
-    """Entropy, heaviest expert, aux loss and dead experts of each layer over the steps."""
-    steps = [record["step"] for record in records]
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.92, layers))
-    panels = figure.subplots(1, 4)
-    for axes, name, title in zip(
-        panels,
-        ("entropy", "max_over_mean", "aux_loss", "dead"),
-        ("entropy of the load (1: even)", "fullest expert / mean", "aux loss (1: even)",
-         "experts without a token"),
-        strict=True,
-    ):  # fmt: skip
-        values = np.asarray([record[name] for record in records], float)
-        for layer in range(layers):
-            axes.plot(
-                steps, values[:, layer], color=colours[layer], linewidth=1,
-                marker="o" if len(steps) < 3 else None, markersize=3,
-            )  # fmt: skip
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=5))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(top=1.0)
-    panels[1].set_ylim(bottom=1.0)
-    panels[3].set_ylim(bottom=0, top=max(1.0, panels[3].get_ylim()[1]))
-    panels[3].yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    scale = mpl.cm.ScalarMappable(
-        mpl.colors.BoundaryNorm(np.arange(layers + 1) - 0.5, layers),
-        mpl.colors.ListedColormap(colours),
-    )
-    bar = figure.colorbar(scale, ax=list(panels), pad=0.01, aspect=25)
-    bar.set_label("MoE layer")
-    bar.set_ticks(sorted({0, layers // 2, layers - 1}))
-    bar.ax.minorticks_off()
-
-
+@style.applied()
 def draw_similarity(
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, over: str = "layer"
 ) -> None:
-    """Draws the experts' similarity over layers (similarity.py), one curve per model."""
-    figure = _matplotlib().figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    styles = itertools.product(("-", "--", ":"), (_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY))
-    for (name, (layers, values)), (line, colour) in zip(curves.items(), styles, strict=False):
-        label = f"{name}: mean {np.mean(values):.3f}"
-        axes.plot(layers, values, "o", linestyle=line, color=colour, markersize=4, label=label)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("mean cosine similarity of experts")
+    """Draws the experts' similarity over layers or steps, with a curve per model or per part."""
+    picture = style.figure(7.5, max(4.0, 0.55 * len(curves)))
+    axes = picture.subplots()
+    kinds = itertools.cycle(itertools.product(("-", "--", ":"), style.LINES))
+    ends = {}
+    for (name, (places, values)), (form, colour) in zip(curves.items(), kinds, strict=False):
+        [line] = axes.plot(places, values, "o", linestyle=form, color=colour)
+        figure = f"mean {np.mean(values):.3f}" if over == "layer" else f"{values[-1]:.3f}"
+        ends[line] = f"{style.short(name)}\n{figure}"
+    axes.set_xlabel(over)
+    axes.set_title("mean cosine similarity of a layer's experts")
     axes.xaxis.get_major_locator().set_params(integer=True)
     lowest = min(min(values) for _, values in curves.values())
     axes.set_ylim(min(0.0, 1.1 * lowest), 1.05)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=130)
+    style.label_ends(axes, ends)
+    picture.savefig(path)

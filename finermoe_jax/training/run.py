@@ -1,4 +1,4 @@
-"""Training: start or resume, step, score, save."""
+"""Starts or resumes a training run."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ from finermoe_jax.training.workdir import (
     fill_workdir,
     find_shared,
     record_data,
-    way_on,
+    resume_hint,
 )
 from finermoe_jax.weights.checkpoint import abstract_params, newest_checkpoint
 from finermoe_jax.weights.integrity import set_aside_damaged
@@ -65,32 +65,32 @@ def train(
     telemetry: metrics.Telemetry = metrics.NOTHING_MORE,
     allow_changes: Sequence[str] = (),
 ) -> None:
-    """Runs or resumes the training that `config` describes, in `workdir`.
+    """Starts or resumes a training run in `workdir`.
 
     Writes config.json, data.json, metrics.jsonl, expert_load.jsonl, evals.jsonl, samples.jsonl,
-    checkpoints/, tokenizer/, loss.png and load.png; and what `telemetry` asks for. A resumed run
-    needs the workdir and the data, not init_from.
+    checkpoints/, tokenizer/, loss.png and load.png, and the output of `telemetry`. A resumed run
+    needs the workdir and the data, but not init_from.
 
-    With several processes all of them call this, with the same arguments and a workdir that they
-    share; only the first one writes files and messages.
+    With several processes, all call this with the same arguments and a shared workdir; only the
+    first one writes files and messages.
 
     Args:
-      config: the run.
+      config: the run's config.
       workdir: a new directory, or that of a run to resume.
-      say: takes the messages along the way.
-      telemetry: what else is reported, and where to.
-      allow_changes: fields of the config (dotted, or groups) that may differ from the run's.
+      say: prints a message.
+      telemetry: optional output.
+      allow_changes: config fields (dotted) or groups that may differ from the resumed run's.
 
-    Raises InputError for whatever is wrong with the input, before the first step, and on every
-    process alike; RunEnded when the run must end early: asked to by a signal, the disk full, the
-    loss not finite.
+    Raises:
+      InputError: invalid input; before the first step, on all processes.
+      RunEnded: the run ends early because of a signal, a full disk or non-finite steps.
     """
     workdir = Path(local(workdir)).absolute()
     first = jax.process_index() == 0
     if not first:
         say = _silent
-    stated = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
-    distributed.same(stated, "was started with another config or --workdir than process 0")
+    settings = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
+    distributed.same(settings, "was started with another config or --workdir than process 0")
     with contextlib.ExitStack() as opened:
         lock = opened.enter_context(contextlib.closing(Lock(workdir, "--workdir")))
         setup = _claimed(config, workdir, say, telemetry, allow_changes, lock)
@@ -102,18 +102,18 @@ def train(
             with checkpoints.ending_when_full():
                 _train(setup, checkpoints, telemetry, opened)
         except OSError as error:
-            # Not the user's input any more: a file system that fails, mostly.
-            raise RunEnded(f"{error}. {way_on(workdir)}", alone=True) from error
+            # Usually a failing file system, not invalid input.
+            raise RunEnded(f"{error}. {resume_hint(workdir)}", alone=True) from error
         best = checkpoints.best_step()
         if best is not None:
-            say(f"lowest held-out loss of the checkpoints kept: {workdir / 'checkpoints'}/{best}")
+            say(f"checkpoint with the lowest held-out loss: {workdir / 'checkpoints'}/{best}")
     if first:
         pictures = " ".join(map(str, plot.draw(workdir)))
-        say(f"peak memory {metrics.memory_gib():.2f} GiB · drawn: {pictures}")
+        say(f"peak memory {metrics.memory_gib():.2f} GiB · plots: {pictures}")
 
 
 def _silent(message: str) -> None:
-    """Drops a message: `say` of all processes but the first."""
+    """Drops a message: `say` on all processes but the first."""
 
 
 def _claimed(
@@ -124,7 +124,7 @@ def _claimed(
     allow_changes: Sequence[str],
     lock: Lock,
 ) -> RunSetup:
-    """All that is read, checked, and then the workdir, taken and prepared."""
+    """Reads and checks all input, then locks and prepares the workdir."""
     first, steps = jax.process_index() == 0, workdir / "checkpoints"
     with distributed.together():
         metrics.check(telemetry, config.train.steps)
@@ -138,20 +138,20 @@ def _claimed(
     newest = newest_checkpoint(steps)
     distributed.same(
         str(newest),
-        f"sees other checkpoints in {workdir} than process 0: --workdir must be one directory "
-        "that all processes share",
+        f"sees other checkpoints in {workdir} than process 0: --workdir must be a directory "
+        "shared by all processes",
     )
     with distributed.together():
         if first:
             files.make_directory(workdir)
             lock.take()
         if newest_checkpoint(steps) != newest:
-            raise InputError(f"another run has been in {workdir} meanwhile: start this one again")
+            raise InputError(f"another run has just written to {workdir}: start this one again")
         if changes:
             step = newest.name if newest else "0"
             Log(workdir).config_changes(int(step), changes)
             for name, (old, new) in changes.items():
-                say(f"from step {step} on, {name} is {new!r}; it was {old!r}")
+                say(f"{name} changes from {old!r} to {new!r} after step {step}")
         fill_workdir(workdir, config, setup.initial.tokenizer_files, setup.initial.ends_files)
         record_data(workdir, setup.data.identity)
     with distributed.together():
@@ -163,7 +163,7 @@ def _claimed(
 def _checked(
     config: RunConfig, workdir: Path, say: Callable[[str], None], allow_changes: Sequence[str]
 ) -> RunSetup:
-    """All that is read; nothing is written, and nothing said to other processes."""
+    """Reads and checks all input. Writes nothing and does not communicate."""
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     kernel = sharding.kernel_named(config.train.kernel)
@@ -175,7 +175,7 @@ def _checked(
     if length > model.context_length:
         raise InputError(
             f"data.sequence_length={length} exceeds the model's context of "
-            f"{model.context_length} tokens"
+            f"{model.context_length} tokens; lower it"
         )
     place, first = initial.tokenizer_files, jax.process_index() == 0
     tokenizer = load_tokenizer(place, model.vocab_size)
@@ -185,12 +185,13 @@ def _checked(
     if newest is not None:
         if int(newest.name) > config.train.steps:
             raise InputError(
-                f"train.steps={config.train.steps}, but {workdir} is at step {newest.name}: give "
-                "more steps, or a new --workdir with init_from set to the checkpoint wanted"
+                f"train.steps={config.train.steps}, but {workdir} is already at step "
+                f"{newest.name}: raise train.steps, or give a new --workdir with init_from set to "
+                "a checkpoint"
             )
         claim_data(workdir, found.identity, allow_changes)
     for prompt in config.prompts:
-        complete(initial.model, tokenizer, prompt, config.prompt_tokens)  # checks it
+        complete(initial.model, tokenizer, prompt, config.prompt_tokens)  # only checks the prompt
     return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
 
 
@@ -200,7 +201,7 @@ def _train(
     telemetry: metrics.Telemetry,
     opened: contextlib.ExitStack,
 ) -> None:
-    """Everything between checked input and the last checkpoint."""
+    """Trains from the checked input to the last checkpoint."""
     config, workdir, model, say = setup.config, setup.workdir, setup.initial.model, setup.say
     shardings, notes = sharding.param_shardings(model, setup.mesh)
     for note in notes:
@@ -237,18 +238,17 @@ def _train(
     with stop_requests() as must_stop:
         loop = Loop(setup, shardings, tx, checkpoints, monitor, guard, report, must_stop)
         params = loop.run(first, params, opt_state)
-        # Scored already, unless train.steps was lowered to a step that was not. All go by what the
-        # first process finds: it may already be writing when another one looks.
+        # Evaluated already, unless train.steps was lowered. The first process decides for all.
         if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
             report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
         log.sync()
-        checkpoints.wait()  # here: a request to stop must not cut off the last save
+        checkpoints.wait()  # inside stop_requests: a signal must not interrupt the last save
 
 
 def _report(
     setup: RunSetup, monitor: metrics.Monitor, name: str, model: Decoder, step: int
 ) -> float | None:
-    """Scores a model and lets it continue the prompts; returns the held-out loss, if any."""
+    """Evaluates a model and continues the prompts; returns the held-out loss, if any."""
     config, held_out, loss = setup.config, setup.data.held_out, None
     if held_out:
         loss = held_out_loss(
@@ -258,8 +258,8 @@ def _report(
         setup.say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
     for prompt in config.prompts:
         words = "".join(complete(model, setup.tokenizer, prompt, config.prompt_tokens))
-        said = {"name": name, "step": step, "prompt": prompt, "text": words}
-        monitor.log.append("samples.jsonl", said)
+        sample = {"name": name, "step": step, "prompt": prompt, "text": words}
+        monitor.log.append("samples.jsonl", sample)
         setup.say(f"  {prompt!r} → {words!r}")
     return loss
 
@@ -272,7 +272,7 @@ def _begin(
     report: Callable[[str, Decoder, int], float | None],
     log: Log,
 ) -> tuple[dict, Any]:
-    """Parameters and optimizer state of a new run, scored and saved as step 0."""
+    """Returns parameters and optimizer state of a new run, evaluated and saved as step 0."""
     initial = setup.initial
     if initial.dense is not None:
         report("dense base", _placed(initial.dense, initial.model.placement), 0)
@@ -287,7 +287,7 @@ def _begin(
 
 
 def _placed(initial: InitialModel, placement: Placement) -> Decoder:
-    """The model with its weights over the mesh."""
+    """Returns the model with its weights sharded over the mesh."""
     assert placement.mesh is not None
     initial.model.placement = placement
     shardings, _ = sharding.param_shardings(initial.model, placement.mesh)

@@ -1,4 +1,4 @@
-"""One optimizer step as a function of arrays, and its compilation for a mesh."""
+"""The optimizer step as a pure function, and its compilation for a mesh."""
 
 from typing import Any
 
@@ -29,21 +29,20 @@ def train_step(
     opt_state: Any,
     batch: Batch,
 ) -> tuple[dict, Any, dict[str, Array]]:
-    """One optimizer step on a global batch.
-
-    Returns params, opt_state and the step's metrics: loss, aux_loss (the sum over layers),
-    grad_norm, learning_rate, skipped and tokens (of the input, without padding), float32 [];
-    layer_aux_loss, float32 [L]; expert_tokens, int32 [L, E], how many tokens of the global batch
-    selected each expert (L counts the MoE layers; 0 in a dense model).
+    """Runs one optimizer step on a global batch.
 
     The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
-    sum over layers of Eq. 11. With grad_accumulation = n the rows are taken in n microbatches,
-    whose mean gradient is that of the whole batch: each is divided by its share of all counted
-    targets, and Eq. 11 is per sequence.
+    sum over layers of Eq. 11. With grad_accumulation = n, n microbatches give the gradient of the
+    whole batch: the cross-entropy is divided by the batch's counted targets, and Eq. 11 is per
+    sequence.
 
-    Where the loss or the gradient's norm is not finite, parameters and optimizer state stay as
-    they are and `skipped` is 1: the schedule and the rounding, which go by the optimizer's count,
-    take the next step as if this one had not been.
+    If the loss or the gradient norm is not finite, parameters and optimizer state are unchanged and
+    `skipped` is 1. Schedule and rounding depend on the optimizer's count, which does not advance.
+
+    Returns:
+      params, opt_state and metrics. float32 []: loss, aux_loss (sum over layers), grad_norm,
+      learning_rate, skipped, tokens (input tokens without padding). float32 [L]: layer_aux_loss.
+      int32 [L, E]: expert_tokens, the tokens that selected each expert. L counts MoE layers.
     """
     free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
     metrics, grads = _gradients(graphdef, config, params, free, batch)
@@ -56,15 +55,14 @@ def train_step(
 
     def update(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, opt_state, free)
-        # A key per update, by the optimizer's count: a resumed run rounds as the straight one.
+        # Derived from the optimizer's count, so that a resumed run rounds identically.
         key = jax.random.fold_in(jax.random.key(config.train.seed), updates_made(opt_state))
         return apply_updates(free, updates, key), opt_state
 
     def keep(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
         return free, opt_state
 
-    # A branch: both sides write into the donated buffers. A choice per element took 15 % longer
-    # on a CPU, and half a copy of the weights.
+    # A branch rather than jnp.where: both sides reuse the donated buffers.
     free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
     segments, size = batch.segment_ids, batch.tokens[:, 1:].size
     tokens = (
@@ -77,7 +75,7 @@ def train_step(
 def _gradients(
     graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
 ) -> tuple[dict[str, Array], dict]:
-    """The metrics of a global batch, as `batch_loss` returns them, and its gradients by `free`."""
+    """Returns `batch_loss`'s metrics of a global batch, and its gradients by `free`."""
     parts = config.train.grad_accumulation
     if parts > 1:
         return _accumulated(graphdef, config, params, free, batch)
@@ -95,18 +93,14 @@ def _gradients(
 def _accumulated(
     graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
 ) -> tuple[dict[str, Array], dict]:
-    """`_gradients` in microbatches.
-
-    They add up in float32, or small ones would be lost in a long sum of bfloat16. Kernels add
-    those of experts to the sums themselves (moe/bank.py's Summed).
-    """
+    """`_gradients` in microbatches, summed in float32; for experts by the kernels (Summed)."""
     parts, model = config.train.grad_accumulation, rebuild(graphdef, params)
     targets = None
     if batch.segment_ids is not None:
         targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0) / parts
     free = nnx.traversals.flatten_mapping(free)
     banks = _banks_in_place(model, free)
-    # Cast once, where each microbatch would read them wider than it computes.
+    # Cast once instead of in every microbatch.
     weights = {path: lax.stop_gradient(_narrowed(free[path], model.dtype)) for path in banks}
 
     def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
@@ -117,7 +111,7 @@ def _accumulated(
 
     def body(carry: Any, part: Batch) -> tuple[Any, Array]:
         sums, totals = carry
-        # What a bank's gradient is taken by is never read.
+        # Placeholders to differentiate by; their values are never read.
         by = free | {path: jnp.zeros_like(sums[path]) for path in banks}
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(by, sums, part)
         tokens = metrics.pop("expert_tokens")
@@ -130,8 +124,7 @@ def _accumulated(
     }
     layers = model.config.layer_kinds.count("moe")
     totals = {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)}
-    # Row r of every microbatch comes from block r of the batch, so each device keeps its rows
-    # (a microbatch is a multiple of the devices that share it: check_microbatch).
+    # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
     pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
     (sums, metrics), tokens = jax.lax.scan(body, (sums, totals), pieces)
     sums |= {path: places.total(sums[path]) for path, places in banks.items()}
@@ -145,7 +138,7 @@ def _narrowed(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:
-    """The banks among flat parameters that are not stored in pieces, and their mesh places."""
+    """Returns the expert banks among flat parameters that are not stored in pieces."""
     found = {
         path: Places.of(free[path].shape[1], model.placement)
         for path, kind in kinds(model).items()
@@ -155,7 +148,7 @@ def _banks_in_place(model: Decoder, free: dict) -> dict[Path, Places]:
 
 
 def updates_made(opt_state: Any) -> Int[Array, ""]:
-    """The number of updates that an optimizer's state has seen."""
+    """Returns the optimizer's update count, int32 []."""
     (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
     return count
 
@@ -167,9 +160,10 @@ def batch_loss(
     batch: Batch,
     count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The training loss of a microbatch; apart `loss`, `layer_aux_loss` and `expert_tokens`.
+    """Returns the total training loss of a microbatch and its metrics.
 
-    The summed cross-entropy is divided by `count`; None: by the number of all targets.
+    The cross-entropy sum is divided by `count`; None: by the number of targets. Metrics: `loss`
+    (cross-entropy, []), `layer_aux_loss` [L] and `expert_tokens` [L, E].
     """
     model = rebuild(graphdef, params)
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
@@ -189,19 +183,19 @@ def batch_loss(
 
 
 def rebuild(graphdef: Any, params: dict) -> Decoder:
-    """The decoder from its graph and a pure dict of arrays."""
+    """Rebuilds the decoder from its graph and a pure dict of arrays."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
 def check_microbatch(config: RunConfig, mesh: Mesh) -> None:
-    """Raises InputError when a microbatch is no multiple of the devices that share it."""
+    """Raises InputError if a microbatch cannot be split evenly over the mesh."""
     microbatch = config.data.global_batch_size // config.train.grad_accumulation
     parts, processes = sharding.batch_parts(mesh), jax.process_count()
     if microbatch % parts:
         raise InputError(
             f"a microbatch of {microbatch} sequences (data.global_batch_size / "
             f"train.grad_accumulation) must be a multiple of the {parts} devices that share it, "
-            f"in {processes} process{'es' if processes > 1 else ''}"
+            f"in {processes} process{'es' if processes > 1 else ''}: change one of them"
         )
 
 
@@ -214,9 +208,9 @@ def jit_step(
     shardings: dict,
     mesh: Mesh,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, Any]]:
-    """train_step(params, opt_state, batch), jitted for a mesh; it consumes its first two.
+    """Jits train_step(params, opt_state, batch) for a mesh; the first two are donated.
 
-    Arrays or shapes will do for params and opt_state. Returned with the Formats that both live in.
+    params and opt_state may be arrays or shapes. Also returns the Formats of both.
     """
     model = rebuild(graphdef, params)
     of_state = sharding.like_params(opt_state, params, shardings, mesh)
@@ -236,7 +230,7 @@ def jit_step(
 def abstract_optimizer(
     tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
 ) -> Any:
-    """Shapes, dtypes and shardings of the optimizer's state."""
+    """Returns shapes, dtypes and shardings of the optimizer state."""
     shapes = jax.eval_shape(tx.init, params)
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
@@ -248,7 +242,7 @@ def abstract_optimizer(
 def init_optimizer(
     tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
 ) -> Any:
-    """The optimizer's state for these parameters, born on its shardings."""
+    """Initialises the optimizer state directly on its shardings."""
     abstract = abstract_optimizer(tx, params, shardings, mesh)
     return jax.jit(tx.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
         params

@@ -1,4 +1,4 @@
-"""A run's figures in the formats of other programs; their packages are extras."""
+"""TensorBoard and Weights & Biases output. Their packages are extras."""
 
 import dataclasses
 import secrets
@@ -16,23 +16,26 @@ class TensorBoard:
     def __init__(self, workdir: Path, first: int):
         from tensorboardX import SummaryWriter
 
-        # Hides what an interrupted run logged of later steps.
+        # purge_step hides later steps of an interrupted run.
         self.writer = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first + 1, flush_secs=30
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Tells of a step, by name."""
+        """Logs a step's values by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self, failed: bool) -> None:
-        """Writes what is left; `failed`: the run ends with an error."""
+        """Flushes and closes the files."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases. It is resumed by the id in the workdir's wandb_run_id."""
+    """A Weights & Biases run, resumed by the id in the workdir's wandb_run_id.
+
+    Raises InputError if the service cannot be reached.
+    """
 
     def __init__(self, project: str, workdir: Path, config: RunConfig):
         import wandb
@@ -52,16 +55,16 @@ class WeightsAndBiases:
             )
         except (wandb.Error, OSError) as error:
             raise InputError(
-                f"--wandb={project}: {error}\nlog in (wandb login), or set WANDB_MODE=offline and "
-                "send the run later (wandb sync)"
+                f"--wandb={project}: {error}\nLog in (wandb login), or set WANDB_MODE=offline and "
+                "upload the run later (wandb sync)"
             ) from None
-        # Steps as an axis of their own: W&B's counter would drop what a resumed run logs again.
+        # A separate step axis: W&B's own counter would drop steps that a resumed run logs again.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Tells of a step, by name."""
+        """Logs a step's values by name."""
         self.run.log({"step": step, **values})
 
     def close(self, failed: bool) -> None:
-        """Writes what is left; `failed`: the run ends with an error."""
+        """Finishes the run; `failed` marks it as crashed."""
         self.run.finish(exit_code=int(failed))

@@ -1,4 +1,4 @@
-"""A training run's directory: whose it is, what it holds, its JSON-lines logs."""
+"""A training run's directory: checks before use, contents and JSON-lines logs."""
 
 import contextlib
 import dataclasses
@@ -22,34 +22,32 @@ from finermoe_jax.training import plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 from finermoe_jax.weights.integrity import saved_steps
 
-_PARTIAL = ".config.json.partial"  # of files.write
+_PARTIAL = ".config.json.partial"  # temporary file of files.write
 
-# What a checkpoint's arrays are: no flag changes it in the middle of a run.
+# Fields that determine a checkpoint's arrays and cannot change during a run, with reasons.
 _FIXED = {
     "dense": "the weights in the checkpoint have these shapes",
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
-    "optimizer.name": "the checkpoint holds the other optimizer's state",
-    "optimizer.moment_dtype": "the checkpoint's moments are stored so",
-    "optimizer.freeze_backbone": "the checkpoint holds moments of what trains alone",
-    "train.param_dtype": "the checkpoint's weights are stored so",
+    "optimizer.name": "the checkpoint contains the other optimizer's state",
+    "optimizer.moment_dtype": "the checkpoint's moments have this dtype",
+    "optimizer.freeze_backbone": "the checkpoint contains moments of the trained parameters only",
+    "train.param_dtype": "the checkpoint's weights have this dtype",
 }
 
 _PLACES = ("data.path", "data.eval_path")
 
 
 def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
-    """Refuses a directory that holds something else, or a run with another config.
+    """Checks that a directory can be used for a run with this config. Writes nothing.
 
-    A run that ended before its first checkpoint holds nothing: any config may take its place. A run
-    that has lost its checkpoints is refused.
+    The workdir may be new, contain a run that ended before its first checkpoint, or contain a run
+    with the same config. These fields may differ: the mesh, paths of the data (claim_data compares
+    the content) and the fields or groups in `allow`, except those in _FIXED.
 
-    The mesh may differ: a run may resume on more devices, or fewer. So may the paths of the data,
-    whose content is compared (claim_data), and the fields named in `allow` (dotted, or a whole
-    group of them), except those that a checkpoint is made of. Nothing is written.
+    Returns {field: [value in the workdir, value in the config]} for the changed fields.
 
-    Returns the changed fields, each with its value there and in the config.
-
-    Raises InputError.
+    Raises InputError if the directory contains anything else, a run with another config, or a run
+    that has lost its checkpoints.
     """
     known = flattened(dataclasses.asdict(config))
     for name in allow:
@@ -60,18 +58,18 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
             )
         for fixed, reason in _FIXED.items():
             if _within(name, fixed):
-                raise InputError(f"--allow_changes={name}: it cannot change, since {reason}")
+                raise InputError(f"--allow_changes={name}: this field cannot change: {reason}")
     if not workdir.exists():
         return {}
     if not workdir.is_dir():
         raise InputError(f"{workdir} is a file; give a directory as --workdir")
     if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
         if not _unfinished(workdir):
-            raise InputError(f"{workdir} is not empty and holds no run; give a new --workdir")
+            raise InputError(f"{workdir} is not empty and contains no run: give a new --workdir")
         return {}
     if _ended_before_saving(workdir):
         return {}
-    # Through RunConfig, so that a field that is newer than the run has its default.
+    # Through RunConfig, so that fields added since have their defaults.
     began = dataclasses.asdict(run_config(read_json(workdir / "config.json")))
     changed = {
         name: values
@@ -81,18 +79,20 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
     free = _PLACES if (workdir / "data.json").is_file() else ()
     lines, missing = [], []
     for name, (old, new) in changed.items():
-        line = f"{name}: {old!r} there, {new!r} in the config"
+        line = f"{name}: {old!r} in the run, {new!r} in the config"
         if reasons := [why for what, why in _FIXED.items() if _within(name, what)]:
             lines.append(f"{line}; it cannot change: {reasons[0]}")
         elif not any(_within(name, group) for group in (*allow, *free)):
             lines.append(line)
             missing.append(name)
     if lines:
-        way_out = "give a new --workdir, or the config that the run began with"
+        fix = "Give a new --workdir, or the run's original config"
         if len(missing) == len(lines):
-            way_out += f"; or go on with the change: --allow_changes={','.join([*allow, *missing])}"
+            fix += (
+                f"; to resume with the change, add --allow_changes={','.join([*allow, *missing])}"
+            )
         raise InputError(
-            "\n  ".join([f"{workdir} holds a run with another config", *lines]) + f"\n{way_out}"
+            "\n  ".join([f"{workdir} contains a run with another config:", *lines]) + f"\n{fix}"
         )
     return changed
 
@@ -102,7 +102,7 @@ def _within(name: str, group: str) -> bool:
 
 
 def _unfinished(workdir: Path) -> bool:
-    """Returns whether the workdir holds only what a run killed at its very beginning leaves."""
+    """Returns True if the workdir is empty or contains a run killed before its first write."""
     names = {path.name for path in workdir.iterdir()}
     checkpoints = workdir / "checkpoints"
     return names <= {LOCK_FILE, _PARTIAL, "checkpoints"} and not (
@@ -111,17 +111,15 @@ def _unfinished(workdir: Path) -> bool:
 
 
 def _ended_before_saving(workdir: Path) -> bool:
-    """Returns whether a run has no checkpoint yet; raises InputError if it has lost those it had.
-
-    No step is logged before the first checkpoint is saved.
-    """
+    """Returns True if a run has no checkpoint yet. Raises InputError if it has lost them."""
     steps = workdir / "checkpoints"
     if saved_steps(steps) or any(steps.glob("damaged-*")):
         return False
+    # Steps are logged only after the first save.
     if last := Log(workdir).last_step():
         raise InputError(
-            f"{workdir} has logged {last} steps, and {steps} holds no checkpoint. Put the "
-            "checkpoints back, or give a new --workdir; to start again at step 0 here, remove "
+            f"{workdir} has logged {last} steps, but {steps} contains no checkpoint. Restore the "
+            "checkpoints, or give a new --workdir; to restart at step 0 here, remove "
             f"{', '.join(file for file in Log.CUT if (workdir / file).exists())}"
         )
     return True
@@ -130,17 +128,17 @@ def _ended_before_saving(workdir: Path) -> bool:
 def fill_workdir(
     workdir: Path, config: RunConfig, tokenizer_files: Path, ends_files: Path | None = None
 ) -> None:
-    """Fills the workdir: config.json, checkpoints/, and tokenizer/, which a resumed run uses.
+    """Writes config.json, checkpoints/ and tokenizer/ to the workdir.
 
-    ends_files is the directory that names the ends of text if tokenizer_files does not.
+    `ends_files` is the directory that defines the end-of-text tokens if tokenizer_files does not.
     """
     if jax.process_index() != 0:
         return
-    # In this order: after a kill in between, the same command still works (_unfinished).
+    # In this order: if killed in between, the same command still works (_unfinished).
     files.make_directory(workdir / "checkpoints")
     files.write(workdir / "config.json", to_json(dataclasses.asdict(config), indent=2) + "\n")
     if tokenizer_files != workdir / "tokenizer":
-        # Whole, and without files of another tokenizer that a run before this one had.
+        # Atomically, and without files of a previous run's tokenizer.
         partial = workdir / ".tokenizer.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -150,11 +148,10 @@ def fill_workdir(
 
 
 def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
-    """Refuses to resume with other data than the run began with.
+    """Checks that a resumed run uses the same data; its path may differ.
 
-    The data may be stored elsewhere. data.path in `allow` lets the training data differ,
-    data.eval_path the held-out data. Raises InputError that names the differences between
-    `identity` (data.open_data) and data.json.
+    data.path in `allow` lets the training data differ, data.eval_path the held-out data. Raises
+    InputError listing the differences between `identity` (data.open_data) and data.json.
     """
     changed = {
         name: values
@@ -163,16 +160,16 @@ def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = (
     }
     if changed:
         flags = dict.fromkeys([*allow, *map(_flag, changed)])
-        lines = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
+        lines = [f"{name}: {old!r} in the run, {new!r} now" for name, (old, new) in changed.items()]
         raise InputError(
-            "\n  ".join([f"{workdir} holds a run with other data", *lines])
-            + "\ngive the data that the run began with, or a new --workdir; or go on with the "
-            f"change: --allow_changes={','.join(flags)}"
+            "\n  ".join([f"{workdir} contains a run with other data:", *lines])
+            + "\nGive the run's original data, or a new --workdir; to resume with the change, add "
+            f"--allow_changes={','.join(flags)}"
         )
 
 
 def record_data(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes data.json and logs how a resumed run's data differ; only the first process does."""
+    """Writes data.json and logs changes of a resumed run's data, in the first process only."""
     if jax.process_index() != 0:
         return
     newest = newest_checkpoint(workdir.absolute() / "checkpoints")
@@ -181,26 +178,26 @@ def record_data(workdir: Path, identity: dict[str, Any]) -> None:
         Log(workdir).config_changes(
             int(newest.name), {f"data.{name}": values for name, values in changed.items()}
         )
-        print(f"from step {newest.name} on, the data is other data: {', '.join(changed)}")
+        print(f"the data changes after step {newest.name}: {', '.join(changed)}")
     files.write(workdir / "data.json", to_json(identity, indent=2) + "\n")
 
 
 def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
-    """The differences of the data, except in its path; empty if no data is recorded."""
+    """Returns the differences of the data, ignoring paths; empty if no data is recorded."""
     if not (workdir / "data.json").is_file():
         return {}
     try:
         recorded = _content(read_json(workdir / "data.json"))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(
-            f"{workdir / 'data.json'} is damaged ({error!r}): put back a copy of it, or remove it "
-            "to resume without comparing the data with what the run began with"
+            f"{workdir / 'data.json'} is damaged ({error!r}): restore it, or remove it to resume "
+            "without checking that the data is unchanged"
         ) from None
     return differences(recorded, _content(identity))
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:
-    """Without places, sources under their numbers, weights as shares."""
+    """Normalises: no paths, sources by number, weights as shares."""
     total = sum(Fraction(source["weight"]) for source in identity["sources"])
     found: dict[str, Any] = {
         f"source {n}": s | {"path": None, "weight": str(Fraction(s["weight"]) / total)}
@@ -212,66 +209,66 @@ def _content(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flag(name: str) -> str:
-    """The field of the config that a part of the data belongs to."""
+    """Returns the config field that a part of the data belongs to."""
     return "data.eval_path" if _within(name, "eval") else "data.path"
 
 
 def find_shared(workdir: Path) -> None:
-    """Waits until the prepared workdir is seen here too; network file systems may take a while.
+    """Waits until process 0's workdir is visible here; network file systems may be slow.
 
-    Raises InputError when it is not, since only the first process has prepared it.
+    Raises InputError if it is not visible after 60 s.
     """
     deadline = time.monotonic() + 60
     while not (workdir / "config.json").is_file():
         if time.monotonic() > deadline:
             raise InputError(
-                f"process 0 has made {workdir}, but it is not there: --workdir must be one "
-                "directory that all processes share"
+                f"process 0 has created {workdir}, but it is not visible here: --workdir must be a "
+                "directory shared by all processes"
             )
         time.sleep(0.5)
 
 
-def way_on(workdir: Path) -> str:
-    """One-line hint on how to resume this run."""
+def resume_hint(workdir: Path) -> str:
+    """Returns a one-line hint on how to resume this run."""
     steps = workdir.absolute() / "checkpoints"
     with contextlib.suppress(OSError):
-        files.sync(steps)  # the newest one may have got its name just now
+        files.sync(steps)  # the newest checkpoint may just have been renamed
     newest = newest_checkpoint(steps)
     if newest is None:
-        return f"{workdir} holds no complete checkpoint: the run must begin anew."
-    return f"The run can go on from step {newest.name}: --workdir={workdir}."
+        return f"{workdir} contains no complete checkpoint: the run must start again."
+    return f"Resume from step {newest.name} with --workdir={workdir}."
 
 
 class Log:
     """The workdir's JSON-lines files; only the first process writes them."""
 
-    # Those that are cut to the checkpoint from which a run resumes.
+    # Files that are truncated to the checkpoint from which a run resumes.
     CUT = ("metrics.jsonl", "expert_load.jsonl", "evals.jsonl", "samples.jsonl")
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
 
     def append(self, file: str, values: dict) -> None:
-        """Adds a record to one of the files."""
+        """Appends a record to one of the files."""
         if jax.process_index() == 0:
             with (self.workdir / file).open("a") as stream:
                 stream.write(to_json(values) + "\n")
 
     def has_evaluation(self, step: int) -> bool:
-        """Returns whether the model after this step has been scored."""
+        """Returns True if the model after this step has been evaluated."""
         return any(
             e.get("name") == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
         )
 
     def config_changes(self, step: int, changes: dict[str, list]) -> None:
-        """Fields that differ from here on, each as [before, after], into config_changes.jsonl."""
+        """Records changed fields, {name: [before, after]}, in config_changes.jsonl."""
         if jax.process_index() == 0:
             path = self.workdir / "config_changes.jsonl"
             lines = [*plot.read_lines(path), {"step": step, "changes": changes}]
             files.write(path, "".join(to_json(line) + "\n" for line in lines))
 
     def cut(self, step: int) -> None:
-        """Drops what an interrupted run logged after the step that is resumed from."""
+        """Removes records after `step`, from which the run resumes."""
         if jax.process_index() != 0:
             return
         for file in self.CUT:
@@ -281,12 +278,12 @@ class Log:
                 files.write(path, b"".join(lines))
 
     def last_step(self) -> int:
-        """The last step that any of the files records; 0 if there is none."""
+        """Returns the last step in any of the files; 0 without one."""
         logs = [read_log(self.workdir / file) for file in self.CUT]
         return max((values["step"] for log in logs for _, values in log), default=0)
 
     def sync(self) -> dict[str, int]:
-        """Returns the bytes of each file, when they are on the disk."""
+        """Fsyncs the files and returns their sizes in bytes."""
         if jax.process_index() != 0:
             return {}
         paths = [self.workdir / file for file in self.CUT if (self.workdir / file).is_file()]
@@ -295,9 +292,9 @@ class Log:
         return {path.name: path.stat().st_size for path in paths}
 
     def lost(self, logged: dict[str, int]) -> str:
-        """A warning where files have fewer bytes than a checkpoint was saved with; else empty.
+        """Returns a warning if files are shorter than at the checkpoint's save; else "".
 
-        To be asked after `cut`.
+        Call it after `cut`.
         """
         short = []
         for file, size in logged.items() if jax.process_index() == 0 else ():
@@ -305,4 +302,4 @@ class Log:
             found = path.stat().st_size if path.is_file() else 0
             if found < size:
                 short.append(f"{file} has {found} of {size} bytes")
-        return f"WARNING: logs were shortened after the save: {', '.join(short)}" if short else ""
+        return f"WARNING: logs have lost records: {', '.join(short)}" if short else ""

@@ -1,1 +1,1 @@
-"""A model outside of a program: Hugging Face directories, Orbax checkpoints, upcycling."""
+"""Weights on disk: Hugging Face directories, Orbax checkpoints, conversion and upcycling."""

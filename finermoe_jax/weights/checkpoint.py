@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax. A checkpoint directory needs nothing beside it:
+"""Orbax checkpoints. A checkpoint directory is self-contained:
 
     config/         the model's architecture and dtypes, JSON
     params/         the weights, in the decoder's own layout
@@ -7,8 +7,8 @@
     metrics/        the held-out loss, in training checkpoints that are ranked by it
     checksums.json  size and hash of every file (integrity.py)
 
-Orbax writes into a temporary directory and renames it when all of it is on the disk, its checksums
-included: a checkpoint is there whole or not at all, after a power cut, too.
+Orbax writes into a temporary directory, which is renamed when everything, checksums included, is on
+disk. So a checkpoint exists completely or not at all, even after a power cut.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.orbax_files import save_errors
 
 CONFIG, PARAMS, TOKENIZER, OPTIMIZER = "config", "params", "tokenizer", "optimizer"
-NOT_READ = (OPTIMIZER, "metrics")  # by those who want the model alone
+NOT_READ = (OPTIMIZER, "metrics")  # items not needed to load the model
 _PARTIAL = ocp.path.atomicity.TMP_DIR_SUFFIX
-# Errors of the system, as tensorstore words them, that say nothing about what is stored.
+# System errors in tensorstore's words; they do not imply damage.
 _UNREADABLE = [
     os.strerror(number)
     for number in (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
@@ -58,7 +58,7 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
     async def async_save(
         self, directory: epath.Path, args: "TokenizerSave"
     ) -> list[ocp.future.Future]:
-        """Starts `save` in a thread. An error here would leave other items' coroutines behind."""
+        """Starts `save` in a thread. Raising here would leave other items' coroutines pending."""
 
         async def save() -> None:
             self.save(directory, args)
@@ -66,25 +66,25 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(save(), name="tokenizer")]
 
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
-        """Writes the files (`kept_files`); the first process alone."""
+        """Writes the files (`kept_files`), on the first process only."""
         if jax.process_index() == 0 and args.source is not None:
             write_files(kept_files(args.source), Path(directory))
 
     def restore(self, directory: epath.Path, args: "TokenizerSave") -> Path:
-        """The directory that holds them: the files are used where they are."""
+        """Returns the directory; its files are read in place."""
         return Path(directory)
 
 
 @ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class TokenizerSave(ocp.args.CheckpointArgs):
-    """The directory whose tokenizer files are saved; None saves none."""
+    """Directory whose tokenizer files are saved; None saves none."""
 
     source: Path | None
 
 
 def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
-    """Returns what config/ holds; dtype is the activations'."""
+    """Returns the content of config/; dtype is that of the activations."""
     return {
         "format": "finermoe-jax 1",
         "model": dataclasses.asdict(config),
@@ -114,10 +114,10 @@ def write_checkpoint(
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
-    dtype is the activations'; written(bytes) is called for each block of weights.
+    dtype is that of the activations. written(bytes) is called for each block of weights.
 
-    Raises InputError, before anything is written, for a tokenizer that would not be the same one
-    in the checkpoint (`check_kept`).
+    Raises InputError, before anything is written, if the saved tokenizer would behave differently
+    (`check_kept`).
     """
     if tokenizer is not None:
         check_kept(tokenizer)
@@ -130,7 +130,7 @@ def write_checkpoint(
     )
     arrays = orbax_files.ArrayHandler(written)
     partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
-    with save_errors(), integrity.hashed_along(partial) as known:
+    with save_errors(), integrity.hash_while_written(partial) as known:
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=ASYNC),
             handler_registry=registry(arrays),
@@ -148,28 +148,37 @@ def write_checkpoint(
 def save_checkpoint(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes the model as an Orbax checkpoint at `path`, a new or empty directory.
+    """Writes the model as an Orbax checkpoint.
 
-    tokenizer is a directory whose tokenizer files the checkpoint takes along.
+    Args:
+      model: the decoder to save.
+      path: a new or empty directory. It appears only when complete.
+      tokenizer: a directory whose tokenizer files are copied into the checkpoint.
 
-    Raises InputError when path is occupied, or the tokenizer cannot be kept.
+    Raises:
+      InputError: `path` is not empty, or the tokenizer's files cannot be copied.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model")
+      >>> fm.save_checkpoint(model, "demo_orbax", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
         write_checkpoint(model.config, model.dtype, weights, directory, files)
 
 
-# Orbax's writers wait minutes for directories that a thread was to make and could not.
+# If a thread fails to create the directories, Orbax's writers wait for minutes.
 ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 def durable(
     known: integrity.Known | None = None,
 ) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
-    """Orbax's class of temporary directories, with checksums and an fsync before the rename.
+    """Returns Orbax's class of temporary directories, with checksums and fsync before the rename.
 
-    `known` holds the checksums taken already. Orbax finalizes when all processes have written, in
-    a thread of the first one, and removes older checkpoints after that.
+    `known` holds hashes that are known already. Orbax finalizes in a thread of the first process
+    when all processes have written, and removes older checkpoints afterwards.
     """
 
     class Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -177,9 +186,9 @@ def durable(
 
         async def finalize(self) -> None:
             final = Path(self._final_path)
-            if _PARTIAL in final.parent.name:  # an item in a checkpoint, which is synced with it
+            if _PARTIAL in final.parent.name:  # an item; synced with its checkpoint
                 return await super().finalize()
-            # Orbax's own finalize writes two more files; what it renames is not there yet.
+            # Orbax's finalize writes two more files, so it must not rename to the final name yet.
             whole = final.with_name(f"{final.name}{_PARTIAL}.whole")
             self._final_path = epath.Path(whole)
             try:
@@ -193,15 +202,15 @@ def durable(
 
 
 def newest_checkpoint(steps: Path) -> Path | None:
-    """The newest complete step of a directory of numbered checkpoints."""
+    """Returns the newest complete step in a directory of numbered checkpoints, or None."""
     numbers = integrity.saved_steps(steps)
     return steps / str(numbers[-1]) if numbers else None
 
 
 def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
-    """The checkpoint itself: `path`, or a training workdir's newest step without damage.
+    """Returns `path` if it is a checkpoint, or the newest intact step of a training workdir.
 
-    Items in `skip` are not looked at.
+    Items in `skip` are not checked. Raises InputError if there is none.
     """
     if (path / PARAMS).is_dir() and (path / CONFIG).is_dir():
         found = integrity.damage(path, skip)
@@ -209,8 +218,8 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
             raise _removed(path)
         if found:
             raise InputError(
-                f"checkpoint {path} is damaged: {'; '.join(found[:3])}. Take another one, or make "
-                "it anew"
+                f"checkpoint {path} is damaged: {'; '.join(found[:3])}. Use another one, or "
+                "create it again"
             )
         if path.parent.name == "checkpoints" and path.name.isdecimal():
             integrity.refuse_renamed(path)
@@ -218,7 +227,7 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
     steps = steps_of(path)
     newest = integrity.newest_whole(steps, skip)
     if newest is None and newest_checkpoint(steps) is not None:
-        raise InputError(f"{steps} holds no checkpoint without damage")
+        raise InputError(f"{steps} has no intact checkpoint")
     if newest is None:
         raise InputError(
             f"{path} is neither a checkpoint ({PARAMS}/ and {CONFIG}/), nor a training workdir "
@@ -228,19 +237,19 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
 
 
 def steps_of(path: Path) -> Path:
-    """The directory of the numbered checkpoints of a workdir; `path` itself if it is no workdir."""
+    """Returns a workdir's directory of numbered checkpoints, or `path` if it is not a workdir."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def _removed(checkpoint: Path) -> InputError:
     return InputError(
-        f"{checkpoint} was removed while it was read. A run in training keeps its newest "
-        f"checkpoints alone: give {checkpoint.parent} to read the newest one"
+        f"{checkpoint} was removed while it was read. A running training keeps only its newest "
+        f"checkpoints: pass {checkpoint.parent} to read the newest one"
     )
 
 
 def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
-    """Architecture, activation dtype and weight dtype of a checkpoint directory."""
+    """Returns a checkpoint's architecture, activation dtype and weight dtype."""
     path = checkpoint / CONFIG / "metadata"
     values = read_json(path)
     model = values.get("model") or {}
@@ -255,7 +264,7 @@ def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
-    """Shapes, dtypes and (by default one device's) shardings of the decoder's parameters."""
+    """Returns shapes, dtypes and shardings (default: one device) of the decoder's parameters."""
     shapes = nnx.to_pure_dict(nnx.state(with_shapes(config)))
     if shardings is None:
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -271,7 +280,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
 
 @contextlib.contextmanager
 def readable(checkpoint: Path) -> Iterator[None]:
-    """Makes an InputError of what Orbax raises, which depends on what is broken."""
+    """Converts Orbax's errors, which depend on the kind of damage, to InputError."""
     try:
         yield
     except InputError:
@@ -280,7 +289,7 @@ def readable(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise InputError(
                 f"the weights of {checkpoint} do not fit the memory of this machine or its devices:"
-                " spread them over more devices by a mesh, or take a smaller model"
+                " shard them over more devices with a mesh, or use a smaller model"
             ) from None
         if not checkpoint.exists():
             raise _removed(checkpoint) from None
@@ -292,12 +301,24 @@ def readable(checkpoint: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """Returns the model of a finermoe Orbax checkpoint, or of a training workdir's newest step.
+    """Loads a model from a finermoe Orbax checkpoint.
 
-    With a mesh each device gets its part of every weight (layers/sharding.py), read for it
-    alone; otherwise all are on one device.
+    Args:
+      path: a checkpoint, or a training workdir (its newest step).
+      mesh: shards the weights over these devices; each reads only its own part
+        (`layers.sharding`). None: all weights go to one device.
 
-    Raises InputError when there is none, or when it is damaged.
+    Returns:
+      The model, with the dtypes it was saved with.
+
+    Raises:
+      InputError: there is no checkpoint at `path`, or it is damaged.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> fm.save_checkpoint(fm.load_hf("finermoe_jax/demo/model"), "demo_saved")
+      >>> fm.load_checkpoint("demo_saved").config.num_hidden_layers
+      4
     """
     check_path("path", path)
     path = Path(local(path)).absolute()
@@ -312,9 +333,9 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
 
 
 def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:
-    """Architecture, weights that are not read yet, activation dtype and weight dtype as stated.
+    """Returns architecture, lazy weights, activation dtype and weight dtype of a checkpoint.
 
-    `directory` is a checkpoint itself (`whole_checkpoint`). Raises InputError for a damaged one.
+    `directory` is the checkpoint itself (`whole_checkpoint`). Raises InputError if it is damaged.
     """
     config, dtype, param_dtype = read_description(directory)
     with readable(directory):
@@ -325,7 +346,7 @@ def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:
 def assembled(
     config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None
 ) -> Decoder:
-    """The model with its weights on one device or, with a mesh, over all of its devices."""
+    """Returns the model with its weights on one device or sharded over the mesh."""
     if mesh is None:
         params = lazy.in_memory(weights)
     else:

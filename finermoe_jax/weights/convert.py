@@ -22,7 +22,7 @@ from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled
 
-# The exit code by which a shell reports Ctrl-C.
+# A shell's exit code for Ctrl-C.
 _INTERRUPTED = 130
 
 
@@ -37,17 +37,22 @@ def convert(
     dtype: str | None = None,
     stated: bool = False,
 ) -> ModelConfig:
-    """Writes `target`, a new or empty directory that appears only when complete.
+    """Converts `source` to `target`. Only a few blocks of the model are in memory at a time.
 
-    To "orbax", a dense source is upcycled as `moe` and `upcycling` say (moe None: imported as it
-    is) and a FineRMoE source is imported as it is. To "hf", the source is exported as it is. dtype
-    casts the weights; None keeps the source's. seed draws the routers. With `stated`, a FineRMoE
-    source has to be one of these experts already.
+    Args:
+      source: a HF directory, a Hub id, a finermoe checkpoint or a workdir.
+      target: a new or empty directory. It appears only when complete.
+      to: "orbax" upcycles a dense source and imports a FineRMoE unchanged; "hf" exports the source.
+      moe: the experts; None imports a dense source unchanged.
+      upcycling: choices that the architecture leaves open.
+      seed: seed of the random weights.
+      dtype: casts the weights; None keeps the source's dtype.
+      stated: the user chose `moe`: a FineRMoE source must have exactly these experts.
 
-    Returns the architecture that was written. A few blocks of the model are in memory at a time.
+    Returns the architecture that was written.
 
-    Raises InputError for whatever the source, the target or the sizes have wrong and for a disk
-    without room, RunEnded on SIGTERM and Ctrl-C. Nothing of the target is then left.
+    Raises InputError if the source, the target or the sizes are wrong or the disk is too small, and
+    RunEnded on SIGTERM and Ctrl-C. After either nothing of the target is left.
     """
     target = Path(local(target))
     refuse_occupied(target.absolute())
@@ -55,11 +60,11 @@ def convert(
     config, weights = model.config, model.weights
     if dtype is None and len(model.stored) > 1:
         raise InputError(
-            f"{source} stores its weights as {' and '.join(model.stored)}, and a target has one "
-            "dtype: say which by --dtype"
+            f"{source} stores its weights as {' and '.join(model.stored)}, but a target has one "
+            "dtype: choose it with --dtype"
         )
     if to == "hf":
-        model_config_to_hf(config, "float32")  # what has no HF form, before anything is written
+        model_config_to_hf(config, "float32")  # refuses variants without a HF form, before writing
     else:
         key = jax.random.key(seed)
         config, weights = upcycled(source, config, weights, moe, key, upcycling, stated)
@@ -84,23 +89,23 @@ def convert(
                 activations = dtype or model.dtype
                 write_checkpoint(config, activations, weights, directory, model.files, written)
         finally:
-            model.refuse_changed()  # which is then the cause of whatever else was wrong
+            model.refuse_changed()  # a changed source explains any other error
     return config
 
 
 @contextlib.contextmanager
 def _room(target: Path, size: int) -> Iterator[None]:
-    """Refuses a disk with less room than the weights need, or that fills up meanwhile."""
+    """Raises InputError if the disk is too small for the weights or fills up meanwhile."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not disk.has_room(place, size):
         free = disk.text(shutil.disk_usage(place).free)
         raise InputError(
-            f"{target} would take {disk.text(size)}, and its disk has {free} free: make room, or "
-            "give a directory elsewhere"
+            f"{target} needs {disk.text(size)}, but its disk has {free} free: free some space, or "
+            "choose another disk"
         )
     filled = (
-        f"{target} takes {disk.text(size)}, and its disk was full before it was written. Nothing "
-        "of it is left; make room, or give a directory elsewhere"
+        f"the disk filled up while {target} ({disk.text(size)}) was written. Nothing of it is "
+        "left; free some space, or choose another disk"
     )
     with disk.refusing_full(filled):
         yield

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face directories to ModelConfig and back."""
+"""Conversion between config.json of Hugging Face directories and ModelConfig."""
 
 import dataclasses
 import itertools
@@ -16,8 +16,8 @@ from finermoe_jax.config.parse import from_dict, typed
 from finermoe_jax.errors import InputError
 
 FINERMOE_TYPE, FINERMOE_ARCHITECTURE = "finer_moe", "FineRMoeForCausalLM"
-# Where transformers finds the model's code inside an exported directory. Only transformers reads
-# this, and runs that code only when its caller sets trust_remote_code.
+# Tells transformers where the model's code is inside an exported directory. It runs only if the
+# caller sets trust_remote_code.
 AUTO_MAP = {
     "AutoConfig": "configuration_finer_moe.FineRMoeConfig",
     "AutoModel": "modeling_finer_moe.FineRMoeModel",
@@ -27,12 +27,12 @@ AUTO_MAP = {
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """A model_type beside the others; of equal dense ones the first is exported."""
+    """The fixed properties of a model_type. Among equal dense families the first is exported."""
 
     architecture: str
     attention_bias: bool
     qk_norm: bool
-    # What transformers takes where config.json is silent; key/value heads None: all heads.
+    # Defaults of transformers for keys missing in config.json; kv_heads None: all heads.
     kv_heads: int | None
     positions: int
     head_dim: int | None = None
@@ -44,31 +44,32 @@ _DENSE = {
     "mistral": _Family("MistralForCausalLM", False, False, kv_heads=8, positions=131072),
     "qwen3": _Family("Qwen3ForCausalLM", False, True, kv_heads=32, positions=32768, head_dim=128),
 }
-# The published model is a Qwen2 with experts.
+# The published FineRMoE models are Qwen2 with experts.
 _FAMILIES = _DENSE | {
     FINERMOE_TYPE: _Family(FINERMOE_ARCHITECTURE, True, False, kv_heads=None, positions=32768)
 }
 SUPPORTED_TYPES = tuple(_FAMILIES)
-# Of Mistral, and of Qwen's layers from the second number on; again where config.json is silent.
+# Defaults of transformers: Mistral's window, and the first windowed layer of Qwen models.
 _WINDOW, _FIRST_WINDOWED_LAYER, _SWITCH = 4096, 28, "use_sliding_window"
 _ORIGINAL = "original_max_position_embeddings"
-# What config.json and ModelConfig call the same.
+# Keys with the same name in config.json and ModelConfig.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAME = (
     *(*_SIZES, "num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
     *("rope_theta", "tie_word_embeddings"),
 )
-# FineRMoE's keys and MoEConfig's fields; T_I it states by num_experts_per_tok.
+# FineRMoE's keys and MoEConfig's fields; config.json states T_I through num_experts_per_tok.
 _GRANULARITIES = {key: field for key, field in GRANULARITIES.items() if key != "T_I"}
 
 
 def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture of a config.json (qwen2, qwen3, llama, mistral or finer_moe).
+    """Returns the architecture of a config.json (qwen2, qwen3, llama, mistral or finer_moe).
 
-    A silent key gets the value that transformers takes for the family. Raises InputError for other
-    architectures, for features this decoder does not compute (rotary embeddings of other types than
-    RopeType, sliding windows, biases of o_proj or the FFN, other activations), and for numbers that
-    contradict each other, naming both.
+    Missing keys get the family's defaults in transformers. `where` names the file in messages.
+
+    Raises InputError for other architectures, for features that this decoder does not compute
+    (other types of rotary embeddings than RopeType, sliding windows, biases of o_proj or the FFN,
+    other activations), and for numbers that contradict each other, naming both.
     """
     try:
         return _model_config(values)
@@ -77,7 +78,7 @@ def model_config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _read(values: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """A key's value. Raises InputError where it is missing or of another type."""
+    """Returns a key's value. Raises InputError if it is missing or of the wrong type."""
     return typed(values.get(key, default), (kind,), key)
 
 
@@ -93,7 +94,7 @@ def _model_config(values: Mapping[str, Any]) -> ModelConfig:
     sizes = {key: _read(values, key, int) for key in (*_SIZES, "vocab_size")}
     heads = sizes["num_attention_heads"]
     kv_heads = heads
-    if values.get("num_key_value_heads", 0) is not None:  # null: as many
+    if values.get("num_key_value_heads", 0) is not None:  # null: as many as heads
         kv_heads = _read(values, "num_key_value_heads", int, family.kv_heads or heads)
     head_dim = values.get("head_dim")
     moe = _moe_config(values) if kind == FINERMOE_TYPE else None
@@ -121,27 +122,26 @@ def _model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refuse_unsupported(values: Mapping[str, Any], kind: str) -> None:
-    """Raises InputError for features that this decoder does not compute."""
     for key, default, computed in (
-        ("hidden_act", "silu", ("silu", "swish")),  # two names of one
+        ("hidden_act", "silu", ("silu", "swish")),  # synonyms
         ("mlp_bias", False, (False,)),
     ):
         if (value := values.get(key, default)) not in computed:
             raise InputError(f"{key}={value!r} is not supported")
     _refuse_windows(values, kind)
-    # Of Qwen2 the key is not read: it has biases always, and never on o_proj.
+    # Qwen2 ignores this key: q, k and v always have biases, o_proj never.
     if kind != "qwen2" and _read(values, "attention_bias", bool, False):
-        raise InputError("attention_bias=True is not supported: with it o_proj has a bias, too")
+        raise InputError("attention_bias=True is not supported: it adds a bias to o_proj")
 
 
 def _refuse_windows(values: Mapping[str, Any], kind: str) -> None:
-    """Raises InputError where a layer's attention reaches back a window only."""
+    """Raises InputError if a layer has sliding-window attention."""
     kinds = values.get("layer_types")
     kinds = [] if kinds is None else kinds
     if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
         raise InputError(f"layer_types={kinds!r} is not supported")
     window, why = values.get("sliding_window", _WINDOW), ""
-    if kind == "llama" or window is None:  # Llama has none, whatever its keys say
+    if kind == "llama" or window is None:  # Llama ignores the key
         return
     if kind != "mistral":
         first = _read(values, "max_window_layers", int, _FIRST_WINDOWED_LAYER)
@@ -153,17 +153,14 @@ def _refuse_windows(values: Mapping[str, Any], kind: str) -> None:
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling of rotary embeddings.
-
-    Raises InputError for what is not known of them, since it may change the computation.
-    """
+    """Returns base and scaling of the rotary embeddings. Raises InputError for unknown settings."""
     stated, rope = _stated_rope(values)
     kind = rope.pop("rope_type", "default")
     fit = [*itertools.chain(*ROPE_FIELDS[kind])] if kind in list(ROPE_FIELDS) else []
     beside = values.get(_ORIGINAL)
     if beside is not None and _ORIGINAL in fit and rope.setdefault(_ORIGINAL, beside) != beside:
         raise InputError(
-            f"{_ORIGINAL}={beside!r} and {stated} contradict each other: leave out the one that "
+            f"{_ORIGINAL}={beside!r} and {stated} contradict each other: remove the one that "
             "the model was not trained with"
         )
     whole = rope.pop("partial_rotary_factor", 1) == 1
@@ -172,21 +169,20 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         what = f" with {strange!r}" if strange else ""
         raise InputError(
             f"{stated}: rotary embeddings of rope_type={kind!r}{what} are not supported; supported "
-            f"are the types default, {', '.join(ROPE_FIELDS)}, over the whole head"
+            f"types are default, {', '.join(ROPE_FIELDS)}, over the whole head"
         )
     theta = _read(rope, "rope_theta", float, 10000.0)
     if kind == "default":
         return theta, None
-    # What is not stated stays so: versions of transformers differ in what that means.
+    # Numbers that are not stated stay None: versions of transformers differ in their defaults.
     numbers = {name: rope[name] for name in fit if name in rope}
     return theta, from_dict(RopeScaling, {"rope_type": kind, **numbers}, stated)
 
 
 def _stated_rope(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Every stated value of rotary embeddings, unchanged and by its name.
+    """Returns every stated value of the rotary embeddings by name, and the text for messages.
 
-    Published files carry rope_theta and rope_scaling, transformers 5 writes rope_parameters. Raises
-    InputError where they contradict each other.
+    Published files have rope_theta and rope_scaling; transformers 5 writes rope_parameters.
     """
     keys = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
     given = {key: values[key] for key in keys if values.get(key) is not None}
@@ -197,7 +193,7 @@ def _stated_rope(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             name = "rope_type" if name == "type" else name
             if one is not None and rope.setdefault(name, one) != one:
                 raise InputError(
-                    f"{stated} state both {name}={rope[name]!r} and {one!r}: leave out the one "
+                    f"{stated} state both {name}={rope[name]!r} and {one!r}: remove the one "
                     "that the model was not trained with"
                 )
     return stated, rope
@@ -228,9 +224,9 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
 
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a model: the authors' keys for FineRMoE, those of its family for a dense one.
+    """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
-    A FineRMoE with q/k norm has the further key "qk_norm". Raises InputError for variants that
+    A FineRMoE with q/k norm has the additional key "qk_norm". Raises InputError for variants that
     neither the published HF model nor a dense family can express.
     """
     values: dict[str, Any] = {
@@ -275,7 +271,6 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _refuse_inexpressible(moe: MoEConfig) -> None:
-    """Raises InputError for variants that the published HF model has no keys for."""
     inexpressible = [
         f"{name}={getattr(moe, name)!r}"
         for name, hf in (
@@ -290,13 +285,13 @@ def _refuse_inexpressible(moe: MoEConfig) -> None:
     if inexpressible:
         raise InputError(
             "the published HF model cannot express " + ", ".join(inexpressible) + "; keep the "
-            "checkpoint in Orbax form"
+            "model as an Orbax checkpoint"
         )
 
 
 def _dense_to_hf(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
     for kind, dense in _DENSE.items():
-        # transformers wants Llama's width to be a multiple of its heads, even with a head_dim.
+        # transformers requires Llama's width to be a multiple of its heads, even with a head_dim.
         if kind == "llama" and config.hidden_size % config.num_attention_heads:
             continue
         if (dense.attention_bias, dense.qk_norm) == (config.attention_bias, config.qk_norm):
@@ -304,7 +299,7 @@ def _dense_to_hf(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
     else:
         raise InputError(
             f"no dense HF model has attention_bias={config.attention_bias} together with qk_norm="
-            f"{config.qk_norm}; keep the checkpoint in Orbax form"
+            f"{config.qk_norm}; keep the model as an Orbax checkpoint"
         )
     if kind == "mistral":
         values["sliding_window"] = None

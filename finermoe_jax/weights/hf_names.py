@@ -1,4 +1,4 @@
-"""The one table between Hugging Face tensor names and the decoder's parameters, for both ways."""
+"""Table between Hugging Face tensor names and the decoder's parameters, for import and export."""
 
 import dataclasses
 import math
@@ -21,10 +21,10 @@ def _flat_out(ours: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One HF tensor (per layer, and per expert where the name holds {e}).
+    """One HF tensor (per layer, and per expert if the name contains {e}).
 
-    view maps the JAX array, without its layer and expert axes, to the HF tensor's [out, in] shape;
-    it must be a view, so that one rule serves import (write into it) and export (read it).
+    `view` maps the JAX array, without its layer and expert axes, to the HF tensor's [out, in]
+    shape. It must be a view: import writes into it, export reads from it.
     """
 
     param: str
@@ -33,7 +33,7 @@ class Rule:
 
     @property
     def same(self) -> bool:
-        """Returns whether both are the same array, so that a part of one is a part of the other."""
+        """True if both arrays have the same layout: a slice of one is a slice of the other."""
         return self.view is _same
 
 
@@ -57,7 +57,7 @@ _DENSE = (
 )
 _MOE = (
     Rule("moe/router", "mlp.gate.weight"),
-    # No published model has it, and none is exported with it: a name for messages.
+    # Appears in messages only: published models and exports have no such tensor.
     Rule("moe/group_router", "mlp.group_gate.weight"),
     Rule("moe/gate_up", "mlp.experts.{e}.gate_proj.weight", lambda w: w[: w.shape[0] // 2]),
     Rule("moe/gate_up", "mlp.experts.{e}.up_proj.weight", lambda w: w[w.shape[0] // 2 :]),
@@ -79,8 +79,8 @@ _TOP = (
 class Parts:
     """The HF tensors that make up one parameter of the decoder.
 
-    layers holds the layer's number for each place on the parameter's leading axis, and is empty
-    for a parameter that has none. experts is the size of the second axis, 0 where there is none.
+    `layers` holds the layer number of each index of the leading axis; empty without such an axis.
+    `experts` is the size of the second axis, 0 without one.
     """
 
     rules: tuple[Rule, ...]
@@ -89,24 +89,24 @@ class Parts:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the axes over which tensors are spread: (), (repeats,) or (repeats, experts)."""
+        """Sizes of the axes that become separate tensors: (), (repeats,) or (repeats, experts)."""
         return tuple(size for size in (len(self.layers), self.experts) if size)
 
     @property
     def count(self) -> int:
-        """The number of tensors."""
+        """Number of tensors."""
         return len(self.rules) * math.prod(self.leading)
 
     def name(self, rule: Rule, place: tuple[int, ...]) -> str:
-        """The HF tensor's name of one rule at one place."""
+        """Returns the HF tensor's name for one rule at one place of the leading axes."""
         if not place:
             return rule.name
         name = f"model.layers.{self.layers[place[0]]}.{rule.name}"
         return name.replace("{e}", str(place[1])) if self.experts else name
 
     def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor, given the parameter's shape."""
-        # A view of one element gives the HF tensor's shape without allocating one.
+        """Yields name and shape of every tensor, given the parameter's shape."""
+        # Broadcast from one element: nothing of that size is allocated.
         ours = np.broadcast_to(np.empty((), np.int8), shape[len(self.leading) :])
         theirs = [(rule, rule.view(ours).shape) for rule in self.rules]
         for place in np.ndindex(*self.leading):
@@ -114,9 +114,9 @@ class Parts:
 
 
 def parts(config: ModelConfig, paths: Iterator[ParamPath] | list[ParamPath]) -> dict:
-    """`Parts` for each of the decoder's parameters.
+    """Returns the `Parts` of each of the decoder's parameters, by path.
 
-    Raises KeyError for a parameter that no rule names.
+    Raises KeyError if no rule names a parameter.
     """
     top = {tuple(rule.param.split("/")): rule for rule in _TOP}
     rules: dict[tuple[str, ...], tuple[Rule, ...]] = {}
@@ -136,7 +136,7 @@ def parts(config: ModelConfig, paths: Iterator[ParamPath] | list[ParamPath]) -> 
 
 
 def run_layers(config: ModelConfig, run: int, place: int) -> tuple[int, ...]:
-    """The layers that `runs[run][place]` stacks (ModelConfig.layer_runs)."""
+    """Returns the layer numbers stacked in `runs[run][place]` (ModelConfig.layer_runs)."""
     before = sum(len(pattern) * repeats for pattern, repeats in config.layer_runs[:run])
     pattern, repeats = config.layer_runs[run]
     return tuple(before + repeat * len(pattern) + place for repeat in range(repeats))

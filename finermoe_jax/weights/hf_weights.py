@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out, block by block, by the table in hf_names.py.
+"""Reads and writes Hugging Face directories block by block, by the table in hf_names.py.
 
 Only safetensors are read: nothing is unpickled or executed.
 """
@@ -49,9 +49,9 @@ from finermoe_jax.weights.safetensors_files import (
     write_tensors,
 )
 
-# Buffers that old exports carry and that are computed, not learned.
+# Computed buffers that old exports contain.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-# A size whose bytes still count in 64 bits.
+# The size in bytes must fit 64 bits.
 _MOST_PARAMETERS = 1 << 60
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -67,24 +67,27 @@ def resolve_source(source: str | os.PathLike) -> Path:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The architecture that a HF directory's config.json states."""
+    """Returns the architecture in a HF directory's config.json."""
     return model_config_from_hf(
         read_json(directory / "config.json"), str(directory / "config.json")
     )
 
 
 def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig, Weights]:
-    """Architecture and weights of a HF directory, every name, shape and dtype checked.
+    """Opens a HF directory; checks every name, shape and dtype.
 
-    The weights are read when indexed, from files that stay open as long as the weights live.
+    The weights are read when indexed. Their files stay open as long as the weights exist.
 
     Args:
       directory: config.json and safetensors of a dense model or a FineRMoE.
-      dtype: float dtype of the weights; None keeps the embedding's.
+      dtype: float dtype of the weights; None keeps that of the embedding.
+
+    Returns:
+      The architecture and the lazy weights.
 
     Raises:
-      InputError: one message that lists every missing, extra, wrongly shaped or wrongly typed
-        tensor; a config that is not supported; files that are no safetensors.
+      InputError: missing, unexpected or wrongly shaped or typed tensors (one message lists all), a
+        config that is not supported, or files that are not safetensors.
     """
     config = read_config(directory)
     shapes = parameter_shapes(config)
@@ -98,7 +101,7 @@ def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
 
 
 def stored_dtypes(directory: Path) -> list[str]:
-    """The dtypes in which the weights of a HF directory are stored."""
+    """Returns the dtypes of the weights stored in a HF directory."""
     files = TensorFiles(directory)
     found = {files.dtype(name) for name in files.where if not _IGNORED.search(name)}
     return sorted(DTYPES.get(name, name) for name in found)
@@ -107,38 +110,50 @@ def stored_dtypes(directory: Path) -> list[str]:
 def _stored(files: TensorFiles, where: Parts, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
     axes, first = len(where.leading), where.rules[0]
 
-    def laid_out(*place: int) -> np.ndarray:
+    def assemble(*place: int) -> np.ndarray:
         whole = np.empty(shape[axes:], dtype)
         for rule in where.rules:
             rule.view(whole)[...] = _cast(files, where.name(rule, place), dtype)
         return whole
 
-    kept = lazy.last_kept(laid_out)
+    kept = lazy.cache_last(assemble)
 
     def read(*at: Any) -> np.ndarray:
         *place, index = at
         if first.same:
             return _cast(files, where.name(first, tuple(place)), dtype, index)
         if lazy.is_whole(index, shape[axes:]):
-            return laid_out(*place)
+            return assemble(*place)
         return kept(*place)[index]
 
     return lazy.stacked(shape, dtype, axes, read)
 
 
 def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()) -> np.ndarray:
-    """A tensor, or a part of it, in another dtype; InputError where a value would not fit."""
+    """Reads a tensor, or part of it, and casts it; InputError if a value overflows."""
     return lazy.converted(files.tensor(name, index), dtype, f"{files.directory}: {name}")
 
 
 def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decoder:
-    """A decoder from a HF directory or hub id: dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE.
+    """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
-      source: a directory with config.json and safetensors, or a hub id.
-      dtype: float dtype of weights and activations; None keeps the embedding's.
+      source: a directory with config.json and safetensors, or a Hub id ("Qwen/Qwen2.5-0.5B").
+      dtype: float dtype of weights and activations; None keeps that of the embedding.
 
-    Raises InputError as `open_hf` does, and for another dtype.
+    Returns:
+      The model, on one device.
+
+    Raises:
+      InputError: no such directory or Hub repository, an architecture that is not supported,
+        tensors that are missing, unexpected or of the wrong shape or dtype (one message lists
+        all of them), or an unknown `dtype`.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("finermoe_jax/demo/model", dtype="float32")
+      >>> model.config.hidden_size, model.config.vocab_size
+      (128, 2048)
     """
     check_path("source", source)
     try:
@@ -154,13 +169,13 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
 def _check_tensors(
     files: TensorFiles, table: dict[lazy.ParamPath, Parts], shapes: dict, config: ModelConfig
 ) -> None:
-    """Every name, shape and dtype on both sides, all complaints in one InputError."""
-    # Names and shapes are only written out where a computer can: a config may say anything.
+    """Checks every name, shape and dtype on both sides; one InputError lists all faults."""
+    # A damaged config may imply more tensors than can be listed.
     names, sizes = sum(where.count for where in table.values()), map(math.prod, shapes.values())
     if names > 10 * len(files.where) + 10_000 or (size := sum(sizes)) > _MOST_PARAMETERS:
         implied = f"{names} tensors" if names > 10 * len(files.where) else f"{size} parameters"
         raise InputError(
-            f"{files.directory}: config.json implies {implied}, and the files hold "
+            f"{files.directory}: config.json implies {implied}, but the files contain "
             f"{len(files.where)} tensors"
         )
     wanted: dict[str, tuple[int, ...]] = {}
@@ -199,7 +214,7 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
     if shape != files.shape(other) or files.dtype(one) != files.dtype(other):
         return False
     if 0 in shape or files.dtype(one) not in DTYPES:
-        return True  # refused for that
+        return True  # reported as a wrong shape or dtype
     dtype = jnp.dtype(DTYPES[files.dtype(one)])
     first, second = (
         LazyArray(shape, dtype, functools.partial(files.tensor, name)) for name in (one, other)
@@ -216,13 +231,13 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
 def write_hf(
     config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None
 ) -> Iterator[int]:
-    """Writes a HF directory, which must not exist yet, and yields bytes of weights as written.
+    """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
-    config.json has the authors' keys. tokenizer is a directory whose tokenizer files are copied,
-    and which names the ends of text (`generation_settings`).
+    config.json has the published keys. `tokenizer` is a directory whose tokenizer files are copied
+    and whose end-of-text tokens are written (`generation_settings`).
 
-    Raises InputError: the variant has no HF form, files of the tokenizer cannot be read, or it
-    would be another tokenizer in the export (`check_kept`).
+    Raises InputError if the variant has no HF form, if files of the tokenizer cannot be read, or if
+    the exported tokenizer would behave differently (`check_kept`).
     """
     texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
     if tokenizer is not None:
@@ -245,11 +260,12 @@ def write_hf(
 
 
 def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
-    """The content that `write_hf` writes to config.json and, unless empty, to GENERATION_FILE."""
+    """Returns the content of config.json and, unless empty, of GENERATION_FILE."""
     values = model_config_to_hf(config, dtype)
     generation = generation_settings(tokenizer, config.vocab_size) if tokenizer is not None else {}
     for key in ("bos_token_id", "eos_token_id"):
-        # Where a dense config.json is silent transformers takes its family's, not this model's.
+        # If a dense config.json omits these, transformers assumes its family's tokens, not this
+        # model's.
         if key in generation or config.moe is None:
             values[key] = generation.get(key)
     files = {"config.json": values} | ({GENERATION_FILE: generation} if generation else {})
@@ -259,14 +275,14 @@ def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[
 def _pieces(
     weights: Weights, table: dict[lazy.ParamPath, Parts]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) in the order of `Parts.shapes`; large tensors in runs of rows."""
+    """Yields (name, values) in the order of `Parts.shapes`; large tensors as runs of rows."""
     for path, array in weights.items():
         where = table[path]
         leading, block = len(where.leading), lazy.block_shape(array)
         if not where.rules[0].same:
             block = (*block[:leading], *array.shape[leading:])
         indices = list(lazy.blocks(array.shape, block))
-        for index, values in zip(indices, lazy.made_ahead(array, indices), strict=True):
+        for index, values in zip(indices, lazy.prefetched(array, indices), strict=True):
             for place in np.ndindex(*values.shape[:leading]):
                 at = tuple(index[axis].start + i for axis, i in enumerate(place))
                 for rule in where.rules:
@@ -274,15 +290,15 @@ def _pieces(
 
 
 def model_code() -> list[Path]:
-    """The files that auto_map names: the model for transformers; none of them runs here."""
+    """Returns the model's code for transformers, the files of auto_map. None of it runs here."""
     modules = {place.split(".")[0] for place in AUTO_MAP.values()}
     return [Path(__file__).parent / "hf_export" / f"{module}.py" for module in sorted(modules)]
 
 
 def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None]:
-    """A model's weights, and the directory of its tokenizer, if any.
+    """Checks the arguments of a save; returns the weights and the tokenizer's directory, if any.
 
-    Raises InputError for arguments of another type, or a tokenizer that is no directory.
+    Raises InputError for arguments of the wrong type, or if `tokenizer` is not a directory.
     """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     check_path("path", path)
@@ -292,25 +308,34 @@ def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None
     check_path("tokenizer", tokenizer)
     files = Path(local(tokenizer))
     if not files.is_dir():
-        raise InputError(f"tokenizer={str(tokenizer)!r} is no directory with tokenizer files")
+        raise InputError(f"tokenizer={str(tokenizer)!r} is not a directory with tokenizer files")
     return weights, files
 
 
 def save_hf(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes a HF directory: config.json with the authors' keys, safetensors, tokenizer files.
+    """Writes a Hugging Face directory: config.json, safetensors and tokenizer files.
 
-    A model with experts takes its code for transformers along (docs/huggingface.md).
+    For a model with experts, config.json has the keys of the published models, and the directory
+    contains the model's code for transformers (docs/huggingface.md).
 
     Args:
-      model: any decoder whose variant the published HF model can express.
-      path: a new or empty directory; it appears only when complete.
-      tokenizer: a directory whose tokenizer files are copied along; without it, transformers does
-        not know at which token text ends.
+      model: a dense decoder, or a FineRMoE variant that the published HF model can express.
+      path: a new or empty directory. It appears only when complete.
+      tokenizer: a directory whose tokenizer files are copied. Without it transformers does not know
+        which token ends a text.
 
     Raises:
-      InputError: path is occupied, the variant has no HF form, or the tokenizer cannot be read.
+      InputError: `path` is not empty, the variant has no HF form, or the tokenizer cannot be read.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0))
+      >>> fm.save_hf(model, "demo_moe_hf", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:

@@ -1,4 +1,4 @@
-"""Checksums of checkpoints: written as part of each, compared before one is used."""
+"""Checksums of checkpoints: written with each checkpoint, verified before it is used."""
 
 import contextlib
 import hashlib
@@ -22,20 +22,19 @@ from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_128"
 _THREADS = 4
-# Checkpoints that are begun to be read while a run in training removes them, one after the other.
+# Retries when a running training removes the checkpoint being read.
 TRIES = 10
-# Seconds between looks at a directory that is being written, and for which a file must have rested.
+# Seconds between scans of a directory being written, and that a file must be unchanged for.
 _PAUSE, _RESTED = 0.1, 0.5
-# Errors of a file that is missing, or something else.
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# Hashes of files.
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Hashes by file state.
 Known = dict[State, str]
 
 
 def write_checksums(directory: Path, known: Known | None = None) -> None:
-    """Writes checksums.json: size in bytes and hash of every file of a checkpoint's directory.
+    """Writes checksums.json: size in bytes and hash of every file in a checkpoint.
 
-    Files in `known` (`hashed_along`) are not read again.
+    Files in `known` (`hash_while_written`) are not read again.
     """
     known = known or {}
     paths = (path for path in directory.rglob("*") if path.is_file())
@@ -52,13 +51,13 @@ def write_checksums(directory: Path, known: Known | None = None) -> None:
 
 
 @contextlib.contextmanager
-def hashed_along(directory: Path) -> Iterator[Known]:
-    """Hashes the files of a directory in a thread while more are written into it.
+def hash_while_written(directory: Path) -> Iterator[Known]:
+    """Hashes the files of a directory in a thread while the caller writes more.
 
-    Each is read soon after it was written, when it need not come from the disk, and then leaves the
-    page cache: a target larger than memory would push out everything else, and its last files
-    would be read from the disk all the same. A file that is written to later is not in `known` with
-    the state it then has.
+    Each file is read soon after it was written, while it is still in the page cache, and is then
+    dropped from the cache. Otherwise a target larger than memory would evict everything else, and
+    its last files would be read from disk. If a file changes after it was hashed, its new state is
+    not in `known`.
     """
     known: Known = {}
     seen: set[int] = set()
@@ -79,7 +78,7 @@ def hashed_along(directory: Path) -> Iterator[Known]:
 
     def follow() -> None:
         while not stop.wait(_PAUSE):
-            # Directories are renamed, and files removed, while they are looked at.
+            # Orbax renames directories and removes files during the scan.
             with contextlib.suppress(OSError):
                 look(str(directory))
 
@@ -93,30 +92,30 @@ def hashed_along(directory: Path) -> Iterator[Known]:
 
 
 def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> list[str]:
-    """Lists the differences of a checkpoint from its checksums; empty if there are none.
+    """Returns a checkpoint's differences from its checksums; an empty list if it is intact.
 
-    Items (directories in it) of `skip` are not read; of the files, part, part + parts, … are. A
-    checkpoint older than checksums has nothing to differ from.
+    Items (subdirectories) in `skip` are not read. Checks only files part, part + parts, …
+    Checkpoints older than checksums.json count as intact.
 
-    Raises InputError if it cannot be read: permissions, a failing disk, too many open files.
+    Raises InputError if files cannot be read: permissions, a failing disk, too many open files.
     """
     try:
         with _unreadable(directory):
             for path in directory.rglob("*"):
-                if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                if not (path.is_file() or path.is_dir()):  # reading a pipe would block
                     return [f"{path.relative_to(directory)} is neither a file nor a directory"]
             for name in ("config/metadata", CHECKSUMS):
                 if (directory / name).exists():
                     (directory / name).open("rb").close()
-    except _GONE as error:
-        return [f"{error.filename} is missing or no file"]
+    except _MISSING as error:
+        return [f"{error.filename} is missing or not a file"]
     try:
         described = read_json(directory / "config" / "metadata")
         if "checksums" not in described and not (directory / CHECKSUMS).exists():
             return []
         values = read_json(directory / CHECKSUMS)
         if values["algorithm"] != _ALGORITHM:
-            return [f"{CHECKSUMS} names another algorithm: {values['algorithm']}"]
+            return [f"{CHECKSUMS} uses algorithm {values['algorithm']}, not {_ALGORITHM}"]
         stated = {
             name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()
         }
@@ -131,7 +130,7 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
             try:
                 length = path.stat().st_size
                 found = _hash(path) if length == size else ""
-            except _GONE:
+            except _MISSING:
                 return f"{name} is missing ({size} bytes when saved)"
         if length != size:
             return f"{name} has {length} bytes, {size} when saved"
@@ -143,30 +142,30 @@ def damage(directory: Path, skip: tuple[str, ...] = (), part: int = 0, parts: in
 
 @contextlib.contextmanager
 def _unreadable(checkpoint: Path) -> Iterator[None]:
-    """Tells what cannot be read now from what is damaged."""
+    """Raises InputError for files that exist but cannot be read now; they are not damaged."""
     try:
         yield
-    except _GONE:
+    except _MISSING:
         raise
     except OSError as error:
         raise unreadable(checkpoint, f"{error.filename}: {error.strerror}") from None
 
 
 def unreadable(checkpoint: Path, reason: str) -> InputError:
-    """The error of a checkpoint that may be whole, but cannot be read as things are."""
+    """Returns the error for a checkpoint that may be intact but cannot be read now."""
     return InputError(
         f"checkpoint {checkpoint} cannot be read ({reason}). Nothing was changed. Make it readable "
-        "and start the same command again; or move this checkpoint elsewhere to use an older one"
+        "and rerun the same command, or move it elsewhere to use an older checkpoint"
     )
 
 
 def refuse_renamed(checkpoint: Path) -> None:
-    """Raises InputError for a numbered checkpoint that holds another step than its name says."""
+    """Raises InputError if a numbered checkpoint holds another step than its name says."""
     step = read_json(checkpoint / "config" / "metadata").get("step")
-    # Older and converted ones say none.
+    # Older and converted checkpoints state no step.
     if isinstance(step, int) and str(step) != checkpoint.name:
         raise InputError(
-            f"{checkpoint} holds step {step}: it was renamed, or another one was put in its place. "
+            f"{checkpoint} holds step {step}: it was renamed or replaced by another checkpoint. "
             f"Rename it to {checkpoint.with_name(str(step))}"
         )
 
@@ -182,21 +181,22 @@ def _describe(step: Path, found: list[str]) -> str:
 
 
 def saved_steps(steps: Path) -> list[int]:
-    """The committed steps of a directory of numbered checkpoints, ascending."""
+    """Returns the committed steps in a directory of numbered checkpoints, ascending."""
     while steps.is_dir():
-        # Orbax looks at each directory, of which a run in training may remove one meanwhile.
+        # A running training may remove a directory while Orbax lists them.
         with contextlib.suppress(FileNotFoundError):
             return sorted(ocp.utils.checkpoint_steps(steps))
     return []
 
 
 def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
-    """Renames the newest checkpoints of a run to damaged-N until one is whole, and says so.
+    """Renames a run's newest checkpoints to damaged-N until the newest is intact; reports each.
 
-    Every process of the run calls this, and reads a share of the files.
+    Collective: every process of the run must call it, and each checks a share of the files.
 
-    Raises InputError, on all processes: none is whole though there have been some; the newest
-    cannot be read; it holds another step than its name says. Nothing is renamed then.
+    Raises:
+      InputError: on all processes, if no checkpoint is intact, if the newest cannot be read, or if
+        it holds another step than its name says. Nothing is renamed in the last two cases.
     """
     while True:
         known = parse_json(distributed.exchange(to_json(saved_steps(steps)))[0], "steps")
@@ -220,50 +220,53 @@ def set_aside_damaged(steps: Path, say: Callable[[str], None]) -> None:
                 names = (name, *(f"{name}-{again}" for again in range(2, 1000)))
                 aside = next(steps / each for each in names if not (steps / each).exists())
                 rename(newest, aside)
-                instead = f"step {known[-2]} is used" if len(known) > 1 else "there is no other"
-                say(f"{_describe(newest, found)} It is now {aside}; {instead} instead.")
+                instead = (
+                    f"Step {known[-2]} is used instead." if len(known) > 1 else "There is no other."
+                )
+                say(f"{_describe(newest, found)} It was renamed to {aside}. {instead}")
     if steps.is_dir() and (lost := sorted(steps.glob("damaged-*"))):
         raise InputError(
-            f"{steps} holds no whole checkpoint: {', '.join(path.name for path in lost)} "
-            f"{'is' if len(lost) == 1 else 'are'} damaged. Put back a copy of one under its "
-            "number, or give a new --workdir"
+            f"{steps} holds no intact checkpoint: {', '.join(path.name for path in lost)} "
+            f"{'is' if len(lost) == 1 else 'are'} damaged. Restore a copy of one under its step "
+            "number, or pass a new --workdir"
         )
 
 
 def newest_whole(steps: Path, skip: tuple[str, ...]) -> Path | None:
-    """The newest checkpoint without damage, for a reader who changes nothing; or None.
+    """Returns the newest intact checkpoint, or None; read-only, for commands other than training.
 
-    Each damaged one that is passed over is reported on stderr. One that a run in training removes
-    meanwhile is not damaged: the newer one is taken.
+    Reports every damaged checkpoint it skips on stderr. If a running training removes one
+    meanwhile, the new newest one is taken instead.
 
-    Raises InputError when the newest one cannot be read, or holds another step than its name says.
+    Raises:
+      InputError: the newest cannot be read, or holds another step than its name says.
     """
 
     def choose() -> tuple[Path | None, list[str]]:
         known = saved_steps(steps)
-        told: list[str] = []
+        warnings: list[str] = []
         for step in reversed(known):
             checkpoint = steps / str(step)
             found = damage(checkpoint, skip)
             if not found:
                 refuse_renamed(checkpoint)
-                return checkpoint, told
-            told.append(_describe(checkpoint, found) + " An older one is used.")
+                return checkpoint, warnings
+            warnings.append(_describe(checkpoint, found) + " An older one is used.")
             if saved_steps(steps)[-1:] != known[-1:]:
-                raise InputError(f"{checkpoint} is not the newest any more")  # in_training repeats
-        return None, told
+                raise InputError(f"{checkpoint} is no longer the newest")  # in_training retries
+        return None, warnings
 
-    chosen, told = in_training(steps, choose)
-    for message in told:
+    chosen, warnings = in_training(steps, choose)
+    for message in warnings:
         print(message, file=sys.stderr)
     return chosen
 
 
 def in_training[T](steps: Path, read: Callable[[], T]) -> T:
-    """Returns read(), which reads the newest checkpoint; repeats it if there is a newer one now.
+    """Returns read(), which reads the newest checkpoint; retries if a newer one appeared meanwhile.
 
-    A run in training removes old checkpoints from `steps` when it has saved newer ones, also while
-    they are read: `read` then raises InputError. Other errors of `read` are raised.
+    A running training removes old checkpoints from `steps` even while they are read; `read` then
+    raises InputError. Other errors are not caught.
     """
     for _ in range(TRIES):
         newest = saved_steps(steps)[-1:]
@@ -273,6 +276,6 @@ def in_training[T](steps: Path, read: Callable[[], T]) -> T:
             if saved_steps(steps)[-1:] == newest:
                 raise
     raise InputError(
-        f"{steps}: {TRIES} times a run in training has removed the checkpoint that was being read. "
-        "Read a copy of one, or let the run keep more: --config.train.keep_checkpoints"
+        f"{steps}: a running training removed the checkpoint while it was read, {TRIES} times. "
+        "Read a copy, or have the run keep more: --config.train.keep_checkpoints"
     )

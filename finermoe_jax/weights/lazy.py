@@ -1,9 +1,8 @@
-"""Arrays that are read, or made, only where they are indexed.
+"""Lazy arrays: shape and dtype are known, values are computed block by block when indexed.
 
-A model's weights as `Weights` have their shapes and dtypes at once and their values block by block:
-from safetensors (hf_weights.py), from a checkpoint (orbax_files.py), from a dense model that is
-being upcycled (upcycle.py), or from memory. Code that writes or places them asks for blocks, so no
-host ever holds more of a model than a few blocks.
+Values come from safetensors (hf_weights.py), a checkpoint (orbax_files.py), a dense model being
+upcycled (upcycle.py), or memory. Code that writes or places weights asks for blocks, so no host
+holds more of a model than a few blocks.
 """
 
 import dataclasses
@@ -27,15 +26,15 @@ from finermoe_jax.errors import InputError
 Index = tuple[slice, ...]
 # A parameter's path in the decoder, e.g. ("runs", 0, 0, "moe", "gate_up").
 ParamPath = tuple[Any, ...]
-# Bytes that one block of a parameter may have.
+# Most bytes in one block of a parameter.
 BLOCK_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """Shape and dtype now, values when indexed with slices of step 1.
+    """An array whose values are read when it is indexed with slices of step 1.
 
-    `read` gets one slice per axis, bounds spelled out, and returns a NumPy array of that shape.
+    `read` gets one slice per axis with explicit bounds and returns a NumPy array of that shape.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +42,7 @@ class LazyArray:
     read: Callable[[Index], np.ndarray]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
-        """The values there, in `dtype`; axes that the index leaves out are taken whole."""
+        """Returns the values in `dtype`; axes missing from the index are taken whole."""
         index = index if isinstance(index, tuple) else (index,)
         index += (slice(None),) * (len(self.shape) - len(index))
         bounds = [each.indices(size) for each, size in zip(index, self.shape, strict=True)]
@@ -52,18 +51,18 @@ class LazyArray:
         return converted(np.asarray(self.read(whole)), self.dtype, "the weights' array")
 
     def row(self, place: int) -> "LazyArray":
-        """The array at one place of the first axis."""
+        """Returns the array at one position of the first axis."""
         one = slice(place, place + 1)
         return LazyArray(self.shape[1:], self.dtype, lambda index: self[one, *index][0])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values."""
+        """Size of all values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The values in another dtype. Raises InputError, naming one, where they would not fit."""
+    """Casts the values. Raises InputError, naming a value, if one overflows the dtype."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
@@ -74,7 +73,7 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def scaled(values: np.ndarray, factor: int) -> np.ndarray:
-    """The values times a number, in their dtype. Raises InputError where one would not fit."""
+    """Multiplies the values in their dtype. Raises InputError if one overflows it."""
     if factor == 1:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
@@ -87,8 +86,8 @@ def _refuse_infinite(values: np.ndarray, wanted: np.ndarray, what: str) -> None:
     lost = np.isinf(wanted) & np.isfinite(values)
     if lost.any():
         raise InputError(
-            f"{what} {values[lost][0]}, and the largest {wanted.dtype}, as which it is to be "
-            f"stored, is {jnp.finfo(wanted.dtype).max}; ask for another dtype"
+            f"{what} {values[lost][0]}, but the largest {wanted.dtype} is "
+            f"{jnp.finfo(wanted.dtype).max}: choose another dtype"
         )
 
 
@@ -98,12 +97,12 @@ Weights = dict[ParamPath, LazyArray]
 def stacked(
     shape: tuple[int, ...], dtype: DTypeLike, axes: int, read: Callable[..., np.ndarray]
 ) -> LazyArray:
-    """An array made of read(place on each of the first `axes` axes, index of the others)."""
+    """Stacks arrays lazily: read(index on each of the first `axes` axes, slices of the others)."""
 
     def values(index: Index) -> np.ndarray:
         outer, inner = index[:axes], index[axes:]
         places = list(itertools.product(*(range(each.start, each.stop) for each in outer)))
-        if len(places) == 1:  # as most blocks are: no copy
+        if len(places) == 1:  # the usual case; avoids a copy
             return read(*places[0], inner)[(np.newaxis,) * axes]
         found = np.stack([read(*place, inner) for place in places])
         return found.reshape(*(each.stop - each.start for each in outer), *found.shape[1:])
@@ -112,19 +111,19 @@ def stacked(
 
 
 def of_array(array: Any) -> LazyArray:
-    """Wraps an array that is in memory already."""
+    """Wraps an array that is already in memory."""
     values = np.asarray(array)
     return LazyArray(values.shape, values.dtype, lambda index: values[index])
 
 
 def of_params(params: dict) -> Weights:
-    """A decoder's parameters (a pure dict of arrays)."""
+    """Wraps a decoder's parameters (a pure dict of arrays)."""
     flat = nnx.traversals.flatten_mapping(params)
     return {path: of_array(array) for path, array in flat.items()}
 
 
 def cast(weights: Weights, dtype: DTypeLike | None) -> Weights:
-    """The same values in another dtype, cast block by block; None changes nothing."""
+    """Casts the weights lazily, block by block; dtype None returns them unchanged."""
     if dtype is None:
         return weights
     wanted = jnp.dtype(dtype)
@@ -132,14 +131,14 @@ def cast(weights: Weights, dtype: DTypeLike | None) -> Weights:
 
 
 def in_memory(weights: Weights) -> dict:
-    """The decoder's parameters as a pure dict of arrays on the default device, each its own."""
+    """Returns the parameters as a pure dict of new arrays on the default device."""
     return nnx.traversals.unflatten_mapping(
         {path: jnp.array(array[:]) for path, array in weights.items()}
     )
 
 
 def placed(weights: Weights, shardings: dict) -> dict:
-    """The decoder's parameters over devices. `shardings` is a pure dict like the parameters'."""
+    """Returns the parameters sharded over devices. `shardings` has the same structure."""
     flat = nnx.traversals.flatten_mapping(shardings)
     return nnx.traversals.unflatten_mapping(
         {path: place(array, flat[path]) for path, array in weights.items()}
@@ -147,7 +146,7 @@ def placed(weights: Weights, shardings: dict) -> dict:
 
 
 def place(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array over devices. Each process reads, part by part, what its own devices hold."""
+    """Returns the array sharded over devices. Each process reads only what its own devices hold."""
     holders: dict[Index, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
         assert index is not None
@@ -160,16 +159,17 @@ def place(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def block_shape(array: LazyArray) -> tuple[int, ...]:
-    """A block of whole minor axes with at most BLOCK_BYTES.
+    """Returns the shape of a block: whole minor axes, at most BLOCK_BYTES.
 
-    Stacked experts come as some experts of one layer, a table as some of its rows.
+    Experts are blocked as several experts of one layer, a table as some of its rows.
     """
     block = [1] * len(array.shape)
     size = array.dtype.itemsize
     for axis in reversed(range(len(array.shape))):
         whole = array.shape[axis]
         fits = min(whole, max(1, BLOCK_BYTES // size))
-        # Equal blocks where that costs little: a mesh that splits the axis then splits few of them.
+        # Prefer equal blocks if they are not much smaller: a mesh that splits the axis then splits
+        # few of them.
         equal = max(n for n in range(1, fits + 1) if whole % n == 0)
         block[axis] = equal if 4 * equal >= fits else fits
         size *= block[axis]
@@ -179,7 +179,7 @@ def block_shape(array: LazyArray) -> tuple[int, ...]:
 
 
 def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
-    """The places of all blocks of an array, the last axis fastest."""
+    """Yields the index of every block of an array, the last axis fastest."""
     starts = (range(0, size, step) for size, step in zip(shape, block, strict=True))
     for corner in itertools.product(*starts):
         yield tuple(
@@ -188,11 +188,11 @@ def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
         )
 
 
-def last_kept[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray]:
-    """`make`, whose last result is kept.
+def cache_last[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray]:
+    """Wraps `make` to cache its last result.
 
-    For results that need the whole array, however small the requested block. Threads that ask in
-    the meantime wait, so only one result is made at a time.
+    For results that need the whole array however small the requested block is. Concurrent callers
+    wait, so only one result is computed at a time.
     """
     last: dict[Any, np.ndarray] = {}
     making = threading.Lock()
@@ -208,14 +208,14 @@ def last_kept[*K](make: Callable[[*K], np.ndarray]) -> Callable[[*K], np.ndarray
 
 
 def is_whole(index: Index, shape: tuple[int, ...]) -> bool:
-    """Returns whether the index takes all of an array of this shape."""
+    """True if the index covers an array of this shape."""
     return all(each.stop - each.start == size for each, size in zip(index, shape, strict=True))
 
 
-def made_ahead(array: LazyArray, indices: Iterable[Index]) -> Iterator[np.ndarray]:
-    """The values at each index in turn; while one is used, a thread makes the next.
+def prefetched(array: LazyArray, indices: Iterable[Index]) -> Iterator[np.ndarray]:
+    """Yields the values at each index in turn; a thread computes the next while one is used.
 
-    Nothing is made ahead where one alone has more than BLOCK_BYTES.
+    Blocks larger than BLOCK_BYTES are not prefetched.
     """
     indices = list(indices)
     first = math.prod(each.stop - each.start for each in indices[0]) if indices else 0

@@ -1,10 +1,10 @@
-"""Checkpoint arrays: written as Orbax writes them, read as lazy arrays (lazy.py).
+"""Arrays in Orbax checkpoints: written in Orbax's format, read as lazy arrays (lazy.py).
 
-Orbax reads and writes many arrays at once in one asyncio loop, and closes that loop at the first
-failure. The reads and writes still in flight then call back into a closed loop from TensorStore's
-threads, which prints tracebacks and has crashed the process. So the arrays go through Orbax's
-extension point for kinds of leaves, `TypeHandler`, which blocks on each read and write instead:
-all that began have ended before a failure is raised. Files and metadata are Orbax's own.
+Orbax reads and writes many arrays at once in one asyncio loop and closes the loop at the first
+failure. In-flight reads and writes of TensorStore's threads then call back into a closed loop,
+which prints tracebacks and has crashed the process. So this module uses Orbax's extension point for
+leaf types, `TypeHandler`, with blocking reads and writes: a failure is raised only after all of
+them have ended. Files and metadata are Orbax's own.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
-# Concurrent writes: of blocks that are made for it, which bounds memory, and of what is in memory.
-_MADE_AT_A_TIME, _HELD_AT_A_TIME = 4, 32
+# Concurrent writes: of computed blocks, which bounds memory, and of arrays in memory.
+_COMPUTED_AT_A_TIME, _IN_MEMORY_AT_A_TIME = 4, 32
 
 
 @contextlib.contextmanager
 def save_errors() -> Iterator[list[Exception]]:
-    """Collects the errors that Orbax's threads log, instead of showing their tracebacks.
+    """Collects the errors that Orbax's threads log, instead of printing their tracebacks.
 
-    Orbax raises an error of a background save only when it is next called, or with several
-    processes when a barrier's time is up. Its log has the error at once.
+    Orbax raises an error of a background save only at its next call or, with several processes, at
+    a barrier's timeout. It logs the error immediately.
     """
     found: list[Exception] = []
 
@@ -57,31 +57,27 @@ def save_errors() -> Iterator[list[Exception]]:
 
 
 class _Parts(NamedTuple):
-    """The part of one array that this process writes.
-
-    `shape` is that of one part; `values` maps each part's place to a function that gives its
-    values.
-    """
+    """This process's parts of an array: their shape, and a function per part's index."""
 
     shape: tuple[int, ...]
     values: dict[Index, Callable[[], np.ndarray]]
 
 
 class ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Writes jax.Arrays, and LazyArrays block by block; restores either as LazyArrays."""
+    """Writes jax.Arrays, and LazyArrays block by block; restores both as LazyArrays."""
 
     def __init__(self, written: Callable[[int], None] = lambda size: None):
-        """written(bytes) is called after each part."""
+        """Calls written(bytes) after each part."""
         super().__init__()
         self.written = written
         self.commits: list[ocp.future.Future] = []
 
     def typestr(self) -> str:
-        """The recorded type: other readers get a NumPy array unless they ask for another one."""
+        """Returns the recorded type: other readers get a NumPy array by default."""
         return "np.ndarray"
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        """Shape and dtype as stored."""
+        """Returns the stored shapes and dtypes."""
         return [
             ocp.metadata.ArrayMetadata(
                 name=info.name,
@@ -114,7 +110,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
                     for store, part in zip(stores, parts, strict=True)
                     for place, make in part.values.items()
                 ),
-                _MADE_AT_A_TIME if made else _HELD_AT_A_TIME,
+                _COMPUTED_AT_A_TIME if made else _IN_MEMORY_AT_A_TIME,
             )
 
         self.commits.append(
@@ -130,16 +126,16 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         self.written(values.nbytes)
 
     def settle(self) -> None:
-        """Blocks until every write has ended, well or badly.
+        """Blocks until every write has succeeded or failed.
 
-        Orbax raises the first failure of a save while its other items are still being written.
+        Orbax raises the first failure of a save while it still writes other items.
         """
         while self.commits:
             with contextlib.suppress(Exception):
                 self.commits.pop().result()
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[LazyArray]:
-        """The arrays as stored, without reading their values."""
+        """Returns the stored arrays lazily."""
         return [
             _stored(store, f"{info.parent_dir}: {info.name}")
             for info, store in zip(infos, _open(infos), strict=True)
@@ -153,10 +149,10 @@ def _blocks(array: LazyArray) -> _Parts:
 
 
 def _on_host(arrays: Sequence[jax.Array]) -> list[_Parts]:
-    """Copies what this process writes of the arrays; returns once training may overwrite them.
+    """Copies this process's share of the arrays; returns once training may overwrite them.
 
-    One replica of each shard is written. The replicas take turns by array, so processes that hold
-    the same shards share the work.
+    One replica of each shard is written. Replicas alternate by array, so processes with the same
+    shards share the work.
     """
 
     def own(array: jax.Array, number: int) -> list[jax.Shard]:
@@ -180,7 +176,7 @@ def _create(
     value: LazyArray | jax.Array, info: Any, part: tuple[int, ...], args: ocp.SaveArgs
 ) -> tensorstore.Future:
     if isinstance(value, LazyArray):
-        # Weights hardly compress, and the attempt would cost more than the disk.
+        # Weights hardly compress, and trying costs more time than the disk.
         info = info.replace(use_compression=False)
     spec = ocp.type_handlers.get_json_tspec_write(
         info,
@@ -191,7 +187,7 @@ def _create(
         dtype=value.dtype,
         process_index=jax.process_index(),
     )
-    # One process records shape and dtype; Orbax merges what each has written.
+    # One process writes shape and dtype; Orbax merges the files of all.
     first = jax.process_index() == 0
     return tensorstore.open(
         tensorstore.Spec(spec),
@@ -212,7 +208,7 @@ def _open(infos: Sequence[Any]) -> list[tensorstore.TensorStore]:
 
 
 def _settled(futures: Iterable[tensorstore.Future]) -> list[Any]:
-    """The results of all futures. Raises the first error once every future has ended."""
+    """Returns the results of all futures; raises the first error once all have ended."""
     futures = list(futures)
     for future in futures:
         future.exception()
@@ -220,7 +216,7 @@ def _settled(futures: Iterable[tensorstore.Future]) -> list[Any]:
 
 
 def _in_threads(calls: Iterable[Callable[[], None]], at_a_time: int) -> None:
-    """Makes the calls. After an error no more begin; it is raised once those begun have ended."""
+    """Makes the calls. After an error no more start; raises it once the started ones have ended."""
     with ThreadPoolExecutor(at_a_time) as pool:
         futures = [pool.submit(call) for call in calls]
         wait(futures, return_when=FIRST_EXCEPTION)
@@ -241,7 +237,7 @@ def _stored(store: tensorstore.TensorStore, name: str) -> LazyArray:
 
 
 def handler(arrays: ArrayHandler | None = None) -> ocp.PyTreeCheckpointHandler:
-    """An Orbax handler for a tree of jax.Arrays or LazyArrays."""
+    """Returns an Orbax handler for a tree of jax.Arrays or LazyArrays."""
     arrays = arrays or ArrayHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, arrays), (jax.Array, arrays)
@@ -250,9 +246,9 @@ def handler(arrays: ArrayHandler | None = None) -> ocp.PyTreeCheckpointHandler:
 
 
 def _opened(directory: Path, target: Any) -> Any:
-    """An item's arrays, not read yet, as a tree like `target`, whose leaves have shapes.
+    """Opens an item's arrays lazily, as a tree like `target`, whose leaves have shapes.
 
-    Raises whatever Orbax does for names that are not there, and ValueError for other shapes.
+    Raises Orbax's errors for missing names, and ValueError for other shapes.
     """
 
     def restore() -> Any:
@@ -261,19 +257,21 @@ def _opened(directory: Path, target: Any) -> Any:
             epath.Path(directory), args=ocp.args.PyTreeRestore(target, restore_args=lazily)
         )
 
-    # Ctrl-C is raised in the main thread. In Orbax's asyncio loop it could be lost.
+    # Ctrl-C is raised in the main thread; Orbax's asyncio loop could lose it.
     with ThreadPoolExecutor(1) as pool:
         arrays = pool.submit(restore).result()
     leaves = jax.tree.leaves(arrays)
     for (path, wanted), array in zip(jax.tree.leaves_with_path(target), leaves, strict=True):
         if array.shape != wanted.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{name} is stored as {array.shape}, the config says {wanted.shape}")
+            raise ValueError(
+                f"{name} is stored as {array.shape}, but the config implies {wanted.shape}"
+            )
     return arrays
 
 
 def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
-    """The weights of an item's directory, not read yet. Raises as `restore` does."""
+    """Returns the lazy weights in an item's directory. Raises as `restore` does."""
     leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     arrays = _opened(directory, nnx.traversals.unflatten_mapping(leaves))
     weights: Weights = nnx.traversals.flatten_mapping(arrays)
@@ -281,10 +279,10 @@ def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
 
 
 def restore(directory: Path, target: Any) -> Any:
-    """An item's arrays with the shapes, dtypes and shardings of `target`, a tree of structs.
+    """Returns an item's arrays with the shapes, dtypes and shardings of `target`.
 
-    Raises whatever Orbax does for names that are not there, ValueError for other shapes, and
-    InputError for what cannot be read.
+    Raises Orbax's errors for missing names, ValueError for other shapes, and InputError if values
+    cannot be read.
     """
 
     def place(array: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:

@@ -20,17 +20,17 @@ from finermoe_jax.runtime.files import forget, refuse_pointer
 from finermoe_jax.runtime.json_files import read_json, to_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-# safetensors' names of the dtypes that are read and written.
+# Supported dtypes by their safetensors name.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SHARD_BYTES = 4 << 30
-# Bytes that are handed to the disk at a time, while the next are made.
+# Bytes written between flushes to disk.
 _FLUSH_BYTES = 128 << 20
 
 
 def indexed_files(directory: Path) -> list[str] | None:
-    """The files that the index of a HF directory names; None where it has no index.
+    """Returns the files in the index of a HF directory; None without an index.
 
-    Raises InputError for an index that cannot be read or points outside its directory.
+    Raises InputError if the index cannot be read or points outside its directory.
     """
     index = directory / INDEX_FILE
     if not index.exists():
@@ -48,8 +48,8 @@ def indexed_files(directory: Path) -> list[str] | None:
 class TensorFiles:
     """The safetensors of a HF directory, memory-mapped.
 
-    Raises InputError for a directory without safetensors, an index that points outside it or at
-    missing files, and for files whose header does not hold.
+    Raises InputError for a directory without safetensors, an index that names missing files or
+    files outside the directory, and files with a broken header.
     """
 
     def __init__(self, directory: Path):
@@ -68,9 +68,9 @@ class TensorFiles:
     def _file_names(self) -> list[str]:
         names = indexed_files(self.directory)
         for name in names or ():
-            if not os.path.isfile(self.directory / name):  # False for impossible names, too
+            if not os.path.isfile(self.directory / name):  # also False for invalid names
                 raise InputError(
-                    f"{self.directory / INDEX_FILE} names {name!r}, which is missing or no file"
+                    f"{self.directory / INDEX_FILE} names {name!r}, which is missing or not a file"
                 )
         if names is not None:
             return names
@@ -80,10 +80,10 @@ class TensorFiles:
         hint = ""
         if pickles := sorted(p.name for p in found if p.suffix in (".bin", ".pt", ".pth")):
             hint = (
-                f"; {', '.join(pickles)} would have to be unpickled, which can execute code: "
-                "convert it to safetensors first"
+                f"; {', '.join(pickles)} cannot be read safely, since unpickling can execute code: "
+                "convert to safetensors first"
             )
-        raise InputError(f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+        raise InputError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
     def _open(self, file: str) -> Any:
         path = self.directory / file
@@ -93,8 +93,8 @@ class TensorFiles:
         except (OSError, MemoryError, SafetensorError) as error:
             if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x04"):
                 raise InputError(
-                    f"{path} is a pickle, not safetensors; it is not read, since unpickling can "
-                    "execute code"
+                    f"{path} is a pickle, and unpickling can execute code: convert it to "
+                    "safetensors first"
                 ) from None
             refuse_pointer(path)
             raise InputError(f"{path} is truncated or not a safetensors file: {error}") from None
@@ -115,25 +115,25 @@ class TensorFiles:
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its file's header."""
+        """Returns a tensor's shape."""
         return tuple(self.files[self.where[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """safetensors' name of a tensor's dtype."""
+        """Returns a tensor's dtype by its safetensors name."""
         return self.files[self.where[name]].get_slice(name).get_dtype()
 
     def tensor(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor's values, or those of a part of it.
+        """Returns a tensor's values, or part of them.
 
-        Raises InputError where its file is no longer what it was when it was opened.
+        Raises InputError if its file changed size since it was opened.
         """
         path = self.directory / self.where[name]
-        # Reading a mapped file beyond its end would end the process.
+        # Reading a mapped file beyond its end would kill the process.
         size = path.stat().st_size if path.exists() else 0
         if size != self.sizes[path.name]:
             raise InputError(
-                f"{path} has {size} bytes, and had {self.sizes[path.name]} when it was opened: "
-                "leave the source alone while it is read"
+                f"{path} has {size} bytes, but had {self.sizes[path.name]} when it was opened: "
+                "do not change the source while it is read"
             )
         file = self.files[path.name]
         return file.get_slice(name)[index] if index else file.get_tensor(name)
@@ -148,13 +148,13 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def listing(items: list[str], limit: int = 200) -> str:
-    """One indented line per item, so many at most."""
+    """Formats items as indented lines, at most `limit`."""
     more = f"\n  … and {len(items) - limit} more" if len(items) > limit else ""
     return "\n  " + "\n  ".join(items[:limit]) + more
 
 
 class Entry(NamedTuple):
-    """The entry of one tensor in a file's header."""
+    """A tensor's entry in a file's header."""
 
     name: str
     shape: tuple[int, ...]
@@ -162,21 +162,21 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(
     directory: Path, entries: Sequence[Entry], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> Iterator[int]:
-    """Writes safetensors, sharded and indexed where they are large, and yields bytes as written.
+    """Writes safetensors, sharded and indexed if large; yields bytes as written.
 
-    safetensors' own writer wants all tensors of a file at once; a shard is then in memory whole.
+    safetensors' own writer needs a whole shard in memory; this one does not.
 
     Args:
-      directory: where to.
-      entries: every tensor, in the order in which it will come.
-      pieces: (name, values) in that order; a tensor may come in several pieces, row by row.
+      directory: target directory.
+      entries: every tensor, in the order of `pieces`.
+      pieces: (name, values); a tensor may come in several pieces, row by row.
     """
     shards: list[list[Entry]] = [[]]
     size = 0
@@ -212,9 +212,9 @@ def write_tensors(
 
 @contextlib.contextmanager
 def _flushed(stream: BinaryIO) -> Iterator[Callable[[], None]]:
-    """Brings a file to the disk in a thread while it is written, and in whole at the end.
+    """Yields a function to call after each write, which syncs the file to disk in a thread.
 
-    To be called after each write. What is on the disk leaves the page cache (`files.forget`).
+    Synced pages leave the page cache (`files.forget`). The rest is synced at the end.
     """
     path, pending, done = Path(stream.name), None, 0
 
@@ -241,7 +241,7 @@ def _flushed(stream: BinaryIO) -> Iterator[Callable[[], None]]:
 
 
 def _header(shard: Sequence[Entry]) -> bytes:
-    """Length, then JSON padded to a multiple of 8, as the format asks."""
+    """Length, then JSON padded to a multiple of 8, as the format requires."""
     names = {value: key for key, value in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -36,11 +36,11 @@ from finermoe_jax.weights.lazy import Weights
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model that is opened and not read yet.
+    """A model that is opened but not read yet.
 
-    dtype is the activations'. stored holds the dtypes in which the weights are stored. files is the
-    directory with its tokenizer. states are those of the files that hold the weights and, of a
-    checkpoint, the tokenizer.
+    dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
+    directory with the tokenizer. states are those of the weight files and, for a checkpoint, of the
+    tokenizer files, when opened.
     """
 
     config: ModelConfig
@@ -51,24 +51,27 @@ class ModelSource:
     states: dict[Path, State]
 
     def refuse_changed(self) -> None:
-        """Raises InputError where a file is not what it was when the source was opened.
+        """Raises InputError if a file was changed or removed since the source was opened.
 
-        For whoever has read for a long time: only blocks read before are known to be right.
+        Call it after a long read: blocks read after a change may be wrong.
         """
         for path, before in self.states.items():
             if not path.is_file():
                 raise InputError(
-                    f"{path} was removed while it was read: leave the source alone. Of a run in "
-                    "training take a copy of one checkpoint"
+                    f"{path} was removed while it was read: do not change the source meanwhile. "
+                    "If the run is still training, copy one of its checkpoints and read the copy"
                 )
             if state(path) != before:
-                raise InputError(f"{path} was changed while it was read: leave the source alone")
+                raise InputError(
+                    f"{path} was changed while it was read: do not change the source meanwhile"
+                )
 
 
 def _is_hf(directory: Path) -> bool:
-    """Returns whether this is a Hugging Face directory.
+    """True for a Hugging Face directory.
 
-    A workdir has a config.json, too. A Hugging Face directory may hold a trainer's checkpoints/.
+    A workdir also has a config.json, and a Hugging Face directory may contain a trainer's
+    checkpoints/.
     """
     if any(directory.glob("*.safetensors")):
         return True
@@ -80,9 +83,10 @@ def _is_hf(directory: Path) -> bool:
 
 
 def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> ModelSource:
-    """The model of a checkpoint, a workdir, a HF directory or a hub id.
+    """Opens the model of a checkpoint, a workdir, a HF directory or a Hub id.
 
-    dtype is the weights'; None keeps it. Raises InputError when there is none, or it is damaged.
+    dtype casts the weights; None keeps theirs. Raises InputError if there is no model or it is
+    damaged.
     """
     path = local(path)
     place = Path(path).absolute()
@@ -106,25 +110,25 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
 
 
 def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
-    """The model of a checkpoint, a workdir, a HF directory or a hub id, and its tokenizer's place.
+    """Returns the model at `path` and the directory of its tokenizer.
 
-    A HF model's float16 or bfloat16 weights stay as stored; on a CPU, activations are float32,
-    since products of few bfloat16 rows run far below the memory's bandwidth there.
+    path is a checkpoint, a workdir, a HF directory or a Hub id. On a CPU the activations of float16
+    or bfloat16 models are float32 (`cpu.activation_dtype`).
     """
 
     def load() -> tuple[Decoder, Path]:
         source = open_model(path)
         model = _read_model(source, path)
-        source.refuse_changed()  # the caller reads the tokenizer
+        source.refuse_changed()  # before the caller reads the tokenizer
         return model, source.files
 
     return in_training(steps_of(Path(local(path))), load)
 
 
 def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """`load_model` of what `open_model(path)` has found; with a mesh as in `load_checkpoint`.
+    """Reads the model that `open_model(path)` opened; mesh as in `load_checkpoint`.
 
-    Where a run in training has removed that meanwhile, its newest checkpoint is read.
+    If a running training removed that checkpoint meanwhile, its newest one is read.
     """
     for _ in range(TRIES):
         try:
@@ -136,7 +140,7 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
             break
         source = open_model(path, source.weights["embed", "weight"].dtype)
     source.refuse_changed()
-    raise AssertionError("a file of the source was missing and is there again")
+    raise AssertionError("a file of the source was missing and has reappeared")
 
 
 def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
@@ -146,9 +150,9 @@ def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None 
 
 
 def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, frozenset[int]]:
-    """A model that is not read yet, its tokenizer, and the tokens that end a text.
+    """Opens a model without reading it; returns it, its tokenizer, and its end-of-text token ids.
 
-    path is a checkpoint, a workdir, a HF directory or a hub id. Raises InputError as `open_model`
+    path is a checkpoint, a workdir, a HF directory or a Hub id. Raises InputError as `open_model`
     and `load_tokenizer` do.
     """
 
@@ -157,7 +161,7 @@ def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, froz
         vocab_size = source.config.vocab_size
         tokenizer = load_tokenizer(source.files, vocab_size)
         ends = end_tokens(source.files, tokenizer, vocab_size)
-        source.refuse_changed()  # a file that was removed says nothing, and may not be missed
+        source.refuse_changed()  # the tokenizer's optional files may have been removed unnoticed
         return source, tokenizer, ends
 
     return in_training(steps_of(Path(local(path))), load)

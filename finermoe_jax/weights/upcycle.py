@@ -1,4 +1,4 @@
-"""Dense FFN to FineRMoE experts (paper Eq. 9-10): one expert, then whole models, block by block.
+"""Upcycling: dense FFNs to FineRMoE experts (paper Eq. 9-10), lazily, block by block.
 
 Letters: config/model.py.
 """
@@ -26,14 +26,14 @@ from finermoe_jax.weights import lazy, upcycle_variants
 from finermoe_jax.weights.hf_names import run_layers
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
-# Standard deviation of the router, of the shared expert's gate and of concat_proj (paper §3.3).
+# Standard deviation of router, shared-expert gate and concat_proj (paper §3.3).
 NEW_WEIGHT_STD = 0.02
 
 
 def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
-    """The slice of the intermediate width that an expert computes, and its slot of the output.
+    """Returns an expert's slice of the intermediate width and its slot of the output, from 0.
 
-    The numbering runs over (slot, candidate, copy, slice), the slice fastest (Eq. 9-10).
+    Expert numbers run over (slot, candidate, copy, slice), the slice fastest (Eq. 9-10).
     """
     return expert % moe.intermediate_granularity, expert // (moe.output_expansion * moe.group_size)
 
@@ -44,7 +44,7 @@ def expert_gate_up(
     moe: MoEConfig,
     expert: int,
 ) -> Float[np.ndarray, "F2 D"]:
-    """One expert's rows of the dense gate, then its rows of the dense up (Eq. 9), bit by bit."""
+    """Returns one expert's rows of the dense gate, then of the dense up (Eq. 9), unchanged."""
     width = gate.shape[0] // moe.intermediate_granularity
     start = slice_and_slot(moe, expert)[0] * width
     return np.concatenate([gate[start : start + width], up[start : start + width]])
@@ -53,10 +53,10 @@ def expert_gate_up(
 def expert_down(
     down: Float[np.ndarray, "D H"] | LazyArray, moe: MoEConfig, expert: int, shared_expert: bool
 ) -> Float[np.ndarray, "F W"]:
-    """One expert's intermediate channels to its slot's outputs (Eq. 10), transposed from HF's.
+    """Returns the dense down from one expert's channels to its slot's outputs (Eq. 10), transposed.
 
-    Without a shared expert it is multiplied by G_I, since only one of the G_I slices that the
-    dense FFN sums fires.
+    Without a shared expert it is multiplied by G_I: the dense FFN sums G_I slices, but only one of
+    them is active.
     """
     place, slot = slice_and_slot(moe, expert)
     rows = down.shape[0] // moe.output_granularity
@@ -66,15 +66,16 @@ def expert_down(
 
 
 def upcycled_config(dense: ModelConfig, moe: MoEConfig) -> ModelConfig:
-    """The target's architecture: the dense one with `moe`, embeddings untied.
+    """Returns the target's architecture: the dense one with `moe`, embeddings untied.
 
-    Raises InputError where sizes do not divide or the shared expert is not the dense FFN's width.
+    Raises InputError if sizes do not divide or the shared expert's width is not the dense FFN's.
     """
     config = dataclasses.replace(dense, moe=moe, tie_word_embeddings=False)
     if config.shared_expert_size not in (0, dense.intermediate_size):
         raise InputError(
             f"moe.shared_expert_intermediate_size={config.shared_expert_size}, but the shared "
-            f"expert is the dense FFN of width {dense.intermediate_size}: give that, 0 or None"
+            f"expert copies the dense FFN of width {dense.intermediate_size}: set it to "
+            f"{dense.intermediate_size}, 0 or None"
         )
     return config
 
@@ -86,27 +87,26 @@ def upcycle_weights(
     key: Array,
     upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> tuple[ModelConfig, Weights]:
-    """A FineRMoE's architecture and weights from a dense model's, made where they are indexed.
+    """Returns a FineRMoE's architecture and lazy weights, computed from a dense model's.
 
-    Attention, norms and embedding are the dense ones; lm_head is the dense one or, where tied,
-    the embedding; the shared expert is the whole dense FFN. Router, shared gate and concat_proj
-    are drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
-    `upcycling` says so (upcycle_variants.py). Every draw has a key of its own layer, parameter and
+    Attention, norms and embedding are the dense ones. lm_head is the dense one or, if tied, the
+    embedding. The shared expert is the whole dense FFN. Router, shared gate and concat_proj are
+    drawn from normal(0, 0.02), layer by layer; nothing else is random (paper §3.3) unless
+    `upcycling` says so (upcycle_variants.py). Every draw has its own key by layer, parameter and
     expert.
 
-    Raises InputError: the source has experts already, sizes that do not divide, or experts that
-    cannot start as `upcycling` says.
+    Raises InputError if the source has experts already, if sizes do not divide, or if `upcycling`
+    contradicts `moe`.
     """
     if dense.moe is not None:
-        raise InputError("the source is a mixture of experts already; upcycling needs a dense one")
+        raise InputError("the source has experts already; upcycling needs a dense model")
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
     shapes, kinds = parameter_shapes(config), parameter_kinds(config)
-    # All layers of a dense model are stored in one stack.
+    # A dense model has one stack of all layers.
     stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
     drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]
-    # One key for each layer and drawn parameter.
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
     drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
 
@@ -149,34 +149,35 @@ def upcycled(
     upcycling: UpcycleConfig,
     stated: bool = True,
 ) -> tuple[ModelConfig, Weights]:
-    """`upcycle_weights` of a dense model; the model itself where it has experts, or moe is None.
+    """Upcycles a dense model (`upcycle_weights`). Models with experts, or moe None, stay unchanged.
 
-    With `stated`, a model with experts has to have these, and `upcycling`, which it cannot have
-    any more, has to be the default. Raises InputError for that, and as `upcycle_weights` does.
+    If `stated` (the user chose `moe`), a model with experts must have exactly these, and
+    `upcycling` must be the default, since it would have no effect.
+
+    Raises InputError otherwise, and as `upcycle_weights`.
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
     if moe is not None and stated:
         refuse_differences(
-            f"{source} is a mixture already and contradicts config.moe",
+            f"{source} already has experts, which differ from config.moe",
             dataclasses.asdict(config),
             dataclasses.asdict(upcycled_config(config, moe)),
             "change config.moe, or start from a dense model",
         )
         if upcycling != PUBLISHED_UPCYCLING:
             raise InputError(
-                f"{source} is a mixture already, and {upcycling} would do nothing: leave "
-                "config.upcycle alone, or start from a dense model"
+                f"{source} already has experts, so {upcycling} would have no effect: do not set "
+                "config.upcycle, or start from a dense model"
             )
     return config, weights
 
 
-# What upcycling draws, in the order in which a layer's keys are given out.
+# Randomly drawn parameters, in the order of a layer's keys.
 DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
 
 
 def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
-    """These layers of a stack of all."""
     shape = (len(layers), *stack.shape[1:])
     return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
 
@@ -192,7 +193,7 @@ def _drawn(
     std: float,
     rows: Int[np.ndarray, " E"],
 ) -> LazyArray:
-    """Draws of each layer by its key; in place e of a layer what is drawn for rows[e]."""
+    """Draws each layer with its key; row e is the draw for rows[e]."""
     draw = normal(std)
     return lazy.stacked(
         shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rows][rest]
@@ -208,7 +209,6 @@ def _experts(
     upcycling: UpcycleConfig,
     key: Array,
 ) -> LazyArray:
-    """`gate_up` or `down` of all experts of these layers."""
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
     gate, up, down = (stacks["mlp", part] for part in ("gate", "up", "down"))
@@ -223,8 +223,8 @@ def _experts(
             made = upcycle_variants.drop(name, made, upcycling.drop_ratio, own)
         return made
 
-    # Each block of an expert that is read in several takes the whole of it to make.
-    kept = lazy.last_kept(make)
+    # Any block of an expert needs the whole expert computed.
+    kept = lazy.cache_last(make)
 
     def read(i: int, expert: int, rest: Index) -> np.ndarray:
         one = make if lazy.is_whole(rest, shape[2:]) else kept
@@ -236,11 +236,32 @@ def _experts(
 def upcycle_model(
     dense: Decoder, moe: MoEConfig, key: Array, start: UpcycleConfig = PUBLISHED_UPCYCLING
 ) -> Decoder:
-    """A FineRMoE decoder from a dense one, in the dense weights' dtype (`upcycle_weights`).
+    """Upcycles a dense decoder to a FineRMoE (paper Eq. 9-10).
 
-    The published start is not function-preserving: the shared gate is near 1/2.
+    The published start does not preserve the dense model's outputs, since the shared expert's gate
+    starts near 1/2. `UpcycleConfig(function_preserving=True)` does.
 
-    Raises InputError as `upcycle_weights` does, and for arguments of another type.
+    Args:
+      dense: a model without experts; it is not changed.
+      moe: the layer's granularities and expansions.
+      key: a key of `jax.random`, for the router and the other new weights.
+      start: choices that the architecture leaves open.
+
+    Returns:
+      A new model with the dtypes of the dense one. Its lm_head is not tied to the embedding.
+
+    Raises:
+      InputError: `dense` has experts already, sizes do not divide, the shared expert's width is not
+        the dense FFN's, or `start` contradicts `moe`.
+
+    Examples:
+      >>> import jax
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> moe = fm.MoEConfig(intermediate_granularity=8)
+      >>> model = fm.upcycle_model(dense, moe, jax.random.key(0))
+      >>> model.config.moe.num_experts
+      32
     """
     check_type("the dense model", dense, Decoder, LOAD_A_MODEL)
     check_type("moe", moe, MoEConfig, "MoEConfig() is the published one")
@@ -263,7 +284,39 @@ def upcycle(
     key: Array | None = None,
     start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
-    """`upcycle_model` with the paper's five numbers spelled out; key defaults to seed 0."""
+    """Calls `upcycle_model` with the paper's five numbers as arguments.
+
+    Args:
+      dense_model: a model without experts; it is not changed.
+      intermediate_granularity: G_I, slices along the intermediate width.
+      output_granularity: G_O, slots along the output width.
+      intermediate_expansion: R_I, copies of each slice inside a group.
+      output_expansion: R_O, candidate groups per slot.
+      active_per_group: T_I, active experts in the chosen group.
+      shared_expert: keeps the whole dense FFN as a shared expert.
+      key: a key of `jax.random`; None: `jax.random.key(0)`.
+      start: choices that the architecture leaves open.
+
+    Returns:
+      A new model with the dtypes of the dense one.
+
+    Raises:
+      InputError: as `upcycle_model`.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> dense = fm.load_hf("finermoe_jax/demo/model")
+      >>> model = fm.upcycle(
+      ...     dense,
+      ...     intermediate_granularity=8,
+      ...     output_granularity=2,
+      ...     intermediate_expansion=1,
+      ...     output_expansion=2,
+      ...     active_per_group=1,
+      ... )
+      >>> model.config.moe.num_experts, model.config.moe.num_active
+      (32, 2)
+    """
     check_type("shared_expert", shared_expert, bool, "give True or False")
     moe = MoEConfig(
         intermediate_granularity=intermediate_granularity,

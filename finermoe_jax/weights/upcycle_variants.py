@@ -1,4 +1,4 @@
-"""Starts of experts that are more than a copied slice: pure functions of one layer.
+"""Variants of the experts' initial weights: pure functions of one layer.
 
 Letters: config/model.py.
 """
@@ -13,11 +13,11 @@ from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.weights import lazy
 
-# The gate of the shared expert starts at sigmoid(0) = 1/2; this makes it good, exactly.
+# The shared expert's gate starts at sigmoid(0) = 1/2; this factor cancels it exactly.
 SHARED_SCALE = 2
-# Sets the key of drop-upcycling apart from those of the routers.
+# Makes the keys of drop-upcycling differ from the routers'.
 DROP_KEY = 2**31
-# Channels of an expert that are redrawn at a time.
+# Channels of an expert redrawn at a time.
 _CHANNELS = 1024
 
 
@@ -26,16 +26,18 @@ def drop(
 ) -> Float[np.ndarray, "F X"]:
     """Drop-upcycling (arXiv 2502.19261) of one expert's `gate_up` [2F, D] or `down` [F, W].
 
-    The formula that ends "diversity re-initialization" in the paper's section 3; its number there
-    was not checked. Column-wise sampling: S is floor(ratio * F) of the expert's F channels, one set
-    for all three matrices (`key` is the expert's). Then for each matrix, with mu and sigma the mean
-    and standard deviation of its entries in S,
+    The formula at the end of "diversity re-initialization" in that paper's section 3. Column-wise
+    sampling: S is floor(ratio * F) of the expert's F channels, the same set for all three matrices
+    (`key` is the expert's). For each matrix, with mu and sigma the mean and standard deviation of
+    its entries in S,
 
         W' = I_S * R + (1 - I_S) * W,   R ~ normal(mu, sigma^2),
 
-    I_S the indicator of S. Drawn by NumPy, so that the bits are the same on every platform and
-    however the expert is read. The paper's converter also permutes each expert's channels, which
-    changes no function, and takes another S for each matrix; here S is the paper's one set.
+    I_S the indicator of S. NumPy draws the values, so the bits are the same on every platform. The
+    paper's converter differs in two points: it also permutes each expert's channels, which changes
+    no function, and it samples another S for each matrix; the paper's text has one set, as here.
+
+    Raises InputError if the drawn values are not finite.
     """
     sampling, *matrices = (
         np.random.default_rng(np.asarray(jax.random.key_data(own)))
@@ -49,7 +51,7 @@ def drop(
     new = np.array(expert)
 
     def redraw(place: int, own: np.random.Generator) -> None:
-        # Some channels at a time: an expert of a large model is hundreds of megabytes.
+        # Some channels at a time: one expert of a large model has hundreds of megabytes.
         some = np.split(channels + place * width, range(_CHANNELS, len(channels), _CHANNELS))
         mean, std = _moments(new, some)
         for rows in some:
@@ -58,9 +60,9 @@ def drop(
                 drawn = noise * std + mean
             if not np.isfinite(drawn).all():
                 raise InputError(
-                    "drop-upcycling draws weights like those that are there, and some of these are "
-                    f"not finite, or too large for their deviation ({std}): look for a damaged "
-                    "tensor in the source"
+                    "drop-upcycling draws from the source's mean and standard deviation, but these "
+                    f"are not finite or too large (std {std}): look for a damaged tensor in the "
+                    "source"
                 )
             new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
 
@@ -72,30 +74,29 @@ def drop(
 def _moments(
     matrix: Float[np.ndarray, "F X"], some: list[Int[np.ndarray, " _"]]
 ) -> tuple[np.float32, np.float32]:
-    """Mean and standard deviation of the entries in these rows."""
     size = sum(map(len, some)) * matrix.shape[1]
-    with np.errstate(over="ignore", invalid="ignore"):  # seen in what is drawn
+    with np.errstate(over="ignore", invalid="ignore"):  # checked in the drawn values
         mean = sum(matrix[rows].astype(np.float64).sum() for rows in some) / size
         squares = (np.square(matrix[rows].astype(np.float64) - mean).sum() for rows in some)
         return np.float32(mean), np.float32(np.sqrt(sum(squares) / size))
 
 
 def virtual_group_rows(moe: MoEConfig) -> Int[np.ndarray, " E"]:
-    """For each expert, the expert whose row of the router it starts with.
+    """Returns, for each expert, the expert whose router row it starts with.
 
-    NVShard (arXiv 2410.07524), "virtual group initialization": section 2.3, in words and without
-    an equation, and the pseudo-code of appendix A. What has to hold is that the T_I chosen experts
-    are one copy of every slice. Rows shared by the copies of one *slice* would give all of them
-    equal logits, and the best T_I = G_I experts would be copies of a single slice. Rows shared by
-    the slices of one *copy* do it, and so does the paper's code: the best copy is chosen as a
-    whole, at equal weights; of T_I = k G_I, the best k copies.
+    NVShard (arXiv 2410.07524), "virtual group initialization": section 2.3 (words, no equation) and
+    the pseudo-code of appendix A. The T_I chosen experts must be one copy of every slice. If the
+    copies of one *slice* shared a row, they would all have equal logits, and the best T_I = G_I
+    experts would be copies of a single slice. So the slices of one *copy* share a row, as in the
+    paper's code: the best copy is chosen as a whole, with equal weights; for T_I = k G_I, the best
+    k copies.
 
-    The weights are scaled by Eq. 2 (section 2.3.1): by N G_I / T_I in all, for a softmax over all
-    experts, each of which then has the weight 1/N. Over the T_I chosen ones, as here, each has
-    1/T_I, and the same reasoning gives G_I. Eq. 2 puts the factor's cube root into each matrix,
-    which is exact for the paper's squared ReLU and not for SwiGLU. Here the whole factor is in the
-    down-projections, as in every start without a shared expert: the layer is the dense FFN, to
-    rounding.
+    Scale of the weights (Eq. 2, section 2.3.1): the paper has N G_I / T_I in total, for a softmax
+    over all experts, which gives each the weight 1/N. Here the softmax is over the T_I chosen ones,
+    each has 1/T_I, and the same reasoning gives G_I. Eq. 2 puts the factor's cube root into each
+    matrix, which is exact for the paper's squared ReLU but not for SwiGLU. Here the
+    down-projections take the whole factor, as in every start without a shared expert, and the layer
+    equals the dense FFN up to rounding.
     """
     slices = moe.intermediate_granularity
     return np.arange(moe.num_experts) // slices * slices

@@ -1,7 +1,7 @@
-"""Verifies that a conversion's target holds its source: every tensor, bit for bit.
+"""Verifies a conversion: compares every tensor of the target with its source, bit for bit.
 
-An upcycled target is checked in the opposite direction from its making: its experts' slices are
-laid back over the dense FFN, which every set of copies has to cover.
+Upcycled experts are checked in the opposite direction from `upcycle.py`: each is compared with the
+slice of the dense FFN that its number implies.
 """
 
 import dataclasses
@@ -32,29 +32,29 @@ from finermoe_jax.weights.upcycle import DRAWN, upcycled
 
 @dataclasses.dataclass
 class Report:
-    """Hugging Face tensors of the target by what they were compared with."""
+    """Counts of the target's Hugging Face tensors by how they were compared."""
 
     copied: int = 0
     slices: int = 0
     drawn: int = 0
-    anew: int = 0
-    squares: float = 0.0  # of the drawn values
-    values: int = 0  # that were drawn
-    cast: str = ""  # said of what was compared after a cast
-    digest: str = ""  # xxh3_128 of all values in the decoder's order, whatever the container
+    recomputed: int = 0
+    squares: float = 0.0  # sum over the drawn values
+    values: int = 0  # number of drawn values
+    cast: str = ""  # note on values compared after a cast
+    digest: str = ""  # xxh3_128 of all values in the decoder's order; the same for both formats
     differences: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
         if self.copied:
             lines.append(f"{self.copied:>8,} tensors equal the source's bit for bit{self.cast}")
-        if self.anew:
-            lines.append(f"{self.anew:>8,} tensors equal those made anew from the source")
+        if self.recomputed:
+            lines.append(f"{self.recomputed:>8,} tensors equal those recomputed from the source")
         if self.slices:
             lines.append(f"{self.slices:>8,} slices make up the source's FFNs bit for bit")
         if self.drawn:
             deviation = math.sqrt(self.squares / self.values)
-            lines.append(f"{self.drawn:>8,} tensors drawn, all finite, deviation {deviation:.4f}")
+            lines.append(f"{self.drawn:>8,} random tensors, all finite, std {deviation:.4f}")
         return "\n".join([*lines, f"xxh3_128 of all values: {self.digest}"])
 
 
@@ -69,24 +69,23 @@ def verify(
     dtype: str | None = None,
     stated: bool = False,
 ) -> Report:
-    """Verifies that `target` is what `convert` with the same arguments makes.
+    """Verifies that `target` is what `convert` would write with the same arguments.
 
-    Source and target may each be a HF directory or a finermoe checkpoint. Of a checkpoint the
-    files' checksums are compared as well. If the target was cast, the source's values are cast for
-    the comparison. A few blocks are in memory at a time.
+    Source and target may each be a HF directory or a finermoe checkpoint; of a checkpoint, the
+    files' checksums are compared as well. If the target was cast, the source is cast for the
+    comparison. Experts that are not plain slices of the dense FFN are upcycled again and compared.
+    Only a few blocks are in memory at a time.
 
     Args:
-      source, target, moe, stated: as in the conversion.
-      to: as in the conversion. None treats a target in either form as the result of "orbax", so
-        that an export can be compared with the original dense model.
-      upcycling: as in the conversion. Experts that are not the dense FFN's slices are compared with
-        experts upcycled again.
-      seed: the conversion's. Its random values are drawn again and compared to all but the last few
-        bits, which depend on the CPU. None: random values only have to be finite.
-      dtype: the weights' in the target; None: the source's.
+      to: the target's format. None accepts both formats as the result of "orbax", to compare an
+        export with the original dense model.
+      seed: random values are drawn again and compared up to the last few bits, which depend on the
+        CPU. None: random values only have to be finite.
+      dtype: dtype of the target's weights; None: the source's.
 
-    Raises InputError: another form or architecture than was asked for, damage, or the tensors that
-    differ.
+    Raises:
+      InputError: another format or architecture than these arguments imply, damage, or tensors that
+        differ; the message lists them.
     """
     target = Path(local(target))
     if to is not None:
@@ -98,7 +97,7 @@ def verify(
     if made.stored != asked or len(asked) > 1:
         raise InputError(
             f"{target} stores {' and '.join(made.stored)}, not {' and '.join(asked)}"
-            + ("" if dtype else f" as {source} does: give the conversion's --dtype")
+            + ("" if dtype else f" as {source} does: pass the --dtype of the conversion")
         )
     wanted, again = given.config, given.weights
     if to != "hf":
@@ -106,26 +105,22 @@ def verify(
         wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
     _check_files(given, made.files, to, str(stored))
-    anew = bool(upcycling.drop_ratio or upcycling.function_preserving)
-    report = _compared(given, made, again, seed is not None, anew, f"verifying {target.name}")
+    recomputed = bool(upcycling.drop_ratio or upcycling.function_preserving)
+    report = _compared(given, made, again, seed is not None, recomputed, f"verifying {target.name}")
     for model in (given, made):
         model.refuse_changed()
     if report.differences:
         raise InputError(
-            f"{target} is not what {source} becomes: {len(report.differences)} tensors differ:"
+            f"{target} is not the conversion of {source}: {len(report.differences)} tensors differ:"
             + listing(report.differences, 20)
         )
     return report
 
 
 def _compared(
-    given: ModelSource, made: ModelSource, again: Weights, draws: bool, anew: bool, title: str
+    given: ModelSource, made: ModelSource, again: Weights, draws: bool, recomputed: bool, title: str
 ) -> Report:
-    """Compares all blocks of `made` with what the source implies.
-
-    `again` are the weights, upcycled again. With `anew` experts are compared with these, with
-    `draws` the random values.
-    """
+    """Compares all blocks of `made` with the source or `again`, the weights upcycled again."""
     new_experts = again is not given.weights
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:
@@ -137,7 +132,7 @@ def _compared(
         for path, array in made.weights.items():
             drawn = new_experts and path[-1] in DRAWN
             expected = None
-            if new_experts and (anew or (drawn and draws)):
+            if new_experts and (recomputed or (drawn and draws)):
                 expected = again[path]
             elif not drawn:
                 expected = _expected(given, made.config, path, array.shape)
@@ -150,7 +145,7 @@ def _compared(
             kind = "copied"
             if new_experts:
                 compared = "slices" if kinds[path].bank else "copied"
-                kind = "drawn" if drawn else "anew" if anew else compared
+                kind = "drawn" if drawn else "recomputed" if recomputed else compared
             setattr(report, kind, getattr(report, kind) + table[path].count)
     report.digest = digest.hexdigest()
     return report
@@ -161,15 +156,15 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
     if found != to:
         forms = {"hf": "a Hugging Face directory", "orbax": "an Orbax checkpoint"}
         raise InputError(
-            f"{target} is {forms[found]}, and --to={to} asks for {forms[to]}: say --to={found}, or "
-            "name another target"
+            f"{target} is {forms[found]}, and --to={to} asks for {forms[to]}: pass --to={found} "
+            "or name another target"
         )
 
 
 def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
-    """Compares the files beside the weights: the tokenizer and, of an export, all that loads it."""
+    """Compares the files beside the weights: the tokenizer and, for an export, config and code."""
     exported = (made / "config.json").is_file()
-    # An export states the ends of text itself.
+    # An export has its own generation_config.json.
     wanted = {
         name: content
         for name, content in kept_files(given.files).items()
@@ -183,14 +178,14 @@ def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> 
     for name, content in wanted.items():
         if not (made / name).is_file() or (made / name).read_bytes() != content:
             raise InputError(
-                f"{made / name} is missing or not what {given.files} implies: make it anew"
+                f"{made / name} is missing or not what {given.files} implies: convert again"
             )
 
 
 def _check_architectures(source: str, given: ModelConfig, target: Path, made: ModelConfig) -> None:
     def comparable(config: ModelConfig) -> dict[str, Any]:
         values = dataclasses.asdict(config)
-        # What a Hugging Face directory does not say.
+        # Not stated in a Hugging Face directory.
         del values["initializer_range"]
         if config.moe is not None:
             values["moe"]["shared_expert_intermediate_size"] = config.shared_expert_size
@@ -200,8 +195,7 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
         f"{target} has another architecture than {source}",
         comparable(made),
         comparable(given),
-        "give the source that the target was made of, the conversion's --config, and --to=hf if it "
-        "was an export",
+        "pass the conversion's own --source and --config, and --to=hf if it was an export",
         "as the source and the config imply",
     )
 
@@ -209,7 +203,7 @@ def _check_architectures(source: str, given: ModelConfig, target: Path, made: Mo
 def _expected(
     given: ModelSource, made: ModelConfig, path: ParamPath, shape: tuple[int, ...]
 ) -> LazyArray:
-    """The values that the source implies for a parameter of the target; none is drawn at random."""
+    """Returns the values that the source implies for a parameter that is not drawn at random."""
     weights = given.weights
     if given.config.moe is not None or made.moe is None:
         return weights[path]
@@ -218,7 +212,7 @@ def _expected(
     layers, name = run_layers(made, path[1], path[2]), path[3:]
     if parameter_kinds(made)[path].bank:
         return _slices(given, made, layers, name[1], shape)
-    # A dense model is one stack of all layers; the shared expert is its FFN.
+    # A dense model has one stack of all layers. Its FFN is the shared expert.
     stack = weights["runs", 0, 0, *(("mlp", name[2]) if name[:2] == ("moe", "shared") else name)]
 
     return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
@@ -231,7 +225,7 @@ def _slices(
     name: str,
     shape: tuple[int, ...],
 ) -> LazyArray:
-    """The dense FFN's part that each expert has to be (Eq. 9-10), one expert after the other."""
+    """The slice of the dense FFN that each expert must equal (Eq. 9-10), one expert at a time."""
     moe = made.moe
     assert moe is not None
     numbers = (
@@ -266,7 +260,7 @@ def _compare(
     expected: LazyArray | None,
     drawn: bool,
 ) -> None:
-    """Adds the names of the tensors of a block that are not as expected."""
+    """Adds the tensors of a block that differ from the expected values to the report."""
     wanted = None if expected is None else np.ascontiguousarray(expected[index])
     if drawn:
         numbers = values.astype(np.float64)
@@ -287,7 +281,7 @@ def _compare(
         if not wrong[place].any():
             continue
         at = tuple(index[axis].start + i for axis, i in enumerate(place))
-        # Gate and up are stored in one array, of which the block may hold a part.
+        # Gate and up share one array, and the block may hold part of it.
         whole = np.zeros(shape[leading:], bool)
         whole[index[leading:]] = wrong[place]
         for rule in where.rules:

@@ -27,43 +27,50 @@ def expert_ffn(
     first_expert: Index | None = None,
     scales: tuple[Array, Array] | None = None,
 ) -> Array:
-    """Row m of expert e: weight_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e.
+    """Computes a weighted SwiGLU expert for every row; rows are sorted by expert.
 
-    Dropless for every distribution of rows; differentiable in every array but group_sizes.
+    Row m of expert e is row_weights_m * (silu(x_m Wg_e^T) * (x_m Wu_e^T)) Wd_e. Dropless for every
+    distribution of rows. Differentiable in every array but group_sizes.
 
     Args:
-      rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, as the weights.
+      rows: [M, D], sorted by expert; float32, bfloat16 or (not on TPU) float16, like the weights.
       gate_up: [N, 2F, D], the F gate rows first, then the F up rows.
       down: [N, F, W].
-      group_sizes: int32 [E], rows of each expert; they sum to M. Only weights of experts that own
-        a row are read (but by "reference").
+      group_sizes: int32 [E], rows of each expert; they sum to M. Weights of experts without rows
+        are not read, except by "reference". Under jit the sum is not checked, and rows past it get
+        unspecified values.
       row_weights: [M].
       implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX, work
-        proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: by the
-        platform compiled for (pallas_kernels.platform).
-      interpret: True, or Pallas' own parameters: run "tpu" or "gpu" interpreted, on any device.
-      first_expert: int32, 0 ... N - E: the expert of the first group. None: there are as many
-        groups as experts.
-      scales: float32 [N, 2F] and [N, W] of int8 weights, one for each output. "cpu" computes these
-        on every platform, forward only.
+        proportional to the rows), "tpu" (Pallas), "gpu" (Pallas on Mosaic GPU), or None: chosen by
+        the platform compiled for (`pallas_kernels.platform`).
+      interpret: True, or parameters of Pallas's interpreter: runs "tpu" or "gpu" on any device.
+      first_expert: int32 in 0 ... N - E, the expert of the first group. None: E must equal N.
+      scales: float32 [N, 2F] and [N, W], one scale per output of int8 weights. These always run as
+        "cpu", forward only.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
 
     Raises:
-      ValueError: shapes or dtypes that contradict each other, group sizes (where concrete) that
-        are negative or do not sum to M, an unknown implementation, interpret without a kernel,
-        int8 weights without scales.
-      NotImplementedError: a device that the chosen implementation has no kernel for.
+      ValueError: shapes or dtypes that contradict each other, group sizes (if concrete) that are
+        negative or do not sum to M, an unknown implementation, interpret without a Pallas kernel,
+        or int8 weights without scales.
+      NotImplementedError: the chosen implementation has no kernel for this device.
 
-    Under a trace group sizes are not checked; rows past their sum get unspecified values.
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels.expert_ffn import expert_ffn
+      >>> rows = jnp.ones((3, 8))  # two rows of expert 0, one of expert 1
+      >>> gate_up, down = jnp.ones((2, 2 * 4, 8)), jnp.ones((2, 4, 6))
+      >>> y = expert_ffn(rows, gate_up, down, jnp.array([2, 1]), jnp.array([1.0, 1.0, 0.5]))
+      >>> y.shape
+      (3, 6)
     """
     _check(rows, gate_up, down, group_sizes, row_weights, first_expert, scales is not None)
     first = 0 if first_expert is None else first_expert
     if scales is not None:
         return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first, scales)
     how = _how(rows, implementation, interpret)
-    # A run of one layer, whose gradient is these experts' own.
     run = tuple(w[None] for w in of_window(gate_up, down, first, len(group_sizes)))
     y, run = _ffn(how, rows, row_weights, run, gate_up, down, group_sizes, first, 0)
     return unread(empty_like(run), y, run)
@@ -83,30 +90,20 @@ def expert_ffn_of_run(
 ) -> tuple[Array, tuple[Array, ...]]:
     """`expert_ffn` with the experts of one layer of a run, read and differentiated in place.
 
-    A loop over layers carries `gradients` from call to call. Nothing reads them; only their
-    cotangents count. The cotangent that arrives from the layer above, a stack of the run's
-    shape, is passed to the layer below with this layer's gradients written into it. After the
-    loop's backward pass it is therefore the gradient of the whole run, each entry written once.
-    `unread` begins that pass. The weights themselves are constants (take stop_gradient of them).
+    A loop over layers carries `gradients` from call to call. Their values are not read; only their
+    cotangents matter. Each layer receives from the layer above a cotangent of the run's shape,
+    writes its own gradients into it, and passes it to the layer below. After the loop's backward
+    pass this is the gradient of the whole run, each entry written once. `unread` starts that pass.
+    The weights themselves must be constants (stop_gradient).
 
-    Args:
-      rows: [M, D], sorted by expert.
+    Args and errors are those of expert_ffn, except:
       gate_up: [L, E, 2F, D], of L layers.
       down: [L, E, F, W].
-      group_sizes: int32 [E].
-      row_weights: [M].
       layer: int32, 0 ... L - 1.
-      gradients: arrays of the weights' shapes, in the dtypes in which their gradients are kept;
-        empty: the weights get no gradient, and none is computed.
-      implementation: as in expert_ffn.
-      interpret: as in expert_ffn.
-      adds: adds this layer's gradients to what is stored in their place, not overwriting it.
+      gradients: arrays of the weights' shapes, in the dtypes of their gradients; empty: none.
+      adds: adds this layer's gradients to the stored values instead of overwriting them.
 
-    Returns:
-      [M, W] as of expert_ffn, and `gradients`, to be handed on.
-
-    Raises:
-      ValueError, NotImplementedError: as expert_ffn.
+    Returns [M, W] as expert_ffn, and `gradients`, to pass to the next call.
     """
     one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
     _check(rows, one[0], one[1], group_sizes, row_weights)
@@ -118,15 +115,11 @@ def expert_ffn_of_run(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unread(empty: Callable[[], tuple[Array, ...]], x: Any, gradients: tuple[Array, ...]) -> Any:
-    """x. What the calls for a run handed on ends here, and its cotangent begins as `empty()`.
+    """Returns x. `gradients` of the last call end here; their cotangents start as `empty()`.
 
-    That may hold any values, since zeros would be a write of all experts. Right only where the
-    backward pass then writes every expert of every layer, as calls without `adds` do.
-
-    Args:
-      empty: makes arrays like `gradients`, for instance by lax.empty.
-      x: what depends on all of the calls.
-      gradients: of the last call.
+    These may hold any values, since zeros would cost a write of all experts. Valid only if the
+    backward pass then writes every expert of every layer, as calls without `adds` do. x must depend
+    on all of the calls.
     """
     return x
 
@@ -138,7 +131,7 @@ unread.defvjp(
 
 
 def empty_like(arrays: tuple[Array, ...]) -> Callable[[], tuple[Array, ...]]:
-    """Makes arrays of these shapes and dtypes, without a value."""
+    """Returns a function that makes uninitialised arrays of these shapes and dtypes."""
     shapes = [(array.shape, array.dtype) for array in arrays]
     return lambda: tuple(lax.empty(*shape) for shape in shapes)
 
@@ -153,7 +146,7 @@ def _how(
     rows: Array, implementation: Implementation | None, interpret: Any, adds: bool = False
 ) -> _How:
     chosen = choose(implementation, interpret)
-    return _How("cpu" if not len(rows) else chosen, interpret, adds)  # nothing to launch
+    return _How(chosen if len(rows) else "cpu", interpret, adds)  # no rows: no kernel launch
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +162,7 @@ def _ffn(
     layer: Index,
 ) -> tuple[Array, tuple[Array, ...]]:
     arguments = (rows, gate_up, down, group_sizes, row_weights, first_expert)
-    # A platform's Pallas is imported where it runs: another's may lack what it needs.
+    # Imported here because another platform's Pallas may lack what it needs.
     match how.implementation:
         case "reference":
             y = reference.forward(*arguments)
@@ -189,7 +182,7 @@ def _ffn(
 
 
 def _forward(how: _How, rows: Array, row_weights: Array, gradients: Any, *rest: Any) -> Any:
-    # No gradient is a residual: a loop would keep one for each layer.
+    # Gradients are not residuals: a loop would store them for each layer.
     return _ffn(how, rows, row_weights, gradients, *rest), (rows, row_weights, *rest)
 
 
@@ -249,26 +242,26 @@ def _check(
     (experts, double_f, width), groups = gate_up.shape, len(group_sizes)
     if 0 in (experts, groups):
         raise ValueError(
-            f"gate_up has shape {gate_up.shape} and group_sizes {group_sizes.shape}: there must be "
+            f"gate_up has shape {gate_up.shape} and group_sizes {group_sizes.shape}; there must be "
             "at least one expert"
         )
     window = first_expert is not None and groups <= experts
     for what, got, wanted in (
-        ("gate_up's last axis against rows' width D", width, rows.shape[1]),
-        ("gate_up's middle axis 2F against twice down's F", double_f, 2 * down.shape[1]),
-        ("down's experts against gate_up's", down.shape[0], experts),
-        ("group_sizes' length against the experts", groups, groups if window else experts),
-        ("row_weights' length against the rows", row_weights.shape[0], rows.shape[0]),
+        ("gate_up's last axis must be rows' width D", width, rows.shape[1]),
+        ("gate_up's middle axis must be twice down's F", double_f, 2 * down.shape[1]),
+        ("down must have as many experts as gate_up", down.shape[0], experts),
+        ("group_sizes must have one entry per expert", groups, groups if window else experts),
+        ("row_weights must have one entry per row", row_weights.shape[0], rows.shape[0]),
     ):
         if got != wanted:
             raise ValueError(f"{what}: {got} != {wanted}")
     _check_dtypes(rows, gate_up, down, group_sizes, quantized)
     if not isinstance(group_sizes, jax.core.Tracer):
-        sizes = np.asarray(group_sizes)  # values, under a trace of other arguments too
+        sizes = np.asarray(group_sizes)  # concrete even if other arguments are traced
         if (sizes < 0).any() or sizes.sum() != rows.shape[0]:
             raise ValueError(
-                f"group_sizes must be non-negative and sum to the {rows.shape[0]} rows; they sum "
-                f"to {sizes.sum()}, the smallest is {sizes.min()}"
+                f"group_sizes must be non-negative and sum to the {rows.shape[0]} rows, but they "
+                f"sum to {sizes.sum()} and the smallest is {sizes.min()}"
             )
 
 

@@ -1,10 +1,11 @@
 """expert_ffn in plain JAX, in blocks of rows of one expert.
 
-With some rows for each expert the first of all of them are one block each and computed at once, as
-batched products; a loop over blocks takes what is left. With fewer rows, or many, there is only the
-loop: work and memory traffic are then proportional to the rows, and only experts that own a row are
-read. Where most experts own none, as in decoding, each row meets its expert's weights by itself
-(pallas_kernels/written_out.py).
+* Few rows per expert: the first rows of all experts form one block each, computed together as
+  batched products; a loop over blocks computes the rest.
+* Very few or many rows per expert: only the loop. Work and memory traffic are proportional to the
+  rows, and only experts with rows are read.
+* Most experts without rows, as in decoding: each row is multiplied with its expert's weights
+  individually (pallas_kernels/unrolled.py).
 """
 
 import functools
@@ -16,22 +17,19 @@ from jax import Array, lax
 
 from pallas_kernels.blocks import block_rows, blocks, heads, pad, take
 from pallas_kernels.expert_ffn.window import of_window
-from pallas_kernels.written_out import combined_rows, row_products
+from pallas_kernels.unrolled import combined_rows, row_products
 
-# Mean rows per expert between which reading every expert, and padding it to twice the mean, cost
-# less than a loop's turn for each.
+# Mean rows per expert between which reading every expert, padded to twice the mean, is cheaper than
+# a loop iteration per expert.
 _FEW, _MANY = 4, 32
 
 
 def _blocks(rows: int, experts: int) -> tuple[int, int]:
-    """Rows of a block, and rows of each expert that are computed at once (0: none).
-
-    The rows after these belong to experts with many rows: larger blocks read their weights less
-    often.
-    """
+    """Returns the rows of a block, and rows of each expert that are batched (0: none)."""
     block, mean = block_rows(rows, experts), rows / experts
     if not _FEW <= mean <= _MANY:
         return block, 0
+    # The remaining rows belong to experts with many: larger blocks read weights less often.
     return 4 * block, 8 * math.ceil(2 * mean / 8)
 
 
@@ -57,13 +55,13 @@ def _forward_block(
 def _forward_rows(
     x: Array, gate_up: Array, down: Array, expert: Array, scales: tuple[Array, Array] | None
 ) -> Array:
-    """y [M, W] of few rows, each with an expert of its own; float32."""
+    """y [M, W] of few rows, each with its own expert; float32."""
     x = x.astype(jnp.float32)[:, None]
     hidden = row_products(lambda start, stop: gate_up[expert, :, start:stop], x)
     if scales is not None:
         hidden *= scales[0][expert]
     gate, up = jnp.split(hidden, 2, axis=1)
-    # Rows f, f + step, … are a slice of an axis of their own, which a gather leaves in place.
+    # Rows f, f + step, … are an index of a separate axis, so the gather does not copy.
     experts, f, width = down.shape
 
     def rows(start: int, step: int) -> Array:
@@ -78,8 +76,8 @@ def _backward_block(
 ) -> tuple[Array, Array, Array, Array]:
     """The gradients in x, weight, w_in and w_out of one expert's `own` rows; float32.
 
-    Recomputes the intermediate; nothing of size M x F was stored. What is not own has zeros in
-    x and dy, and whatever an expert without rows holds, NaN or not, stays out of its gradient.
+    Recomputes the intermediate, so nothing of size M x F is stored. x and dy are zero outside the
+    own rows; the masks keep NaN of idle experts' weights out of the gradients.
     """
     w_in, w_out, weight = w_in.astype(jnp.float32), w_out.astype(jnp.float32), weight[:, None]
     gate, up = _hidden(x, w_in)
@@ -104,7 +102,7 @@ def forward(
     first_expert: Array | int,
     scales: tuple[Array, Array] | None = None,
 ) -> Array:
-    """See api.expert_ffn. Blocks are computed in float32, whatever the dtypes."""
+    """As api.expert_ffn. Blocks are computed in float32 for all dtypes."""
     m, experts = rows.shape[0], group_sizes.shape[0]
     if 0 < m <= experts // 2:
         expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
@@ -112,8 +110,8 @@ def forward(
         return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
     block, head = _blocks(m, experts)
     if scales is not None or len(gate_up) != experts:
-        # A batched product would need the layer's experts as an array of its own. Forward a block
-        # of 16 rows costs what one of 8 does, and few experts then have two.
+        # A batched product would need a copy of the layer's experts. In the forward pass a block of
+        # 16 rows costs as much as one of 8, and few experts then have two.
         block, head = max(16, 2 * block_rows(m, experts)), 0
     count, expert, start, _ = blocks(group_sizes, m, block, head)
     x_all = pad(rows, block)
@@ -133,7 +131,7 @@ def forward(
 
 
 def _masked(x: Array, own: Array) -> Array:
-    """Float32, with zeros in place of what is not an expert's own, NaN or not."""
+    """Casts to float32 and zeroes what is not an expert's own, NaN included."""
     own = own.reshape(own.shape + (1,) * (x.ndim - own.ndim))
     return jnp.where(own, x.astype(jnp.float32), 0.0)
 
@@ -151,7 +149,7 @@ def backward(
     first_expert: Array | int,
     dy: Array,
 ) -> tuple[Array, ...]:
-    """The gradients of rows, row_weights, and the window's gate_up and down; float32."""
+    """Returns the gradients of rows, row_weights, and the window's gate_up and down; float32."""
     m, experts = rows.shape[0], group_sizes.shape[0]
     block, head = _blocks(m, experts)
     count, expert, start, own = blocks(group_sizes, m, block, head)
@@ -160,7 +158,7 @@ def backward(
     def body(b: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dx_all, dweight_all, dw_in_all, dw_out_all = carry
         e, s = expert[b], start[b]
-        # Rows of the next expert must not reach this one's weight gradient.
+        # The next expert's rows must not contribute to this one's weight gradient.
         mine = jnp.arange(block) < own[b]
         x, dy = (_masked(take(a, s, block), mine) for a in (x_all, dy_all))
         dx, dweight, dw_in, dw_out = _backward_block(

@@ -1,14 +1,14 @@
 """expert_ffn on Hopper GPUs: gate, up, activation, down and routing weight in one kernel.
 
-Letters: E experts, M rows, D model width, F intermediate, W output width; F' is F up to a multiple
-of 64. hopper.py says how a block works: one warpgroup copies into a ring, two multiply out of it,
-who waits for whom, what a tile is. grouped_matmul/mosaic_gpu.py says what float32, Blackwell and
-older GPUs get: float32, and experts of more than MAX_FUSED_F, go through its grouped matmuls one
-after the other; Blackwell goes through cpu.py.
+Letters: E experts, M rows, D model width, F intermediate, W output width; F' is F rounded up to a
+multiple of 64. hopper.py describes a block: one warpgroup copies into a ring, two multiply out of
+it, and barriers synchronise them. grouped_matmul/mosaic_gpu.py describes float32, Blackwell and
+older GPUs: float32, and experts with F above MAX_FUSED_F, use its grouped matmuls one after the
+other; Blackwell uses cpu.py.
 
-**Forward.** Shared memory does not hold an expert, but it holds what a tile of R rows needs between
-the two products: `active`, the activated intermediate, [R, F'] in the dtype of rows. It never
-reaches HBM. An item is such a tile; its stages, in this order:
+**Forward.** An expert does not fit in shared memory, but the intermediate of one tile does:
+`active`, the activated intermediate of R rows, [R, F'] in the dtype of rows. It never reaches HBM.
+An item is such a tile; its stages, in this order:
 
     copies                                       multiply
     1 for each chunk of 128 columns of F,        acc += x ring · (w ring)^T: 64 rows of gate and up
@@ -16,22 +16,23 @@ reaches HBM. An item is such a tile; its stages, in this order:
       x ring ◀── x [R rows, 64]                    silu(gate) · up ──▶ active [.., the chunk]
       w ring ◀── gate [128, 64], up [128, 64]
     2 (does not wait: only the ring limits it)   R = 64: waits at `both` for the other warpgroup,
-                                                 which made the other columns of active
+                                                 which computed the other columns of active
     3 for each tile of 128 columns of W,         acc += active [.., 64 of F] · w ring
       for each 64 of F:                          after the tile's last step:
       w ring ◀── down [64, 128]                    acc · routing weight ──▶ y, through the stage
     4                                            R = 64: waits at `both`, so that neither writes
                                                  active while the other still multiplies it
 
-R is 128 where [128, F'] leaves room for the ring (F' up to 384) and 64 otherwise. The warpgroups
-share the rows of a tile of 128 (each makes, and then multiplies, 64 rows of active) and the columns
-of a tile of 64 (each makes one of a chunk's two blocks, and one of the two of a tile of W).
+R is 128 if [128, F'] leaves room for the ring (F' up to 384), otherwise 64. The two warpgroups
+split the rows of a tile of 128 (each computes, and then multiplies, 64 rows of active) and the
+columns of a tile of 64 (each computes one of a chunk's two blocks, and one of the two of a tile of
+W).
 
-**Backward.** Nothing of size M x F is kept from the forward pass. One kernel recomputes gate and
-up, multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
+**Backward.** The forward pass stores nothing of size M x F. One kernel recomputes gate and up,
+multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
 activated intermediate times the routing weight, and the gradient of the routing weight. Three
-grouped matmuls make the gradients of rows, gate_up and down of these. An item of the kernel is a
-tile of 128 rows; a warpgroup has 64 of them. Its stages, for each block of 64 columns of F:
+grouped matmuls turn these into the gradients of rows, gate_up and down. An item of the kernel is a
+tile of 128 rows, 64 per warpgroup. Its stages, for each block of 64 columns of F:
 
     copies                                       multiply
     1 for each 64 of D:                          acc  += x ring · (w ring)^T: gate and up
@@ -44,24 +45,24 @@ tile of 128 rows; a warpgroup has 64 of them. Its stages, for each block of 64 c
                                                  ──▶ dhidden, dhidden, active, through the stage;
                                                  sums active · gradient over F for each row
     after the last block                         that sum, the routing weight's gradient
-                                                 ──▶ dweights, through a stage of its own
+                                                 ──▶ dweights, through a separate stage
 
 **Bytes.** With T tiles = sum over experts of ceil((rows + o) / R), o < 8 (see grouped_matmul), and
-elements of two bytes, the copies bring in, in elements,
+elements of two bytes, the copies read, in elements,
 
     forward:                T (ceil(F / 128) R D + 2 F' D + F' W)
     fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W),   here R = 128
 
-and write M W and 3 M F'. HBM carries less: a tile's rows are read again and again by the one
-multiprocessor that needs them, and an expert's weights by those that work on its tiles side by
-side. Both therefore come from the L2 cache after the first read. At best, then,
+and write M W and 3 M F'. HBM traffic is lower: one multiprocessor reads a tile's rows repeatedly,
+and several read an expert's weights at the same time, so both come from the L2 cache after the
+first read. The best case is
 
     forward:   M D + X + M W                             X = touched experts' 3 matrices
     backward:  M (3 D + 2 W) + 8 M F' + X + Y + gradients         Y = their gate and up
 
-of which the forward is the lower bound itself. Backward that would be M (2 D + W) + X + gradients:
-reading rows, cotangent, gate and up twice, and the intermediates' round trips, is the price of
-matrix products whose sums live in registers.
+The forward pass thus reaches its lower bound. That of the backward pass is M (2 D + W) + X +
+gradients. The difference, two reads of rows, cotangent, gate and up and the intermediates' round
+trips, is the price of matrix products that accumulate in registers.
 """
 
 import dataclasses
@@ -89,10 +90,10 @@ from pallas_kernels.hopper import (
     padded,
 )
 
-# Columns of F and of W come in blocks of this many; W in tiles of several.
+# F and W are processed in blocks of 64 columns; a tile of W has several blocks.
 BLOCK = 64
 W_BLOCKS = 2
-# The activated intermediate of 128 rows has this much shared memory at most; the ring has the rest.
+# Most shared memory for the activated intermediate of 128 rows; the ring has the rest.
 _ACTIVE_BYTES = 96 * 1024
 _RING_AND_ACTIVE_BYTES = 200 * 1024
 MAX_FUSED_F = 896
@@ -107,10 +108,10 @@ def forward(
     first_expert: Array | int,
     interpret: Interpret,
 ) -> Array:
-    """See api.expert_ffn. Weights of an expert without rows reach nothing.
+    """As api.expert_ffn. Weights of an expert without rows do not affect the result.
 
-    Weights are cast to a two-byte dtype of rows. Those that need a cast or padding for TMA are
-    copied, the window's alone; others are read in place.
+    Weights are cast to a two-byte dtype of rows. If they need a cast, or padding for TMA, the
+    window is copied; otherwise they are read in place.
 
     Raises:
       NotImplementedError: a GPU older than Hopper.
@@ -139,9 +140,9 @@ def backward(
     dy: Array,
     interpret: Interpret,
 ) -> tuple[Array, ...]:
-    """The gradients of rows, row_weights, and the window's gate_up and down, in their dtypes.
+    """Returns the gradients of rows, row_weights and the window's weights, in their dtypes.
 
-    That of an expert without rows is exactly 0.
+    Those of an expert without rows are exactly 0.
     """
     if not hopper.uses_wgmma(interpret):
         return cpu.backward(rows, gate_up, down, group_sizes, row_weights, first_expert, dy)
@@ -186,11 +187,10 @@ def _prepare(
     row_weights: Array,
     first_expert: Array | int,
 ) -> tuple[Array, Array, Array, Array, Array | int]:
-    """The kernels' arrays: [M, D], [2N, F, D] and [N, F, W] padded for TMA, float32 weights, and
-    the first expert of the N.
+    """Returns the kernels' arrays, padded for TMA, and the first expert.
 
-    A half of an expert's gate_up is an array of its own. TMA fills what is past its F rows with
-    zeros, which then stand in place of the other half's rows.
+    [M, D] rows, [2N, F, D] gate and up, [N, F, W] down, float32 weights. Gate and up are separate
+    matrices: TMA fills rows past F with zeros rather than with the other half's rows.
     """
     ready = gate_up.dtype == down.dtype == rows.dtype
     if not (ready and gate_up.shape[2] % STEP == 0 and down.shape[2] % STEP == 0):
@@ -199,14 +199,14 @@ def _prepare(
         first_expert = 0
     f = down.shape[1]
     halves = gate_up.astype(rows.dtype).reshape(-1, f, gate_up.shape[2])
-    # A tile reads the weights of all its rows, also of those past the last.
+    # A tile reads weights of all its rows, including those past the last.
     weights = jnp.pad(row_weights.astype(jnp.float32), (0, 8 + TILE_ROWS))
     w_out = padded(down.astype(rows.dtype))
     return padded(rows), padded(halves), w_out, weights, first_expert
 
 
 def _row_weights(weights: Any, first: Array) -> Array:
-    """float32 [64, BLOCK]: the weights of 64 rows from `first` on, in every column."""
+    """float32 [64, BLOCK]: the weights of 64 rows from `first` on, repeated in every column."""
     column = plgpu.load(
         weights.at[pl.ds(first, WARPGROUP_ROWS)],
         layout=plgpu.Layout.WGMMA.reduce(1),
@@ -222,7 +222,7 @@ def _sigmoid(x: Array) -> Array:
 def _gate_and_up(
     refs: "_ForwardRefs | _BackwardRefs", expert: Array, first: Array, blocks: int, depth: Any
 ) -> list[tuple[Any, Any, Any]]:
-    """Copies of the gate rows of some blocks, the first at `first`, and after them the up rows."""
+    """Copies of the gate rows of some blocks, from `first` on, then of the up rows."""
     rows = blocks * BLOCK
     some_f = pl.ds(first, rows)
     return [
@@ -241,7 +241,7 @@ def _gate_up_block(values: Array, block: int) -> tuple[Array, Array]:
 
 
 def tile_rows(f: int) -> int:
-    """Rows of a tile of the forward kernel."""
+    """Returns the rows of a tile of the forward kernel."""
     whole = TILE_ROWS * -(-f // BLOCK) * BLOCK * 2 <= _ACTIVE_BYTES
     return TILE_ROWS if whole else WARPGROUP_ROWS
 
@@ -280,10 +280,10 @@ def _forward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """The partition of the forward kernel, in numbers known when it is compiled."""
+    """Compile-time partition of the forward kernel."""
 
     tile: int  # rows
-    split: bool  # the warpgroups share the columns of a tile instead of its rows
+    split: bool  # the warpgroups split the columns of a tile instead of its rows
     f_blocks: int  # blocks of F, two a chunk
     d_steps: int  # steps of D
     w_tiles: int  # tiles of W
@@ -292,8 +292,6 @@ class _Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _ForwardRefs(Scratch):
-    """The references that a block of the forward kernel reads, writes and works in."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, D]
@@ -304,11 +302,11 @@ class _ForwardRefs(Scratch):
     _: dataclasses.KW_ONLY
     w_ring: Any
     active: Any  # [tile, F']
-    both: Any  # passes when both warpgroups have arrived
+    both: Any  # barrier of both warpgroups
 
     @property
     def ring(self) -> Ring:
-        """Slots of [tile, STEP] of x, and of gate, then up, or of down, [4 BLOCK, STEP]."""
+        """Slots of x, [tile, STEP], and of gate then up, or of down, [4 BLOCK, STEP]."""
         return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
 
 
@@ -321,7 +319,7 @@ class _Half:
 
     @property
     def rows(self) -> Any:
-        """Of the tile."""
+        """The rows within the tile."""
         return pl.ds(self.offset, WARPGROUP_ROWS)
 
 
@@ -335,9 +333,9 @@ def _forward_block(plan: _Forward, refs: _ForwardRefs) -> None:
 
 
 def _chunks(f_blocks: int, chunk: Any, carry: Any) -> Any:
-    """chunk(number, blocks, carry) for F two blocks at a time, the last one alone if odd."""
+    """Calls chunk(number, blocks, carry) for two blocks of F at a time; the last may be alone."""
     carry = lax.fori_loop(0, f_blocks // 2, lambda c, carry: chunk(c, 2, carry), carry)
-    # A number that Pallas takes for dynamic: the last blocks may reach past F.
+    # Dynamic, as the last blocks may reach past F.
     return chunk(jnp.int32(f_blocks // 2), 1, carry) if f_blocks % 2 else carry
 
 
@@ -367,17 +365,16 @@ def _copy_forward(plan: _Forward, refs: _ForwardRefs, index: Array, step: Array)
         ]
 
     step = _chunks(plan.f_blocks, hidden, step)
-    # A slot is full after three arrivals; here no rows of x are among them.
+    # A slot is full after three arrivals; here there is no copy of x.
     return hopper.fill(refs.ring, step, plan.f_blocks * plan.w_tiles, down, missing=1)
 
 
 def _multiply_forward(
     plan: _Forward, refs: _ForwardRefs, half: _Half, index: Array, step: Array
 ) -> Array:
-    """Makes active, then the output of an item."""
     step = _chunks(plan.f_blocks, functools.partial(_activate, plan, refs, half), step)
     plgpu.commit_smem()
-    _meet(plan, refs)  # the other half of the columns is the other warpgroup's
+    _sync(plan, refs)  # the other warpgroup computed the other half of the columns
 
     first = hopper.first_row(refs.table, index) + half.offset
     own = hopper.own_rows(refs.table, index, half.offset)
@@ -397,16 +394,15 @@ def _multiply_forward(
         return step + plan.f_blocks
 
     step = lax.fori_loop(0, plan.w_tiles, tile, step)
-    _meet(plan, refs)  # neither may overwrite what the other still multiplies
+    _sync(plan, refs)  # active must not be overwritten while the other still multiplies it
     return step
 
 
 def _activate(
     plan: _Forward, refs: _ForwardRefs, half: _Half, chunk: Array, blocks: int, step: Array
 ) -> Array:
-    """silu(gate) * up of one or two blocks of F goes to active; returns the step after it."""
-    # In the ring: gate, then up. Whole rows take both at once; a half of the columns takes its own
-    # block of each.
+    """Writes silu(gate) * up of one or two blocks of F to active; returns the next step."""
+    # Ring: gate, then up. Split by rows, a warpgroup takes both; by columns, one block of each.
     columns, starts = 2 * blocks * BLOCK, cast(list[Array | int], [0])
     if plan.split:
         columns, starts = BLOCK, [half.warpgroup * BLOCK, (half.warpgroup + 2) * BLOCK]
@@ -432,7 +428,7 @@ def _activate(
 def _down(
     plan: _Forward, refs: _ForwardRefs, half: _Half, first: Array | int, blocks: int, step: Array
 ) -> list[Array]:
-    """Active times down, [64, BLOCK] each: `blocks` blocks of a tile of W, from its `first` on."""
+    """Active times down, [64, BLOCK] each: `blocks` blocks of a tile of W, from `first` on."""
 
     def accumulate(*accs: Any) -> None:
         def multiply(i: Array, slot: Array) -> None:
@@ -446,8 +442,8 @@ def _down(
     return hopper.sums(accumulate, *[BLOCK] * blocks)
 
 
-def _meet(plan: _Forward, refs: _ForwardRefs) -> None:
-    """Waits for the other warpgroup where both make columns of the same rows."""
+def _sync(plan: _Forward, refs: _ForwardRefs) -> None:
+    """Waits for the other warpgroup if both compute columns of the same rows."""
     if plan.split:
         plgpu.barrier_arrive(refs.both)
         plgpu.barrier_wait(refs.both)
@@ -466,10 +462,9 @@ def _backward_kernel(
     first_expert: Array | int,
     interpret: Interpret,
 ) -> tuple[Array, Array, Array]:
-    """[M, 2F'] gradients of gate and of up, [M, F'] weighted active, float32 [M, 8] dweight.
+    """Returns [M, 2F'] gradients of gate and up, [M, F'] weighted active, float32 [M, 8] dweight.
 
-    F' is F up to a multiple of 64; the columns past F hold zeros. All eight columns of dweight are
-    alike: TMA writes no fewer bytes.
+    Columns past F are zero. All eight columns of dweight are equal: TMA writes no fewer bytes.
     """
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
     plan = _Backward(f_blocks=-(-f // BLOCK), d_steps=d // STEP, w_steps=width // STEP)
@@ -494,7 +489,7 @@ def _backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """The partition of the backward kernel, in numbers known when it is compiled."""
+    """Compile-time partition of the backward kernel."""
 
     f_blocks: int  # blocks of F
     d_steps: int  # steps of D
@@ -513,8 +508,6 @@ class _Backward:
 
 @dataclasses.dataclass(frozen=True)
 class _BackwardRefs(Scratch):
-    """The references that a block of the backward kernel reads, writes and works in."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, D]
@@ -531,7 +524,7 @@ class _BackwardRefs(Scratch):
 
     @property
     def ring(self) -> Ring:
-        """Slots of [128, STEP] of x or dy, and of gate, then up, or of down, [2 BLOCK, STEP]."""
+        """Slots of x or dy, [128, STEP], and of gate then up, or of down, [2 BLOCK, STEP]."""
         return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
 
 
@@ -545,7 +538,7 @@ def _backward_block(plan: _Backward, refs: _BackwardRefs) -> None:
 
 
 def _copy_backward(plan: _Backward, refs: _BackwardRefs, index: Array, step: Array) -> Array:
-    """Copies for each block of F x, gate and up, then dy and down."""
+    """Copies, for each block of F, x, gate and up, then dy and down."""
     expert = refs.table[0, index]
     rows = pl.ds(hopper.first_row(refs.table, index), TILE_ROWS)
 
@@ -560,7 +553,7 @@ def _copy_backward(plan: _Backward, refs: _BackwardRefs, index: Array, step: Arr
         def cotangent(i: Array) -> list[tuple[Any, Any, Any]]:
             depth, half = pl.ds(i * STEP, STEP), BLOCK // 2
             copies: list[tuple[Any, Any, Any]] = [(refs.dy.at[rows, depth], refs.x_ring, ALL)]
-            for f in (0, half):  # two, as of gate and up: as many arrivals
+            for f in (0, half):  # two copies: as many arrivals as for gate and up
                 source = refs.w_out.at[expert, pl.ds(column + f, half), depth]
                 copies.append((source, refs.w_ring, pl.ds(f, half)))
             return copies
@@ -579,11 +572,11 @@ def _multiply_backward(
     index: Array,
     step: Array,
 ) -> Array:
-    """Makes the results of the 64 rows of an item from its row `offset` on."""
+    """Computes the results of an item's 64 rows from row `offset` on."""
     first = hopper.first_row(refs.table, index) + offset
     own = hopper.own_rows(refs.table, index, offset)
 
-    # Two blocks at a time, as in the forward pass, overflow registers.
+    # Two blocks at a time, as in the forward pass, would overflow the registers.
     def block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         step, dweight = carry
         hidden, dactive = _products(plan, refs, offset, step)
@@ -621,7 +614,7 @@ def _multiply_backward(
 def _products(
     plan: _Backward, refs: _BackwardRefs, offset: Array, step: Array
 ) -> tuple[Array, Array]:
-    """Of 64 rows and a block of F: gate, then up [64, 2 BLOCK], and the gradient of active."""
+    """For 64 rows and a block of F: gate, then up [64, 2 BLOCK], and the gradient of active."""
 
     def accumulate(acc: Any, dacc: Any) -> None:
         def multiply(into: Any, columns: int) -> Any:

@@ -1,11 +1,11 @@
-"""expert_ffn on TPU: one kernel forward, one backward, the intermediate never in HBM.
+"""expert_ffn on TPU: one forward and one backward kernel; the intermediate never reaches HBM.
 
 Letters: M rows, D model width, E experts, F intermediate, W expert output width; S rows of a step.
 
-Everything of size F is held transposed, [F, S]: F is the sublane axis, where a multiple of 8
-needs no padding (the published 152, 280 and 592 would be padded to a multiple of 128 along
-lanes), gate and up are split without moving data, and routing weights are laid out along lanes,
-where they multiply [F, S] without a transpose and where the gradient of the weights ends up.
+Arrays of size F are transposed, [F, S]. F is then the sublane axis, where a multiple of 8 needs no
+padding (along lanes the published 152, 280 and 592 would be padded to a multiple of 128). Gate and
+up are split without moving data. Routing weights lie along lanes: they multiply [F, S] without a
+transpose, and their gradient has the same layout.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from pallas_kernels.expert_ffn.window import of_window, put
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.schedule import Schedule, schedule
 
-# Contractions of two operands: both minor axes, both major axes, or as in a plain product.
+# Contracted axes: both minor, both major, or as in a plain matmul.
 _NT = (((1,), (1,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
@@ -35,16 +35,16 @@ type Scalar = Array | int
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tile sizes of a kernel: multiples of 128 rows, `rows` one of `step`."""
+    """Tile sizes of a kernel, multiples of 128 rows; `rows` is a multiple of `step`."""
 
-    rows: int  # moved at once, and computed at once where one expert owns them all
-    step: int  # computed at once elsewhere
-    buffers: int = 2  # of an expert's weights, and of its weight gradients
+    rows: int  # moved at once, and computed at once if one expert owns them all
+    step: int  # computed at once otherwise
+    buffers: int = 2  # of an expert's weights and weight gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One kernel call: what it reads and writes, without the arrays. M is at least 128."""
+    """Shapes, dtypes and tiles of one kernel call. M is at least 128."""
 
     kind: str  # "forward" or "backward"
     m: int
@@ -56,22 +56,22 @@ class Call:
     in_dtype: jnp.dtype  # of gate_up
     out_dtype: jnp.dtype  # of down
     tiles: Tiles
-    gradients: tuple[jnp.dtype, ...] = ()  # of the stacks that they go to; empty: none are made
+    gradients: tuple[jnp.dtype, ...] = ()  # dtypes of the gradient stacks; empty: no gradients
     layers: int = 1  # of those stacks
-    adds: bool = False  # to what is stored there
+    adds: bool = False  # gradients are added to the stacks
 
     @property
     def casts(self) -> bool:
-        """Says whether weights are cast on chip, once per expert."""
+        """True if weights are cast on chip, once per expert."""
         return {self.in_dtype, self.out_dtype} != {self.row_dtype}
 
     @property
     def weight_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of one expert's gate_up and down."""
+        """Shapes of one expert's gate_up and down."""
         return (2 * self.f, self.d), (self.f, self.w)
 
     def vmem_bytes(self) -> int:
-        """Estimated need: buffered blocks, scratch, and what a whole tile computes with."""
+        """Estimates VMEM use: buffered blocks, scratch, and temporaries of a whole tile."""
         row, rows = self.row_dtype.itemsize, self.tiles.rows
         f, d, w = _up(self.f, 16), _up(self.d, _LANES), _up(self.w, _LANES)
         weights = 2 * f * d * self.in_dtype.itemsize + f * w * self.out_dtype.itemsize
@@ -85,17 +85,17 @@ class Call:
             for size, dtype in zip((2 * f * d, f * w), self.gradients, strict=False):
                 total += self.tiles.buffers * size * dtype.itemsize * (2 if self.adds else 1)
                 total += 4 * size if dtype != jnp.float32 else 0
-        if self.row_dtype == jnp.float32:  # split into parts that the MXU multiplies
+        if self.row_dtype == jnp.float32:  # split into bfloat16 parts for the MXU
             live += (10 if self.kind == "forward" else 16) * both + 12 * rows * (d + w)
         return total + 2 * tile + live + 2**20
 
     def flops(self) -> int:
-        """Of the matrix products, for M rows, the backward pass with its recomputation."""
+        """FLOPs of the matrix products for M rows; backward includes recomputation."""
         gate_up, down = 4 * self.d * self.f, 2 * self.f * self.w
         return self.m * (gate_up + down if self.kind == "forward" else 3 * gate_up + 2 * down)
 
     def cost(self) -> pl.CostEstimate:
-        """For XLA's scheduler: what moves when every expert has rows."""
+        """Estimate for XLA's scheduler: traffic when every expert has rows."""
         row = self.row_dtype.itemsize
         sizes = 2 * self.f * self.d, self.f * self.w
         weights = sizes[0] * self.in_dtype.itemsize + sizes[1] * self.out_dtype.itemsize
@@ -115,7 +115,7 @@ def _up(size: int, multiple: int) -> int:
 
 
 def _chip(interpret: Any) -> pltpu.TpuInfo:
-    """The chip compiled for; an interpreted kernel is cut as for a v5e."""
+    """Returns the chip compiled for; interpreted kernels use a v5e's tiles."""
     if interpret:
         return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
     return pltpu.get_tpu_info()
@@ -131,7 +131,7 @@ def plan_call(
     into: Sequence[Array] = (),
     adds: bool = False,
 ) -> Call | None:
-    """The call for arrays of these shapes on the current chip; None: an expert exceeds VMEM.
+    """Returns the call for arrays of these shapes on this chip; None: an expert exceeds VMEM.
 
     experts: of the window, None: all. into, adds: as in `backward`.
     """
@@ -155,13 +155,13 @@ def plan_call(
 
 
 def _dot(a: Array, b: Array, contraction: Any) -> Array:
-    # The MXU multiplies bfloat16: float32 takes several passes, or would be rounded first.
+    # The MXU multiplies bfloat16: float32 needs several passes, else it is rounded first.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, contraction, precision, jnp.float32)
 
 
 def _edges(indices: Any) -> tuple[Array, Array]:
-    """Returns whether this visit is the first with its index, and whether it is the last."""
+    """Returns (first, last): True if this visit is the first or last with its index."""
     visit, last = pl.program_id(0), pl.num_programs(0) - 1
     before, here = indices[jnp.maximum(visit - 1, 0)], indices[visit]
     after = indices[jnp.minimum(visit + 1, last)]
@@ -169,10 +169,10 @@ def _edges(indices: Any) -> tuple[Array, Array]:
 
 
 def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
-    """Calls body(first row, rows, own) until it has seen the visit's rows.
+    """Calls body(first row, rows, own) until it has covered the visit's rows.
 
-    A tile that one expert owns is one step, without masks. own(new, old, axis) takes `new` where
-    the row along that axis is the expert's: rows of others may hold anything, NaN included.
+    A tile owned by one expert is one step without masks. own(new, old, axis) selects `new` in the
+    expert's own rows: other rows may hold anything, NaN included.
     """
     visit = pl.program_id(0)
     expert, origin = plan.expert[visit], plan.tile[visit] * tiles.rows
@@ -198,7 +198,7 @@ def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
 
 
 def _weights(plan: Schedule, call: Call, refs: Sequence[Any], casts: Sequence[Any]) -> list[Any]:
-    """The expert's gate_up and down in the rows' dtype, cast when they arrive where need be."""
+    """The expert's gate_up and down in the rows' dtype, cast once when they arrive."""
     views = [ref.at[0] for ref in refs]
     if not call.casts:
         return views
@@ -232,9 +232,9 @@ def _backward_kernel(
     plan: Schedule, call: Call, x_ref: Any, dy_ref: Any, weight_ref: Any, w_in_ref: Any,
     w_out_ref: Any, *rest: Any,
 ) -> None:  # fmt: skip
-    """Recomputes [F, S]; weight gradients gather on chip in float32 while an expert lasts."""
+    """Recomputes [F, S]; weight gradients accumulate on chip in float32 per expert."""
     stacks, left = len(call.gradients), list(rest)
-    old = [left.pop(0) for _ in range(stacks)]  # blocks where they are added to, else all of them
+    old = [left.pop(0) for _ in range(stacks)]  # blocks if added to, else whole stacks
     dx_ref, dweight_ref = left.pop(0), left.pop(0)
     grads = [left.pop(0) for _ in range(stacks)]
     casts = [left.pop(0) for _ in range(2 if call.casts else 0)]
@@ -281,7 +281,7 @@ def _backward_kernel(
 
 
 def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
-    """The blocks that the kernel moves at each visit, in and out; a block that stays is not moved.
+    """Returns the blocks moved at each visit, in and out; unchanged blocks are not moved again.
 
     The index maps take the visit, and the schedule's arrays unless `plan` is given.
     """
@@ -318,13 +318,13 @@ def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], 
 def pallas_call(
     call: Call, plan: Schedule, interpret: Any = False, name: str | None = None
 ) -> Callable[..., Any]:
-    """The kernel as a function of its arrays, which returns a list of arrays.
+    """Returns the kernel as a function of its arrays, which returns a list of arrays.
 
-    plan holds arrays, which are prefetched, or anything else that can be indexed by a visit or an
-    expert: closed forms, where the compiler is to estimate the time of a known distribution.
+    plan holds arrays, which are prefetched, or closed forms that can be indexed by visit or expert,
+    for compile-time cost estimates of a known distribution.
 
-    The last arrays of a backward call are the stacks [L, E, ...] of weight gradients; the last
-    results take their place, and what the call does not write stays.
+    The last arrays of a backward call are the stacks [L, E, ...] of weight gradients. The last
+    results alias them; values that the call does not write stay.
     """
     prefetched = isinstance(plan.expert, jax.Array)
     fields = len(Schedule._fields) if prefetched else 0
@@ -373,14 +373,14 @@ def pallas_call(
 
 
 def _in_hbm(arrays: Sequence[Array], interpret: Any) -> list[Array]:
-    """The arrays, which XLA then does not fetch whole into VMEM, however small they are."""
+    """Pins arrays to HBM, so that XLA does not prefetch small ones whole into VMEM."""
     if interpret:
         return list(arrays)
     return [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
 
 def _padded(rows: int, *arrays: Array) -> list[Array]:
-    """At least one tile of rows: a block may not be longer than its array."""
+    """Pads to one tile of rows: a block may not be longer than its array."""
     missing = max(0, _LANES - rows)
     return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
 
@@ -394,17 +394,17 @@ def forward(
     first_expert: Scalar,
     interpret: Any = False,
 ) -> Array:
-    """See api.expert_ffn. Weights of another dtype than the rows are cast on chip.
+    """As api.expert_ffn. Weights of another dtype than the rows are cast on chip.
 
-    An expert that does not fit on chip goes through grouped_matmul: its intermediate through HBM,
-    its weights cast there to the dtype of the rows, and their gradients rounded to it.
+    An expert that does not fit on chip uses grouped_matmul: its intermediate goes through HBM, its
+    weights are cast there to the rows' dtype, and their gradients are rounded to it.
 
     Raises:
-      ValueError: a dtype that the MXU does not multiply.
+      ValueError: a dtype that the MXU does not support.
     """
     for name, array in (("rows", rows), ("gate_up", gate_up), ("down", down)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"{name} is {array.dtype}; a TPU takes float32 or bfloat16")
+            raise ValueError(f"{name} is {array.dtype}; a TPU supports float32 and bfloat16")
     m, experts = rows.shape[0], group_sizes.shape[0]
     x, weights = _padded(m, rows, row_weights)
     call = plan_call("forward", x, gate_up, down, interpret, experts)
@@ -430,20 +430,10 @@ def backward(
     adds: bool,
     interpret: Any = False,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
-    """The gradients of rows and row_weights, and `into` with those of the weights.
+    """Returns the gradients of rows and row_weights, and `into` with those of the weights.
 
-    Args:
-      rows: as of `forward`, like the five that follow.
-      gate_up: [N, 2F, D].
-      down: [N, F, W].
-      group_sizes: int32 [E].
-      row_weights: [M].
-      first_expert: the window's.
-      dy: [M, W].
-      into: stacks [L, E, 2F, D] and [L, E, F, W], overwritten at `layer`; empty: no gradients.
-      layer: of the stacks.
-      adds: gradients are added to what is stored there instead.
-      interpret: as in api.expert_ffn.
+    `into` are stacks [L, E, 2F, D] and [L, E, F, W], overwritten (or, with `adds`, added to) at
+    `layer`; empty: no gradients. The other arguments are those of `forward`; dy is [M, W].
     """
     m, experts = rows.shape[0], group_sizes.shape[0]
     x, padded_dy, weights = _padded(m, rows, dy, row_weights)

@@ -1,4 +1,4 @@
-"""The plain meaning of expert_ffn: every expert over every row, then a choice. For tests."""
+"""Definition of expert_ffn for tests: every expert over every row, then a selection."""
 
 import functools
 
@@ -17,7 +17,7 @@ def forward(
     row_weights: Array,
     first_expert: Array | int,
 ) -> Array:
-    """Shapes and result as in api.expert_ffn; work grows with rows x experts."""
+    """As api.expert_ffn; work grows with rows x experts."""
     gate_up, down = of_window(gate_up, down, first_expert, len(group_sizes))
     return _plain(rows, row_weights, gate_up, down, group_sizes)
 
@@ -31,7 +31,7 @@ def backward(
     first_expert: Array | int,
     dy: Array,
 ) -> tuple[Array, ...]:
-    """The gradients of rows, row_weights, and the window's gate_up and down."""
+    """Returns the gradients of rows, row_weights, and the window's gate_up and down."""
     gate_up, down = of_window(gate_up, down, first_expert, len(group_sizes))
     plain = functools.partial(_plain, group_sizes=group_sizes)
     _, pull = jax.vjp(plain, rows, row_weights, gate_up, down)

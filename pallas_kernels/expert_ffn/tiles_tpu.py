@@ -1,9 +1,9 @@
-"""Tiles of the TPU kernels by chip and size, chosen by the compiler's cycle estimates."""
+"""Tile sizes of the TPU kernels by chip and size, chosen by the compiler's cycle estimates."""
 
 from collections.abc import Iterator
 
-# (chip, kind, D, F): for a mean number of rows per expert, (rows of a tile, rows of a step,
-# buffers of weights). Printed by benchmarks/tpu_kernels.py --tune.
+# (chip, kind, D, F): {mean rows per expert: (rows of a tile, rows of a step, weight buffers)}.
+# Printed by benchmarks/tpu_kernels.py --tune.
 TABLE: dict[tuple[str, str, int, int], dict[int, tuple[int, int, int]]] = {
     ("v5e", "forward", 896, 152): {512: (512, 128, 2), 2048: (512, 128, 2)},
     ("v5e", "backward", 896, 152): {512: (512, 128, 2)},
@@ -35,11 +35,11 @@ _SMALLEST, _LARGEST = 128, 512
 
 
 def choices(chip: str, kind: str, d: int, f: int, mean_rows: int) -> Iterator[tuple[int, int, int]]:
-    """(rows, step, buffers), best first; the caller takes the first that fits on the chip."""
+    """Yields (rows, step, buffers), best first; the caller takes the first that fits on chip."""
     table = TABLE.get((chip, kind, d, f), {})
     if table and mean_rows >= min(table) // 2:
         yield table[min(table, key=lambda mean: abs(mean - mean_rows))]
-    # Else about an expert's share, so that balanced experts own whole tiles.
+    # Otherwise about an expert's share, so that balanced experts own whole tiles.
     share = 1 << max(0, mean_rows - 1).bit_length()
     rows = min(max(share, _SMALLEST), _LARGEST)
     while rows >= _SMALLEST:

@@ -1,4 +1,4 @@
-"""Copies, for code that cannot read or write its experts in place in their run of layers."""
+"""Copies, for implementations that cannot access experts in place in their run of layers."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jax import Array, lax
 def of_window(
     gate_up: Array, down: Array, first_expert: Array | int, experts: int
 ) -> tuple[Array, Array]:
-    """So many of the experts [N, ...] from first_expert on; copies, unless they are all."""
+    """Returns `experts` of the experts [N, ...] from first_expert on; a copy unless all."""
     if len(gate_up) == experts:
         return gate_up, down
     cut = functools.partial(lax.dynamic_slice_in_dim, start_index=first_expert, slice_size=experts)
@@ -19,7 +19,7 @@ def of_window(
 def put(
     into: Sequence[Array], layer: Array | int, gradients: Sequence[Array], adds: bool
 ) -> tuple[Array, ...]:
-    """The stacks [L, E, ...] with a layer's gradients [E, ...] in their place, or added to it."""
+    """Returns the stacks [L, E, ...] with a layer's gradients [E, ...] written or added."""
     if not into:
         return ()
     written = []

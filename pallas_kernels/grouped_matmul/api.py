@@ -26,30 +26,37 @@ def grouped_matmul(
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Array:
-    """Row m of expert e: x_m W_e, or x_m W_e^T with transpose_weights.
+    """Multiplies every row by its expert's matrix; rows are sorted by expert.
 
-    Dropless for every distribution of rows; differentiable in rows and weights. Only weights of
-    experts that own a row are read (but by "reference").
+    Row m of expert e is x_m W_e, or x_m W_e^T with transpose_weights. Dropless for every
+    distribution of rows. Differentiable in rows and weights. Weights of experts without rows are
+    not read, except by "reference".
 
     Args:
       rows: [M, K], sorted by expert; float32, bfloat16 or (not on TPU and GPU) float16.
-      weights: [E, K, N], or [E, N, K] with transpose_weights; a dtype of the same list.
+      weights: [E, K, N], or [E, N, K] with transpose_weights; same dtypes as rows.
       group_sizes: int32 [E], rows of each expert; they sum to M.
-      transpose_weights: which of its two last axes `weights` contracts.
-      implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX), "tpu",
-        "gpu" (Pallas), or None: by the platform that is compiled for.
-      interpret: run the Pallas kernels of "tpu" or "gpu" interpreted, on any platform; True, or
-        parameters of Pallas's interpreter for that platform.
+      transpose_weights: contracts the last axis of `weights` instead of the middle one.
+      implementation: "reference" (dense, for tests), "cpu" (blocks of rows in plain JAX), "tpu" or
+        "gpu" (Pallas), or None: chosen by the platform compiled for.
+      interpret: True, or parameters of Pallas's interpreter: runs "tpu" or "gpu" on any device.
 
     Returns:
       [M, N] in the dtype of rows, accumulated in float32.
 
     Raises:
-      ValueError: shapes or dtypes that contradict each other or are unsupported, group sizes
-        (where concrete) that are negative or do not sum to M, an unknown implementation, or
-        interpret for one without a Pallas kernel.
-      NotImplementedError: a platform without kernels, or another platform's kernel without
-        interpret.
+      ValueError: shapes that contradict each other, dtypes that are not supported, group sizes (if
+        concrete) that are negative or do not sum to M, an unknown implementation, or interpret
+        without a Pallas kernel.
+      NotImplementedError: the chosen implementation has no kernel for this device.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels.grouped_matmul import grouped_matmul
+      >>> rows = jnp.ones((3, 4))  # two rows of expert 0, one of expert 1
+      >>> weights = jnp.array([1.0, 2.0])[:, None, None] * jnp.ones((2, 4, 2))
+      >>> grouped_matmul(rows, weights, jnp.array([2, 1])).tolist()
+      [[4.0, 4.0], [4.0, 4.0], [8.0, 8.0]]
     """
     chosen = choose(implementation, interpret)
     _check(rows, weights, group_sizes, transpose_weights, chosen)
@@ -64,9 +71,10 @@ def weight_gradient(
     interpret: Any = False,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
-    """The third form: sum over rows m of expert e of x_m^T dy_m; zeros for an expert without rows.
+    """Computes the gradient of grouped_matmul's weights: the sum of x_m^T dy_m by expert.
 
-    Not differentiable itself. Swap rows and cotangent for the gradient of transposed weights.
+    Experts without rows get zeros. Swap rows and cotangent for the gradient of transposed weights.
+    Not itself differentiable.
 
     Args:
       rows: [M, K], sorted by expert; dtypes as in grouped_matmul.
@@ -74,19 +82,27 @@ def weight_gradient(
       group_sizes: int32 [E], rows of each expert; they sum to M.
       implementation: as in grouped_matmul.
       interpret: as in grouped_matmul.
-      out_dtype: of the result, by default the dtype of rows.
+      out_dtype: dtype of the result; None: that of rows.
 
     Returns:
       [E, K, N] in out_dtype, accumulated in float32.
 
     Raises:
-      ValueError, NotImplementedError: as in grouped_matmul.
+      ValueError: as in grouped_matmul.
+      NotImplementedError: as in grouped_matmul.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels.grouped_matmul import weight_gradient
+      >>> rows, cotangent = jnp.ones((3, 4)), jnp.ones((3, 2))
+      >>> weight_gradient(rows, cotangent, jnp.array([2, 1]))[:, 0, 0].tolist()
+      [2.0, 1.0]
     """
     chosen = choose(implementation, interpret)
     _check_rank(rows=(rows, 2), cotangent=(cotangent, 2), group_sizes=(group_sizes, 1))
     if cotangent.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"cotangent's rows against rows' M: {cotangent.shape[0]} != {rows.shape[0]}"
+            f"cotangent must have as many rows as rows: {cotangent.shape[0]} != {rows.shape[0]}"
         )
     out_dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
     _check_dtypes(chosen, rows=rows.dtype, cotangent=cotangent.dtype, out_dtype=out_dtype)
@@ -106,7 +122,7 @@ def _product(
     if 0 in rows.shape or 0 in weights.shape:
         width = weights.shape[1 if transpose_weights else 2]
         return jnp.zeros((rows.shape[0], width), rows.dtype)
-    # A platform's Pallas is imported where it runs: another's may lack what it needs.
+    # Imported here because another platform's Pallas may lack what it needs.
     match implementation:
         case "reference":
             return reference.grouped_matmul(
@@ -209,11 +225,11 @@ def _check(
     for what, got, wanted in (
         (
             f"K of weights {weights.shape} with transpose_weights={transpose_weights} "
-            f"against K of rows {rows.shape}",
+            f"must be K of rows {rows.shape}",
             contracted,
             rows.shape[1],
         ),
-        ("group_sizes' length against the experts", group_sizes.shape[0], weights.shape[0]),
+        ("group_sizes must have one entry per expert", group_sizes.shape[0], weights.shape[0]),
     ):
         if got != wanted:
             raise ValueError(f"{what}: {got} != {wanted}")
@@ -243,9 +259,9 @@ def _check_group_sizes(group_sizes: Array, rows: int) -> None:
     if group_sizes.shape[0] == 0:
         raise ValueError("group_sizes is empty; there must be at least one expert")
     if not isinstance(group_sizes, jax.core.Tracer):
-        sizes = np.asarray(group_sizes)  # values, under a trace of other arguments too
+        sizes = np.asarray(group_sizes)  # concrete even if other arguments are traced
         if (sizes < 0).any() or sizes.sum() != rows:
             raise ValueError(
-                f"group_sizes must be non-negative and sum to the {rows} rows; they sum to "
-                f"{sizes.sum()}, the smallest is {sizes.min()}"
+                f"group_sizes must be non-negative and sum to the {rows} rows, but they sum to "
+                f"{sizes.sum()} and the smallest is {sizes.min()}"
             )

@@ -1,7 +1,7 @@
 """grouped_matmul in plain JAX: a loop over blocks of rows, each of one expert.
 
-Work and memory traffic are proportional to the rows; only experts that own a row are read.
-Blocks are computed in float32, whatever the dtypes.
+Work and memory traffic are proportional to the rows; only experts with rows are read. Blocks are
+computed in float32 for all dtypes.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from pallas_kernels.blocks import block_rows, blocks, pad, take
 def grouped_matmul(
     rows: Array, weights: Array, group_sizes: Array, *, transpose_weights: bool
 ) -> Array:
-    """See api.grouped_matmul."""
+    """As api.grouped_matmul."""
     m, block = rows.shape[0], block_rows(rows.shape[0], weights.shape[0])
     n = weights.shape[1 if transpose_weights else 2]
     count, expert, start, _ = blocks(group_sizes, m, block)
@@ -31,14 +31,14 @@ def grouped_matmul(
 def weight_gradient(
     rows: Array, cotangent: Array, group_sizes: Array, *, out_dtype: DTypeLike
 ) -> Array:
-    """See api.weight_gradient."""
+    """As api.weight_gradient."""
     experts = group_sizes.shape[0]
     m, block = rows.shape[0], block_rows(rows.shape[0], experts)
     count, expert, start, own = blocks(group_sizes, m, block)
     x_all, dy_all = pad(rows, block), pad(cotangent, block)
 
     def body(b: Array, out: Array) -> Array:
-        # Rows of the next expert, NaN or not, must not reach this one's sum.
+        # The next expert's rows, NaN included, must not contribute to this sum.
         mine = (jnp.arange(block) < own[b])[:, None]
         x, dy = (jnp.where(mine, take(a, start[b], block), 0.0) for a in (x_all, dy_all))
         return out.at[expert[b]].add(x.T @ dy)

@@ -1,8 +1,8 @@
 """grouped_matmul on Hopper GPUs: TMA, wgmma, persistent blocks of three warpgroups.
 
 Letters: E experts, M rows, K contracted width, N output width, S sections: a product may contract
-several blocks of K, each with a weight matrix of its own, and sum them. hopper.py says how a block
-works: one warpgroup copies into a ring, two multiply out of it, who waits for whom, what a tile is.
+several blocks of K, each with its own weight matrix, and sum them. hopper.py describes a block: one
+warpgroup copies into a ring, two multiply out of it, and barriers synchronise them.
 
 **grouped_matmul** (`product`). An item is a tile of the output: 128 rows of one expert, `columns`
 columns. Neighbouring blocks take the column tiles of the same rows, which then come from L2.
@@ -17,7 +17,7 @@ columns. Neighbouring blocks take the column tiles of the same rows, which then 
 and `columns` of N; its steps are the expert's rows, 64 at a time.
 
     copies, step i of ceil((rows + o) / 64)     multiplies, warpgroup g of 0 and 1
-    x ring  ◀── x  [64 rows, 128 of K]          only where the step reaches into rows of others:
+    x ring  ◀── x  [64 rows, 128 of K]          only if the step includes rows of others:
     dy ring ◀── dy [64 rows, columns]             zeroes them in its own half of x and in every
                                                   other 64 columns of dy, arrives at `masked` and
                                                   waits there for the other warpgroup
@@ -27,24 +27,23 @@ and `columns` of N; its steps are the expert's rows, 64 at a time.
 An expert without rows has no steps: its accumulator's zeros are stored.
 
 **Bytes.** With tiles of R rows and C columns, and V = sum over experts of ceil((rows + o) / R), o
-(less than 8) the rows of others that come before an expert's first, the copies of grouped_matmul
-bring in
+(less than 8) the rows of others before an expert's first, the copies of grouped_matmul read
 
     V ceil(N / C) K (R + C) elements   and write   M N,
 
-against M K + (touched experts) K N + M N, which is what HBM carries as long as the tiles of one
-expert that run side by side find each other's operands in the L2 cache. weight_gradient brings in
-ceil(K / R) ceil(N / C) B (R + C) with B = 64 sum ceil((rows + o) / 64) rows, and writes E K N.
+against M K + (touched experts) K N + M N of HBM traffic, as long as concurrent tiles of one expert
+find each other's operands in the L2 cache. weight_gradient reads ceil(K / R) ceil(N / C) B (R + C)
+elements with B = 64 sum ceil((rows + o) / 64) rows, and writes E K N.
 
-**Precision.** bfloat16 and float16 are multiplied as they are and summed in float32. A float32
-operand is split into three bfloat16 parts that hold it exactly, and the six products of parts that
-exceed its rounding error are summed in float32: float32 accuracy at six times the work (three where
-the other operand is bfloat16). TensorFloat-32, with its ten fraction bits, is never used. The split
-arrays live in HBM: this path is for checks, not for speed. An infinity becomes NaN in it.
+**Precision.** bfloat16 and float16 are multiplied directly and summed in float32. A float32 operand
+is split exactly into three bfloat16 parts, and the six products of parts above its rounding error
+are summed in float32: float32 accuracy at six times the work (three if the other operand is
+bfloat16). TensorFloat-32, with its ten fraction bits, is never used. The split arrays are in HBM:
+this path is for checks, not for speed. It turns an infinity into NaN.
 
-**Other GPUs.** wgmma exists on compute capability 9 alone. On Blackwell the plain-JAX loop of
-cpu.py runs: correct, dropless, work proportional to the rows, one block of rows at a time and so
-far from fast. Older GPUs raise NotImplementedError.
+**Other GPUs.** wgmma exists on compute capability 9 only. Blackwell runs the plain-JAX loop of
+cpu.py: correct and dropless, with work proportional to the rows, but slow, one block of rows at a
+time. Older GPUs raise NotImplementedError.
 """
 
 import dataclasses
@@ -78,12 +77,12 @@ _MAX_SLOTS = 6
 
 
 def parts(x: Array) -> list[Array]:
-    """x as a sum: a two-byte type is itself, float32 three bfloat16 arrays, the largest first."""
+    """Splits float32 x into three bfloat16 summands, largest first; two-byte types stay whole."""
     if x.dtype.itemsize == 2:
         return [x]
     split, rest = [], x.astype(jnp.float32)
     for _ in range(3):
-        # A conversion there and back may be optimised away; reduce_precision may not.
+        # XLA may optimise a conversion and its inverse away, but not reduce_precision.
         part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         split.append(part.astype(jnp.bfloat16))
         rest = rest - part
@@ -91,14 +90,14 @@ def parts(x: Array) -> list[Array]:
 
 
 def _pairs(left: Sequence[Array], right: Sequence[Array]) -> list[tuple[Array, Array]]:
-    """Products of parts above float32's rounding error, the largest first."""
+    """Products of parts above float32's rounding error, largest first."""
     order = sorted((i + j, i, j) for i in range(len(left)) for j in range(len(right)))
     return [(left[i], right[j]) for rank, i, j in order if rank < 3]
 
 
 def tile_columns(width: int) -> int:
-    """Columns of a tile of an output so wide."""
-    # Each further tile reads its rows again, which costs about what 32 columns do.
+    """Returns the columns of a tile for an output of this width."""
+    # Each further tile reads the rows again, which costs about as much as 32 columns.
     return min(_COLUMNS, key=lambda columns: -(-width // columns) * (columns + 32))
 
 
@@ -119,21 +118,10 @@ def grouped_matmul(
     interpret: Interpret,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
-    """Row m of expert e: x_m W_e, or x_m W_e^T with transpose_weights.
+    """As api.grouped_matmul; out_dtype is float32 or a two-byte dtype, None: that of rows.
 
-    Args:
-      rows: [M, K], sorted by expert; bfloat16, float16 or float32.
-      weights: [E, K, N], or [E, N, K] with transpose_weights; cast to a two-byte dtype of rows.
-      group_sizes: int32 [E], rows of each expert; they sum to M.
-      transpose_weights: which of its two last axes `weights` contracts.
-      interpret: run interpreted on any platform; True or parameters of the interpreter.
-      out_dtype: of the result, by default the dtype of rows; float32 or a two-byte dtype.
-
-    Returns:
-      [M, N] in out_dtype, accumulated in float32.
-
-    Raises:
-      NotImplementedError: a GPU older than Hopper.
+    Weights are cast to a two-byte dtype of rows. Raises NotImplementedError on a GPU older than
+    Hopper.
     """
     if not hopper.uses_wgmma(interpret):
         y = cpu.grouped_matmul(rows, weights, group_sizes, transpose_weights=transpose_weights)
@@ -161,20 +149,17 @@ def product(
     interpret: Interpret,
     first_expert: Array | int = 0,
 ) -> Array:
-    """The kernel behind grouped_matmul: a sum over S sections of K.
+    """The kernel of grouped_matmul, which sums over S sections of K.
 
     Args:
-      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What is between
-        K and K' of a section meets zeros, and must be finite.
+      rows: [M, S K'], K' being K rounded up to a multiple of 64; bfloat16 or float16. Columns
+        between K and K' of a section are multiplied by zeros and must be finite.
       weights: [E or more, S, K, N], or [.., S, N, K] with transpose_weights; the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
-      out_dtype: of the result.
-      transpose_weights: which of its two last axes `weights` contracts.
-      interpret: as in grouped_matmul.
-      first_expert: that of the first group, of more than there are groups.
+      first_expert: expert of the first group, if there are more experts than groups.
 
     Returns:
-      [M, N], both padded to multiples of 8 and 64; what belongs to no expert is undefined.
+      [M, N], padded to multiples of 8 and 64; rows of no expert are undefined.
     """
     n, dtype = weights.shape[2 if transpose_weights else 3], rows.dtype
     sections, columns = weights.shape[1], tile_columns(n)
@@ -202,7 +187,7 @@ def product(
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """The partition of a product, in numbers known when it is compiled."""
+    """Compile-time partition of a product."""
 
     transpose: bool  # weights are [.., N, K]
     columns: int  # of a tile
@@ -216,15 +201,13 @@ class _Product:
         return self.sections * self.section_steps
 
     def item(self, index: Array) -> tuple[Array, Array]:
-        """Its tile of rows, and its first column."""
+        """Returns an item's tile of rows and first column."""
         tile = lax.div(index, jnp.int32(self.n_tiles))
         return tile, lax.rem(index, jnp.int32(self.n_tiles)) * self.columns
 
 
 @dataclasses.dataclass(frozen=True)
 class _ProductRefs(Scratch):
-    """The references that a block of `product` reads, writes and works in."""
-
     table: Any  # of hopper.work
     count: Any
     x: Any  # [M, S K']
@@ -234,7 +217,7 @@ class _ProductRefs(Scratch):
 
     @property
     def ring(self) -> Ring:
-        """Slots of [128, STEP] of x and of [STEP, columns] of w, or its transpose."""
+        """Slots of x, [128, STEP], and of w or its transpose, [STEP, columns]."""
         return Ring(self.x_ring, self.w_ring, self.filled, self.freed)
 
 
@@ -248,7 +231,6 @@ def _product_block(plan: _Product, refs: _ProductRefs) -> None:
 
 
 def _copy_product(plan: _Product, refs: _ProductRefs, index: Array, step: Array) -> Array:
-    """Copies an item's x and w."""
     tile, column = plan.item(index)
     expert, rows = refs.table[0, tile], pl.ds(hopper.first_row(refs.table, tile), TILE_ROWS)
     across = pl.ds(column, plan.columns)
@@ -266,7 +248,7 @@ def _copy_product(plan: _Product, refs: _ProductRefs, index: Array, step: Array)
 def _multiply_product(
     plan: _Product, refs: _ProductRefs, warpgroup: Array, offset: Array, index: Array, step: Array
 ) -> Array:
-    """Multiplies and stores the 64 rows of an item from its row `offset` on."""
+    """Multiplies and stores an item's 64 rows from row `offset` on."""
     tile, column = plan.item(index)
 
     def accumulate(acc: Any) -> None:
@@ -293,20 +275,9 @@ def weight_gradient(
     interpret: Interpret,
     out_dtype: DTypeLike,
 ) -> Array:
-    """The sum over rows m of expert e of x_m^T dy_m; exact zeros for an expert without rows.
+    """As api.weight_gradient; exact zeros for an expert without rows.
 
-    Args:
-      rows: [M, K], sorted by expert; bfloat16, float16 or float32.
-      cotangent: [M, N]; of the same dtypes.
-      group_sizes: int32 [E], rows of each expert; they sum to M.
-      interpret: as in grouped_matmul.
-      out_dtype: of the result.
-
-    Returns:
-      [E, K, N] in out_dtype, accumulated in float32.
-
-    Raises:
-      NotImplementedError: a GPU older than Hopper.
+    Raises NotImplementedError on a GPU older than Hopper.
     """
     if not hopper.uses_wgmma(interpret):
         return cpu.weight_gradient(rows, cotangent, group_sizes, out_dtype=out_dtype)
@@ -332,19 +303,17 @@ def sum_of_products(
     out_dtype: DTypeLike,
     interpret: Interpret,
 ) -> Array:
-    """The kernel behind weight_gradient, for rows in S sections.
+    """The kernel of weight_gradient, for rows in S sections.
 
     Args:
-      rows: [M, S K'], K' the multiple of 64 at or above K; bfloat16 or float16. What is between
-        K and K' of a section is left out.
+      rows: [M, S K'], K' being K rounded up to a multiple of 64; bfloat16 or float16. Columns
+        between K and K' of a section are ignored.
       cotangent: [M, N], the dtype of rows.
       group_sizes: int32 [E], which sum to M or (M padded) less.
       sections: S and K.
-      out_dtype: of the result.
-      interpret: as in grouped_matmul.
 
     Returns:
-      [E, S, K, N], the last two axes padded to multiples of 8 and 64 with what is undefined.
+      [E, S, K, N], the last two axes padded to multiples of 8 and 64; the padding is undefined.
     """
     experts, n, n_out = group_sizes.shape[0], cotangent.shape[1], _up(cotangent.shape[1], STEP)
     rows, cotangent = padded(rows), padded(cotangent)
@@ -373,9 +342,7 @@ def sum_of_products(
 
 
 def _rows_of_experts(group_sizes: Array) -> Array:
-    """Of each expert, int32 [4, E]: its first row to read, a multiple of 8, and its steps; its own
-    rows, counted from that: from, up to.
-    """
+    """int32 [4, E]: first row to read (a multiple of 8), steps, and own rows after it: from, to."""
     sizes = group_sizes.astype(jnp.int32)
     stop = jnp.cumsum(sizes, dtype=jnp.int32)
     first = (stop - sizes) // 8 * 8
@@ -385,24 +352,24 @@ def _rows_of_experts(group_sizes: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Gradient:
-    """The partition of a weight gradient, in numbers known when it is compiled."""
+    """Compile-time partition of a weight gradient."""
 
     columns: int  # of a tile
     experts: int
     k_tiles: int  # tiles of an expert, of 128 rows of K
-    n_tiles: int  # and of columns
+    n_tiles: int  # tiles of columns
     sections: int
     section_blocks: int  # blocks of 64 rows of K in a section
 
     def item(self, index: Array) -> tuple[Array, Array, Array]:
-        """Its expert, its tile of K, and its first column."""
+        """Returns an item's expert, tile of K and first column."""
         expert = lax.div(index, jnp.int32(self.k_tiles * self.n_tiles))
         tile = lax.rem(index, jnp.int32(self.k_tiles * self.n_tiles))
         k_tile = lax.div(tile, jnp.int32(self.n_tiles))
         return expert, k_tile, lax.rem(tile, jnp.int32(self.n_tiles)) * self.columns
 
     def place(self, k_tile: Array, warpgroup: Array) -> tuple[Array, Array]:
-        """The section and the first row of K in it of a warpgroup's half of a tile."""
+        """Returns section and first row of K of a warpgroup's half of a tile."""
         block = 2 * k_tile + warpgroup
         section = lax.div(block, jnp.int32(self.section_blocks))
         row = lax.rem(block, jnp.int32(self.section_blocks)) * WARPGROUP_ROWS
@@ -411,18 +378,16 @@ class _Gradient:
 
 @dataclasses.dataclass(frozen=True)
 class _GradientRefs(Scratch):
-    """The references that a block of `sum_of_products` reads, writes and works in."""
-
     table: Any  # of _rows_of_experts
     x: Any  # [M, S K']
     dy: Any  # [M, N]
     out: Any  # [E S, K, N]
     dy_ring: Any = dataclasses.field(kw_only=True)
-    masked: Any = dataclasses.field(kw_only=True)  # passes when both warpgroups have zeroed
+    masked: Any = dataclasses.field(kw_only=True)  # barrier: both warpgroups have zeroed
 
     @property
     def ring(self) -> Ring:
-        """Slots of [STEP, 128] of x and of [STEP, columns] of dy."""
+        """Slots of x, [STEP, 128], and of dy, [STEP, columns]."""
         return Ring(self.x_ring, self.dy_ring, self.filled, self.freed)
 
 
@@ -437,7 +402,6 @@ def _gradient_block(plan: _Gradient, refs: _GradientRefs) -> None:
 
 
 def _copy_gradient(plan: _Gradient, refs: _GradientRefs, index: Array, step: Array) -> Array:
-    """Copies an item's x and dy."""
     expert, k_tile, column = plan.item(index)
     first, steps = hopper.eights(refs.table[0, expert]), refs.table[1, expert]
 
@@ -458,7 +422,7 @@ def _multiply_gradient(
     index: Array,
     step: Array,
 ) -> Array:
-    """Sums and stores the 64 rows of K of an item from its row `offset` on."""
+    """Sums and stores an item's 64 rows of K from row `offset` on."""
     expert, k_tile, column = plan.item(index)
     steps = refs.table[1, expert]
     mine = pl.ds(offset, WARPGROUP_ROWS)
@@ -501,7 +465,7 @@ def _mask(
     dy_tile: Any,
     own: tuple[Array, ...],
 ) -> None:
-    """Zeroes what a step holds of other experts' rows: NaN or not, it must not reach the sum.
+    """Zeroes other experts' rows in a step; NaN included, they must not reach the sum.
 
     A warpgroup zeroes its own half of x and every other 64 columns of dy, which both multiply.
     """
@@ -522,7 +486,7 @@ def _mask(
 
 
 def _zero_outside(tile: Any, own: tuple[Array, ...]) -> None:
-    """Zeroes the rows of a [64, 64] tile in shared memory that are not own[0] to own[1]."""
+    """Zeroes the rows of a [64, 64] tile in shared memory outside own[0] to own[1]."""
     index = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
     values = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
     mine = (index >= own[0]) & (index < own[1])

@@ -1,4 +1,4 @@
-"""grouped_matmul on TPU: visits of (tile of rows, expert) pairs, each moved on chip once.
+"""grouped_matmul on TPU: visits (tile of rows, expert) pairs; each is moved on chip once.
 
 Letters: E experts, M rows, K contracted width, N output width.
 """
@@ -20,14 +20,14 @@ from pallas_kernels.schedule import Schedule, schedule, visits
 Interpret = bool | pltpu.InterpretParams | Any
 
 _LANES = 128
-_ROWS_ALIGN = 32  # sublanes of the narrowest supported packing, so that any tile is whole
+_ROWS_ALIGN = 32  # sublanes of the narrowest supported dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of what one grid step holds on chip.
+    """Block sizes on chip in one grid step.
 
-    `rows` are moved at once, `step` of them multiplied at once: a step that holds no row of the
+    `rows` are moved at once and `step` of them multiplied at once; a step without rows of the
     visited expert is skipped. k and n of K and N are moved at once.
     """
 
@@ -38,7 +38,7 @@ class Tiles:
 
 
 class Visits(Protocol):
-    """The questions of a kernel and its index maps about a visit."""
+    """Properties of a visit that kernels and index maps need."""
 
     def expert(self, visit: Any) -> Any:
         """The expert whose rows the visit computes."""
@@ -56,12 +56,12 @@ class Visits(Protocol):
         """One past the expert's last row."""
 
     def used(self, visit: Any) -> Any:
-        """Says whether this is a real visit or pads the grid."""
+        """False for visits that pad the grid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """Visits of a schedule whose arrays are prefetched scalars."""
+    """Visits of a schedule in prefetched arrays."""
 
     plan: Schedule
 
@@ -86,10 +86,10 @@ class Scheduled:
 
 @dataclasses.dataclass(frozen=True)
 class Balanced:
-    """Visits in closed form, for experts of equal, aligned shares.
+    """Visits in closed form, for experts with equal, aligned shares of the rows.
 
-    For estimates only: a compiler that does not run the program cannot know prefetched scalars,
-    but knows these. One of `share` (rows per expert) and `tile_rows` must divide the other.
+    For cost estimates: a compiler that does not run the program cannot know prefetched scalars. One
+    of `share` (rows per expert) and `tile_rows` must divide the other.
     """
 
     share: int
@@ -126,7 +126,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     if a.dtype == b.dtype == jnp.bfloat16:
         precision = None
     else:
-        # The MXU multiplies bfloat16: float32 takes several passes, or would be rounded first.
+        # The MXU multiplies bfloat16: float32 needs several passes, else it is rounded first.
         precision = lax.Precision.HIGHEST
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dims = (((contract[0],), (contract[1],)), ((), ()))
@@ -134,14 +134,14 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _inside(x: Array, axis: int, first: Any, start: Any, stop: Any) -> Array:
-    """x, but zero where the axis, counted from `first`, is not in start..stop."""
+    """Zeroes x where the index along the axis, counted from `first`, is outside start..stop."""
     shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
     index = first + lax.broadcasted_iota(jnp.int32, shape, axis)
     return jnp.where((index >= start) & (index < stop), x, jnp.zeros_like(x))
 
 
 def _steps(plan: Visits, visit: Any, tiles: Tiles, body: Callable[[Any, Any], None]) -> None:
-    """body(step's first row in the tile, its first row of all) for steps with rows to compute."""
+    """Calls body(offset in the tile, row number) for each step with rows of the expert."""
     start, stop, origin = plan.start(visit), plan.stop(visit), plan.tile(visit) * tiles.rows
 
     def step(i: Any, _: None) -> None:
@@ -152,8 +152,7 @@ def _steps(plan: Visits, visit: Any, tiles: Tiles, body: Callable[[Any, Any], No
         def compute() -> None:
             body(offset, first)
 
-    # A loop of fixed length, not one from the expert's first step to its last, which a compiler's
-    # estimate could not know.
+    # A loop of fixed length: the compiler's cost estimate needs a known trip count.
     lax.fori_loop(0, tiles.rows // tiles.step, step, None)
 
 
@@ -172,7 +171,7 @@ def _product_kernel(
     def body(offset: Any, first: Any) -> None:
         own = pl.ds(offset, tiles.step)
         x = rows_ref[own, :]
-        if width % tiles.k:  # the last tile's excess is not zero, and may be NaN
+        if width % tiles.k:  # the last tile's excess is undefined, maybe NaN
             x = _inside(x, 1, k_step * tiles.k, 0, width)
         w, w_axis = weights_ref[0], 1 if transpose_weights else 0
         if width % tiles.k:
@@ -216,7 +215,7 @@ def _gradient_kernel(
 
     def body(offset: Any, first: Any) -> None:
         own = pl.ds(offset, tiles.step)
-        # Both, since neither a NaN of another expert's row times zero is zero.
+        # Both: NaN times zero is NaN.
         x, dy = (_inside(ref[own, :], 0, first, start, stop) for ref in (rows_ref, cotangent_ref))
         acc_ref[...] += _dot(x, dy, (0, 0))
 
@@ -236,7 +235,7 @@ def _call(
     operands: tuple[Array, ...],
     **kwargs: Any,
 ) -> Array:
-    """A pallas_call whose kernel and index maps take the plan's visits first."""
+    """pallas_call whose kernel and index maps take the plan's visits first."""
     scalars = tuple(plan) if isinstance(plan, Schedule) else ()
 
     def visits_of(refs: tuple[Any, ...]) -> Visits:
@@ -272,7 +271,7 @@ def grouped_matmul(
     tiles: Tiles | None = None,
     share: int | None = None,
 ) -> Array:
-    """See api.grouped_matmul. With `share`, every expert is taken to own that many rows."""
+    """As api.grouped_matmul. `share` assumes that every expert has that many rows."""
     m, k = rows.shape
     experts, n = weights.shape[0], weights.shape[1 if transpose_weights else 2]
     tiles = tiles or product_tiles(m, k, n, experts, rows.dtype, weights.dtype, interpret)
@@ -323,7 +322,7 @@ def weight_gradient(
     tiles: Tiles | None = None,
     share: int | None = None,
 ) -> Array:
-    """See api.weight_gradient. With `share`, every expert is taken to own that many rows."""
+    """As api.weight_gradient. `share` assumes that every expert has that many rows."""
     (m, k), n, experts = rows.shape, cotangent.shape[1], group_sizes.shape[0]
     out_dtype = jnp.dtype(out_dtype)
     tiles = tiles or gradient_tiles(
@@ -363,7 +362,6 @@ def weight_gradient(
 def _plan(
     group_sizes: Array, rows: int, tiles: Tiles, share: int | None, visit_idle: bool
 ) -> tuple[Schedule | Balanced, int]:
-    """The visits and their number in the grid."""
     experts = group_sizes.shape[0]
     if share is not None:
         return Balanced(share, tiles.rows), max(experts, _ceil(rows, tiles.rows))
@@ -380,26 +378,26 @@ def _bytes(x: Array) -> int:
 
 
 def _fitted(tiles: Tiles, m: int, k: int, n: int) -> Tiles:
-    """The tiles, no larger than the arrays: a tile as wide as its array needs no alignment."""
+    """Limits tiles to the arrays' sizes; a tile as wide as its array needs no alignment."""
     rows = min(tiles.rows, _up(m, _ROWS_ALIGN))
     step = min(tiles.step, rows)
     return Tiles(_up(rows, step), step, min(tiles.k, k), min(tiles.n, n))
 
 
 def _block(rows: int, columns: int, dtype: DTypeLike) -> int:
-    """Bytes of a block in VMEM, where both axes are padded."""
+    """Bytes of a block in VMEM, both axes padded."""
     return _up(rows, _ROWS_ALIGN) * _up(columns, _LANES) * jnp.dtype(dtype).itemsize
 
 
 def _staged(blocks: int, *dtypes: DTypeLike) -> int:
-    """Bytes of the bfloat16 parts into which operands of several passes are split."""
+    """Bytes of the bfloat16 parts into which float32 operands are split."""
     return (
         0 if {jnp.dtype(each) for each in dtypes} == {jnp.dtype(jnp.bfloat16)} else 3 * blocks // 2
     )
 
 
 def product_bytes(tiles: Tiles, k: int, rows: DTypeLike, weights: DTypeLike) -> int:
-    """VMEM that a product needs: blocks twice, since one is moved while one is computed."""
+    """VMEM of a product; blocks count twice, since one is moved while another is used."""
     weight_block = max(_block(tiles.k, tiles.n, weights), _block(tiles.n, tiles.k, weights))
     return (
         2 * _block(tiles.rows, tiles.k, rows)
@@ -411,7 +409,7 @@ def product_bytes(tiles: Tiles, k: int, rows: DTypeLike, weights: DTypeLike) -> 
 
 
 def gradient_bytes(tiles: Tiles, rows: DTypeLike, cotangent: DTypeLike, out: DTypeLike) -> int:
-    """VMEM that a weight gradient needs."""
+    """VMEM of a weight gradient."""
     row_blocks = _block(tiles.rows, tiles.k, rows) + _block(tiles.rows, tiles.n, cotangent)
     return (
         2 * row_blocks
@@ -422,14 +420,14 @@ def gradient_bytes(tiles: Tiles, rows: DTypeLike, cotangent: DTypeLike, out: DTy
 
 
 def _limit(needed: int) -> int:
-    # Beside the blocks, the compiler spills registers and stages operands of the product.
+    # The compiler also spills registers and stages operands of the product.
     return max(16 << 20, needed + needed // 4 + (4 << 20))
 
 
-# Of a chip's VMEM, the rest being for what the compiler keeps there between kernels.
+# Share of a chip's VMEM; the compiler keeps the rest between kernels.
 _VMEM_SHARE = 0.75
 
-# What a grid step takes beside its work, from the compiler's estimates.
+# Overhead of a grid step, from the compiler's estimates.
 _STEP_SECONDS = 0.2e-6
 
 
@@ -462,10 +460,10 @@ def _seconds(
     expert_bytes: int,
     every_visit: bool,
 ) -> float:
-    """For the visits of one expert's rows, with one piece of k and n on chip.
+    """Estimates the time for the visits of one expert's rows, with one piece of k and n on chip.
 
-    Data that an expert moves besides its rows is moved during one of its visits only (or again in
-    each with `every_visit`): many visits of few rows wait for it.
+    Expert data is moved in one visit only (in each with `every_visit`): visits of few rows wait for
+    it.
     """
     passes = 1 if set(dtypes) == {jnp.dtype(jnp.bfloat16)} else 6
     rows = max(min(tiles.rows, _up(share, tiles.step)), tiles.step)
@@ -478,9 +476,9 @@ def _seconds(
 
 
 def _row_tiles(m: int, experts: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows moved and rows computed at once: the best for balanced groups, then smaller ones.
+    """Yields (rows moved, rows computed) at once: best for balanced groups first, then smaller.
 
-    Experts of few rows share a tile. Large tiles are computed in steps, since every border
+    Experts with few rows share a tile. Large tiles are computed in steps, since every border
     between experts costs one step twice; steps narrower than a matrix unit cost more than that.
     """
     share = max(1, m // experts)
@@ -493,13 +491,13 @@ def _row_tiles(m: int, experts: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _widths(size: int) -> list[int]:
-    """Widths in which an axis may be cut: all of it, or a multiple of 128."""
+    """Tile widths for an axis: all of it, or a multiple of 128."""
     cuts = {_up(_ceil(size, parts), _LANES) for parts in range(2, _ceil(size, _LANES) + 1)}
     return [size, *sorted(cuts, reverse=True)]
 
 
 def _depths(size: int) -> list[int]:
-    """Likewise for a contracted axis: without a rest, which must be masked, where possible."""
+    """As _widths for a contracted axis: divisors if possible, since a remainder needs a mask."""
     widths = _widths(size)
     return [width for width in widths if size % width == 0] if size % _LANES == 0 else widths
 
@@ -513,7 +511,7 @@ def product_tiles(
     weights: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """The tiles of a product that take the least time, by a model, and fit the chip."""
+    """Returns the tiles of a product with the least estimated time that fit the chip."""
     chip = _chip(interpret)
     dtypes = jnp.dtype(rows), jnp.dtype(weights)
     x, w = (dtype.itemsize for dtype in dtypes)
@@ -521,7 +519,7 @@ def product_tiles(
     def cost(tiles: Tiles) -> float:
         n_steps, k_steps = _ceil(n, tiles.n), _ceil(k, tiles.k)
         row_bytes = x * (tiles.k + tiles.n // k_steps)
-        # In several pieces of k, an expert's weights are moved again for each of its tiles.
+        # With several pieces of k, an expert's weights are moved again for each of its tiles.
         one = _seconds(
             chip,
             tiles,
@@ -553,7 +551,7 @@ def gradient_tiles(
     out: DTypeLike,
     interpret: Interpret,
 ) -> Tiles:
-    """The tiles of a weight gradient that take the least time, by a model, and fit the chip."""
+    """Returns the tiles of a weight gradient with the least estimated time that fit the chip."""
     chip = _chip(interpret)
     dtypes = jnp.dtype(rows), jnp.dtype(cotangent)
     x, dy = (dtype.itemsize for dtype in dtypes)

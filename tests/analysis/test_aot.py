@@ -119,7 +119,7 @@ def test_what_does_not_fit_gets_a_change_that_may():
     first = next(row for row in rows if row["possible"])
     assert first["change"] == "mesh.data to mesh.fsdp"
     assert first["floor_bytes"] < state / 4
-    assert said[-1].endswith("beginning with: mesh.data to mesh.fsdp")
+    assert said[-1].endswith("starting with: mesh.data to mesh.fsdp")
     candidates.search(config, _target(memory=1e3), programs.abstract_program, None, said.append)
     assert "larger slice" in said[-1]
 
@@ -142,9 +142,9 @@ def test_changes_are_compiled_until_one_fits():
     ("name", "slices", "words"),
     [
         ("v5:2x4", 1, "Did you mean"),
-        ("v5e", 1, "a chip and a shape"),
+        ("v5e", 1, "must be CHIP:SHAPE"),
         ("", 1, "v5e:16x16"),
-        ("h100:9", 1, "GPUs of one node"),
+        ("h100:9", 1, "GPUs in one node"),
         ("h100:8", 2, "num_slices=2"),
         ("v5e:2x4", 0, "num_slices=0"),
     ],
@@ -257,5 +257,5 @@ def test_a_tpu_slice(tmp_path):
     assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
     assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
     assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
-    loops = [note for note in figures["counting_notes"] if "known only at run time" in note]
+    loops = [note for note in figures["counting_notes"] if "data-dependent trip count" in note]
     assert all("shard_map" in note for note in loops)  # the exchange's further rounds alone

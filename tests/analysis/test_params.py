@@ -56,7 +56,7 @@ def test_shardings_are_shown_without_devices():
     assert "stays whole" in sharding_table(
         dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 8)), model
     )
-    with pytest.raises(InputError, match="256 places for 8 devices"):
+    with pytest.raises(InputError, match="needs 256 devices, but 8 devices are available"):
         sharding_table(dataclasses.replace(config, mesh=MeshConfig(1, 16, 8, 2)), model, 8)
 
 

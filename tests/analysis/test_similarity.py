@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -31,7 +32,10 @@ def saved(directory, config, dtype="float32"):
 
 
 def naive(model):
-    """The mean cosine over pairs, from the layers' own experts in transformers' order."""
+    """Mean cosines over all pairs, copies, same slices and other slices, of each layer.
+
+    From the layers' own experts in transformers' order.
+    """
     values = []
     for layer, kind in enumerate(model.config.layer_kinds):
         if kind != "moe":
@@ -47,11 +51,21 @@ def naive(model):
                             ("gate_up", "down")])
             for e in range(model.config.moe.num_experts)
         ]  # fmt: skip
-        cosines = [
-            a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-            for a, b in itertools.combinations(flat, 2)
-        ]
-        values.append(np.mean(cosines))
+        cosines, config = {"copies": [], "same": [], "other": []}, model.config.moe
+        for (i, a), (j, b) in itertools.combinations(enumerate(flat), 2):
+            # Expert numbers run over slots, candidates, copies and slices, the last one fastest.
+            same_slice = i % config.intermediate_granularity == j % config.intermediate_granularity
+            per_slot = config.num_experts // config.output_granularity
+            kind = (
+                "other"
+                if not same_slice
+                else "copies"
+                if i // per_slot == j // per_slot
+                else "same"
+            )
+            cosines[kind].append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        parts = [np.mean(each) if each else None for each in cosines.values()]
+        values.append([np.mean([*itertools.chain(*cosines.values())]), *parts])
     return values
 
 
@@ -60,11 +74,44 @@ def test_the_mean_over_all_pairs(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(similarity, "_CHUNK", 100)
     monkeypatch.setattr(lazy, "BLOCK_BYTES", 5000)  # three experts of 16 at a time, then one
     model = saved(tmp_path / "mixed", MIXED, dtype)
-    found = expert_similarity(str(tmp_path / "mixed"))
-    assert found.layers == (0, 2, 3) and found.experts == 16
-    expected = naive(model)
-    np.testing.assert_allclose(found.values, expected, rtol=1e-9, atol=1e-12)
-    assert len(set(np.round(expected, 8))) == 3 and found.mean == pytest.approx(np.mean(expected))
+    expected = np.array(naive(model))
+    for limit in (0, 1 << 30):  # an expert at a time, and the whole layer
+        monkeypatch.setattr(similarity, "_LAYER_BYTES", limit)
+        found = expert_similarity(str(tmp_path / "mixed"))
+        assert found.layers == (0, 2, 3) and found.experts == 16
+        parts = [found.values, found.copies, found.same_slice, found.other_slices]
+        np.testing.assert_allclose(np.transpose(parts), expected, rtol=1e-9, atol=1e-12)
+        assert len(set(np.round(expected[:, 0], 8))) == 3
+        assert [found.mean, *found.parts.values()] == pytest.approx(list(expected.mean(axis=0)))
+
+
+def test_parts_without_pairs_are_empty(tmp_path):
+    for numbers, absent in (((1, 2, 1, 2), "other slices"), ((4, 2, 1, 1), "copies")):
+        config = dataclasses.replace(SMALL, moe=fm.MoEConfig(*numbers, 1))
+        model = saved(tmp_path / absent, config)
+        found = expert_similarity(str(tmp_path / absent))
+        assert [name for name, value in found.parts.items() if value is None] == [absent]
+        parts = [found.values, found.copies, found.same_slice, found.other_slices]
+        for layer, expected in enumerate(naive(model)):
+            assert [each[layer] for each in parts] == [
+                None if value is None else pytest.approx(value) for value in expected
+            ]
+
+
+def test_a_run_over_its_steps(tmp_path, capsys):
+    config = dataclasses.replace(SMALL, moe=fm.MoEConfig(4, 2, 1, 2, 1))
+    dense = Decoder(SMALL, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    start = fm.upcycle_model(dense, config.moe, jax.random.key(0))
+    save_checkpoint(start, tmp_path / "checkpoints" / "0")
+    saved(tmp_path / "checkpoints" / "20", config)  # drawn at random: copies have parted
+    outputs = [f"--output={tmp_path / name}" for name in ("s.png", "s.json")]
+    assert invoke("similarity", tmp_path, "--over_steps", *outputs) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["step", "all", "pairs", "copies", "same", "slice", "other", "slices"]
+    assert lines[1][0] == "0" and lines[1][2] == "1.0000"
+    assert lines[2][0] == "20" and abs(float(lines[2][2])) < 0.05
+    assert set(json.loads((tmp_path / "s.json").read_text())) == {"0", "20"}
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
@@ -85,8 +132,11 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
     assert 0.5 < values["Out FG"]["mean"] < 0.95
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "layer    No FG  Inter FG   Out FG"
-    assert len(lines) == layers + 2 and lines[-1].split()[:2] == ["mean", "1.0000"]
+    assert re.split(r"\s{2,}", lines[0].strip()) == ["layer", *numbers]
+    assert len(lines) == layers + 5 and lines[-4].split()[:2] == ["mean", "1.0000"]
+    parts = {line[:12].strip(): line[12:].split() for line in lines[-3:]}
+    assert parts["copies"] == ["1.0000", "1.0000", "1.0000"]
+    assert len(parts["same slice"]) == len(parts["other slices"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,9 +146,11 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
         (["{one}"], "one expert per layer"),
         (["{zero}"], "layer 1: the weights of expert 2 are zero"),
         (["{here}/nothing"], "nothing"),
-        (["{zero}", "{here}/x/../zero"], "both called zero"),
+        (["{zero}", "{here}/x/../zero"], "have the same label zero"),
         (["{zero}", "--output={here}/a.pdf"], "must end in .png or .json"),
         (["{zero}", "--output={here}/no/a.png"], "no does not exist"),
+        (["{zero}", "{one}", "--over_steps"], "--over_steps takes one workdir, but 2 are given"),
+        (["{zero}", "--over_steps"], "holds no checkpoints of a run"),
     ],
 )
 def test_what_cannot_be_compared(broken, capsys, arguments, words):
@@ -124,4 +176,4 @@ def broken(tmp_path_factory):
 def test_what_is_not_finite_is_named(broken):
     one = lazy.of_array(np.full((2, 4, 3), np.nan, np.float32))
     with pytest.raises(InputError, match="x: the weights of expert 0 are not finite"):
-        similarity._of_layer([one, one], "x", lambda size: None)
+        similarity._layer_similarity([one, one], fm.MoEConfig(1, 1, 1, 2), "x", lambda size: None)

@@ -91,11 +91,14 @@ def refuses(words, action, *arguments, **settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(intermediate_granularity=3), ["intermediate_size=40", "3", "remainder of 1"]),
+        (dict(intermediate_granularity=3), ["intermediate_size=40", "3", "the remainder is 1"]),
         (dict(intermediate_granularity=64), ["intermediate_size=40", "64"]),
         (dict(intermediate_granularity=4, output_granularity=5), ["hidden_size=24", "5"]),
         (dict(intermediate_granularity=4, shared_expert_intermediate_size=20), ["=20", "40"]),
-        (dict(intermediate_granularity=4, mlp_only_layers=(7,)), ["layer 7", "=2"]),
+        (
+            dict(intermediate_granularity=4, mlp_only_layers=(7,)),
+            ["mlp_only_layers contains 7", "=2"],
+        ),
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
@@ -334,7 +337,7 @@ def refuses_training(words, tmp_path, dense, text, **changes):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"", ["a.txt", "holds no text"]),
+        ("a.txt", b"", ["a.txt", "contains no text"]),
         ("a.txt", b"w1 w2 w3\n", ["a.txt", "training windows of 16", "global_batch_size=8"]),
         ("a.txt", b"w1 \xe4\xf6\xfc w2\n", ["a.txt", "not UTF-8"]),
         ("a.jsonl", b'{"text": "w1"}\n{"content": "w2"}\n', ["a.jsonl, line 2", '"text"']),
@@ -424,7 +427,7 @@ def test_a_kernel_of_another_platform(dense, tmp_path, kernel):
 def test_a_mixture_with_other_granularities(tmp_path):
     write_tokenizer(tmp_path, WORDS)
     refuses_training(
-        ["mixture already", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
+        ["has experts", "moe.active_per_group: 2 there, 1", "output_granularity: 1 there, 2"],
         tmp_path, MIXTURE, text_file(tmp_path), data__tokenizer=str(tmp_path),
     )  # fmt: skip
 
@@ -447,7 +450,7 @@ def test_workdirs_of_others(dense, tmp_path, kind):
         stored = dataclasses.asdict(dataclasses.replace(config, prompt_tokens=7))
         content = json.dumps(stored) if kind == "other config" else '{"train": '
         (workdir / "config.json").write_text(content)
-        words += ["prompt_tokens: 7 there, 48"] if kind == "other config" else ["JSON"]
+        words += ["prompt_tokens: 7 in the run, 48"] if kind == "other config" else ["JSON"]
     before = snapshot(tmp_path)
     refuses(words, train, config, workdir, say=lambda _: None)
     assert snapshot(tmp_path) == before
@@ -467,7 +470,7 @@ def test_windows_that_cannot_be_scored(dense, tmp_path, length, stride, words):
         (dict(input_ids=np.zeros((1, 0), int)), ["(1, 0)"]),
         (dict(input_ids=np.zeros(3, int)), ["(3,)"]),
         (dict(input_ids=np.array([[96]])), ["96"]),
-        (dict(input_ids=np.array([[-1]])), ["-1", "96"]),
+        (dict(input_ids=np.array([[-1]])), ["-1", "0 … 95"]),
         (dict(attention_mask=np.ones((1, 2))), ["(1, 2)", "(1, 3)"]),
         (dict(attention_mask=np.zeros((1, 3))), ["attention_mask"]),
         (dict(max_new_tokens=0), ["max_new_tokens=0"]),

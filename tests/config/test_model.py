@@ -39,7 +39,7 @@ def test_lean_variant_is_for_one_small_device(name):
 def test_moment_dtype_is_adamws():
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"] |= {"name": "adafactor", "moment_dtype": "bfloat16"}
-    with pytest.raises(InputError, match="leave it at float32"):
+    with pytest.raises(InputError, match="set moment_dtype to float32"):
         run_config(values)
 
 

@@ -252,7 +252,7 @@ def test_parquet(tmp_path):
     assert "".join(piece.text for piece in pieces[1:]) == "b\n" * 80_000
     with pytest.raises(InputError, match=r"no column 'body'.*text, other"):
         list(TextFile(tmp_path / "a.parquet", "body").pieces())
-    with pytest.raises(InputError, match="row 0: 'other' is no text"):
+    with pytest.raises(InputError, match="row 0: 'other' is not text"):
         list(TextFile(tmp_path / "a.parquet", "other").pieces())
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(InputError, match="cannot be read"):
@@ -262,8 +262,8 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"", ["holds no text"]),
-        ("a.txt", b" \n\n", ["holds no text"]),
+        ("a.txt", b"", ["contains no text"]),
+        ("a.txt", b" \n\n", ["contains no text"]),
         ("a.txt", b"\xff\xfe\x00", ["not UTF-8"]),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ["line 2", '"text"']),
         ("a.jsonl", b"[1, 2]\n", ["line 1"]),
@@ -368,7 +368,7 @@ def test_held_out_text_of_its_own(texts, tokenizer):
         (dict(sequence_length=500), r"gives 2 training windows.*global_batch_size=6"),
         (dict(eval_fraction=0.001), "held-out 0% of the .* less than one window of 8"),
         (dict(path="{0}/short.jsonl:1,{0}/none.jsonl:1"), r"none\.jsonl does not exist"),
-        (dict(path="{0}"), "nothing to train on"),
+        (dict(path="{0}"), "has no training data"),
         (dict(path=""), r"data\.path is empty"),
         (
             dict(path="{0}/short.jsonl:1,{0}/../{0.name}/short.jsonl:2"),
@@ -392,7 +392,7 @@ def test_bad_data_is_named(texts, tokenizer, settings, words):
 
 def test_token_ids_must_fit_the_model(texts, tokenizer):
     config = dataclasses.replace(CONFIG, path=f"{texts}/short.jsonl")
-    with pytest.raises(InputError, match=r"holds the token \d+, and the model's vocab_size is 100"):
+    with pytest.raises(InputError, match=r"contains token \d+, but the model's vocab_size is 100"):
         open_data(config, tokenizer, MODEL, 100)
 
 
@@ -414,7 +414,7 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     workdir.mkdir()
     fill_workdir(workdir, began, MODEL)
     (workdir / "checkpoints" / "damaged-1").mkdir()  # it had one
-    refused = pytest.raises(InputError, match=r"data\.path: .*there")
+    refused = pytest.raises(InputError, match=r"data\.path: .*in the run")
     with refused:  # nothing is recorded that its content could be compared with
         claim(workdir, run(mixed, "{0}/long.jsonl", moved))
     record_data(workdir, identity(began))
@@ -423,8 +423,9 @@ def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     claim_data(workdir, identity(same))
     for other, words, flag in (
         (run("{0}/short.jsonl:2,{0}/long.jsonl:1", "{0}/long.jsonl"),
-         "source 1.weight: '3/4' there, '2/3' now", "data.path"),
-        (run("{0}/long.jsonl", "{0}/long.jsonl"), "source 2.kind: 'text' there, None", "data.path"),
+         "source 1.weight: '3/4' in the run, '2/3' now", "data.path"),
+        (run("{0}/long.jsonl", "{0}/long.jsonl"), "source 2.kind: 'text' in the run, None",
+         "data.path"),
         (run(mixed, "{0}/short.jsonl"), "eval.tokens: ", "data.eval_path"),
         (run(mixed), "eval.tokens: ", "data.eval_path"),
         (run("{0}/long.jsonl"), "eval.tokens: ", "data.path,data.eval_path"),

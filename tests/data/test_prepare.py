@@ -96,7 +96,7 @@ def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
         except RuntimeError:
             (target / "00099.partial").write_bytes(b"left over")
             (target / ".manifest.json.partial").write_bytes(b"left over")
-    assert rounds > 2 and any("going on behind" in line for line in said)
+    assert rounds > 2 and any("resuming after" in line for line in said)
     assert _content(target) == _content(whole)
     before = {p: p.stat().st_mtime_ns for p in target.iterdir()}
     assert "is complete" in _prepare(sources, target)[0]
@@ -123,7 +123,7 @@ def test_a_killed_run_of_several_processes_goes_on(sources, whole, tmp_path):
     again = subprocess.run([*command, "--processes=2"], **settings)
     assert again.returncode == 0, again.stderr
     if "is complete" not in again.stdout:  # the kill may have come too late
-        assert "going on behind" in again.stdout and "tokens/s" in again.stderr
+        assert "resuming after" in again.stdout and "tokens/s" in again.stderr
     assert _content(tmp_path / "tokens") == _content(whole)
 
 
@@ -143,7 +143,7 @@ def test_other_settings_are_refused(sources, whole, changed, words):
 
 def test_what_the_target_holds_already_is_kept(sources, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds thesis\.tex and no prepared data"):
+    with pytest.raises(InputError, match=r"contains thesis\.tex and no prepared data"):
         _prepare(sources, tmp_path)
     with pytest.raises(InputError, match="is a file"):
         _prepare(sources, tmp_path / "thesis.tex")
@@ -183,10 +183,12 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(sources, whole, tmp_p
         return encode(batch, tokenizer)
 
     monkeypatch.setattr(text, "encode", full)
-    with pytest.raises(InputError, match=r"tokens cannot be written: No space.*same command again"):
+    with pytest.raises(
+        InputError, match=r"tokens cannot be written: No space.*same command to resume"
+    ):
         _prepare(sources, target)
     monkeypatch.setattr(text, "encode", encode)
-    assert "going on behind 1 complete" in _prepare(sources, target)[0]
+    assert "resuming after 1 complete" in _prepare(sources, target)[0]
     assert _content(target) == _content(whole)
 
 
@@ -194,7 +196,7 @@ def test_blank_files_are_left_out_and_empty_ones_refused(tmp_path):
     for name, content in (("a.txt", " \n" * 99), ("b.txt", "\n\nText."), ("c.jsonl", "\n\n")):
         (tmp_path / name).write_text(content)
     said = _prepare(tmp_path, tmp_path / "tokens")
-    assert [line.partition(" holds")[0] for line in said[:2]] == [
+    assert [line.partition(" contains")[0] for line in said[:2]] == [
         f"WARNING: {tmp_path / name}" for name in ("a.txt", "c.jsonl")
     ]
     _prepare(tmp_path / "b.txt", tmp_path / "alone")
@@ -204,14 +206,14 @@ def test_blank_files_are_left_out_and_empty_ones_refused(tmp_path):
     with pytest.raises(InputError, match="has no tokens"):
         _prepare(tmp_path / "a.txt", tmp_path / "nothing")
     (tmp_path / "d.txt").write_text("")
-    with pytest.raises(InputError, match=r"empty files, leave them out: .*d\.txt"):
+    with pytest.raises(InputError, match=r"empty files, remove them: .*d\.txt"):
         _prepare(tmp_path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_two_at_once_are_refused(sources, tmp_path):
     refused = pytest.raises(InputError, match=r"in use by process \d+ on .*, since .*--target")
-    with prepare_data._alone(tmp_path / "tokens"), refused:
+    with prepare_data._locked(tmp_path / "tokens"), refused:
         _prepare(sources, tmp_path / "tokens")
 
 
@@ -223,7 +225,7 @@ def test_sources_are_found_in_order(sources, tmp_path):
         expand([str(sources), both[0]], "train", "text")
     with pytest.raises(InputError, match=r"names .*book\.txt more than once"):
         expand([f"{sources}/../{sources.name}/book.txt", both[0]], "train", "text")
-    with pytest.raises(InputError, match="holds no text"):
+    with pytest.raises(InputError, match="contains no text"):
         expand([str(tmp_path)], "train", "text")
     with pytest.raises(InputError, match="no file matches"):
         expand([f"{tmp_path}/*.txt"], "train", "text")

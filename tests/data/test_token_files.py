@@ -96,27 +96,27 @@ def _edit(manifest, **changes):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda d: _cut(d / "00001.bin"), r"00001\.bin has \d+ bytes, and the manifest says \d+"),
+        (lambda d: _cut(d / "00001.bin"), r"00001\.bin has \d+ bytes, but the manifest says \d+"),
         (lambda d: (d / "00001.bin").unlink(), r"00001\.bin cannot be read: .*No such file"),
         (lambda d: (d / "00000.documents.npy").unlink(), r"00000\.documents\.npy cannot be read"),
         (
             lambda d: np.save(d / "00000.documents.npy", np.asarray([{}] * 99, object)),
-            r"00000\.documents\.npy is damaged: it is no \.npy file of int64",
+            r"00000\.documents\.npy is damaged: it is not a \.npy file of int64",
         ),
         *(
             (
                 lambda d, at=at: _overwrite(d / "00000.documents.npy", at, b"\x00("),
-                r"00000\.documents\.npy is damaged: it is no \.npy file of int64",
+                r"00000\.documents\.npy is damaged: it is not a \.npy file of int64",
             )
             for at in (0, 6, 8, 10, 22)
         ),
         (
             lambda d: np.save(d / "00000.documents.npy", np.zeros(99)),
-            r"00000\.documents\.npy holds float64",
+            r"00000\.documents\.npy contains float64",
         ),
         (
             lambda d: np.save(d / "00000.documents.npy", np.zeros(99, np.int64)),
-            r"00000\.documents\.npy has shape \(99,\), and the manifest says \d documents",
+            r"00000\.documents\.npy has shape \(99,\), but the manifest says \d documents",
         ),
         (
             lambda d: (d / "manifest.json").write_text("{"),
@@ -125,7 +125,7 @@ def _edit(manifest, **changes):
         (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json holds a list, not"),
         (lambda d: _edit(d / "manifest.json", format="x 9"), "has format 'x 9'; this version"),
         (lambda d: _edit(d / "manifest.json", shards=[]), "the list of shards is empty"),
-        (lambda d: _edit(d / "manifest.json", tokens=1), "speaks of 1 tokens of 12 documents"),
+        (lambda d: _edit(d / "manifest.json", tokens=1), "states 1 tokens in 12 documents"),
         (lambda d: _edit(d / "manifest.json", shards__1__tokens=0), "shard 00001 is empty"),
         (lambda d: _edit(d / "manifest.json", shards__1__tokens="1"), "must be an integer"),
         (lambda d: _edit(d / "manifest.json", shards__1__name="../x"), "00001.*'../x'"),
@@ -133,23 +133,23 @@ def _edit(manifest, **changes):
         (lambda d: _edit(d / "manifest.json", settings__dtype="float32"), "dtype 'float32'"),
         (
             lambda d: _edit(d / "manifest.json", settings__tokenizer="abc"),
-            "prepared with tokenizer abc, and the run's is [0-9a-f]{64}",
+            "prepared with tokenizer abc, but the run's is [0-9a-f]{64}",
         ),
         (
             lambda d: _edit(d / "manifest.json", settings__eos_id=None),
-            "prepared with end-of-text token None, and the run's is 0",
+            "prepared with end-of-text token None, but the run's is 0",
         ),
         (
             lambda d: _edit(d / "manifest.json", shards__2__max_id=70_000),
-            r"00002\.bin: its largest token is \d+, and the manifest says 70000; .*--verify=",
+            r"00002\.bin: its largest token is \d+, but the manifest says 70000; .*--verify=",
         ),
         (
             lambda d: _overwrite(d / "00001.bin", 40, b"\x00\x08"),
-            r"00001\.bin: its largest token is 2048, and the manifest says \d+; .*--verify=",
+            r"00001\.bin: its largest token is 2048, but the manifest says \d+; .*--verify=",
         ),
         (
             lambda d: (d / "manifest.json").rename(d / "manifest.partial.json"),
-            "is not prepared to the end: start",
+            "is not fully prepared: rerun",
         ),
     ],
 )
@@ -212,7 +212,7 @@ def test_verify_finds_a_flipped_bit(prepared):
     content = bytearray((prepared / "00001.bin").read_bytes())
     content[17] ^= 1
     (prepared / "00001.bin").write_bytes(content)
-    with pytest.raises(InputError, match=r"damaged files:\n  .*00001\.bin: [0-9a-f]{64}, and"):
+    with pytest.raises(InputError, match=r"damaged files:\n  .*00001\.bin: [0-9a-f]{64}, but"):
         verify(prepared)
 
 
@@ -243,22 +243,31 @@ def _overwrite(path, offset, content):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda p: _megatron(p, version=2), "has version 2 and dtype code 8; version 1"),
+        (
+            lambda p: _megatron(p, version=2),
+            "has version 2 and dtype code 8; supported are version 1",
+        ),
         (lambda p: _megatron(p, code=6), "dtype code 6"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 0, b"X"), "does not begin as an index"),
+        (
+            lambda p: _overwrite(p.with_suffix(".idx"), 0, b"X"),
+            "does not begin with MMIDIDX, as an index",
+        ),
         (lambda p: p.with_suffix(".idx").write_bytes(b""), r"x\.idx cannot be read"),
-        (lambda p: p.with_suffix(".idx").write_bytes(b"MMIDIDX"), "does not begin as an index"),
+        (
+            lambda p: p.with_suffix(".idx").write_bytes(b"MMIDIDX"),
+            "does not begin with MMIDIDX, as an index",
+        ),
         (lambda p: _cut(p.with_suffix(".idx")), "bytes; its 4 sequences and 5 document marks"),
-        (lambda p: _cut(p.with_suffix(".bin")), r"has 78 bytes, and .* speaks of 40 tokens of 2"),
-        (lambda p: p.with_suffix(".bin").unlink(), "has 0 bytes, and"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34, b"\4"), "do not lie in"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48, b"\1"), "marks do not rise from 0"),
-        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48 + 9, b"\1"), "marks do not rise"),
+        (lambda p: _cut(p.with_suffix(".bin")), r"has 78 bytes, but .* states 40 tokens of 2"),
+        (lambda p: p.with_suffix(".bin").unlink(), "has 0 bytes, but"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34, b"\4"), "are not contiguous in"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48, b"\1"), "marks do not ascend from 0"),
+        (lambda p: _overwrite(p.with_suffix(".idx"), 34 + 48 + 9, b"\1"), "marks do not ascend"),
         (lambda p: _megatron(p, [[]]), "is empty"),
-        (lambda p: _megatron(p, [[-1, 2, 3]], code=4), "holds the negative token -1"),
+        (lambda p: _megatron(p, [[-1, 2, 3]], code=4), "contains the negative token -1"),
         (
             lambda p: _megatron(p, [[1, 2048, 3]], code=4),
-            "holds the token 2048, and the model's vocab_size is 2048",
+            "contains token 2048, but the model's vocab_size is 2048",
         ),
         (
             lambda p: p.with_suffix(".idx").unlink(),

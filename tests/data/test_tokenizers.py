@@ -256,7 +256,7 @@ def with_code(folder):
 
 
 REFUSED = {
-    "versions": (with_versions, "would be another one in what is made of it"),
+    "versions": (with_versions, "would behave differently when copied"),
     "code": (with_code, "cannot be read"),
     "damaged": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be read"),
     "no merges": (lambda f: (f / "vocab.json").write_text("{"), "cannot be read"),
@@ -302,5 +302,5 @@ def test_an_export_of_another_model_type(source):
     write_pair(source, tokenizer_class="GPT2Tokenizer")
     change_config(source, model_type="llama")
     check_kept(source, {"config.json": '{"model_type": "llama"}'})
-    with pytest.raises(fm.InputError, match="would be another one"):
+    with pytest.raises(fm.InputError, match="would behave differently"):
         check_kept(source, {"config.json": '{"model_type": "qwen2"}'})

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pallas_kernels import expert_ffn, grouped_matmul
 from tests.support import ROOT
 
 PAGES = [
@@ -62,7 +63,7 @@ def draw(monkeypatch):
     import draw_architecture
 
     yield draw_architecture
-    for name in ("draw_architecture", "draw_layer"):
+    for name in ("draw_architecture", "svg"):
         sys.modules.pop(name, None)
 
 
@@ -93,6 +94,60 @@ def test_functions_files_and_links_exist(page):
             lost.append(path)
     lost += [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     assert lost == []
+
+
+def test_the_api_page_has_every_public_name():
+    shown = set(re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M))
+    stub = (ROOT / "finermoe_jax" / "__init__.pyi").read_text()
+    names = {f"finermoe_jax.{name}" for name in re.findall(r" as (\w+)$", stub, re.M)}
+    for package in (expert_ffn, grouped_matmul):
+        names |= {f"{package.__name__}.{name}" for name in package.__all__}
+    assert len(names) > 20
+    assert names - shown == set()
+    assert [name for name in shown if not is_there(name)] == []
+
+
+def anchors(page):
+    """The anchors of a page: its headings, and the names that the API page documents."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    slugs = {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+    return slugs | set(re.findall(r"^::: (\S+)", page.read_text(), re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_of_links_exist(page):
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    targets = [((page.parent / path) if path else page, anchor) for path, anchor in links]
+    assert [anchor for target, anchor in targets if anchor not in anchors(target)] == []
+
+
+def quoted_messages(page):
+    """The lines of messages on a page: after `error:` or `WARNING:`, and in backticks in tables."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *(?:error|WARNING): ((?:[^`\n]+\n)+)", text, re.M)
+    lines = [line for block in blocks for line in block.splitlines() if "$ " not in line]
+    rows = "\n".join(re.findall(r"^\|.*", text, re.M))
+    return lines + re.findall(r"`([a-zA-Z][^`]* [a-z]+ [a-z]+ [^`]*)`", rows)
+
+
+def test_messages_on_the_pages_are_the_codes():
+    sources = [ast.parse(path.read_text()) for path in (ROOT / "finermoe_jax").rglob("*.py")]
+    strings = {
+        " ".join(node.value.split())
+        for source in sources
+        for node in ast.walk(source)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    lost, checked = [], 0
+    for page in ("commands", "launch", "reliability"):
+        for message in quoted_messages(ROOT / "docs" / f"{page}.md"):
+            # The code fills in what stands between these parts: numbers, names, paths.
+            parts = re.split(r"\S*[\d/=…_'\"(),:.;?-]\S*|\bN\b", message)
+            parts = [" ".join(part.split()) for part in parts if len(part.split()) > 2]
+            checked += len(parts)
+            lost += [part for part in parts if not any(part in string for string in strings)]
+    assert lost == []
+    assert checked > 10
 
 
 def test_the_walks_name_functions():

@@ -18,7 +18,7 @@ from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import with_shapes
-from finermoe_jax.runtime.preemption import interrupts_arrive
+from finermoe_jax.runtime.preemption import redeliver_interrupts
 from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
@@ -115,7 +115,7 @@ def test_an_interrupted_restore_is_interrupted(interrupts, state, saved):
         return time.monotonic() - began
 
     whole, chance, during = min(seconds() for _ in range(3)), random.Random(0), 0
-    with often_collected(), interrupts_arrive():
+    with often_collected(), redeliver_interrupts():
         for number in range(200):
             if number >= 20 and during > 2:  # enough came in the middle of a restore
                 break
@@ -165,7 +165,7 @@ def test_a_save_that_fails_is_noticed_before_the_next(state, tmp_path, monkeypat
                 time.sleep(0.01)
         checkpoints.close()
     assert found.value.alone and "File too large" in str(found.value)
-    assert "No step there is complete" in str(found.value)
+    assert "There is no complete checkpoint" in str(found.value)
 
 
 def test_all_writes_end_before_one_that_failed_is_raised(state, tmp_path):
@@ -213,7 +213,7 @@ def test_no_room_for_a_directory_ends_a_save_at_once(state, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
 
         began = time.monotonic()
-        with monkeypatch.context() as patch, pytest.raises(RunEnded, match=r"is full, .* free"):
+        with monkeypatch.context() as patch, pytest.raises(RunEnded, match=r"is full \(.* free"):
             patch.setattr(os, "mkdir", full)
             checkpoints.save(1, model, params, moments, None)
             checkpoints.wait()
@@ -228,7 +228,7 @@ def test_an_interrupt_in_the_garbage_collector_comes_again(interrupts, monkeypat
         gc.callbacks.remove(interrupt)
         signal.raise_signal(signal.SIGINT)
 
-    with interrupts_arrive():
+    with redeliver_interrupts():
         gc.callbacks.append(interrupt)
         with pytest.raises(KeyboardInterrupt):
             gc.collect()

@@ -208,10 +208,10 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
     assert said[4::2] == [small, filled]
     target = re.escape(f"{place}/target")
     assert re.fullmatch(
-        rf"{target} would take [\d.]+MB, and its disk has [\d.]+MB free: make room, or .*", small
+        rf"{target} needs [\d.]+MB, but its disk has [\d.]+MB free: free some space, or .*", small
     )
     assert re.fullmatch(
-        rf"{target} takes [\d.]+MB, and its disk was full before it was written\. .* left.*", filled
+        rf"the disk filled up while {target} \([\d.]+MB\) was written\. .* left.*", filled
     )
 
 
@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
 def test_places_where_nothing_can_be_written(tmp_path, place):
     (tmp_path / "file").touch()
     source = big_source(tmp_path / "source", 1, 16)
-    words = "0.00B free" if place == "/proc/target" else "cannot be made"
+    words = "0.00B free" if place == "/proc/target" else "cannot be created"
     with pytest.raises(fm.InputError, match=words):
         convert(str(source), tmp_path / place, "orbax", None, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
@@ -326,5 +326,5 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch, form, to,
     monkeypatch.setattr(lazy.LazyArray, "__getitem__", then_changed)
     with pytest.raises(fm.InputError) as error:
         convert(str(source), tmp_path / "target", to, fm.MoEConfig(4, 2, 1, 2, 1), seed=0)
-    assert re.search("leave the source alone|damaged or cannot be read", str(error.value))
+    assert re.search("do not change the source|damaged or cannot be read", str(error.value))
     assert reads >= 5 and {path.name for path in tmp_path.iterdir()} <= {"hf", "orbax"}

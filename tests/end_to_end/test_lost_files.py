@@ -176,7 +176,9 @@ def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, cap
 def test_a_reader_that_is_always_too_slow_is_told_so(training, monkeypatch):
     steps, save = training
     monkeypatch.setattr(integrity, "damage", _first(integrity.damage, save, 1000))
-    with pytest.raises(InputError, match="10 times a run in training has removed"):
+    with pytest.raises(
+        InputError, match="a running training removed the checkpoint while it was read, 10 times"
+    ):
         load_checkpoint(steps.parent)
 
 
@@ -190,7 +192,9 @@ def test_one_checkpoint_that_is_removed_is_not_called_damaged(training, monkeypa
     with pytest.raises(InputError, match="2 was removed while it was read"):
         load_checkpoint(steps / "2")
     monkeypatch.setattr("finermoe_jax.weights.convert.write_hf", _first(write_hf, save))
-    with pytest.raises(InputError, match=r"was removed while it was read.* take a copy"):
+    with pytest.raises(
+        InputError, match=r"was removed while it was read.* copy one of its checkpoints"
+    ):
         convert(str(steps.parent), tmp_path / "target", "hf", None, seed=0)
     assert not (tmp_path / "target").exists()
 

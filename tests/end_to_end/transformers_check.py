@@ -97,7 +97,7 @@ def clients(model, directory, ids):
         kept = model(ids[:, :2], use_cache=True).past_key_values
         model(ids, position_ids=starts, past_key_values=kept)
     except ValueError as error:
-        refused = int("cache cannot keep apart" in str(error))
+        refused = int("cache cannot separate" in str(error))
     # The same two texts by a mask of four axes, as booleans and as floats.
     text = (torch.arange(tokens) >= half).long()
     seen = (text[:, None] == text) & torch.ones(tokens, tokens).tril().bool()

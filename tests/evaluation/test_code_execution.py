@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from finermoe_jax.evaluation import code_execution
-from finermoe_jax.evaluation.code_execution import own_code_eval, passes
+from finermoe_jax.evaluation.code_execution import local_code_eval, passes
 
 
 def _namespaces():
@@ -117,10 +117,10 @@ def test_what_left_the_session_ends_with_the_program(tmp_path):
 def test_an_environment_in_reach_is_said(reachable, monkeypatch, capsys):
     pytest.importorskip("evaluate")
     if reachable:  # as where the kernel refuses namespaces
-        without = code_execution._LIMITED.replace("os.unshare(", "raise OSError(")
-        monkeypatch.setattr(code_execution, "_LIMITED", without)
+        without = code_execution._RUNNER.replace("os.unshare(", "raise OSError(")
+        monkeypatch.setattr(code_execution, "_RUNNER", without)
     elif not _namespaces():
         pytest.skip("this system gives a process no namespaces of its own")
-    with own_code_eval():
+    with local_code_eval():
         pass
-    assert ("can read the environment" in capsys.readouterr().err) == reachable
+    assert ("can read this process's environment" in capsys.readouterr().err) == reachable

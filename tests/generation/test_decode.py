@@ -23,7 +23,7 @@ from finermoe_jax.generation.text import complete, continue_all, conversation
 from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.sharding import make_mesh
-from finermoe_jax.layers.stored import OfLayer
+from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
@@ -129,12 +129,12 @@ def test_the_cache_is_written_in_place(model):
 
 def test_layers_apart_lie_in_the_memory_of_their_stack():
     stack = jnp.arange(3 * 16 * 32, dtype=jnp.float32).reshape(3, 16, 32)
-    layers = cpu.apart(stack).layers
+    layers = cpu.separate_layers(stack).layers
     start = stack.unsafe_buffer_pointer()
     assert [w.unsafe_buffer_pointer() - start for w in layers] == [0, 2048, 4096]
     # Rows of 12 bytes cannot: they are copied.
     odd = jnp.arange(9, dtype=jnp.float32).reshape(3, 3)
-    np.testing.assert_array_equal(np.stack(cpu.apart(odd).layers), odd)
+    np.testing.assert_array_equal(np.stack(cpu.separate_layers(odd).layers), odd)
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_few_rows(monkeypatch, native, dtype, rows):
         stack = jnp.asarray(rng.integers(-99, 99, (3, outputs, width)), dtype)
         x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
         wanted = np.asarray(x, np.float64) @ np.asarray(stack[1], np.float64).T
-        for weight in (stack[1], OfLayer(stack, jnp.int32(1))):
+        for weight in (stack[1], LayerView(stack, jnp.int32(1))):
             got = (
                 jax.jit(cpu.few_rows)(x, weight) if weight is stack[1] else cpu.few_rows(x, weight)
             )
@@ -434,7 +434,7 @@ def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
 
 def test_prompts_that_cannot_be_continued(writer, tokenizer):
     for prompt, words in (
-        ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "outside the vocabulary"),
+        ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "the vocabulary"),
     ):  # fmt: skip
         with pytest.raises(fm.InputError, match=words):
             complete(writer, tokenizer, prompt, 4)

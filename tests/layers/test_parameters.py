@@ -142,7 +142,7 @@ def test_every_kinds_axes_have_a_place_on_the_mesh():
 
 
 def test_axes_that_are_of_no_kind_are_refused_where_the_parameter_is_made():
-    with pytest.raises(InputError, match=r"'mlp', 'expert'\) are of no kind"):
+    with pytest.raises(InputError, match=r"'mlp', 'expert'\) have no kind"):
         Made(("mlp", "expert"))
     bare = nnx.Dict(w=nnx.Param(np.ones(3)))
     with pytest.raises(InputError, match="parameter w declares no logical axes"):

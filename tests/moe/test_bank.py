@@ -130,5 +130,5 @@ def test_a_layer_that_computes_its_experts_otherwise_is_refused():
             self.given = bank.gradients
             return bank
 
-    with pytest.raises(InputError, match="did not compute its experts through"):
+    with pytest.raises(InputError, match="did not compute its experts with routed_experts"):
         gradients(model=with_layer(mixture_model(THREE), Mine))

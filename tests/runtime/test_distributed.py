@@ -153,7 +153,7 @@ def asked_to_stop(place, workdir, process):
     assert [code for code, _, _ in results] == [75, 75], results
     step = max(int(p.name) for p in (place / workdir / "checkpoints").iterdir())
     errors = [errors for _, _, errors in results]
-    assert f"stopped on request after step {step}. The run can go on from" in errors[0]
+    assert f"stopped on request after step {step}. Resume from step" in errors[0]
     assert "stopped on request" not in errors[1] and "Traceback" not in "".join(errors)
     return step
 
@@ -212,7 +212,7 @@ def test_a_death_ends_the_other_with_its_name(place, victim):
     message = next(line for line in errors.splitlines() if line.startswith("error: "))
     assert f"process {victim} of 2 (host {socket.gethostname()})" in message
     assert re.search(
-        rf"can go on from step ({newest}): --workdir={re.escape(str(workdir))}", message
+        rf"Resume from step ({newest}) with --workdir={re.escape(str(workdir))}", message
     )
 
 
@@ -255,10 +255,10 @@ def test_processes_that_do_not_come_together(place):
             (by_hand | {"JAX_PROCESS_ID": "0", address: f"127.0.0.1:{taken}"},
              [cannot, f"another one in {address}"]),
             (by_hand | {"JAX_PROCESS_ID": "1", address: f"127.0.0.1:{nobody}"},
-             [f"process 1 of 2 has not found process 0 at 127.0.0.1:{nobody}", "within 2 s"]),
+             [f"process 1 of 2 did not find process 0 at 127.0.0.1:{nobody}", "within 2 s"]),
             (slurm | {port: str(taken)}, [cannot, f"another one in {port}"]),
             (gke | {port: str(taken)}, [cannot, f"another one in {port}"]),
-            (open_mpi | {port: str(met)}, ["not all processes of this run", "within 2 s"]),
+            (open_mpi | {port: str(met)}, ["not all processes of this run started", "within 2 s"]),
         ]  # fmt: skip
         flags = ["--start_timeout=2", f"--config={place / 'tiny.py'}", "--workdir=apart"]
         started = [
@@ -302,5 +302,5 @@ def test_what_a_launchers_client_raises_is_one_message(monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", fails)
     monkeypatch.setattr("jax.config.update", lambda *_: None)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
-    with pytest.raises(InputError, match=r"cannot be joined: no route to the server\nsee docs"):
+    with pytest.raises(InputError, match=r"cannot be joined: no route to the server\nSee docs"):
         initialize()

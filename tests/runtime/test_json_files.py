@@ -15,7 +15,7 @@ from finermoe_jax.data.text import Piece, TextFile
 from finermoe_jax.data.token_files import read_manifest, shard_damage, tokenizer_hash
 from finermoe_jax.data.tokenizers import generation_settings, load_tokenizer
 from finermoe_jax.errors import InputError
-from finermoe_jax.evaluation.evaluate import warn_of_what_is_no_number
+from finermoe_jax.evaluation.evaluate import warn_non_finite
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
 from finermoe_jax.training import plot
@@ -74,7 +74,7 @@ def _workdir(path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (LONG, "it holds an integer of more than 4300 digits"),
+        (LONG, "it contains an integer of more than 4300 digits"),
         (DEEP, "nested more than 64 levels"),
         (DEEPER, "nested more than 64 levels"),
         (b'{"text": "\xff"}', "it is not UTF-8 text"),
@@ -145,7 +145,7 @@ def test_a_hugging_face_directory_may_hold_checkpoints(tmp_path):
     (directory / "checkpoints" / "checkpoint-500").mkdir(parents=True)
     assert open_model(directory).config == open_model(MODEL).config
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"holds neither model\.safetensors"):
+    with pytest.raises(InputError, match=r"has neither model\.safetensors"):
         open_model(directory)
     for config in ('{"model": {}}', "{"):
         (directory / "config.json").write_text(config)
@@ -255,7 +255,7 @@ def test_what_is_no_number_is_written_as_null():
 
 
 def test_a_metric_that_is_no_number_is_said(capsys):
-    warn_of_what_is_no_number({"arc_easy": {"acc": 0.5, "rows": 3}})
+    warn_non_finite({"arc_easy": {"acc": 0.5, "rows": 3}})
     assert capsys.readouterr().err == ""
-    warn_of_what_is_no_number({"truthfulqa_mc2": {"acc": float("nan"), "rows": 2}})
-    assert "truthfulqa_mc2: acc is no number (nan)" in capsys.readouterr().err
+    warn_non_finite({"truthfulqa_mc2": {"acc": float("nan"), "rows": 2}})
+    assert "truthfulqa_mc2: acc is not finite (nan)" in capsys.readouterr().err

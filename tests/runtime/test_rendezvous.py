@@ -53,8 +53,9 @@ def test_all_meet_in_any_order_and_leave_the_port():
 @pytest.mark.parametrize(
     ("there", "words"),
     [
-        (0, ["process 1 and 2 of 3 did not come to 127.0.0.1:", "within 1.5 s", "--start_timeout"]),
-        (1, ["process 1 of 3 has not found process 0 at 127.0.0.1:", "within 1.5 s",
+        (0, ["process 1 and 2 of 3 did not connect to 127.0.0.1:", "within 1.5 s",
+             "--start_timeout"]),
+        (1, ["process 1 of 3 did not find process 0 at 127.0.0.1:", "within 1.5 s",
              "Connection refused", "--start_timeout"]),
     ],
 )  # fmt: skip
@@ -67,7 +68,7 @@ def test_one_that_never_starts(there, words):
 
 def test_all_that_are_there_hear_who_is_missing():
     messages = meeting((0, 3, 0), (2, 3, 0), seconds=SECONDS)
-    assert messages[0] == messages[1] and messages[0].startswith("process 1 of 3 did not come")
+    assert messages[0] == messages[1] and messages[0].startswith("process 1 of 3 did not connect")
 
 
 @pytest.mark.parametrize("names", [(), SLURM])
@@ -75,7 +76,7 @@ def test_an_index_given_twice(names):
     index, _, port = names or ("JAX_PROCESS_ID", "", "JAX_COORDINATOR_ADDRESS")
     host = socket.gethostname()
     for message in meeting((0, 3, 0), (1, 3, 0), (1, 3, 0), names=names):
-        assert f"{index}=1 was given to two processes, on {host} and on {host}" in message
+        assert f"{index}=1 is set for two processes, on {host} and on {host}" in message
         assert message.endswith(f"each run its own port ({port})")
 
 
@@ -113,7 +114,7 @@ def test_another_program_has_the_port(index):
     if index == 0:
         assert f"process 0 cannot listen on 127.0.0.1:{port} (Address already in use)" in message
     else:
-        assert f"has not found process 0 at 127.0.0.1:{port}" in message
+        assert f"did not find process 0 at 127.0.0.1:{port}" in message
 
 
 def test_a_port_in_use_is_refused_without_a_meeting():

@@ -46,15 +46,15 @@ def test_load_of_one_expert_and_of_no_token():
 
 @pytest.mark.parametrize("text", ["3", "a:b", "0:2", "5:4", "1:2:3", "-1:2"])
 def test_ranges_that_are_none_are_refused(text):
-    with pytest.raises(InputError, match="two steps, like 20:22"):
+    with pytest.raises(InputError, match="must be FIRST:LAST"):
         read_steps(text)
 
 
 def test_steps_that_are_not_run_and_missing_packages_are_named(monkeypatch):
     assert read_steps("") is None and read_steps("4:9") == (4, 9)
-    with pytest.raises(InputError, match="0:4: this run makes steps 1 to 10"):
+    with pytest.raises(InputError, match="0:4 must be within this run's 1:10"):
         check(Telemetry(profile_steps=(0, 4)), steps=10)
-    with pytest.raises(InputError, match="9:11: this run makes steps 1 to 10"):
+    with pytest.raises(InputError, match="9:11 must be within this run's 1:10"):
         check(Telemetry(profile_steps=(9, 11)), steps=10)
     with pytest.raises(InputError, match="--peak_tflops=0 must be positive"):
         check(Telemetry(peak_flops=0.0), 10)

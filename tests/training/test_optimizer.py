@@ -16,7 +16,7 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kind_of, kinds
 from finermoe_jax.model.decoder import with_shapes
-from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, round_at_random
+from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, stochastic_round
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import abstract_optimizer
@@ -131,8 +131,8 @@ def test_small_updates_of_bfloat16_weights_arrive_on_average():
     mean = float((moved.astype(jnp.float32) - x.astype(jnp.float32)).mean())
     assert mean == pytest.approx(-1e-5, rel=0.05)
     for exact in (0.0, -1.5, jnp.inf, -jnp.inf):
-        assert round_at_random(jnp.float32(exact), jax.random.key(1)) == exact
-    assert jnp.isnan(round_at_random(jnp.float32(jnp.nan), jax.random.key(1)))
+        assert stochastic_round(jnp.float32(exact), jax.random.key(1)) == exact
+    assert jnp.isnan(stochastic_round(jnp.float32(jnp.nan), jax.random.key(1)))
 
 
 def test_float32_weights_are_updated_as_by_optax():

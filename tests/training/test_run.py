@@ -360,7 +360,7 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
 @pytest.mark.slow
 def test_a_workdir_keeps_its_config(straight):
     before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
-    with pytest.raises(InputError, match=r"train.seed: 0 there, 7 in the config"):
+    with pytest.raises(InputError, match=r"train.seed: 0 in the run, 7 in the config"):
         train(demo_run(4, seed=7), straight, say=lambda _: None)
     assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
 
@@ -375,15 +375,13 @@ def test_a_workdir_keeps_its_data(straight, tmp_path):
     path.write_text(json.dumps(found))
     with pytest.raises(InputError) as error:
         train(demo_run(4), tmp_path / "run", say=lambda _: None)
-    assert "holds a run with other data\n  source 1.tokens: 12 there, 378304 now" in str(
-        error.value
-    )
+    assert "with other data:\n  source 1.tokens: 12 in the run, 378304 now" in str(error.value)
     assert "elsewhere" not in str(error.value)
 
 
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not empty and holds no run"):
+    with pytest.raises(InputError, match="is not empty and contains no run"):
         train(demo_run(4), tmp_path, say=lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

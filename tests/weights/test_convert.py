@@ -244,7 +244,7 @@ def converted(folder, target):
     values, tensors = read_again(folder)
     dtype = None
     if len({tensor.dtype for name, tensor in tensors.items() if "inv_freq" not in name}) > 1:
-        with pytest.raises(fm.InputError, match="say which by --dtype"):
+        with pytest.raises(fm.InputError, match="choose it with --dtype"):
             convert(str(folder), target, "orbax", MOE, seed=1)
         dtype = str(tensors["model.embed_tokens.weight"].dtype)
     with limited(3 * SECONDS):

@@ -153,7 +153,7 @@ def test_files_hashed_while_others_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "_RESTED", 0.05)
     contents = {"0/whole": b"1" * 3_000_000, "0/d/grown": b"22", "0/late": b"333"}
     monkeypatch.setattr(integrity, "_hash", counted_hash := Counted(integrity._hash))
-    with integrity.hashed_along(tmp_path / "1") as known:
+    with integrity.hash_while_written(tmp_path / "1") as known:
         (tmp_path / "1" / "0" / "d").mkdir(parents=True)
         for name in ("0/whole", "0/d/grown"):
             (tmp_path / "1" / name).write_bytes(contents[name])

@@ -46,7 +46,7 @@ def test_whole_conversions(upcycled, tmp_path):
         assert verify(str(source), target, "orbax", moe).digest != reports[0].digest
     convert(str(UNTIED), tmp_path / "narrow", "orbax", MOE, seed=1, dtype="bfloat16")
     assert verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE, dtype="bfloat16").slices == 192
-    with pytest.raises(fm.InputError, match=r"stores bfloat16, not float32 as .*: give.*--dtype"):
+    with pytest.raises(fm.InputError, match=r"stores bfloat16, not float32 as .*: pass.*--dtype"):
         verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE)
 
 
@@ -90,7 +90,9 @@ def test_another_source_and_another_architecture(upcycled, tmp_path):
     other = shutil.copytree(UNTIED, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({k: v + 1 for k, v in tensors.items()}, other / "model.safetensors")
-    with pytest.raises(fm.InputError, match=r"is not what .*other becomes: 219 tensors differ"):
+    with pytest.raises(
+        fm.InputError, match=r"is not the conversion of .*other: 219 tensors differ"
+    ):
         verify(str(other), upcycled / "orbax", "orbax", MOE)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
@@ -142,7 +144,7 @@ def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
     start = fm.UpcycleConfig(drop_ratio=0.5)
     convert(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
     report = verify(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
-    assert (report.anew, report.drawn) == (2 * 12 + 3 + 2 * 32 * 3, 4)
+    assert (report.recomputed, report.drawn) == (2 * 12 + 3 + 2 * 32 * 3, 4)
 
 
 def test_dtypes_are_not_mixed_silently(upcycled, tmp_path):
@@ -174,12 +176,12 @@ def test_a_target_of_another_kind_than_was_asked_for(upcycled, tmp_path):
         with pytest.raises(fm.InputError, match=r"another architecture.*\n.*moe\."):
             verify(str(UNTIED), upcycled / target, to, moe)
     for target, to in (("orbax", "hf"), ("hf", "orbax")):
-        with pytest.raises(fm.InputError, match=rf"--to={to} asks for .*: say --to={target}"):
+        with pytest.raises(fm.InputError, match=rf"--to={to} asks for .*: pass --to={target}"):
             verify(str(UNTIED), upcycled / target, to, MOE)
     # A mixture is imported as it is, but has to be the one that a config states.
     source, other = str(upcycled / "hf"), dataclasses.replace(MOE, active_per_group=2)
     assert verify(source, upcycled / "orbax", "orbax", other).copied == 223
-    with pytest.raises(fm.InputError, match=r"mixture already.*\n.*active_per_group"):
+    with pytest.raises(fm.InputError, match=r"already has experts.*\n.*active_per_group"):
         verify(source, upcycled / "orbax", "orbax", other, stated=True)
 
 

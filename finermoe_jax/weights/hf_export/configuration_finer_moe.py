@@ -6,7 +6,7 @@ the paper (arXiv 2603.13364): h = hidden_size, H = intermediate_size.
 
 from transformers import PretrainedConfig
 
-# What a config.json may leave out. None: from the other keys.
+# Defaults of missing keys. None: derived from the other keys.
 _DEFAULTS = {
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -39,7 +39,7 @@ _DEFAULTS = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-# What each rope_type needs; original_max_position_embeddings: max_position_embeddings if missing.
+# Required keys by rope_type. original_max_position_embeddings defaults to max_position_embeddings.
 _ROPE = {
     "default": (),
     "linear": ("factor",),
@@ -49,31 +49,32 @@ _ROPE = {
 
 
 class FineRMoeConfig(PretrainedConfig):
-    """A Qwen2-style decoder whose FFNs are experts, fine in two dimensions.
+    """A Qwen2-style decoder with experts that are fine-grained in two dimensions.
 
     The experts:
-      G_I: slices along the intermediate width; an expert's is moe_intermediate_size = H / G_I.
+      G_I: slices along the intermediate width; moe_intermediate_size = H / G_I.
       G_O: slots along the output width, which are concatenated; an expert writes h / G_O columns.
       R_I: copies of every slice inside a group of G_I * R_I experts.
       R_O: candidate groups for each slot; the router picks one.
       num_experts: G_O * R_O * R_I * G_I.
       num_experts_per_tok: active experts of a token, the same number in each of the G_O slots.
-      shared_expert_intermediate_size: width of the expert of every token; 0: there is none.
+      shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
       moe_concat_proj: a projection [h, h] after the concatenation.
-      norm_topk_prob: divide the weights of a token's experts by their sum once more.
+      norm_topk_prob: divides the weights of a token's experts by their sum once more.
       decoder_sparse_step, mlp_only_layers: layer i has experts if i is not in mlp_only_layers and
-        i + 1 is a multiple of decoder_sparse_step; the others keep a dense FFN of width H.
-      output_router_logits: return the routers' logits and the load-balancing loss (paper Eq. 11),
-        and add it, times router_aux_loss_coef, to the loss.
+        i + 1 is a multiple of decoder_sparse_step; the others have a dense FFN of width H.
+      output_router_logits: returns the routers' logits and the load-balancing loss (paper Eq. 11),
+        and adds the latter, times router_aux_loss_coef, to the loss.
 
-    The attention: qkv_bias (Qwen2 has it, Llama has not) and qk_norm (Qwen3's norm of every query
-    and key head). The base of the rotary positions may be in rope_theta, and their scaling in
-    rope_scaling, as in the published files, or both in rope_parameters, as transformers 5 writes
-    them. rope_type is "default", "linear", "llama3" or "yarn".
+    The attention: qkv_bias (as in Qwen2) and qk_norm (Qwen3's norm of every query and key head).
+    The base of the rotary positions may be in rope_theta and their scaling in rope_scaling, as in
+    the published files, or both in rope_parameters, as transformers 5 writes them. rope_type is
+    "default", "linear", "llama3" or "yarn".
 
-    With tie_word_embeddings lm_head is the embedding.
+    With tie_word_embeddings, lm_head is the embedding.
 
-    Raises ValueError for numbers that contradict each other, and for what is not computed.
+    Raises ValueError for numbers that contradict each other and for features that are not
+    supported.
     """
 
     model_type = "finer_moe"
@@ -87,15 +88,15 @@ class FineRMoeConfig(PretrainedConfig):
         if lacking := [key for key in _ROPE[rope["rope_type"]] if not rope.get(key)]:
             raise ValueError(f"rope_type={rope['rope_type']!r} lacks {', '.join(lacking)}")
         for key, default, computed in (
-            ("hidden_act", "silu", ("silu", "swish")),  # two names of one function
+            ("hidden_act", "silu", ("silu", "swish")),  # synonyms
             ("use_sliding_window", False, (False,)),
         ):
             if (value := values.get(key, default)) not in computed:
-                raise ValueError(f"FineRMoE computes {key}={computed[0]!r} only, not {value!r}")
+                raise ValueError(f"{key}={value!r} is not supported; set it to {computed[0]!r}")
         self.rope_parameters, self.rope_theta = rope, rope["rope_theta"]
         values = _DEFAULTS | values
         self.use_cache = values.pop("use_cache")
-        # transformers reads this one while it sets the others.
+        # transformers reads this value while setting the others.
         self.max_position_embeddings = values.pop("max_position_embeddings")
         super().__init__(**values)  # every value becomes an attribute
 
@@ -126,5 +127,5 @@ class FineRMoeConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     def has_experts(self, layer):
-        """Returns whether layer number `layer`, from 0, has experts."""
+        """True if layer number `layer`, from 0, has experts."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0

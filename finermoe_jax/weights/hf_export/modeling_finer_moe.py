@@ -1,12 +1,11 @@
 """FineRMoE (arXiv 2603.13364) for transformers, loaded with trust_remote_code=True.
 
 Written by finermoe-jax beside the weights, and independent of that package. A Qwen2-style decoder:
-pre-norm residuals, grouped-query attention with rotary positions, and in place of FFNs the layer of
-`FineRMoeLayer`. It builds on public classes of transformers alone and shares no module with its
-models.
+pre-norm residuals, grouped-query attention with rotary positions, and `FineRMoeLayer` in place of
+FFNs. It uses only public classes of transformers and none of its model modules.
 
-Letters of shapes: B sequences, T tokens, S keys (the cached ones and T), D hidden_size, N experts,
-A num_experts_per_tok.
+Letters of shapes: B sequences, T tokens, S keys (cached and new), D hidden_size, N experts, A
+num_experts_per_tok.
 """
 
 import functools
@@ -30,7 +29,7 @@ class FineRMoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """x [..., size], in its dtype."""
+        """Normalizes x [..., size], in its dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight
@@ -46,12 +45,12 @@ class FineRMoeMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, out, bias=False)
 
     def forward(self, x):
-        """x [..., width] to [..., out]."""
+        """Maps x [..., width] to [..., out]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class FineRMoeAttention(nn.Module):
-    """Causal attention; several query heads share a key and value head."""
+    """Causal grouped-query attention: several query heads share a key and value head."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -69,9 +68,9 @@ class FineRMoeAttention(nn.Module):
             self.k_norm = FineRMoeRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, angles, mask, cache):
-        """x [B, T, D]; angles: cos and sin [B or 1, T, head_dim / 2]; mask: `added_to_scores`.
+        """x [B, T, D]; angles: cos and sin [B or 1, T, head_dim / 2]; mask: see `additive_mask`.
 
-        cache: None, or one of transformers' and the number of tokens in it.
+        cache: None, or a cache of transformers and the number of tokens in it.
         """
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
@@ -82,8 +81,8 @@ class FineRMoeAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *angles), rotate(k, *angles), v))
         if cache is not None:
             cache, past = cache
-            # Before transformers 5, a static cache needs the places that the tokens take. It
-            # returns all it holds.
+            # Before transformers 5, a static cache needs the positions of the new tokens, and
+            # returns all its slots.
             end = past + x.shape[1]
             places = {"cache_position": torch.arange(past, end, device=x.device)}
             k, v = (t[:, :, :end] for t in cache.update(k, v, self.layer, places))
@@ -95,7 +94,7 @@ class FineRMoeAttention(nn.Module):
 
 
 def rotary_angles(positions, config):
-    """Cosines and sines [..., head_dim / 2], float32, of positions [...]; yarn scales both."""
+    """Returns float32 cosines and sines [..., head_dim / 2] of positions, yarn-scaled."""
     dim, rope = config.head_dim, config.rope_parameters
     pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     powers, scale = config.rope_theta ** (pairs / dim), 1.0
@@ -105,8 +104,8 @@ def rotary_angles(positions, config):
     if kind == "linear":
         frequencies = frequencies / factor
     elif kind == "llama3":
-        # Slow pairs, by their turns within the original context, are slowed by a factor, fast ones
-        # kept; between the two it changes over linearly.
+        # Pairs with few turns within the original context are divided by factor, pairs with many
+        # are kept, linear in between.
         turns = original / (2 * math.pi) * frequencies
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -121,7 +120,7 @@ def rotary_angles(positions, config):
 
 
 def yarn_range(rope, dim, theta, original):
-    """The pairs up to which yarn keeps frequencies and from which it divides them by factor.
+    """Returns the pairs below which yarn keeps and above which it divides frequencies by factor.
 
     They turn beta_fast and beta_slow times within the original context.
     """
@@ -131,12 +130,12 @@ def yarn_range(rope, dim, theta, original):
     )
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)  # of dim, not of its half: all files mean this
+    first, last = max(first, 0), min(last, dim - 1)  # dim, not dim / 2, as in transformers
     return first, last if last != first else last + 0.001
 
 
 def yarn_scale(rope):
-    """The factor by which yarn multiplies rotated queries and keys."""
+    """Returns yarn's factor on rotated queries and keys."""
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     grown = math.log(max(rope["factor"], 1))
@@ -147,27 +146,27 @@ def yarn_scale(rope):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on x [B, T, heads, head_dim], in float32; pair i is (x[i], x[i + half])."""
+    """Rotates x [B, T, heads, head_dim], in float32; pair i is (x[i], x[i + half])."""
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def packed_texts(position_ids):
-    """Numbers [B or 1, T] of the texts in each row; None where every row is one text.
+    """Numbers the texts packed into each row, [B or 1, T]; None if every row is one text.
 
-    A text begins where position_ids [B or 1, T] do not rise by one, as everywhere in transformers.
+    A text begins where position_ids [B or 1, T] do not increase by one, as in transformers.
     """
     begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return F.pad(begins.cumsum(1), (1, 0)) if begins.any() else None
 
 
-def added_to_scores(attention_mask, texts, x, past):
-    """The mask added to the scores of queries x [B, T, D], which follow `past` cached tokens.
+def additive_mask(attention_mask, texts, x, past):
+    """Returns the mask to add to the scores of queries x [B, T, D] after `past` cached tokens.
 
-    attention_mask: None, or [B, S], 0 at padding, or [B or 1, heads or 1, T, S or more], which is
-    all that counts: True where a query sees a key, or floats to be added. texts: `packed_texts`.
-    Returns [B or 1, heads or 1, T, S] in x's dtype, or None where being causal is enough.
+    attention_mask: None; [B, S], 0 at padding; or [B or 1, heads or 1, T, S or more], used alone:
+    True where a query sees a key, or floats to add. texts: see `packed_texts`. Returns [B or 1,
+    heads or 1, T, S] in x's dtype, or None if plain causal attention is enough.
     """
     tokens = x.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
@@ -185,13 +184,13 @@ def added_to_scores(attention_mask, texts, x, past):
             visible = visible & attention_mask.bool()[:, None, None, :]
         if texts is not None:
             visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
-    # Finite, so that a query that sees nothing (it stands on padding) gives no NaN.
+    # Finite, so that a query without visible keys (padding) gives no NaN.
     hidden = torch.zeros(visible.shape, device=x.device, dtype=x.dtype)
     return hidden.masked_fill(~visible, torch.finfo(x.dtype).min)
 
 
 def counted_positions(attention_mask, x, past):
-    """Positions [B or 1, T] of tokens x [B, T, D]: a row's real tokens count from 0."""
+    """Positions [B or 1, T] of tokens x [B, T, D]: the real tokens of a row count from 0."""
     real = attention_mask
     if attention_mask is None or attention_mask.ndim == 4:
         real = x.new_ones(1, past + x.shape[1])
@@ -199,15 +198,15 @@ def counted_positions(attention_mask, x, past):
 
 
 def check_mask(attention_mask, batch, tokens, past):
-    """Raises ValueError, naming both shapes, for a mask that does not fit the tokens."""
+    """Raises ValueError, naming both shapes, if the mask does not fit the tokens."""
     if attention_mask is None:
         return
     shape, keys = tuple(attention_mask.shape), past + tokens
     if len(shape) == 4:
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
             raise ValueError(
-                f"attention_mask of 4 axes is {attention_mask.dtype}; it must be bool, True where "
-                "a query sees a key, or of floats that are added to the scores"
+                f"attention_mask of 4 axes is {attention_mask.dtype}; it must be bool (True where "
+                "a query sees a key) or float (added to the scores)"
             )
         if shape[0] not in (1, batch) or shape[2] != tokens or shape[3] < keys:
             raise ValueError(
@@ -222,12 +221,12 @@ def check_mask(attention_mask, batch, tokens, past):
 
 
 def route(logits, config):
-    """The experts of every token and their weights (paper, Algorithm 1), for logits [T, N] float32.
+    """Returns the experts of every token and their weights (paper, Algorithm 1).
 
-    Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice; a group is one (slot,
-    candidate). Each slot keeps the candidate whose logits have the largest sum, and of that group
-    the best experts; equal logits: the lowest index wins. One softmax spans all slots.
-    Returns experts and float32 weights, both [T, A], slot after slot.
+    logits [T, N], float32. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice; a
+    group is one (slot, candidate). Each slot keeps the candidate with the largest sum of logits and
+    that group's best experts; ties go to the lowest index. One softmax spans all slots. Returns
+    experts and float32 weights, both [T, A], in slot order.
     """
     groups = logits.view(-1, config.G_O, config.R_O, config.R_I * config.G_I)
     candidate = groups.sum(-1).argmax(-1)[..., None, None]
@@ -244,19 +243,19 @@ def route(logits, config):
 
 
 class FineRMoeRouter(nn.Linear):
-    """x W_r in float32, whatever the model's dtype and under autocast, too.
+    """x W_r in float32, for every model dtype and under autocast.
 
     In bfloat16 some tokens would choose other experts.
     """
 
     def forward(self, rows):
-        """rows [tokens, D] to logits [tokens, N], float32."""
+        """Maps rows [tokens, D] to logits [tokens, N], float32."""
         with torch.autocast(rows.device.type, enabled=False):
             return F.linear(rows.float(), self.weight.float())
 
 
 class FineRMoeLayer(nn.Module):
-    """Experts that each see a slice of the FFN and write a slice (slot) of its output.
+    """Experts that each compute a slice of the FFN and write a slice (slot) of its output.
 
     The slots are concatenated, not summed; a gated shared expert is added. No token is dropped.
     """
@@ -276,18 +275,18 @@ class FineRMoeLayer(nn.Module):
             self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 
     def forward(self, x):
-        """x [B, T, D] to the layer's output [B, T, D] and its router's logits [B·T, N], float32."""
+        """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32."""
         rows = x.flatten(0, 1)
         logits = self.gate(rows)
         experts, weights = route(logits, self.config)
 
-        # Rows sorted by expert, so that each expert with tokens is computed once, the others not.
+        # Rows are sorted by expert: experts without tokens are not computed.
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = rows[order // experts.shape[1]].split(counts)
         y = torch.cat([self.experts[e](part) for e, part in enumerate(parts) if counts[e]])
         y = y[order.argsort()] * weights.flatten()[:, None].to(y.dtype)
-        # [tokens, slots, experts of a slot, D / slots]: summed inside a slot, slots side by side.
+        # [tokens, slots, experts of a slot, D / slots]: summed within a slot, slots concatenated.
         y = y.view(len(rows), self.config.G_O, -1, y.shape[-1]).sum(2).view(x.shape)
 
         if hasattr(self, "concat_proj"):
@@ -300,8 +299,8 @@ class FineRMoeLayer(nn.Module):
 def load_balancing_loss(logits, config, real):
     """Paper Eq. 11 of one layer, weight not applied: logits [B·T, N], real [B, T] 1 at real tokens.
 
-    Per sequence Σ_e f_e · P_e, averaged over sequences: P_e the mean probability of expert e over
-    all N, f_e its share of the routed tokens times N. Padding counts nowhere.
+    Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean probability of expert e
+    over all N, f_e its share of the routed tokens times N. Padding is excluded.
     """
     experts, _ = route(logits, config)
     batch, active = len(real), experts.shape[1]
@@ -317,7 +316,7 @@ def load_balancing_loss(logits, config, real):
 
 
 class FineRMoeDecoderLayer(nn.Module):
-    """Attention and FFN or experts, each normed before and added to the residual stream."""
+    """Pre-norm attention and FFN or experts, each added to the residual stream."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -341,14 +340,14 @@ class FineRMoeDecoderLayer(nn.Module):
 
 
 class FineRMoePreTrainedModel(PreTrainedModel):
-    """The settings that transformers needs of both models below."""
+    """Settings that transformers needs for both models below."""
 
     config_class = FineRMoeConfig
     base_model_prefix = "model"
     _no_split_modules = ["FineRMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_cache_class = _supports_static_cache = True  # asked by transformers 4
+    _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
 
     def _init_weights(self, module):
@@ -360,15 +359,15 @@ class FineRMoePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
-def texts_apart(attention_mask, position_ids, cache):
-    """`packed_texts` of position_ids where there is no mask; None for one text a row."""
+def separate_texts(attention_mask, position_ids, cache):
+    """Returns `packed_texts` of position_ids if there is no mask, else None."""
     texts = None
     if attention_mask is None and position_ids is not None:
         texts = packed_texts(position_ids)
     if texts is not None and cache is not None:
         raise ValueError(
-            "position_ids start again, so that the row holds several texts, which a cache "
-            "cannot keep apart: leave out past_key_values, or give an attention_mask"
+            "position_ids restart, so the row holds several texts, which a cache cannot "
+            "separate: omit past_key_values, or pass an attention_mask"
         )
     return texts
 
@@ -390,11 +389,11 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        """The embedding, asked for by LoRA and gradient checkpointing."""
+        """Returns the embedding, for LoRA and gradient checkpointing."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value):
-        """Exchanges it, for a resized vocabulary."""
+        """Replaces the embedding, for a resized vocabulary."""
         self.embed_tokens = value
 
     def forward(
@@ -410,22 +409,22 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         return_dict=None,
         **kwargs,
     ):
-        """Arguments as everywhere in transformers: input_ids [B, T] or inputs_embeds [B, T, D].
+        """Arguments as usual in transformers: input_ids [B, T] or inputs_embeds [B, T, D].
 
-        attention_mask [B, S] is 0 at padding, on either side, and covers what is cached as well;
-        position_ids [B, T] follow from it. One of four axes (`added_to_scores`) is taken as it is.
-        Without one, position_ids that start again are texts packed into a row: they are kept apart,
-        and nothing is cached of them. past_key_values: a growing or a static cache. Attention
-        weights are never returned; hidden_states are the embeddings, then every layer's output,
-        the last one normed. return_dict=False: a tuple of what is not None.
+        attention_mask [B, S] is 0 at padding, on either side, and covers cached tokens as well;
+        position_ids [B, T] follow from it. A mask of four axes (`additive_mask`) is used as it is.
+        Without a mask, position_ids that restart mark texts packed into a row: they are kept
+        separate and not cached. past_key_values: a dynamic or a static cache. Attention weights are
+        never returned; hidden_states are the embeddings, then every layer's output, the last one
+        normed. return_dict=False: a tuple of all values that are not None.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         past = int(cache.get_seq_length()) if cache is not None else 0
         check_mask(attention_mask, len(x), x.shape[1], past)
-        texts = texts_apart(attention_mask, position_ids, cache)
+        texts = separate_texts(attention_mask, position_ids, cache)
         recompute = self.gradient_checkpointing and self.training
         if recompute or texts is not None:
             cache = None
@@ -434,7 +433,7 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         if position_ids is None:
             position_ids = counted_positions(attention_mask, x, past)
         angles = rotary_angles(position_ids, self.config)
-        mask = added_to_scores(attention_mask, texts, x, past)
+        mask = additive_mask(attention_mask, texts, x, past)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -456,19 +455,19 @@ class FineRMoeModel(FineRMoePreTrainedModel):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             router_logits=router_logits if output_router_logits else None,
         )
-        return as_asked(out, return_dict, self.config)
+        return dict_or_tuple(out, return_dict, self.config)
 
 
-def as_asked(out, return_dict, config):
-    """An output as it is, or as a tuple where return_dict, or else the config, is False."""
+def dict_or_tuple(out, return_dict, config):
+    """Returns the output, or a tuple if return_dict (default: the config's) is False."""
     whole = config.return_dict if return_dict is None else return_dict
     return out if whole else out.to_tuple()
 
 
 class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
-    """The decoder with lm_head, which is the embedding where config.tie_word_embeddings says so."""
+    """The decoder with lm_head, which is the embedding if config.tie_word_embeddings is True."""
 
-    # save_pretrained takes this file along, in transformers 4 as well.
+    # Makes save_pretrained copy this file, in transformers 4 as well.
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -479,11 +478,11 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self):
-        """The head, which transformers ties or resizes."""
+        """Returns the head, which transformers ties or resizes."""
         return self.lm_head
 
     def set_output_embeddings(self, value):
-        """Exchanges it."""
+        """Replaces the head."""
         self.lm_head = value
 
     def forward(
@@ -498,11 +497,11 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
         return_dict=None,
         **kwargs,
     ):
-        """Logits [B, T, vocab_size]; `FineRMoeModel.forward` takes the other arguments.
+        """Returns logits [B, T, vocab_size]; `FineRMoeModel.forward` describes the other arguments.
 
         labels: [B, T] token ids, -100 where there is none; loss is the mean cross-entropy of the
-        next token. logits_to_keep: score the last so many positions only; 0: all; a tensor of
-        indices: those positions. With output_router_logits aux_loss is the sum over layers of
+        next token. logits_to_keep: number of last positions to score; 0: all; a tensor of indices:
+        those positions. With output_router_logits, aux_loss is the sum over layers of
         `load_balancing_loss`, and loss includes router_aux_loss_coef times it.
         """
         out = self.model(
@@ -536,4 +535,4 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
         )
-        return as_asked(out, return_dict, self.config)
+        return dict_or_tuple(out, return_dict, self.config)

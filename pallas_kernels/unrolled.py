@@ -1,9 +1,9 @@
-"""Sums of products written out term by term, for the few rows of a decoding step on a CPU.
+"""Unrolled sums of products, for the few rows of a decoding step on a CPU.
 
-XLA on a CPU makes one loop on all cores of element-wise work, casts and gathers included, that runs
-at the speed of the memory. Its sums and small matrix products want their operands in memory, cast
-and gathered before. So sums over an axis of n are gathered in n / 80 or more partial sums, each of
-at most 80 terms that are written out in the program one by one.
+XLA on a CPU compiles element-wise work, casts and gathers included, into one parallel loop at
+memory bandwidth. Its reductions and small matrix products need their operands in memory first, cast
+and gathered. So a sum over n terms is written as n / 80 or more partial sums, each of at most 80
+terms that the program adds one by one.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ _TERMS, _LANES = 80, 32
 
 
 def partial_sums(width: int) -> int:
-    """The number of partial sums in a sum over `width` products."""
+    """Returns the number of partial sums for a sum over `width` products."""
     return max(_LANES, 1 << (-(-width // _TERMS) - 1).bit_length())
 
 
 def row_products(columns: Callable[[int, int], Array], x: Array) -> Array:
-    """(w * x).sum(-1) in float32, of w [..., N, K] and float32 x [..., 1, K].
+    """Returns (w * x).sum(-1) in float32, for w [..., N, K] and float32 x [..., 1, K].
 
-    columns(start, stop) are those columns of w, sliced from where it is stored.
+    columns(start, stop) returns those columns of w, sliced from where it is stored.
     """
     width = x.shape[-1]
     lanes = partial_sums(width)
-    x = jax.lax.optimization_barrier(x)  # its computation would be repeated for every output
+    x = jax.lax.optimization_barrier(x)  # else it is recomputed for every output
 
     def terms(start: int, stop: int) -> Array:
         return columns(start, stop).astype(jnp.float32) * x[..., start:stop]
@@ -46,12 +46,12 @@ def row_products(columns: Callable[[int, int], Array], x: Array) -> Array:
 
 
 def combined_rows(rows: Callable[[int, int], Array], a: Array) -> Array:
-    """(a[..., None] * w).sum(-2) in float32, of float32 a [..., F] and w [..., F, W].
+    """Returns (a[..., None] * w).sum(-2) in float32, for float32 a [..., F] and w [..., F, W].
 
-    rows(start, step) are the rows start, start + step, … of w, sliced from where it is stored.
+    rows(start, step) returns the rows start, start + step, … of w, sliced from where it is stored.
     """
     count = a.shape[-1]
-    # Every step-th row in one sum; a divisor, so that all sums are of like length.
+    # Every step-th row in one sum; a divisor, so that all sums have the same length.
     step = next(s for s in range(min(count, _TERMS), 0, -1) if count % s == 0)
     a = jax.lax.optimization_barrier(a)
     y: Array | float = 0.0

@@ -1,0 +1,189 @@
+"""A finished or running run as numbers: held-out loss over tokens, FLOPs and seconds."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.parse import run_config
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.errors import InputError, differences, flattened
+from finermoe_jax.runtime.json_files import read_json, read_log
+from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
+
+# The score of the dense model that an upcycled one was made of, before any step.
+DENSE_BASE = "dense base"
+SEEDS = ("train.seed", "data.seed")
+# Fields of the config that change held-out losses besides the text itself.
+_HELD_OUT = ("sequence_length", "packing", "eval_windows")
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The held-out losses of one run.
+
+    Attributes:
+      workdir: of the run.
+      config: of the run.
+      held_out: identifies the tokenizer and the held-out rows; losses of runs in which it differs
+        cannot be compared.
+      steps: after which the model was scored, ascending.
+      loss: nats per token.
+      tokens: trained on until then, padding excluded.
+      flops: of the model (config/flops.py) until then.
+      seconds: of the steps until then; without compiling, scoring and saving.
+    """
+
+    workdir: Path
+    config: RunConfig
+    held_out: dict[str, Any]
+    steps: Int[np.ndarray, " n"]
+    loss: Float[np.ndarray, " n"]
+    tokens: Float[np.ndarray, " n"]
+    flops: Float[np.ndarray, " n"]
+    seconds: Float[np.ndarray, " n"]
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last score, as summary.json has it."""
+        return {
+            "held_out_loss": float(self.loss[-1]),
+            "tokens": float(self.tokens[-1]),
+            "flops": float(self.flops[-1]),
+            "seconds": float(self.seconds[-1]),
+        }
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """All fields of the config but the seeds."""
+        fields = flattened(dataclasses.asdict(self.config))
+        return {name: value for name, value in fields.items() if name not in SEEDS}
+
+
+def read_history(workdir: Path) -> History:
+    """Reads a workdir's logs. Raises InputError if it is no run, or one without held-out losses."""
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"{workdir} holds no config.json: it is not the workdir of a run")
+    config = run_config(read_json(workdir / "config.json"))
+    try:
+        evals = [line for _, line in read_log(workdir / "evals.jsonl")]
+        scores = {e["step"]: float(e["loss"]) for e in evals if e["name"] != DENSE_BASE}
+        lines = [line for _, line in read_log(workdir / "metrics.jsonl")]
+        steps = np.array([0, *(line["step"] for line in lines)])
+        lasted = np.diff(steps) * np.array([line["step_seconds"] for line in lines], float)
+        speeds = np.array([line["tokens_per_second"] for line in lines], float)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{workdir}: metrics.jsonl or evals.jsonl has a record that is not a training run's "
+            f"({error!r}): remove that line"
+        ) from None
+    if not scores:
+        raise InputError(
+            f"{workdir} has no held-out loss in evals.jsonl: train with data.eval_fraction or "
+            "data.eval_path"
+        )
+    scored = np.array(sorted(scores))
+    tokens, seconds = (
+        np.interp(scored, steps, np.concatenate([[0.0], np.cumsum(values)]))
+        for values in (lasted * speeds, lasted)
+    )
+    per_token = training_flops(
+        _model(workdir, config), config.data.sequence_length, config.optimizer.freeze_backbone
+    )
+    losses = np.array([scores[step] for step in scored])
+    flops, held_out = tokens * per_token, _held_out(workdir, config)
+    return History(workdir, config, held_out, scored, losses, tokens, flops, seconds)
+
+
+def _model(workdir: Path, config: RunConfig) -> ModelConfig:
+    """The shape that the run trains."""
+    if newest := newest_checkpoint(workdir / "checkpoints"):
+        return read_description(newest)[0]
+    if config.dense is None:
+        raise InputError(f"{workdir} holds no checkpoint, which would give the model's FLOPs")
+    return dataclasses.replace(config.dense, moe=config.moe)
+
+
+def _held_out(workdir: Path, config: RunConfig) -> dict[str, Any]:
+    """What the held-out losses depend on."""
+    found = {f"data.{name}": getattr(config.data, name) for name in _HELD_OUT}
+    if not (workdir / "data.json").is_file():
+        return found
+    data = read_json(workdir / "data.json")
+    found["tokenizer"] = data.get("tokenizer_sha256")
+    if data.get("eval"):
+        return found | {"data.eval_path": data["eval"] | {"path": None}}
+    sources = [source | {"path": None} for source in data.get("sources", [])]
+    return found | {"data.eval_fraction": config.data.eval_fraction, "data.path": sources}
+
+
+def refuse_incomparable(histories: Sequence[History]) -> None:
+    """Raises InputError if two runs have different tokenizers or held-out text."""
+    first = histories[0]
+    for other in histories[1:]:
+        if changed := differences(first.held_out, other.held_out):
+            name, (ours, theirs) = next(iter(changed.items()))
+            raise InputError(
+                f"the losses of {first.workdir} and {other.workdir} cannot be compared: {name} is "
+                f"{ours!r} there and {theirs!r} here. Use one tokenizer for both, and score both "
+                "on one held-out text (data.eval_path)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone."""
+
+    name: str
+    runs: tuple[History, ...]
+
+    def finals(self, quantity: str) -> Float[np.ndarray, " runs"]:
+        """The last values of `held_out_loss`, `tokens`, `flops` or `seconds`."""
+        return np.array([run.final[quantity] for run in self.runs])
+
+
+def group_by_seed(histories: Sequence[History]) -> list[Group]:
+    """Groups runs whose configs differ in seeds alone, in the order of their first runs.
+
+    A group of several runs in one folder has that folder's name; one run has its own.
+    """
+    groups: list[list[History]] = []
+    for history in histories:
+        for group in groups:
+            if group[0].setting == history.setting:
+                group.append(history)
+                break
+        else:
+            groups.append([history])
+    names = shortest_ends([_place(group) for group in groups])
+    return [Group(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def _place(group: list[History]) -> Path:
+    """The path that names a group: of its run, or of the folder that its runs share."""
+    path = group[0].workdir.absolute()
+    together = len(group) > 1 and len({run.workdir.absolute().parent for run in group}) == 1
+    return path.parent if together or re.fullmatch(r"seed\d+", path.name) else path
+
+
+def shortest_ends(paths: Sequence[Path]) -> list[str]:
+    """The ends of paths, all of as many parts as make them distinct."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def setting_differences(groups: Sequence[Group]) -> dict[str, list]:
+    """The fields that are not the same in all groups, each with its value in every group."""
+    settings = [group.runs[0].setting for group in groups]
+    fields = dict.fromkeys(name for setting in settings for name in setting)
+    values = {name: [setting.get(name) for setting in settings] for name in fields}
+    return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
