@@ -19,7 +19,7 @@ import numpy as np
 
 import finermoe_jax as fm
 from benchmarks.demo_against_dense import demo
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training import style
 from finermoe_jax.training.plot import read_lines
@@ -61,7 +61,7 @@ def draw(
 def compare_logits(source: str) -> None:
     """Upcycles a dense HF directory with both starts and prints the largest logit differences."""
     dense = fm.load_hf(source, dtype="float32")
-    tokenizer = load_tokenizer(Path(source), dense.config.vocab_size)
+    tokenizer = open_tokenizer(Path(source), dense.config.vocab_size)
     text = find("demo/LICENSE.pydoc.txt").read_text()
     ids = np.asarray(tokenizer(text)["input_ids"][:128], np.int32)[None]
     wanted = np.asarray(dense(ids).logits)

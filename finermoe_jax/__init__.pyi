@@ -7,13 +7,16 @@ from .config.run import RunConfig as RunConfig
 from .config.upcycle import UpcycleConfig as UpcycleConfig
 from .errors import InputError as InputError
 from .generation.decode import generate as generate
+from .generation.text import complete as complete
 from .model.decoder import Decoder as Decoder
+from .model.decoder import Output as Output
 from .model.decoder import with_layer as with_layer
 from .moe.layer import FineRMoE as FineRMoE
 from .weights.checkpoint import load_checkpoint as load_checkpoint
 from .weights.checkpoint import save_checkpoint as save_checkpoint
 from .weights.hf_weights import load_hf as load_hf
 from .weights.hf_weights import save_hf as save_hf
+from .weights.source import load_tokenizer as load_tokenizer
 from .weights.upcycle import upcycle as upcycle
 from .weights.upcycle import upcycle_model as upcycle_model
 
@@ -23,12 +26,15 @@ __all__ = [
     "InputError",
     "MoEConfig",
     "ModelConfig",
+    "Output",
     "RunConfig",
     "UpcycleConfig",
+    "complete",
     "default_config",
     "generate",
     "load_checkpoint",
     "load_hf",
+    "load_tokenizer",
     "preset",
     "run_config",
     "save_checkpoint",

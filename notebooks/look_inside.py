@@ -62,7 +62,6 @@ import numpy as np
 from matplotlib.colors import to_rgba_array
 
 import finermoe_jax as fm
-from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training import style
 from finermoe_jax.training.run import train
@@ -78,8 +77,8 @@ if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("
         config.data.eval_windows = 16
     train(fm.run_config(config.to_dict()), Path(CHECKPOINT))
 
-model, files = load_model(CHECKPOINT)
-tokenizer = load_tokenizer(files, model.config.vocab_size)
+model, _ = load_model(CHECKPOINT)
+tokenizer = fm.load_tokenizer(CHECKPOINT)
 moe = model.config.moe
 if moe is None:
     raise SystemExit(f"{CHECKPOINT} is dense; convert_hf.py makes a mixture of it")

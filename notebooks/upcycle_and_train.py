@@ -147,14 +147,12 @@ display(Image(workdir / "load.png", width=1000))
 # ## Use it
 
 # %%
-from finermoe_jax.data.tokenizers import load_tokenizer
 from finermoe_jax.weights.source import load_model
 
 model, files = load_model(workdir)
-tokenizer = load_tokenizer(files, model.config.vocab_size)
+tokenizer = fm.load_tokenizer(workdir)
 prompt = "The following example shows"
-ids = tokenizer([prompt], return_tensors="np")["input_ids"]
-print(tokenizer.decode(fm.generate(model, ids, max_new_tokens=8 if TINY else 48)[0]))
+print(prompt + fm.complete(model, tokenizer, prompt, max_new_tokens=8 if TINY else 48))
 
 # %% [markdown]
 # Export to Hugging Face's format, with the authors' tensor names

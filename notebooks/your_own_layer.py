@@ -61,7 +61,7 @@ from flax import nnx
 
 import finermoe_jax as fm
 from finermoe_jax.data.batches import open_data, train_batches
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.moe.routing import route
@@ -136,7 +136,7 @@ models = {name: fm.with_layer(start, layer) for name, layer in layers.items()}
 # Before training: the share of tokens whose experts differ from FineRMoE's.
 
 # %%
-tokenizer = load_tokenizer(base, dense.config.vocab_size)
+tokenizer = open_tokenizer(base, dense.config.vocab_size)
 text = open_data(run.data, tokenizer, base, dense.config.vocab_size)
 rows = range(run.data.global_batch_size)
 tokens = next(train_batches(text.train, run.data, 0, rows)).tokens[:, :-1]

@@ -142,11 +142,11 @@ def _layer_similarity(
         _add(total, of_slice)
     pairs[2], cosines[2] = _pairs(total, moe.num_experts)
     other = pairs[2] - pairs[:2].sum(), cosines[2] - cosines[:2].sum()
-    means = [
+    copies, same, rest = (
         float(value / count) if count else None
         for count, value in (*zip(pairs[:2], cosines[:2], strict=True), other)
-    ]
-    return float(cosines[2] / pairs[2]), *means
+    )
+    return float(cosines[2] / pairs[2]), copies, same, rest
 
 
 def _zeros(banks: list[LazyArray]) -> list[np.ndarray]:

@@ -169,7 +169,7 @@ class Flags:
 
     def _line(self, name: str) -> str:
         flag = self.values[name]
-        text = (flag.help or "").partition(";    repeat this option")[0]  # absl's addition
+        text = re.sub(r";\s+repeat this option.*", "", flag.help or "", flags=re.S)  # absl's text
         if flag.default not in (None, "", []) and "default:" not in text and name != "config":
             text += f" (default: {str(flag.default).lower() if flag.boolean else flag.default})"
         left = f"  --{name}".ljust(_TEXT_AT - 2) + "  "

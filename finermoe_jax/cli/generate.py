@@ -34,7 +34,7 @@ def main(flags: Flags) -> None:
     if flags.system and not flags.chat:
         raise InputError("--system has no effect without --chat; add --chat or remove --system")
     from finermoe_jax.generation.sampling import Sampling
-    from finermoe_jax.generation.text import check_prompt, complete, conversation
+    from finermoe_jax.generation.text import check_prompt, conversation, stream_text
     from finermoe_jax.model.quantize import int8_weights
     from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
@@ -54,7 +54,7 @@ def main(flags: Flags) -> None:
     def answer(prompt: Any, prefix: str) -> str:
         limit = flags.max_new_tokens
         return _stream_out(
-            complete(model, tokenizer, prompt, limit, sampling, flags.stop, ends), prefix
+            stream_text(model, tokenizer, prompt, limit, sampling, flags.stop, ends), prefix
         )
 
     if not flags.chat:

@@ -5,7 +5,7 @@ from pathlib import Path
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.paths import local
-from finermoe_jax.training import compare, plot
+from finermoe_jax.training import compare, goodput, plot
 
 
 def define(flags: Flags) -> None:
@@ -20,6 +20,8 @@ def main(flags: Flags) -> None:
     if len(runs) < 3:
         print(*plot.draw(*runs), sep="\n")
     if len(runs) == 1:
+        if line := goodput.report(runs[0]):
+            print(line)
         return
     groups = compare.compare(runs)
     print(compare.table(groups))

@@ -21,6 +21,8 @@ from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.training.plot import draw_similarity
 
+_Curve = tuple[Sequence[int], Sequence[float]]
+
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
@@ -42,6 +44,7 @@ def main(flags: Flags) -> None:
     if not flags.rest:
         raise InputError("no checkpoint given: finermoe similarity [LABEL=]CHECKPOINT …")
     found: Mapping[Any, Similarity]
+    curves: dict[str, _Curve]
     if flags.over_steps:
         if len(flags.rest) > 1:
             raise InputError(f"--over_steps takes one workdir, but {len(flags.rest)} are given")
@@ -60,11 +63,11 @@ def main(flags: Flags) -> None:
             write(output, to_json(values, indent=1) + "\n")
 
 
-def _over_steps(found: Mapping[int, Similarity]) -> dict[str, tuple[list[int], list[float]]]:
+def _over_steps(found: Mapping[int, Similarity]) -> dict[str, _Curve]:
     """Returns the curve of each part of the pairs that the model has."""
     steps, parts = list(found), [one.parts for one in found.values()]
     return {
-        name: (steps, [each[name] for each in parts])
+        name: (steps, [each[name] or 0.0 for each in parts])
         for name, value in parts[0].items()
         if value is not None
     }

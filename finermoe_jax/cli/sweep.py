@@ -57,9 +57,9 @@ def main(flags: Flags) -> None:
 
 
 def _train(arguments: Sequence[str], run: sweep.SweepRun) -> None:
-    """Trains one run in a process of its own, which returns its memory."""
+    """Trains one run in a separate process, which frees its memory at the end."""
     command = [sys.executable, "-m", "finermoe_jax", "train", *arguments]
-    # In a session of its own: Ctrl-C reaches it once, through this process.
+    # In a separate session, so that Ctrl-C reaches it only through this process.
     with subprocess.Popen(command, start_new_session=True) as child, _passed_on(child):
         code = child.wait()
     if code == EXIT_CODE:
@@ -74,7 +74,7 @@ def _train(arguments: Sequence[str], run: sweep.SweepRun) -> None:
 
 @contextlib.contextmanager
 def _passed_on(child: subprocess.Popen) -> Iterator[None]:
-    """Sends SIGTERM and Ctrl-C on to the process."""
+    """Forwards SIGTERM and Ctrl-C to the process."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {
         number: signal.signal(number, lambda number, _: child.send_signal(number))

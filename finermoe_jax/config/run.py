@@ -140,7 +140,7 @@ class RunConfig:
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
     # HF directory, Hub id or finermoe checkpoint to start from; empty: random weights.
     init_from: str = ""
-    # Prompts whose continuations are shown before and after training.
+    # Prompts to continue at every evaluation, as a sample of the model's text.
     prompts: tuple[str, ...] = ()
     # New tokens per prompt.
     prompt_tokens: int = 48

@@ -42,7 +42,7 @@ from finermoe_jax.data.token_files import (
 )
 from finermoe_jax.data.tokenizers import (
     ANY_VOCABULARY,
-    load_tokenizer,
+    open_tokenizer,
     tokenizer_directory,
     vocabulary,
 )
@@ -89,7 +89,7 @@ def prepare(
             raise InputError(f"--{name}={value} must be at least 1")
     target, tokenizer_files = Path(local(target)), tokenizer_directory(find(tokenizer_files))
     sources = [local(source) for source in sources]
-    tokenizer = load_tokenizer(tokenizer_files, ANY_VOCABULARY)
+    tokenizer = open_tokenizer(tokenizer_files, ANY_VOCABULARY)
     found = expand(sources, split, text_field)
     vocab_size = vocabulary(tokenizer)
     settings = Settings(
@@ -314,7 +314,7 @@ def _begin_worker(files: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(Path(files), ANY_VOCABULARY)
+    _worker_tokenizer = open_tokenizer(Path(files), ANY_VOCABULARY)
 
 
 def _end_with_parent() -> None:

@@ -46,7 +46,7 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _VOCABULARIES)
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
+def open_tokenizer(directory: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
     """Loads a directory's tokenizer and checks it against the model's vocabulary.
 
     Raises InputError for missing or unreadable files, or more tokens than vocab_size.
@@ -137,7 +137,7 @@ def kept_files(directory: Path, model: Path | None = None) -> dict[str, bytes]:
     kept = {key: value for key, value in settings.items() if key != "auto_map"}
     implied = "tokenizer.json" not in files and (directory / "config.json").is_file()
     if implied and has_tokenizer(directory):
-        name = type(load_tokenizer(directory, ANY_VOCABULARY)).__name__
+        name = type(open_tokenizer(directory, ANY_VOCABULARY)).__name__
         if str(kept.get("tokenizer_class")).removesuffix("Fast") != name:
             kept["tokenizer_class"] = name
     if "tokenizer.json" in files and not kept.get("tokenizer_class"):
@@ -187,7 +187,7 @@ _PROBE = "The 2nd  of 1234 tests isn't\n\n\tça naïve — 東京 Привет �
 
 def _behaviour(directory: Path) -> tuple:
     """Returns everything that can distinguish two tokenizers."""
-    tokenizer = load_tokenizer(directory, ANY_VOCABULARY)
+    tokenizer = open_tokenizer(directory, ANY_VOCABULARY)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoded: Any
     try:
@@ -229,7 +229,7 @@ def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
     """
     settings = _stated(directory)
     if "eos_token_id" not in settings and has_tokenizer(directory):
-        tokenizer = load_tokenizer(directory, vocab_size)
+        tokenizer = open_tokenizer(directory, vocab_size)
         own = {key: getattr(tokenizer, key) for key in _IDS}
         settings = {key: value for key, value in own.items() if value is not None} | settings
     for key in _IDS:

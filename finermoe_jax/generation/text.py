@@ -17,7 +17,7 @@ from finermoe_jax.model.decoder import Decoder
 GREEDY = Sampling()
 
 
-def complete(
+def stream_text(
     model: Decoder,
     tokenizer: Any,
     prompt: str | Sequence[int],
@@ -54,6 +54,55 @@ def complete(
             yield piece
 
     return pieces()
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+) -> str | list[str]:
+    """Continues a text, or each of several.
+
+    Args:
+      model: any decoder.
+      tokenizer: the model's (`load_tokenizer`).
+      text: a text, or a list of texts.
+      max_new_tokens: maximum number of new tokens per text.
+      temperature: 0 takes the most likely token; otherwise samples from
+        softmax(logits / temperature).
+      top_k: samples from the k most likely tokens; 0 means all.
+      top_p: samples from the fewest tokens with this total probability.
+      repetition_penalty: above 1 makes tokens that already occurred less likely.
+      seed: seed of the sampling.
+      stop: a string or strings; the continuation ends before the first of them.
+
+    Returns:
+      The continuation without the text itself; for a list of texts, their continuations in order.
+
+    Raises:
+      InputError: an argument of the wrong type or out of range, an empty text, or more tokens than
+        the model has positions.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> model = fm.load_hf("demo/model")
+      >>> tokenizer = fm.load_tokenizer("demo/model")
+      >>> fm.complete(model, tokenizer, "Return the", max_new_tokens=4)
+      '\\n  :class'
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    if isinstance(text, str):
+        return "".join(stream_text(model, tokenizer, text, max_new_tokens, sampling, stop))
+    return continue_all(
+        model, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+    )
 
 
 def continue_all(

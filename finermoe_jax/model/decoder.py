@@ -41,11 +41,30 @@ class Features(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The result of `model(input_ids)`; see `Features`."""
+    """The result of `model(input_ids)`; see `Features`.
 
-    logits: Float[Array, "B T V"]  # float32
-    aux_loss: Float[Array, " L"]  # Eq. 11
-    routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
+    `aux_loss` has one value per MoE layer, without its weight. A training loop of one's own adds
+    its sum to the cross-entropy.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import finermoe_jax as fm
+      >>> model = fm.upcycle(fm.load_hf("demo/model"))
+      >>> tokens = jnp.ones((1, 9), jnp.int32)
+      >>> out = model(tokens[:, :-1])
+      >>> out.logits.shape, out.aux_loss.shape, len(out.routing)
+      ((1, 8, 2048), (4,), 4)
+      >>> losses = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:])
+      >>> loss = losses.mean() + 0.001 * out.aux_loss.sum()
+    """
+
+    # float32.
+    logits: Float[Array, "B T V"]
+    # Eq. 11 of each MoE layer, 1 if the load is even; padding excluded.
+    aux_loss: Float[Array, " L"]
+    # Logits, experts and weights of each MoE layer.
+    routing: tuple[Routing, ...]
 
 
 LOAD_A_MODEL = "load_hf(PATH) or load_checkpoint(PATH) returns one"

@@ -1,4 +1,4 @@
-"""Runs beside each other: a table of final losses with their spread, and a picture."""
+"""Compares runs: a table of final losses with their spread, and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ from finermoe_jax.training.history import (
 
 
 def compare(workdirs: Sequence[Path]) -> list[Group]:
-    """Reads runs and groups those that differ in their seeds alone.
+    """Reads runs and groups those that differ only in their seeds.
 
-    Raises InputError for a folder that is no run, and for runs whose losses cannot be compared.
+    Raises InputError for a folder that is not a run, and for runs with incomparable losses.
     """
     histories = [read_history(workdir) for workdir in workdirs]
     refuse_incomparable(histories)
@@ -28,7 +28,7 @@ def compare(workdirs: Sequence[Path]) -> list[Group]:
 
 
 def table(groups: Sequence[Group]) -> str:
-    """Returns final held-out losses with their spread, the costs, and how the configs differ."""
+    """Returns final held-out losses with their spread, the costs, and the configs' differences."""
     rows: list[tuple[str, ...]] = [
         ("run", "seeds", "held-out loss", "range", "tokens", "FLOPs", "seconds")
     ]
@@ -65,7 +65,7 @@ def _short(value: Any) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as text: the first column to the left, the others to the right."""
+    """Formats rows, with the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = (
         [row[0].ljust(widths[0])]
@@ -76,7 +76,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:
-    """The table and the curves, for JSON."""
+    """Returns the table and the curves, for JSON."""
     return {
         "groups": {
             group.name: {

@@ -1,4 +1,4 @@
-"""A finished or running run as numbers: held-out loss over tokens, FLOPs and seconds."""
+"""The held-out losses of a run over tokens, FLOPs and seconds."""
 
 import dataclasses
 import re
@@ -17,10 +17,10 @@ from finermoe_jax.errors import InputError, differences, flattened
 from finermoe_jax.runtime.json_files import read_json, read_log
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 
-# The score of the dense model that an upcycled one was made of, before any step.
+# Name of the evaluation of the dense model before upcycling.
 DENSE_BASE = "dense base"
 SEEDS = ("train.seed", "data.seed")
-# Fields of the config that change held-out losses besides the text itself.
+# Config fields that affect held-out losses, besides the text itself.
 _HELD_OUT = ("sequence_length", "packing", "eval_windows")
 
 
@@ -29,15 +29,15 @@ class History:
     """The held-out losses of one run.
 
     Attributes:
-      workdir: of the run.
-      config: of the run.
-      held_out: identifies the tokenizer and the held-out rows; losses of runs in which it differs
-        cannot be compared.
-      steps: after which the model was scored, ascending.
-      loss: nats per token.
-      tokens: trained on until then, padding excluded.
-      flops: of the model (config/flops.py) until then.
-      seconds: of the steps until then; without compiling, scoring and saving.
+      workdir: the run's workdir.
+      config: the run's config.
+      held_out: identifies the tokenizer and the held-out rows; if it differs, losses cannot be
+        compared.
+      steps: steps of the evaluations, ascending.
+      loss: held-out losses at these steps, nats per token.
+      tokens: training tokens up to each, without padding.
+      flops: model FLOPs up to each (config/flops.py).
+      seconds: time of the steps up to each, without compilation, evaluations and saves.
     """
 
     workdir: Path
@@ -67,7 +67,7 @@ class History:
 
 
 def read_history(workdir: Path) -> History:
-    """Reads a workdir's logs. Raises InputError if it is no run, or one without held-out losses."""
+    """Reads a workdir's logs. Raises InputError if it has no run or no held-out losses."""
     if not (workdir / "config.json").is_file():
         raise InputError(f"{workdir} holds no config.json: it is not the workdir of a run")
     config = run_config(read_json(workdir / "config.json"))
@@ -102,7 +102,7 @@ def read_history(workdir: Path) -> History:
 
 
 def _model(workdir: Path, config: RunConfig) -> ModelConfig:
-    """The shape that the run trains."""
+    """Returns the config of the model that the run trains."""
     if newest := newest_checkpoint(workdir / "checkpoints"):
         return read_description(newest)[0]
     if config.dense is None:
@@ -111,7 +111,7 @@ def _model(workdir: Path, config: RunConfig) -> ModelConfig:
 
 
 def _held_out(workdir: Path, config: RunConfig) -> dict[str, Any]:
-    """What the held-out losses depend on."""
+    """Returns everything that held-out losses depend on."""
     found = {f"data.{name}": getattr(config.data, name) for name in _HELD_OUT}
     if not (workdir / "data.json").is_file():
         return found
@@ -138,7 +138,7 @@ def refuse_incomparable(histories: Sequence[History]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds alone."""
+    """Runs that differ only in their seeds."""
 
     name: str
     runs: tuple[History, ...]
@@ -149,9 +149,9 @@ class Group:
 
 
 def group_by_seed(histories: Sequence[History]) -> list[Group]:
-    """Groups runs whose configs differ in seeds alone, in the order of their first runs.
+    """Groups runs whose configs differ only in seeds, in the order of their first runs.
 
-    A group of several runs in one folder has that folder's name; one run has its own.
+    A group of several runs in one folder is named after the folder; a single run after itself.
     """
     groups: list[list[History]] = []
     for history in histories:
@@ -166,14 +166,14 @@ def group_by_seed(histories: Sequence[History]) -> list[Group]:
 
 
 def _place(group: list[History]) -> Path:
-    """The path that names a group: of its run, or of the folder that its runs share."""
+    """Returns the path that names a group: its run, or its runs' common folder."""
     path = group[0].workdir.absolute()
     together = len(group) > 1 and len({run.workdir.absolute().parent for run in group}) == 1
     return path.parent if together or re.fullmatch(r"seed\d+", path.name) else path
 
 
 def shortest_ends(paths: Sequence[Path]) -> list[str]:
-    """The ends of paths, all of as many parts as make them distinct."""
+    """Shortens paths to as few last parts as keep them distinct."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
@@ -182,7 +182,7 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
 
 
 def setting_differences(groups: Sequence[Group]) -> dict[str, list]:
-    """The fields that are not the same in all groups, each with its value in every group."""
+    """Returns the fields that differ between groups, each with its value in every group."""
     settings = [group.runs[0].setting for group in groups]
     fields = dict.fromkeys(name for setting in settings for name in setting)
     values = {name: [setting.get(name) for setting in settings] for name in fields}

@@ -16,11 +16,10 @@ _MOST_CROSSES = 160
 
 @style.applied()
 def draw_load(workdir: Path) -> Path | None:
-    """Draws each expert's load in each layer, and its development; returns the PNG's path.
+    """Draws each expert's load in each layer and over the steps; returns the PNG's path.
 
-    Returns None, without a picture, for a run that recorded no load: it is dense. The colours show
-    tokens over the layer's mean: neutral at 1, the even load. With plain top-k there are no slots
-    and no candidates to show.
+    Returns None, without drawing, for a dense run. Colours show tokens divided by the layer's mean,
+    neutral at 1 (even load). Plain top-k has no slots and candidates to show.
     """
     records = [record for _, record in read_log(workdir / "expert_load.jsonl")]
     if not records:
@@ -84,7 +83,7 @@ def _heat_map(axes: Any, ratio: np.ndarray) -> Any:
 
 
 def _experts(axes: Any, ratio: np.ndarray) -> Any:
-    """The map: a cell for each expert of each layer, [L, E]."""
+    """Draws the map: a cell for each expert of each layer, [L, E]."""
     image = _heat_map(axes, ratio)
     dead = (ratio == 0).sum()
     axes.set_xlabel(f"expert (black, cross: no token; {dead} of {ratio.size})")
@@ -93,7 +92,7 @@ def _experts(axes: Any, ratio: np.ndarray) -> Any:
 
 
 def _candidates(axes: Any, shares: np.ndarray) -> None:
-    """Each candidate's share of its slot's tokens, [L, slots, candidates], over the even share."""
+    """Draws each candidate's share of its slot's tokens, [L, slots, candidates]."""
     layers, _, choices = shares.shape
     _heat_map(axes, shares.reshape(layers, -1) * choices)
     axes.set_xlabel("share of its slot")
@@ -101,7 +100,7 @@ def _candidates(axes: Any, shares: np.ndarray) -> None:
 
 
 def _cell(axes: Any, shape: tuple[int, int]) -> tuple[float, float]:
-    """Width and height of a cell in points, once the figure is laid out."""
+    """Returns a cell's width and height in points, after the layout."""
     box, scale = axes.get_window_extent(), 72 / axes.get_figure(root=True).dpi
     return box.width * scale / shape[1], box.height * scale / shape[0]
 
@@ -169,7 +168,7 @@ def _percentages(axes: Any, shares: np.ndarray) -> None:
 
 
 def _over_steps(part: Any, records: list[dict], layers: int) -> None:
-    """Entropy, fullest expert, aux loss and dead experts of each layer over the steps."""
+    """Draws entropy, fullest expert, aux loss and dead experts of each layer over the steps."""
     import matplotlib
 
     steps = [record["step"] for record in records]

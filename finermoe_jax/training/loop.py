@@ -41,6 +41,8 @@ class RunSetup:
     tokenizer: Any
     data: RunData
     say: Callable[[str], None]  # prints a message
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    report_seconds: float | None = None  # of the last evaluation with its samples
 
 
 @dataclasses.dataclass
@@ -76,13 +78,14 @@ class Loop:
         batch = next(batches)
         run_step, params, opt_state = self._compiled(params, opt_state, batch)
         # So that logged steps without a checkpoint mean lost checkpoints (workdir.claim).
-        self.checkpoints.wait()
+        with monitor.spending("saving", first):
+            self.checkpoints.wait()
         saved = first - self.guard.skipped  # updates in the newest checkpoint
         monitor.show_progress(first)
         for step in range(first + 1, steps + 1):
             if step == monitor.profile[0]:
                 self._drain()
-                with monitor.pause():
+                with monitor.pause(), monitor.spending("profiling", step):
                     monitor.start_profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 params, opt_state, metrics = run_step(params, opt_state, batch)
@@ -111,8 +114,10 @@ class Loop:
             graphdef, setup.config, self.tx, params, opt_state, self.shardings, setup.mesh
         )
         params, opt_state = jax.device_put((params, opt_state), places, donate=True)
+        setup.say("compiling the training step …")
         began = time.perf_counter()
-        compiled = step.lower(params, opt_state, batch).compile()
+        with self.monitor.spending("compiling", self.monitor.since):
+            compiled = step.lower(params, opt_state, batch).compile()
         setup.say(f"compiled the step in {time.perf_counter() - began:.0f} s")
         return compiled, params, opt_state
 
@@ -136,7 +141,7 @@ class Loop:
         if saves or scores or step == monitor.profile[1]:
             self._drain()
         if step == monitor.profile[1]:
-            with monitor.pause():
+            with monitor.pause(), monitor.spending("profiling", step):
                 monitor.stop_profile()
         loss = None
         if scores:
@@ -147,7 +152,7 @@ class Loop:
         updates = step - self.guard.skipped
         if not saves or not (updates > saved or stop or last):
             return saved
-        with monitor.pause():
+        with monitor.pause(), monitor.spending("saving", step):
             tokenizer, logged = self.setup.workdir / "tokenizer", monitor.log.sync()
             self.checkpoints.save(
                 step, model, params, opt_state, tokenizer, loss, logged, self.guard.in_a_row

@@ -24,6 +24,7 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.install import require
+from finermoe_jax.training import goodput
 from finermoe_jax.training.trackers import TensorBoard, WeightsAndBiases
 from finermoe_jax.training.workdir import Log
 
@@ -178,6 +179,7 @@ class Monitor:
         telemetry: Telemetry,
         first: int,
         devices: int,
+        started: float | None = None,
     ):
         """`first` is the last finished step, `devices` the number of devices.
 
@@ -198,6 +200,7 @@ class Monitor:
         self.bar: tqdm | None = None
         self.line: dict[str, Any] | None = None  # last line of metrics.jsonl
         self.tracing = False
+        self.started, self.recorded = started, 0.0
         if jax.process_index() == 0:
             if telemetry.tensorboard:
                 self.writers.append(TensorBoard(workdir, first))
@@ -228,10 +231,25 @@ class Monitor:
         yield
         self.paused += time.perf_counter() - began
 
+    @contextlib.contextmanager
+    def spending(self, kind: str, step: int) -> Iterator[None]:
+        """Records time outside steps, of one of goodput.KINDS, into time.jsonl."""
+        began = time.perf_counter()
+        yield
+        self.record(kind, step, time.perf_counter() - began)
+
+    def record(self, kind: str, step: int, seconds: float) -> None:
+        """Adds a record to time.jsonl."""
+        self.recorded += seconds
+        self.log.append(goodput.LOG, {"step": step, "kind": kind, "seconds": round(seconds, 3)})
+
     # --- output -----------------------------------------------------------------------------
 
     def show_progress(self, first: int) -> None:
         """Shows the progress line and starts the clock."""
+        if self.started is not None:
+            whole = time.perf_counter() - self.started
+            self.record("starting", first, whole - self.recorded)
         self.bar = _progress(self.config.train.steps, first)
         self.begin(first)
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss.png, with another run's losses where asked for, and load.png."""
+"""Plots of a run: loss.png, optionally with another run's losses, and load.png."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,20 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.training import style
 from finermoe_jax.training.load_map import draw_load
 
-# The score of the dense model that an upcycled one was made of, before any step.
+# Name of the evaluation of the dense model before upcycling.
 _BASE = "dense base"
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a run's log (`json_files.read_log`); an absent file has none."""
+    """Returns the records of a run's log (`json_files.read_log`); a missing file has none."""
     return [values for _, values in read_log(path)]
 
 
 def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
-    """Draws all there is to see of a run; returns the PNGs' paths. A dense run has no load.png.
+    """Draws loss.png and, except for a dense run, load.png; returns their paths.
 
-    Raises InputError when workdir holds no metrics, rival (`draw_loss`) no losses at all, or either
-    records that are not a run's.
+    Raises InputError if workdir has no metrics, rival (`draw_loss`) no losses, or either has
+    invalid records.
     """
     workdir = Path(local(workdir))
     rival = None if rival is None else Path(local(rival))
@@ -43,7 +43,7 @@ def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
 
 
 def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that hold one; null means that it was not finite."""
+    """Returns steps and values of a field, without nulls (values that were not finite)."""
     kept = [line for line in lines if type(line.get(name)) in (int, float)]
     return [line["step"] for line in kept], [line[name] for line in kept]
 
@@ -53,10 +53,9 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     """Draws losses, learning rate, gradient norm and speed over steps; returns the PNG's path.
 
     `rival` is the workdir of a run to compare with, such as the dense model trained on the same
-    tokens: its losses are drawn, too. Without one, an upcycled run is drawn beside the dense model
-    as loaded, which no step has trained.
+    tokens. Without one, an upcycled run is compared with the untrained dense model.
 
-    Raises InputError when workdir holds no metrics, or rival neither metrics nor held-out losses.
+    Raises InputError if workdir has no metrics, or rival neither metrics nor held-out losses.
     """
     metrics, evals = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "evals"))
     if not metrics:
@@ -90,7 +89,7 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
 
 
 def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
-    """Learning rate, gradient norm and speed over the run's steps."""
+    """Draws learning rate, gradient norm and speed over the steps."""
     for axes, name, title in (
         (rate, "learning_rate", "learning rate"),
         (norm, "grad_norm", "norm of the gradient, before clipping"),
@@ -100,7 +99,7 @@ def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
         axes.plot(steps, values, color=style.BLUE, linewidth=1)
         axes.set_title(title)
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    # One spike would flatten all the rest.
+    # Logarithmic if one spike would flatten the rest.
     positive = [value for value in _series(metrics, "grad_norm")[1] if value > 0]
     speed.xaxis.get_major_locator().set_params(integer=True)
     if positive and max(positive) > 20 * float(np.median(positive)):
@@ -143,7 +142,7 @@ def _rival_lines(axes: Any, rival: Path, span: int) -> dict[Any, str]:
 
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:
-    """At each place the mean of the last `span` values."""
+    """Returns the mean of the last `span` values at each position."""
     sums = np.convolve(values, np.ones(span))[: len(values)]
     return sums / np.minimum(np.arange(1, len(values) + 1), span)
 

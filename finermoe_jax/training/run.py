@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from flax import nnx
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
-from finermoe_jax.data.tokenizers import check_kept, load_tokenizer
+from finermoe_jax.data.tokenizers import check_kept, open_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
-from finermoe_jax.generation.text import complete
+from finermoe_jax.generation.text import stream_text
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
@@ -27,8 +28,8 @@ from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.training import goodput, plot
 from finermoe_jax.training import monitor as metrics
-from finermoe_jax.training import plot
 from finermoe_jax.training.checkpoints import (
     TrainingCheckpoints,
     logged_bytes,
@@ -85,6 +86,7 @@ def train(
       InputError: invalid input; before the first step, on all processes.
       RunEnded: the run ends early because of a signal, a full disk or non-finite steps.
     """
+    started = time.perf_counter()
     workdir = Path(local(workdir)).absolute()
     first = jax.process_index() == 0
     if not first:
@@ -94,6 +96,7 @@ def train(
     with contextlib.ExitStack() as opened:
         lock = opened.enter_context(contextlib.closing(Lock(workdir, "--workdir")))
         setup = _claimed(config, workdir, say, telemetry, allow_changes, lock)
+        setup.started = started
         checkpoints = TrainingCheckpoints(
             workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
         )
@@ -110,6 +113,7 @@ def train(
     if first:
         pictures = " ".join(map(str, plot.draw(workdir)))
         say(f"peak memory {metrics.memory_gib():.2f} GiB · plots: {pictures}")
+        say(goodput.report(workdir))
 
 
 def _silent(message: str) -> None:
@@ -178,7 +182,7 @@ def _checked(
             f"{model.context_length} tokens; lower it"
         )
     place, first = initial.tokenizer_files, jax.process_index() == 0
-    tokenizer = load_tokenizer(place, model.vocab_size)
+    tokenizer = open_tokenizer(place, model.vocab_size)
     if newest is None:
         check_kept(place)
     found = data.open_data(config.data, tokenizer, place, model.vocab_size, show_progress=first)
@@ -191,7 +195,9 @@ def _checked(
             )
         claim_data(workdir, found.identity, allow_changes)
     for prompt in config.prompts:
-        complete(initial.model, tokenizer, prompt, config.prompt_tokens)  # only checks the prompt
+        stream_text(
+            initial.model, tokenizer, prompt, config.prompt_tokens
+        )  # only checks the prompt
     return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
 
 
@@ -219,7 +225,7 @@ def _train(
         say(lost)
     with distributed.together():
         monitor = metrics.Monitor(
-            workdir, config, model.config, telemetry, first or 0, setup.mesh.size
+            workdir, config, model.config, telemetry, first or 0, setup.mesh.size, setup.started
         )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     report = functools.partial(_report, setup, monitor)
@@ -228,6 +234,7 @@ def _train(
         params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
         first, in_a_row = 0, 0
     else:
+        say(f"restoring the checkpoint of step {first} …")
         target = abstract_params(model.config, config.train.param_dtype, shardings)
         params, opt_state = checkpoints.restore(
             first, target, abstract_optimizer(tx, target, shardings, setup.mesh)
@@ -242,13 +249,30 @@ def _train(
         if distributed.exchange(str(log.has_evaluation(config.train.steps)))[0] == "False":
             report(f"step {config.train.steps}", rebuild(graphdef, params), config.train.steps)
         log.sync()
-        checkpoints.wait()  # inside stop_requests: a signal must not interrupt the last save
+        with monitor.spending("saving", config.train.steps):
+            checkpoints.wait()  # inside stop_requests: a signal must not interrupt the last save
 
 
 def _report(
     setup: RunSetup, monitor: metrics.Monitor, name: str, model: Decoder, step: int
 ) -> float | None:
     """Evaluates a model and continues the prompts; returns the held-out loss, if any."""
+    work = [f"{setup.config.data.eval_windows} held-out rows"] if setup.data.held_out else []
+    work += [f"{len(setup.config.prompts)} prompts"] if setup.config.prompts else []
+    before = setup.report_seconds
+    if work and (before is None or before > 3):
+        known = "compiles first" if before is None else f"about {before:.0f} s"
+        setup.say(f"evaluating {name} on {' and '.join(work)} ({known}) …")
+    began = time.perf_counter()
+    with monitor.spending("evaluating", step):
+        loss = _evaluate(setup, monitor, name, model, step)
+    setup.report_seconds = time.perf_counter() - began
+    return loss
+
+
+def _evaluate(
+    setup: RunSetup, monitor: metrics.Monitor, name: str, model: Decoder, step: int
+) -> float | None:
     config, held_out, loss = setup.config, setup.data.held_out, None
     if held_out:
         loss = held_out_loss(
@@ -257,7 +281,7 @@ def _report(
         monitor.evaluation(name, step, loss)
         setup.say(f"held-out loss  {name:<28} {loss:.4f}  (perplexity {np.exp(loss):.2f})")
     for prompt in config.prompts:
-        words = "".join(complete(model, setup.tokenizer, prompt, config.prompt_tokens))
+        words = "".join(stream_text(model, setup.tokenizer, prompt, config.prompt_tokens))
         sample = {"name": name, "step": step, "prompt": prompt, "text": words}
         monitor.log.append("samples.jsonl", sample)
         setup.say(f"  {prompt!r} → {words!r}")

@@ -1,4 +1,4 @@
-"""The style of every picture: colours, fonts, axes, and labels where lines end."""
+"""Style of all plots: colours, fonts, axes, and labels at line ends."""
 
 import contextlib
 import textwrap
@@ -9,11 +9,11 @@ import numpy as np
 
 INK, QUIET, GREY, PLAIN = "#1f2933", "#52606d", "#9aa3ad", "#eef1f4"
 BLUE, ORANGE, GOLD, PLUM, SLATE = "#1f5f99", "#c2410c", "#d08a00", "#7b2d6b", "#777777"
-# Distinct under the three kinds of colour blindness, too (tests/training/test_style.py).
+# Distinguishable with any kind of colour blindness (tests/training/test_style.py).
 LINES = (BLUE, ORANGE, GOLD, PLUM, SLATE)
-# Strong and light colour of the slots; further slots take them in turn.
+# Strong and light colours of the slots, repeated for further slots.
 SLOTS = ((BLUE, "#dbe9f6"), (ORANGE, "#fbe6da"))
-# DejaVu Sans comes with Matplotlib. The others stand in for it where a browser draws an SVG.
+# DejaVu Sans comes with Matplotlib; the others are fallbacks for SVGs in browsers.
 FONTS = "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif"
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -50,14 +50,14 @@ _LABEL_GAP = 0.02  # between the axes and their labels, as a share of the axes' 
 @contextlib.contextmanager
 def applied() -> Iterator[Any]:
     """Draws in this style inside a `with` block or a decorated function; yields Matplotlib."""
-    import matplotlib.figure  # without pyplot there is no backend to choose, and nothing to close
+    import matplotlib.figure  # without pyplot: no backend, nothing to close
 
     with matplotlib.rc_context(SETTINGS):
         yield matplotlib
 
 
 def figure(width: float | int, height: float | int) -> Any:
-    """An empty Matplotlib figure of this size in inches. Its layout keeps labels apart."""
+    """Returns an empty Matplotlib figure, size in inches; its layout keeps labels apart."""
     import matplotlib.figure
 
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
@@ -81,7 +81,7 @@ def load_colours() -> Any:
 
 
 def octaves(ratio: Any) -> np.ndarray:
-    """log2 of loads over the even load; NaN where the load is 0. Shape as given."""
+    """Returns log2(loads / even load), with NaN for load 0."""
     ratio = np.asarray(ratio, float)
     return np.log2(np.where(ratio > 0, ratio, np.nan))
 
@@ -100,9 +100,9 @@ def load_bar(picture: Any, image: Any, axes: Any, **place: Any) -> Any:
 
 
 def step_that_fits(count: int, room: float | int, size: float | int) -> int:
-    """The smallest power of two s for which every s-th of `count` labels fits.
+    """Returns the smallest power of two s such that every s-th of `count` labels fits.
 
-    room is the length of the axis, size that of a label with its gap, in the same unit.
+    `room` is the axis length, `size` a label's with its gap, in the same unit.
     """
     step = 1
     while step < count and step * room < size * count:
@@ -111,10 +111,9 @@ def step_that_fits(count: int, room: float | int, size: float | int) -> int:
 
 
 def spread(wanted: Any, sizes: Any, low: float | int, high: float | int) -> np.ndarray:
-    """Centres [n] of labels of these sizes [n]: near the wanted centres [n], without overlaps.
+    """Returns centres [n] of labels with sizes [n], near the wanted centres [n], without overlaps.
 
-    They keep the wanted order and stay within low and high. Labels that do not fit there together
-    are centred on it.
+    Keeps the order, and stays within low and high; labels that do not fit are centred there.
     """
     order = np.argsort(wanted, kind="stable")
     ordered, size = np.asarray(wanted, float)[order], np.asarray(sizes, float)[order]
@@ -172,19 +171,19 @@ def label_ends(axes: Any, labels: Mapping[Any, str]) -> list[Any]:
 
 
 def extent(text: Any) -> Any:
-    """The box of a label's words in pixels, without its leading line."""
+    """Returns the box of a label's text in pixels, without its leader line."""
     import matplotlib.text
 
     return matplotlib.text.Text.get_window_extent(text)
 
 
 def short(name: str, width: int = 24) -> str:
-    """A name in at most two lines of `width` characters."""
+    """Shortens a name to at most two lines of `width` characters."""
     return "\n".join(textwrap.wrap(name, width, max_lines=2, placeholder="…")) or name
 
 
 def _darker(colour: str) -> tuple[float, ...]:
-    """A colour dark enough for small text on white."""
+    """Returns a colour dark enough for small text on white."""
     import matplotlib
 
     red, green, blue = matplotlib.colors.to_rgb(colour)

@@ -1,4 +1,4 @@
-"""A sweep: several configs, several seeds each, as runs in one folder.
+"""Sweeps: runs of several configs with several seeds each, in one folder.
 
 DIR/sweep.json           the config of every variant
 DIR/VARIANT/seedN/       the workdir of a run
@@ -20,6 +20,7 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.locks import Lock
+from finermoe_jax.training.goodput import step_seconds
 from finermoe_jax.training.history import History, read_history
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.workdir import Log
@@ -27,7 +28,7 @@ from finermoe_jax.weights.checkpoint import newest_checkpoint
 
 
 class SweepRun(NamedTuple):
-    """One run of a sweep; `steps` is where it ends."""
+    """One run of a sweep; `steps` is its number of steps."""
 
     variant: str
     seed: int
@@ -36,13 +37,13 @@ class SweepRun(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The step of its newest checkpoint; 0 before the first."""
+        """Step of the newest checkpoint; 0 without one."""
         newest = newest_checkpoint(self.workdir / "checkpoints")
         return int(newest.name) if newest else 0
 
     @property
     def done(self) -> bool:
-        """Whether its last step is saved and scored."""
+        """True if the last step is saved and evaluated."""
         return self.step == self.steps and Log(self.workdir).has_evaluation(self.steps)
 
 
@@ -64,7 +65,7 @@ def variant_names(configs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def plan(folder: Path, variants: Mapping[str, RunConfig], seeds: int) -> list[SweepRun]:
-    """The runs of a sweep, seed by seed, so that every variant has a first result early."""
+    """Returns the runs of a sweep, seed by seed, so that every variant has an early result."""
     return [
         SweepRun(name, seed, folder / name / f"seed{seed}", config.train.steps)
         for seed in range(seeds)
@@ -76,8 +77,8 @@ def plan(folder: Path, variants: Mapping[str, RunConfig], seeds: int) -> list[Sw
 def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
     """Locks the folder and records the configs of its variants.
 
-    A sweep can be resumed with more seeds, and with more variants. Raises InputError if the folder
-    holds another sweep, something else, or a sweep that is running.
+    A sweep can be resumed with more seeds or variants. Raises InputError if the folder contains
+    another sweep, other files, or a running sweep.
     """
     _check(folder, variants)
     files.make_directory(folder)
@@ -89,7 +90,7 @@ def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
 
 
 def _check(folder: Path, variants: Mapping[str, RunConfig]) -> None:
-    """Raises InputError unless the folder is new or holds this sweep."""
+    """Raises InputError unless the folder is new or contains this sweep."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -105,7 +106,7 @@ def _check(folder: Path, variants: Mapping[str, RunConfig]) -> None:
             "is not given: add it, or give a new --workdir"
         )
     for name, values in recorded.items():
-        # Through RunConfig, so that a field that is newer than the sweep has its default.
+        # Through RunConfig, so that fields added since have their defaults.
         refuse_differences(
             f"{folder} holds a sweep with another config of {name}",
             dataclasses.asdict(run_config(values)),
@@ -115,7 +116,7 @@ def _check(folder: Path, variants: Mapping[str, RunConfig]) -> None:
 
 
 def finished(runs: Sequence[SweepRun]) -> dict[SweepRun, History]:
-    """The histories of the runs that are done."""
+    """Returns the histories of the finished runs."""
     return {run: read_history(run.workdir) for run in runs if run.done}
 
 
@@ -128,7 +129,7 @@ def write_summary(folder: Path, histories: Mapping[SweepRun, History]) -> None:
 
 
 def status(runs: Sequence[SweepRun]) -> str:
-    """One line per run with its step and the hours that it took or has left, and their sum."""
+    """Returns one line per run with its step and its hours, taken or remaining, and their sum."""
     rates = {run: rate for run in runs if (rate := _seconds_per_step(run)) is not None}
     lines, left = [], 0.0
     for run in runs:
@@ -136,7 +137,7 @@ def status(runs: Sequence[SweepRun]) -> str:
         if run.done:
             lines.append(f"{name} done in {step * rates[run] / 3600:.2f} h")
             continue
-        # Its own speed, or that of its variant, or of all.
+        # The run's own speed, or else its variant's, or else the average.
         like = [r for other, r in rates.items() if other.variant == run.variant]
         rate = rates.get(run) or float(np.mean(like or [*rates.values()] or [np.nan]))
         hours = (run.steps - step) * rate / 3600
@@ -153,10 +154,9 @@ def _hours(hours: float) -> str:
 
 
 def _seconds_per_step(run: SweepRun) -> float | None:
-    """Seconds per step of a run with its evaluations and saves; None before the first step."""
+    """Returns a run's seconds per step including evaluations and saves; None before the first."""
     lines = read_lines(run.workdir / "metrics.jsonl")
     if not lines:
         return None
-    steps = np.diff([0, *(line["step"] for line in lines)])
-    each = np.array([line["step_seconds"] for line in lines]) * steps
-    return float(each.sum() + sum(line["pause_seconds"] for line in lines)) / lines[-1]["step"]
+    paused = sum(line["pause_seconds"] for line in lines)
+    return (sum(step_seconds(lines)) + paused) / lines[-1]["step"]

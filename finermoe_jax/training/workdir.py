@@ -18,7 +18,7 @@ from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
 from finermoe_jax.runtime.locks import LOCK_FILE
-from finermoe_jax.training import plot
+from finermoe_jax.training import goodput, plot
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 from finermoe_jax.weights.integrity import saved_steps
 
@@ -271,11 +271,20 @@ class Log:
         """Removes records after `step`, from which the run resumes."""
         if jax.process_index() != 0:
             return
+        self._record_lost(step)
         for file in self.CUT:
             path = self.workdir / file
             if path.is_file():
                 lines = [line + b"\n" for line, values in read_log(path) if values["step"] <= step]
                 files.write(path, b"".join(lines))
+
+    def _record_lost(self, step: int) -> None:
+        """Adds the seconds of logged steps after `step` to time.jsonl: they are made again."""
+        lines = plot.read_lines(self.workdir / "metrics.jsonl")
+        if lost := [line for line in lines if line["step"] > step]:
+            since = max([0, *(line["step"] for line in lines if line["step"] <= step)])
+            seconds = sum(goodput.step_seconds(lost, since))
+            self.append(goodput.LOG, {"step": step, "kind": goodput.LOST, "seconds": seconds})
 
     def last_step(self) -> int:
         """Returns the last step in any of the files; 0 without one."""

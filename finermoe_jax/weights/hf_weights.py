@@ -30,7 +30,7 @@ from finermoe_jax.data.tokenizers import (
 )
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
-from finermoe_jax.runtime.files import new_directory
+from finermoe_jax.runtime.files import find, new_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
@@ -138,7 +138,8 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
-      source: a directory with config.json and safetensors, or a Hub id ("Qwen/Qwen2.5-0.5B").
+      source: a directory with config.json and safetensors, a Hub id ("Qwen/Qwen2.5-0.5B"), or
+        "demo/model", the dense model that comes with the package.
       dtype: float dtype of weights and activations; None keeps that of the embedding.
 
     Returns:
@@ -162,7 +163,7 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
         known = False
     if not known:
         raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
-    config, weights = open_hf(resolve_source(source), dtype)
+    config, weights = open_hf(resolve_source(find(source)), dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
 
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from finermoe_jax.config.arguments import check_path
 from finermoe_jax.config.model import ModelConfig
-from finermoe_jax.data.tokenizers import end_tokens, load_tokenizer
+from finermoe_jax.data.tokenizers import end_tokens, open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder
-from finermoe_jax.runtime.files import State, state
+from finermoe_jax.runtime.files import State, find, state
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
@@ -153,15 +154,38 @@ def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, froz
     """Opens a model without reading it; returns it, its tokenizer, and its end-of-text token ids.
 
     path is a checkpoint, a workdir, a HF directory or a Hub id. Raises InputError as `open_model`
-    and `load_tokenizer` do.
+    and `open_tokenizer` do.
     """
 
     def load() -> tuple[ModelSource, Any, frozenset[int]]:
         source = open_model(path)
         vocab_size = source.config.vocab_size
-        tokenizer = load_tokenizer(source.files, vocab_size)
+        tokenizer = open_tokenizer(source.files, vocab_size)
         ends = end_tokens(source.files, tokenizer, vocab_size)
         source.refuse_changed()  # the tokenizer's optional files may have been removed unnoticed
         return source, tokenizer, ends
 
     return in_training(steps_of(Path(local(path))), load)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """Loads the tokenizer of a model.
+
+    Args:
+      path: a checkpoint, a workdir (its newest step), a Hugging Face directory or a Hub id.
+
+    Returns:
+      A tokenizer of transformers, all of whose ids the model's embedding has.
+
+    Raises:
+      InputError: no model or no tokenizer at `path`, or a tokenizer with more ids than the model's
+        vocabulary.
+
+    Examples:
+      >>> import finermoe_jax as fm
+      >>> tokenizer = fm.load_tokenizer("demo/model")
+      >>> tokenizer.decode(tokenizer("Return the")["input_ids"])
+      'Return the'
+    """
+    check_path("path", path)
+    return open_with_tokenizer(find(path))[1]

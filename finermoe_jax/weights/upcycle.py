@@ -275,16 +275,16 @@ def upcycle_model(
 def upcycle(
     dense_model: Decoder,
     *,
-    intermediate_granularity: int,
-    output_granularity: int,
-    intermediate_expansion: int,
-    output_expansion: int,
-    active_per_group: int,
+    intermediate_granularity: int = 32,
+    output_granularity: int = 2,
+    intermediate_expansion: int = 1,
+    output_expansion: int = 2,
+    active_per_group: int = 1,
     shared_expert: bool = True,
     key: Array | None = None,
     start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
-    """Calls `upcycle_model` with the paper's five numbers as arguments.
+    """Calls `upcycle_model` with the paper's five numbers; the defaults are the published ones.
 
     Args:
       dense_model: a model without experts; it is not changed.
@@ -306,14 +306,10 @@ def upcycle(
     Examples:
       >>> import finermoe_jax as fm
       >>> dense = fm.load_hf("finermoe_jax/demo/model")
-      >>> model = fm.upcycle(
-      ...     dense,
-      ...     intermediate_granularity=8,
-      ...     output_granularity=2,
-      ...     intermediate_expansion=1,
-      ...     output_expansion=2,
-      ...     active_per_group=1,
-      ... )
+      >>> model = fm.upcycle(dense)
+      >>> model.config.moe.num_experts, model.config.moe.num_active
+      (128, 2)
+      >>> model = fm.upcycle(dense, intermediate_granularity=8)
       >>> model.config.moe.num_experts, model.config.moe.num_active
       (32, 2)
     """

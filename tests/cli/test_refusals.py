@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import finermoe_jax as fm
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.data.text import TextFile
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.evaluation.evaluate import perplexity
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.convert import convert
@@ -216,7 +216,7 @@ def test_checkpoints_with_an_emptied_part(dense, tmp_path, part):
     before = snapshot(tmp_path)
     if part == "tokenizer":
         fm.load_checkpoint(tmp_path / "checkpoint")
-        refuses(["no tokenizer"], load_tokenizer, path, 96)
+        refuses(["no tokenizer"], open_tokenizer, path, 96)
     else:
         refuses(["checkpoint", "damaged"], fm.load_checkpoint, tmp_path / "checkpoint")
     assert snapshot(tmp_path) == before
@@ -393,14 +393,14 @@ def test_runs_that_cannot_begin(dense, tmp_path, changes, words):
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path):
     write_tokenizer(tmp_path, [f"w{i}" for i in range(96)])
-    refuses(["97 tokens", "vocab_size is 96"], load_tokenizer, tmp_path, 96)
+    refuses(["97 tokens", "vocab_size is 96"], open_tokenizer, tmp_path, 96)
     write_tokenizer(tmp_path, [f"w{i}" for i in range(95)])
-    assert len(load_tokenizer(tmp_path, 96)) == 96
+    assert len(open_tokenizer(tmp_path, 96)) == 96
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
     (tmp_path / "tokenizer.json").write_text("not a tokenizer")
-    refuses(["tokenizer", "cannot be read"], load_tokenizer, tmp_path, 96)
+    refuses(["tokenizer", "cannot be read"], open_tokenizer, tmp_path, 96)
 
 
 def test_a_source_without_a_tokenizer(tmp_path):

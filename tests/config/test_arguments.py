@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import finermoe_jax as fm
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.generation.sampling import Sampling
-from finermoe_jax.generation.text import complete
+from finermoe_jax.generation.text import stream_text
 from tests.support import GOLDEN, ROOT
 
 TIED = GOLDEN / "upcycle" / "dense_tied"
@@ -56,17 +56,24 @@ WRONG = [
     ("dense([1, 2])", "must be [batch, tokens]"),
     ("dense([[1.5, 2]])", "must be integers"),
     ("dense([[1, 96]])", "must be in 0 … 95, the vocabulary"),
-    ("dense([[1, 2]], attention_mask=[[1]])", "attention_mask (1, 1) must have input_ids' shape"),
-    ("dense([[1, 2]], position_ids=[[0, 1, 2]])", "position_ids (1, 3) must have"),
-    ("complete(dense, words, [1.5], 4)", "a prompt contains 1.5; token ids"),
-    ("complete(dense, words, [True], 4)", "a prompt contains True; token ids"),
-    ("complete(dense, words, [[1, 2]], 4)", "a prompt contains [1, 2]; token ids"),
-    ("complete(dense, words, b'ab', 4)", "a prompt contains b'ab'; token ids"),
-    ("complete(dense, words, None, 4)", "a prompt contains None; token ids"),
-    ("complete(dense, words, [1], 4.0)", "max_new_tokens=4.0 must be an integer"),
-    ("complete(dense, words, [1], 4, stop=[5])", "stop contains 5; it must be a string"),
-    ("complete(dense, words, [1], 4, stop='')", "a stop string is empty"),
-    ("complete(dense, words, [1], 4, ends=['a'])", "ends contains 'a'; token ids"),
+    ("dense([[1, 2]], attention_mask=[[1]])",
+     "attention_mask has shape (1, 1); it must have input_ids' shape (1, 2)"),
+    ("dense([[1, 2]], position_ids=[[0, 1, 2]])",
+     "position_ids has shape (1, 3); it must have input_ids' shape (1, 2)"),
+    ("fm.complete(dense, words, '')", "prompt is empty"),
+    ("fm.complete(dense, words, 'a', temperature=-1)", "temperature=-1 must be"),
+    ("fm.complete(dense, words, ['a', 5])", "a prompt"),
+    ("fm.load_tokenizer(5)", "path=5 must be a path"),
+    ("fm.load_tokenizer('no/such/place')", "no/such/place"),
+    ("stream_text(dense, words, [1.5], 4)", "a prompt contains 1.5; token ids"),
+    ("stream_text(dense, words, [True], 4)", "a prompt contains True; token ids"),
+    ("stream_text(dense, words, [[1, 2]], 4)", "a prompt contains [1, 2]; token ids"),
+    ("stream_text(dense, words, b'ab', 4)", "a prompt contains b'ab'; token ids"),
+    ("stream_text(dense, words, None, 4)", "a prompt contains None; token ids"),
+    ("stream_text(dense, words, [1], 4.0)", "max_new_tokens=4.0 must be an integer"),
+    ("stream_text(dense, words, [1], 4, stop=[5])", "stop contains 5; it must be a string"),
+    ("stream_text(dense, words, [1], 4, stop='')", "a stop string is empty"),
+    ("stream_text(dense, words, [1], 4, ends=['a'])", "ends contains 'a'; token ids"),
     ("continue_all(dense, words, 'ab', max_new_tokens=4)", "give a list of strings"),
     ("continue_all(dense, words, [[1]], max_new_tokens=4, batch_size=2.0)", "batch_size=2.0 must"),
     ("with_layer(dense, Mine)", "no MoE layer to replace by Mine: upcycle it first"),
@@ -112,16 +119,16 @@ import jax
 from flax import nnx
 import finermoe_jax as fm
 from finermoe_jax import generate, with_layer
-from finermoe_jax.generation.text import complete, continue_all
+from finermoe_jax.generation.text import stream_text, continue_all
 from finermoe_jax.config.run import TrainConfig
 from finermoe_jax.generation.sampling import Sampling
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 
 class Mine(fm.FineRMoE):
     pass
 
 TIED, mixture, demo, codes, numbers = sys.argv[1:4] + [json.loads(a) for a in sys.argv[4:]]
-dense, words, rngs = fm.load_hf(TIED), load_tokenizer(Path(demo), 2048), nnx.Rngs(0)
+dense, words, rngs = fm.load_hf(TIED), open_tokenizer(Path(demo), 2048), nnx.Rngs(0)
 moe = fm.load_hf(mixture)
 sample = lambda **settings: generate(dense, [[1, 2]], sampling=Sampling(**settings))
 upcycle = lambda model, **changes: fm.upcycle(model, **(numbers | changes))
@@ -159,14 +166,14 @@ def writer():
 
 def test_one_string_is_one_stop_string(writer):
     """Not its characters, the first of which comes up earlier."""
-    tokenizer = load_tokenizer(DEMO, 2048)
-    whole = "".join(complete(writer, tokenizer, "def f(self, a):", 24))
+    tokenizer = open_tokenizer(DEMO, 2048)
+    whole = "".join(stream_text(writer, tokenizer, "def f(self, a):", 24))
     stop = next(
         whole[i : i + 2]
         for i in range(1, len(whole))
         if whole.index(whole[i]) < whole.index(whole[i : i + 2])
     )
-    given = "".join(complete(writer, tokenizer, "def f(self, a):", 24, stop=stop))
+    given = "".join(stream_text(writer, tokenizer, "def f(self, a):", 24, stop=stop))
     assert given == whole[: whole.index(stop)]
 
 

@@ -20,7 +20,7 @@ from finermoe_jax.data.packing import counted, masks, pack
 from finermoe_jax.data.rows import Mixture, Packed, Windows
 from finermoe_jax.data.text import Piece, TextFile, cut_document, tokenize
 from finermoe_jax.data.token_files import TokenStream
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import read_lines
@@ -32,7 +32,7 @@ MODEL = find("demo/model")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MODEL, 2048)
+    return open_tokenizer(MODEL, 2048)
 
 
 def _stream(*sizes):

@@ -55,9 +55,9 @@ def whole(sources, tmp_path_factory):
 
 
 def test_what_is_written_is_the_text(sources, whole):
-    from finermoe_jax.data.tokenizers import load_tokenizer
+    from finermoe_jax.data.tokenizers import open_tokenizer
 
-    tokenizer = load_tokenizer(MODEL, 2048)
+    tokenizer = open_tokenizer(MODEL, 2048)
     source = open_prepared(whole, tokenizer_hash(MODEL), tokenizer.eos_token_id)
     tokens = np.empty(len(source.tokens), np.int32)
     source.tokens.read(0, tokens)

@@ -18,7 +18,7 @@ from finermoe_jax.data.batches import open_data
 from finermoe_jax.data.megatron import megatron_prefix, open_megatron
 from finermoe_jax.data.prepare import prepare
 from finermoe_jax.data.token_files import TokenStream, id_range, tokenizer_hash, verify
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 
@@ -29,7 +29,7 @@ DOCUMENTS = [[5, 6, 0], [7, 0], [300] * 30 + [0], [8, 9, 10, 0]]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MODEL, 2048)
+    return open_tokenizer(MODEL, 2048)
 
 
 @pytest.fixture

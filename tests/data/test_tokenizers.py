@@ -15,7 +15,7 @@ from finermoe_jax.data.tokenizers import (
     check_kept,
     end_tokens,
     kept_files,
-    load_tokenizer,
+    open_tokenizer,
     write_files,
 )
 from finermoe_jax.training.initial import initial_model
@@ -106,9 +106,9 @@ def test_the_kept_tokenizer_is_the_source_s(source, tmp_path, kind):
     write_files(kept_files(kept), again)
     assert kept_files(kept) == kept_files(again)
     assert not list(kept.glob("*.py"))
-    wanted = load_tokenizer(source, 96)
+    wanted = open_tokenizer(source, 96)
     for folder in (kept, again):
-        got = load_tokenizer(folder, 96)
+        got = open_tokenizer(folder, 96)
         assert got(TEXT)["input_ids"] == wanted(TEXT)["input_ids"]
         assert got.get_vocab() == wanted.get_vocab()
         assert got.special_tokens_map == wanted.special_tokens_map
@@ -132,10 +132,10 @@ def test_there_and_back(source, tmp_path):
     convert(str(source), tmp_path / "dense", "hf", None, seed=0)
     verify(str(source), checkpoint, "orbax", MOE, seed=0)
     verify(str(checkpoint), export, "hf", None)
-    wanted = load_tokenizer(source, 96)
+    wanted = open_tokenizer(source, 96)
     places = checkpoint / "tokenizer", export, again / "tokenizer", tmp_path / "dense"
     for folder in (source, *places):
-        tokenizer = load_tokenizer(folder, 96)
+        tokenizer = open_tokenizer(folder, 96)
         assert tokenizer(TEXT)["input_ids"] == wanted(TEXT)["input_ids"], folder
         assert end_tokens(folder, tokenizer, 96) == {0, 2, 5}, folder
     for folder in places:
@@ -166,14 +166,14 @@ def test_a_run_is_resumed_without_its_source(source, tmp_path):
     change_config(source, eos_token_id=5)
     workdir, said = tmp_path / "run", []
     train(run_of(source, tmp_path), workdir, say=said.append)
-    wanted = load_tokenizer(source, 96)(TEXT)["input_ids"]
+    wanted = open_tokenizer(source, 96)(TEXT)["input_ids"]
     shutil.rmtree(source)
     more = run_of(source, tmp_path)
     more = dataclasses.replace(more, train=dataclasses.replace(more.train, steps=2))
     train(more, workdir, say=said.append, allow_changes=["train.steps"])
     assert any("resumed from step 1 of 2" in message for message in said)
     for folder in (workdir, workdir / "checkpoints" / "2"):
-        tokenizer = load_tokenizer(folder / "tokenizer", 96)
+        tokenizer = open_tokenizer(folder / "tokenizer", 96)
         assert tokenizer(TEXT)["input_ids"] == wanted
         assert end_tokens(folder / "tokenizer", tokenizer, 96) == {0, 5}
 
@@ -202,7 +202,7 @@ def test_ends_of_the_source_beside_another_tokenizer_directory(source, tmp_path,
     (tmp_path / "run").mkdir()
     fill_workdir(tmp_path / "run", config, start.tokenizer_files, start.ends_files)
     kept = tmp_path / "run" / "tokenizer"
-    assert end_tokens(kept, load_tokenizer(kept, 96), 96) == ends
+    assert end_tokens(kept, open_tokenizer(kept, 96), 96) == ends
 
 
 @pytest.mark.parametrize(

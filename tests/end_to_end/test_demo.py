@@ -91,9 +91,9 @@ def test_evaluation_equals_a_plain_forward_pass(workdir, place):
     result = json.loads((place / "result.json").read_text())
     assert json.loads(stdout) == result
     model, files = load_model(workdir)
-    from finermoe_jax.data.tokenizers import load_tokenizer
+    from finermoe_jax.data.tokenizers import open_tokenizer
 
-    tokenizer = load_tokenizer(files, 2048)
+    tokenizer = open_tokenizer(files, 2048)
     total, count = 0.0, 0
     for text in texts:
         ids = np.asarray([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])

@@ -30,7 +30,7 @@ from benchmarks.kill_campaign import (
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.data import batches as data
 from finermoe_jax.data.packing import Batch
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
@@ -409,7 +409,7 @@ def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     config = tiny_run(
         TINY | {"data": TINY["data"] | {"eval_fraction": 0.0}}, steps=40, max_skipped_steps=2
     )
-    tokenizer = load_tokenizer(find("demo/model"), 2048)
+    tokenizer = open_tokenizer(find("demo/model"), 2048)
     windows = data.open_data(config.data, tokenizer, find("demo/model"), 2048).train
     batches = data.train_batches(windows, config.data, 0, range(8))
     seen = [set(next(batches).tokens.reshape(-1).tolist()) for _ in range(40)]

@@ -162,8 +162,8 @@ def test_a_reader_takes_the_newer_one(place, name, training, monkeypatch, capfd)
 
 def test_evaluation_and_generation_take_the_newer_one(training, monkeypatch, capfd):
     steps, save = training
-    loads = _first(model_source.load_tokenizer, save)
-    monkeypatch.setattr(model_source, "load_tokenizer", loads)
+    loads = _first(model_source.open_tokenizer, save)
+    monkeypatch.setattr(model_source, "open_tokenizer", loads)
     source, _, ends = open_with_tokenizer(steps.parent)
     assert source.files == steps / "2" / "tokenizer" and ends
     save()

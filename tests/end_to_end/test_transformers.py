@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import finermoe_jax as fm
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.weights.hf_weights import read_config
 from tests.support import DATA, GOLDEN, ROOT
 from tests.support.models import CASES, config_of, run, weights, write_tokenizer
@@ -317,7 +317,7 @@ def test_text_ends_where_the_files_say(found):
 
 def test_the_tokenizer_comes_along(found):
     _, reports = found
-    assert reports["demo"]["text"] == load_tokenizer(DEMO, 2048)("Return the")["input_ids"]
+    assert reports["demo"]["text"] == open_tokenizer(DEMO, 2048)("Return the")["input_ids"]
 
 
 def test_exported_code_is_not_run_here(tmp_path, monkeypatch):
@@ -334,6 +334,6 @@ def test_exported_code_is_not_run_here(tmp_path, monkeypatch):
     (tmp_path / "out" / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     # transformers would ask whether to run it, and wait.
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
-    assert load_tokenizer(tmp_path / "out", 4096)("Return the")["input_ids"]
+    assert open_tokenizer(tmp_path / "out", 4096)("Return the")["input_ids"]
     again = fm.load_hf(tmp_path / "out")
     assert again.config == model.config

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 import finermoe_jax as fm
-from finermoe_jax.data.tokenizers import load_tokenizer
+from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.evaluation.code_execution import CodeEval, passes
 from finermoe_jax.evaluation.evaluate import Tasks, evaluate
@@ -34,7 +34,7 @@ DEMO = ROOT / "finermoe_jax" / "demo" / "model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(DEMO, 2048)
+    return open_tokenizer(DEMO, 2048)
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 import finermoe_jax as fm
 from finermoe_jax.config.run import MeshConfig
-from finermoe_jax.data.tokenizers import end_tokens, load_tokenizer
+from finermoe_jax.data.tokenizers import end_tokens, open_tokenizer
 from finermoe_jax.generation import decode as generation
 from finermoe_jax.generation import text as completion
 from finermoe_jax.generation.sampling import Sampling, choose
-from finermoe_jax.generation.text import complete, continue_all, conversation
+from finermoe_jax.generation.text import continue_all, conversation, stream_text
 from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.sharding import make_mesh
@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(find("finermoe_jax/demo/model"), 10**6)
+    return open_tokenizer(find("finermoe_jax/demo/model"), 10**6)
 
 
 def prompts(lengths, vocab=CONFIG.vocab_size):
@@ -300,7 +300,7 @@ def test_pieces_stop_strings_and_batches(writer, tokenizer):
         tokenizer.decode(np.asarray(fm.generate(writer, [ids], max_new_tokens=new))[0, len(ids) :])
         for ids in (tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts)
     ]
-    assert ["".join(complete(writer, tokenizer, t, new, ends=[])) for t in texts] == whole
+    assert ["".join(stream_text(writer, tokenizer, t, new, ends=[])) for t in texts] == whole
     assert (
         continue_all(writer, tokenizer, texts, max_new_tokens=new, ends=[], batch_size=2) == whole
     )
@@ -308,14 +308,16 @@ def test_pieces_stop_strings_and_batches(writer, tokenizer):
     stop = ["\0never", whole[0][7:12]]
     cut = [words.partition(stop[1])[0] for words in whole]
     assert len(cut[0]) <= 7
-    assert ["".join(complete(writer, tokenizer, t, new, stop=stop, ends=[])) for t in texts] == cut
+    assert [
+        "".join(stream_text(writer, tokenizer, t, new, stop=stop, ends=[])) for t in texts
+    ] == cut
     settings = dict(max_new_tokens=new, stop=stop, ends=[], batch_size=2)
     assert continue_all(writer, tokenizer, texts, **settings) == cut
     # The tokens that end a text.
     ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
     tokens = np.asarray(fm.generate(writer, [ids], max_new_tokens=new))[0, len(ids) :].tolist()
     cut = tokens.index(tokens[5])
-    ended = "".join(complete(writer, tokenizer, texts[0], new, ends=[tokens[5]]))
+    ended = "".join(stream_text(writer, tokenizer, texts[0], new, ends=[tokens[5]]))
     assert ended == tokenizer.decode(tokens[:cut])
 
 
@@ -406,7 +408,7 @@ def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     )
     model, files = load_model(folder)
-    tokenizer = load_tokenizer(files, model.config.vocab_size)
+    tokenizer = open_tokenizer(files, model.config.vocab_size)
     said = [{"role": "system", "content": "be brief"}]
     ids = conversation(tokenizer, [*said, {"role": "user", "content": "Return the"}])
     made = np.asarray(fm.generate(model, [ids], max_new_tokens=8))[0, len(ids) :].tolist()
@@ -417,7 +419,7 @@ def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
     wanted, stop = [], tokenizer.decode(made[7:8])
     for line in ("Return the", "def"):
         said.append({"role": "user", "content": line})
-        pieces = complete(
+        pieces = stream_text(
             model, tokenizer, conversation(tokenizer, said), 8, stop=[stop], ends=ends
         )
         wanted.append("".join(pieces))
@@ -437,11 +439,11 @@ def test_prompts_that_cannot_be_continued(writer, tokenizer):
         ("", "empty"), ("a\udc80b", "UTF-8 at character 1"), ([10**7], "the vocabulary"),
     ):  # fmt: skip
         with pytest.raises(fm.InputError, match=words):
-            complete(writer, tokenizer, prompt, 4)
+            stream_text(writer, tokenizer, prompt, 4)
         with pytest.raises(fm.InputError, match=words):
             continue_all(writer, tokenizer, ["fine", prompt], max_new_tokens=4)
     limit = writer.config.max_position_embeddings
     with pytest.raises(fm.InputError, match=f"{limit - 1} prompt tokens.*=2 .*{limit}"):
-        complete(writer, tokenizer, [1] * (limit - 1), 2)
+        stream_text(writer, tokenizer, [1] * (limit - 1), 2)
     with pytest.raises(fm.InputError, match="stop string is empty"):
-        complete(writer, tokenizer, "fine", 2, stop=[""])
+        stream_text(writer, tokenizer, "fine", 2, stop=[""])

@@ -13,7 +13,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.prepare import prepare
 from finermoe_jax.data.text import Piece, TextFile
 from finermoe_jax.data.token_files import read_manifest, shard_damage, tokenizer_hash
-from finermoe_jax.data.tokenizers import generation_settings, load_tokenizer
+from finermoe_jax.data.tokenizers import generation_settings, open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.evaluation.evaluate import warn_non_finite
 from finermoe_jax.runtime.files import find
@@ -124,9 +124,9 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
     [
         ("config.json", lambda path: read_config(path.parent)),
         ("model.safetensors", lambda path: TensorFiles(path.parent)),
-        ("tokenizer.json", lambda path: load_tokenizer(path.parent, 2048)),
-        ("merges.txt", lambda path: load_tokenizer(path.parent, 2048)),
-        ("chat_template.jinja", lambda path: load_tokenizer(path.parent, 2048)),
+        ("tokenizer.json", lambda path: open_tokenizer(path.parent, 2048)),
+        ("merges.txt", lambda path: open_tokenizer(path.parent, 2048)),
+        ("chat_template.jinja", lambda path: open_tokenizer(path.parent, 2048)),
         ("a.txt", TextFile),
         ("a.jsonl.gz", TextFile),
         ("a.parquet", TextFile),

@@ -94,7 +94,7 @@ def test_hours_done_and_left(tmp_path):
     ("arguments", "words"),
     [
         (["--workdir={}/s"], ["--config is needed"]),
-        (["--config={}/tiny.py"], ["--workdir is needed"]),
+        (["--config={}/tiny.py"], ["--workdir is required"]),
         (["--config={}/tiny.py", "--workdir={}/s", "--seeds=0"], ["--seeds=0 must be at least 1"]),
         (["--config={}/tiny.py", "--config={}/tiny.py", "--workdir={}/s"], ["both called base"]),
         (["--config={}/tiny.py:broken", "--workdir={}/s"], ["optimizer.learning_rate=-1.0"]),
