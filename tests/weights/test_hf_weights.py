@@ -424,7 +424,7 @@ def test_config_values(source, changes, words):
         (dict(num_experts_per_tok=0), ["num_experts_per_tok=0", "G_O=1"]),
         (dict(G_O=2, num_experts=8, num_experts_per_tok=3), ["num_experts_per_tok=3", "G_O=2"]),
         (dict(moe_intermediate_size=33), ["moe_intermediate_size=33", "128", "= 32"]),
-        (dict(mlp_only_layers=[2]), ["layer 2", "num_hidden_layers=2"]),
+        (dict(mlp_only_layers=[2]), ["mlp_only_layers contains 2", "num_hidden_layers=2"]),
         (dict(mlp_only_layers="none"), ["mlp_only_layers='none'"]),
         (dict(decoder_sparse_step=0), ["decoder_sparse_step=0"]),
         (dict(norm_topk_prob=1), ["norm_topk_prob=1", "must be true or false"]),
