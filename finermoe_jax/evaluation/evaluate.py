@@ -101,6 +101,8 @@ def evaluate(
     documents = _documents(pieces, tokenizer, show_progress, text)
     spread = jax.device_count() > 1 and not int8
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1)) if spread else None
+    if show_progress:
+        print(source.announcement, file=sys.stderr, flush=True)
     model = read_model(source, checkpoint, mesh)
     if int8:
         model = int8_weights(model)

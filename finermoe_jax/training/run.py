@@ -300,9 +300,12 @@ def _begin(
     log: Log,
 ) -> tuple[dict, Any]:
     """Returns parameters and optimizer state of a new run, evaluated and saved as step 0."""
-    initial = setup.initial
+    initial, source = setup.initial, setup.config.init_from
     if initial.dense is not None:
+        setup.say(f"reading {source} …")
         report("dense base", _placed(initial.dense, initial.model.placement), 0)
+    work = f"upcycling {source}" if initial.dense else f"reading {source}"
+    setup.say(f"{work if source else 'drawing random weights'} …")
     initial.dense = None
     with distributed.together():
         params = initial.place(shardings)
