@@ -284,7 +284,7 @@ def upcycle(
     key: Array | None = None,
     start: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> Decoder:
-    """Upcycles a dense decoder, given the paper's five numbers; the defaults are the published ones.
+    """Upcycles a dense decoder by the paper's five numbers; the defaults are the published ones.
 
     Args:
       dense_model: a model without experts; it is not changed.
