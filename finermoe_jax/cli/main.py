@@ -22,7 +22,7 @@ COMMANDS = {
     "aot": "compile a run for hardware you do not have, and check that it fits",
     "similarity": "measure how similar the experts of each layer are",
     "plot": "plot a run's losses and expert load, or overlay several runs",
-    "compare": "compare the final losses of runs, over seeds, and their configs",
+    "compare": "compare the final losses of runs (averaged over seeds) and show how configs differ",
     "sweep": "train several configs with several seeds each, and compare them",
 }
 
