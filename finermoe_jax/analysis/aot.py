@@ -74,7 +74,7 @@ def compile_program(
         figures["largest"] = largest_allocations(str(error))
         figures["fits"] = False
         return figures
-    figures |= {"compile_seconds": time.perf_counter() - began, **_memory(compiled)}
+    figures |= {"compile_seconds": time.perf_counter() - began, **memory_of(compiled)}
     figures["fits"] = figures["peak_bytes"] <= target.chip.memory
     slices = [target.slice_of(device) for device in program.mesh.devices.flat]
     text = compiled.as_text()
@@ -131,7 +131,7 @@ def _lowered(program: Program) -> Any:
         ) from None
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def memory_of(compiled: Any) -> dict[str, int]:
     """Returns the bytes that a compiled program needs per device, by kind."""
     memory = compiled.memory_analysis()
     return {

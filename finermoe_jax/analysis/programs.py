@@ -43,6 +43,7 @@ class Program:
     parameter_bytes: int  # per device, as the next two
     gradient_bytes: int
     optimizer_bytes: int
+    whole_state_bytes: int  # parameters and optimizer state, whole arrays
     lower: Callable[[], Any]
 
     @property
@@ -105,7 +106,7 @@ def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
     return Program(
         name, config, model.config, mesh, notes, rows, config.train.param_dtype,
         per_device_bytes(params), gradients,
-        per_device_bytes(state),
+        per_device_bytes(state), whole_bytes((params, state)),
         _lowered(step, (params, state, _batch(config, rows, mesh)), mesh, target),
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
     arguments = params, _batch(config, rows, mesh), jax.ShapeDtypeStruct((rows,), bool)
     return Program(
         name, config, model.config, mesh, notes, rows, config.train.param_dtype,
-        per_device_bytes(params), 0, 0,
+        per_device_bytes(params), 0, 0, whole_bytes(params),
         _lowered(jitted, arguments, mesh, target),
     )  # fmt: skip
 
@@ -159,7 +160,7 @@ def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
     jitted = jax.jit(function, in_shardings=places, donate_argnums=1)
     return Program(
         name, config, model.config, mesh, notes, 1, config.train.compute_dtype,
-        per_device_bytes(params), 0, 0,
+        per_device_bytes(params), 0, 0, whole_bytes(params),
         _lowered(jitted, (params, *rest), mesh, target),
     )  # fmt: skip
 
@@ -185,3 +186,8 @@ def per_device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def whole_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree of shapes, however they are sharded."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

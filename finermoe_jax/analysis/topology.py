@@ -5,7 +5,6 @@ for one or several slices of that shape; `h100:8` (GPUs of one node).
 """
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from jax.experimental import topologies
 from finermoe_jax.config.arguments import check_integer
 from finermoe_jax.config.hardware import CHIPS, Chip
 from finermoe_jax.errors import InputError, first_line, near_misses
+from finermoe_jax.runtime.install import require
 
 # libtpu reads these before it detects that no TPU is attached.
 _TPU_ENVIRONMENT = {
@@ -67,11 +67,7 @@ def describe(name: str, num_slices: int = 1) -> Target:
     jax.config.update("jax_platforms", "cpu")
     if generation == "h100":
         return _gpus(name, shape, num_slices)
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            f"--topology={name} needs the TPU compiler: pip install 'finermoe-jax[compile-tpu]' "
-            "(in a clone: pip install -e '.[compile-tpu]')"
-        )
+    require("libtpu", "compile-tpu", f"--topology={name}")
     options: dict[str, Any] = {"num_slices": num_slices}
     if shape in ("1x1", "1x1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -93,11 +89,7 @@ def _gpus(name: str, count: str, num_slices: int) -> Target:
         )
     if num_slices > 1:
         raise InputError(f"--num_slices={num_slices} applies to TPUs only: omit it")
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise InputError(
-            f"--topology={name} needs the CUDA compiler: pip install "
-            "'finermoe-jax[compile-cuda]' (in a clone: pip install -e '.[compile-cuda]')"
-        )
+    require("jax_cuda13_plugin", "compile-cuda", f"--topology={name}")
     try:
         with _defaults({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
             found = topologies.get_topology_desc(

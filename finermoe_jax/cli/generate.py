@@ -47,6 +47,7 @@ def main(flags: Flags) -> None:
     if flags.chat:
         first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
     check_prompt(source.config, tokenizer, first, flags.max_new_tokens, flags.stop)
+    print(source.announcement, file=sys.stderr, flush=True)
     model = read_model(source, path)
     if flags.int8:
         model = int8_weights(model)
@@ -57,6 +58,7 @@ def main(flags: Flags) -> None:
             stream_text(model, tokenizer, prompt, limit, sampling, flags.stop, ends), prefix
         )
 
+    print("compiling; the first tokens take longest …", file=sys.stderr, flush=True)
     if not flags.chat:
         answer(prompt, prompt)
         return

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from finermoe_jax.errors import InputError, RunEnded, escape_unencodable, near_misses
+from finermoe_jax.runtime.install import check_versions
 from finermoe_jax.runtime.preemption import redeliver_interrupts
 
 COMMANDS = {
@@ -45,7 +46,10 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     that is not 0; otherwise returns.
     """
     escape_unencodable()
+    # XLA's alarm at slow compilation asks users to report a bug. What fails raises an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with report_errors(), redeliver_interrupts():  # around the imports, which take seconds
+        check_versions()
         from finermoe_jax.cli.flags import Flags
 
         command = importlib.import_module(f"finermoe_jax.cli.{name}").COMMAND

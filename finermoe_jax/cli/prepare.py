@@ -7,7 +7,6 @@ from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.data import text
 from finermoe_jax.data.prepare import prepare, summary
 from finermoe_jax.data.token_files import verify
-from finermoe_jax.runtime.files import find
 
 
 def define(flags: Flags) -> None:
@@ -20,7 +19,7 @@ def define(flags: Flags) -> None:
         several=True,
     )
     flags.add_path("target", "output directory; rerun the same command to resume", required=True)
-    flags.add_path("tokenizer", "directory with a tokenizer", required=True)
+    flags.add_path("tokenizer", "directory with a tokenizer, or a hub id", required=True)
     flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
     flags.add_text("text_field", "text", "field or column that contains the text")
     flags.add_text("split", "train", "split of Hugging Face datasets")
@@ -38,7 +37,7 @@ def main(flags: Flags) -> None:
     prepare(
         [each.strip() for each in sources.split(",") if each.strip()],
         Path(target),
-        find(tokenizer),
+        tokenizer,
         flags.processes,
         flags.text_field,
         flags.split,
@@ -46,4 +45,6 @@ def main(flags: Flags) -> None:
     )
 
 
-COMMAND = Command("--source=FILE|GLOB|DIR|owner/dataset --target=DIR --tokenizer=DIR", define, main)
+COMMAND = Command(
+    "--source=FILE|GLOB|DIR|owner/dataset --target=DIR --tokenizer=DIR|owner/model", define, main
+)

@@ -16,6 +16,10 @@ def define(flags: Flags) -> None:
         "config fields or groups that may differ from the resumed run's config, such as "
         "train.steps,optimizer.learning_rate",
     )
+    flags.add_boolean(
+        "dry_run",
+        "check the input, compile the step, print what the run needs and writes, and exit",
+    )
     flags.add_number(
         "heartbeat_seconds", 60.0, "seconds without a process's heartbeat that end the run"
     )
@@ -33,12 +37,12 @@ def define(flags: Flags) -> None:
     )
 
 
-def main(flags: Flags) -> None:
-    """Runs the command."""
+def main(flags: Flags) -> int:
+    """Runs the command; returns 1 if a dry run finds that the run does not fit."""
     config = flags.run_config()
     if flags.print_config:
         print_config(config)
-        return
+        return 0
     heartbeat_seconds, start_timeout = flags.heartbeat_seconds, flags.start_timeout
     if not 1 <= heartbeat_seconds <= 3600:
         raise InputError(f"--heartbeat_seconds={heartbeat_seconds} must be in 1 … 3600")
@@ -60,8 +64,14 @@ def main(flags: Flags) -> None:
     if not workdir:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         workdir = distributed.exchange(f"runs/{flags.config_name}-{stamp}")[0]
-    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(Path(workdir))):
-        run.train(config, Path(workdir), telemetry=telemetry, allow_changes=flags.allow_changes)
+    place, allowed = Path(workdir), flags.allow_changes
+    if flags.dry_run:
+        from finermoe_jax.analysis.dry_run import dry_run
+
+        return 0 if dry_run(config, place, telemetry.peak_flops, allow_changes=allowed).fits else 1
+    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(place)):
+        run.train(config, place, telemetry=telemetry, allow_changes=allowed)
+    return 0
 
 
 COMMAND = Command("--config=configs/demo.py [--workdir=DIR]", define, main)

@@ -1,6 +1,7 @@
 """Compressed files (.gz, .xz, .zst) as streams of plain bytes."""
 
 import functools
+import importlib
 import io
 import lzma
 import sys
@@ -9,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finermoe_jax.errors import InputError, import_of_data
+from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.install import require
 
 SUFFIXES = (".gz", ".xz", ".zst")
 _READ_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 17
@@ -41,8 +43,10 @@ def decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
 
 def zstd_module(path: Path) -> Any:
     """Returns the standard library's module, or its backport before Python 3.14."""
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    return import_of_data(name, str(path))
+    if sys.version_info >= (3, 14):
+        return importlib.import_module("compression.zstd")
+    require("backports.zstd", "data", str(path))
+    return importlib.import_module("backports.zstd")
 
 
 class _Format(NamedTuple):

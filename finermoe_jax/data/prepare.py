@@ -40,7 +40,12 @@ from finermoe_jax.data.token_files import (
     shard_files,
     tokenizer_hash,
 )
-from finermoe_jax.data.tokenizers import ANY_VOCABULARY, open_tokenizer, vocabulary
+from finermoe_jax.data.tokenizers import (
+    ANY_VOCABULARY,
+    open_tokenizer,
+    tokenizer_directory,
+    vocabulary,
+)
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import find, make_directory, sync
@@ -54,7 +59,7 @@ _OURS = re.compile(r"\d{5,}\.(bin|partial|documents\.npy)|\.\d{5,}\.documents\.n
 
 
 def prepare(
-    sources: list[str], target: Path, tokenizer_files: Path, processes: int = 1,
+    sources: list[str], target: Path, tokenizer_files: str | Path, processes: int = 1,
     text_field: str = "text", split: str = "train", shard_tokens: int = 1 << 27,
     say: Callable[[str], None] = print,
 ) -> Manifest:  # fmt: skip
@@ -65,7 +70,7 @@ def prepare(
     Args:
       sources: files, globs, directories (all text in them), ids of Hugging Face datasets.
       target: the directory; new, empty, or begun with the same arguments.
-      tokenizer_files: a directory with a tokenizer.
+      tokenizer_files: a directory with a tokenizer, or a hub id.
       processes: number of processes that tokenize; 1: this one.
       text_field: field of a JSON line, column of parquet or of a dataset that contains the text.
       split: split of Hugging Face datasets.
@@ -82,7 +87,7 @@ def prepare(
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
-    target, tokenizer_files = Path(local(target)), Path(local(tokenizer_files))
+    target, tokenizer_files = Path(local(target)), tokenizer_directory(find(tokenizer_files))
     sources = [local(source) for source in sources]
     tokenizer = open_tokenizer(tokenizer_files, ANY_VOCABULARY)
     found = expand(sources, split, text_field)

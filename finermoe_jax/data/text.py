@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from finermoe_jax.data.compressed import SUFFIXES, decompressed
-from finermoe_jax.errors import InputError, first_line, import_of_data
+from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.runtime.files import refuse_pointer
+from finermoe_jax.runtime.install import require
 from finermoe_jax.runtime.json_files import json_rows
 from finermoe_jax.runtime.paths import local
 
@@ -123,7 +124,8 @@ class TextFile:
             yield from cut_document(text)
 
     def _rows(self) -> Iterator[Piece]:
-        pyarrow = import_of_data("pyarrow", self.name)
+        require("pyarrow", "data", self.name)
+        import pyarrow
         from pyarrow import parquet
 
         try:
@@ -155,7 +157,7 @@ class HubText:
 
     def __init__(self, name: str, split: str, field: str):
         """Raises InputError if the package `datasets` is not installed."""
-        import_of_data("datasets", f"{name} is not a file here; as a Hugging Face dataset it")
+        require("datasets", "data", f"{name} is not a file here; as a Hugging Face dataset it")
         self.name, self.split, self.field = name, split, field
 
     def pieces(self) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
+from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ TOKENIZER_FILES = (
 TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 # More tokens than any model has, to load a tokenizer without a model.
 ANY_VOCABULARY = 1 << 31
+
+
+def tokenizer_directory(source: str | os.PathLike) -> Path:
+    """The directory of a tokenizer, or of a hub id. Raises as `directory_of`."""
+    # Some tokenizers are known by their config.json alone.
+    return directory_of(source, [*TOKENIZER_FILES, TEMPLATE_FILES, "config.json"])
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -87,7 +94,8 @@ def _from_transformers(directory: Path) -> "PreTrainedTokenizerBase":
         if find_spec("sentencepiece") is None:
             raise InputError(
                 f"the tokenizer in {directory} cannot be read: it is tokenizer.model alone, for "
-                f"which the package sentencepiece is missing: install it. Or: {_SAVE_ONCE}"
+                "which the package sentencepiece is missing: pip install sentencepiece. "
+                f"Or: {_SAVE_ONCE}"
             )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no warnings about unknown model types

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import os
@@ -32,6 +31,7 @@ from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.model.quantize import int8_weights
+from finermoe_jax.runtime.install import require
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
@@ -101,6 +101,8 @@ def evaluate(
     documents = _documents(pieces, tokenizer, show_progress, text)
     spread = jax.device_count() > 1 and not int8
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1)) if spread else None
+    if show_progress:
+        print(source.announcement, file=sys.stderr, flush=True)
     model = read_model(source, checkpoint, mesh)
     if int8:
         model = int8_weights(model)
@@ -186,10 +188,7 @@ def _checked(tasks: Tasks) -> Tasks:
     if tasks.skip_missing and tasks.data_dir is None:
         raise InputError("--skip_missing has no effect without --data_dir; add --data_dir")
     for package in ("lm_eval", "datasets"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"--tasks needs the package {package}: pip install 'finermoe-jax[eval]'"
-            )
+        require(package, "eval", "--tasks")
     return dataclasses.replace(tasks, data_dir=data_dir)
 
 

@@ -23,8 +23,8 @@ from finermoe_jax.weights.checkpoint import (
     TokenizerSave,
     described,
     durable,
-    handlers,
     readable,
+    registry,
 )
 from finermoe_jax.weights.integrity import saved_steps
 from finermoe_jax.weights.orbax_files import save_errors
@@ -57,7 +57,7 @@ class TrainingCheckpoints:
                 async_options=ASYNC,
                 temporary_path_class=durable(),
             ),
-            item_handlers={**handlers(self.arrays), OPTIMIZER: orbax_files.handler(self.arrays)},
+            handler_registry=registry(self.arrays),
         )
         # Collects the failed saves that Orbax's threads log.
         self._listening = contextlib.ExitStack()

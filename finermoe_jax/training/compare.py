@@ -112,6 +112,8 @@ def draw(groups: Sequence[Group], path: Path) -> Path:
 
     A group's line is the mean over its seeds, and a band around it their range.
     """
+    from matplotlib import ticker
+
     picture = style.figure(11.0, 4.2)
     panels = picture.subplots(1, 3, sharey=True)
     titles = ("tokens trained on", "model FLOPs", "seconds of steps")
@@ -125,6 +127,8 @@ def draw(groups: Sequence[Group], path: Path) -> Path:
             ends[line] = f"{style.short(group.name)}: {np.mean(group.finals('held_out_loss')):.3f}"
         axes.set_xlabel(title)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
     panels[0].set_ylabel("held-out loss (nats per token)")
     panels[0].set_ylim(*visible(groups))
     style.label_ends(panels[-1], ends)

@@ -182,8 +182,16 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
 
 
 def setting_differences(groups: Sequence[Group]) -> dict[str, list]:
-    """Returns the fields that differ between groups, each with its value in every group."""
+    """Returns the fields that are not the same in all groups, each with its value in every group.
+
+    A dense run has no fields of `moe`: its value is None there, and `moe` itself is listed.
+    """
     settings = [group.runs[0].setting for group in groups]
     fields = dict.fromkeys(name for setting in settings for name in setting)
-    values = {name: [setting.get(name) for setting in settings] for name in fields}
-    return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
+    found = {}
+    for name in fields:
+        values = [setting[name] for setting in settings if name in setting]
+        inside = any(field.startswith(f"{name}.") for field in fields)
+        if inside or any(value != values[0] for value in values):
+            found[name] = [setting.get(name, "…" if inside else None) for setting in settings]
+    return found

@@ -13,7 +13,7 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.data.token_files import tokenizer_hash
-from finermoe_jax.data.tokenizers import has_tokenizer
+from finermoe_jax.data.tokenizers import has_tokenizer, tokenizer_directory
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.runtime.files import find
@@ -51,12 +51,13 @@ def initial_model(config: RunConfig) -> InitialModel:
     """
     compute, stored = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.param_dtype)
     key = jax.random.key(config.train.seed)
-    tokenizer = find(config.data.tokenizer) if config.data.tokenizer else None
+    named = config.data.tokenizer
+    tokenizer = tokenizer_directory(find(named)) if named else None
     if not config.init_from:
         if tokenizer is None:
             raise InputError(
                 "data.tokenizer and init_from are both empty: training from scratch needs "
-                "data.tokenizer, a directory with tokenizer files"
+                "data.tokenizer, a directory with tokenizer files or a hub id"
             )
         assert config.dense is not None
         if config.upcycle != PUBLISHED_UPCYCLING:

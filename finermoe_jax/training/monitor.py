@@ -5,7 +5,6 @@ docs/monitoring.md defines each figure. Runs on the host only and never blocks o
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import resource
 import sys
@@ -24,6 +23,7 @@ from finermoe_jax.config.hardware import peak_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.install import require
 from finermoe_jax.training import goodput
 from finermoe_jax.training.trackers import TensorBoard, WeightsAndBiases
 from finermoe_jax.training.workdir import Log
@@ -76,14 +76,8 @@ def check(telemetry: Telemetry, steps: int) -> None:
         (telemetry.tensorboard, "tensorboardX", "--tensorboard"),
         (bool(telemetry.wandb), "wandb", f"--wandb={telemetry.wandb}"),
     ):
-        found = importlib.util.find_spec(package) if asked else None
-        # A plain folder of that name has no origin.
-        if asked and (found is None or found.origin is None):
-            extra = package.removesuffix("X").lower()
-            raise InputError(
-                f"{flag} needs {package}, which is not installed: pip install "
-                f"'finermoe-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
-            )
+        if asked:
+            require(package, package.removesuffix("X").lower(), flag)
     if telemetry.profile_steps:
         begin, end = telemetry.profile_steps
         if not 0 < begin <= end <= steps:

@@ -137,7 +137,7 @@ def _claimed(
             lock.take()
     set_aside_damaged(steps, say)
     with distributed.together():
-        setup = _checked(config, workdir, say, allow_changes)
+        setup = check_run(config, workdir, say, allow_changes)
     distributed.same(to_json(setup.data.identity), "reads other data than process 0")
     newest = newest_checkpoint(steps)
     distributed.same(
@@ -164,10 +164,13 @@ def _claimed(
     return setup
 
 
-def _checked(
-    config: RunConfig, workdir: Path, say: Callable[[str], None], allow_changes: Sequence[str]
+def check_run(
+    config: RunConfig, workdir: Path, say: Callable[[str], None], allow_changes: Sequence[str] = ()
 ) -> RunSetup:
-    """Reads and checks all input. Writes nothing and does not communicate."""
+    """Reads and checks all input, without the weights. Writes nothing, does not communicate.
+
+    Raises InputError for invalid input.
+    """
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     kernel = sharding.kernel_named(config.train.kernel)
@@ -297,9 +300,12 @@ def _begin(
     log: Log,
 ) -> tuple[dict, Any]:
     """Returns parameters and optimizer state of a new run, evaluated and saved as step 0."""
-    initial = setup.initial
+    initial, source = setup.initial, setup.config.init_from
     if initial.dense is not None:
+        setup.say(f"reading {source} …")
         report("dense base", _placed(initial.dense, initial.model.placement), 0)
+    work = f"upcycling {source}" if initial.dense else f"reading {source}"
+    setup.say(f"{work if source else 'drawing random weights'} …")
     initial.dense = None
     with distributed.together():
         params = initial.place(shardings)

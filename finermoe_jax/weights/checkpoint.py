@@ -94,13 +94,14 @@ def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
     }
 
 
-def handlers(arrays: orbax_files.ArrayHandler) -> dict[str, Any]:
-    """Returns Orbax's handlers of a checkpoint's items; `arrays` writes and reads the weights."""
-    return {
-        CONFIG: ocp.JsonCheckpointHandler(),
-        PARAMS: orbax_files.handler(arrays),
-        TOKENIZER: TokenizerHandler(),
-    }
+def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Returns the Orbax handlers that save a checkpoint's items; `arrays` writes the arrays."""
+    found = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    found.add(CONFIG, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    found.add(PARAMS, ocp.args.PyTreeSave, orbax_files.handler(arrays))
+    found.add(TOKENIZER, TokenizerSave, TokenizerHandler())
+    found.add(OPTIMIZER, ocp.args.PyTreeSave, orbax_files.handler(arrays))
+    return found
 
 
 def write_checkpoint(
@@ -131,7 +132,8 @@ def write_checkpoint(
     partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
     with save_errors(), integrity.hash_while_written(partial) as known:
         handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(async_options=ASYNC), **handlers(arrays)
+            composite_options=ocp.CompositeOptions(async_options=ASYNC),
+            handler_registry=registry(arrays),
         )
         with ocp.AsyncCheckpointer(
             handler, async_options=ASYNC, temporary_path_class=durable(known)

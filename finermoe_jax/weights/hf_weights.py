@@ -28,9 +28,10 @@ from finermoe_jax.data.tokenizers import (
     kept_files,
     write_files,
 )
-from finermoe_jax.errors import InputError, first_line
+from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
 from finermoe_jax.runtime.files import find, new_directory
+from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
@@ -59,33 +60,10 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
-    """A local directory, or a hub id downloaded (or found in the cache) by huggingface_hub.
-
-    HF_HUB_OFFLINE and HF_HOME work as everywhere. Raises InputError when neither exists.
-    """
-    source = local(source)
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{source} is a file; give the directory that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = [INDEX_FILE, "config.json", *TOKENIZER_FILES, TEMPLATE_FILES]
-        directory = Path(snapshot_download(source, allow_patterns=wanted))
-        # Repositories may hold their weights in other forms beside these.
-        wanted = indexed_files(directory) or [SINGLE_FILE]
-        # A snapshot's directory is named after its revision.
-        return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
-    except InputError:
-        raise
-    except Exception as error:  # the hub client raises many unrelated types
-        raise InputError(
-            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
-        ) from None
+    """The directory of a dense model or a FineRMoE, or of a hub id. Raises as `directory_of`."""
+    names = ["config.json", INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
+    # Repositories may hold their weights in other forms beside these.
+    return directory_of(source, names, lambda found: indexed_files(found) or [SINGLE_FILE])
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -16,6 +16,7 @@ from finermoe_jax.data.tokenizers import end_tokens, open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import State, find, state
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
@@ -50,6 +51,12 @@ class ModelSource:
     stored: list[str]
     files: Path
     states: dict[Path, State]
+
+    @property
+    def announcement(self) -> str:
+        """What to print before the weights are read: it can take minutes."""
+        size = sum(array.nbytes for array in self.weights.values())
+        return f"reading {disk.text(size)} of weights …"
 
     def refuse_changed(self) -> None:
         """Raises InputError if a file was changed or removed since the source was opened.

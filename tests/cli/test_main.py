@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import finermoe_jax as fm
 from finermoe_jax.cli import main
 from finermoe_jax.config.parse import find_config, preset
-from tests.support import GOLDEN, invoke
+from tests.support import GOLDEN, ROOT, invoke
 
 TIED = GOLDEN / "upcycle" / "dense_tied"
 PRESETS = "Presets: demo, demo_dense, qwen0p5b, qwen1p5b, qwen3_0p6b, qwen7b, smollm2_135m."
@@ -191,3 +193,31 @@ def test_the_ways_in_of_before(monkeypatch, capsys, module, name):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     runpy.run_module(module, run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: finermoe {name} ")
+
+
+SLOW = """
+import sys
+import numpy as np
+from finermoe_jax.cli import main
+if sys.argv[1] == "command":
+    main.run("params", ["--config=demo"])
+import jax
+image = np.zeros((300, 300), np.float32)
+sizes = (60, 60), (1, 1), "VALID"
+window = lambda x: x + jax.lax.reduce_window(image, np.float32(0), jax.lax.add, *sizes)
+jax.jit(window).lower(1.0).compile()
+"""
+
+
+@pytest.mark.slow
+def test_the_compilers_alarm_does_not_reach_the_user():
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"
+    }
+    for how, heard in (("alone", True), ("command", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", SLOW, how], cwd=ROOT, env=environment, text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("is taking > 1s" in done.stderr) == heard, done.stderr

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from finermoe_jax.data.token_files import open_prepared, read_manifest, tokenize
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
 from tests.support import ROOT
+from tests.support.hub import hub
 
 MODEL = find("demo/model")
 
@@ -229,6 +231,41 @@ def test_sources_are_found_in_order(sources, tmp_path):
         expand([f"{tmp_path}/*.txt"], "train", "text")
     with pytest.raises(InputError, match=r"none\.txt does not exist"):
         expand(["data/none.txt"], "train", "text")
+
+
+def test_a_tokenizer_by_hub_id(tmp_path, sources):
+    """Its files alone are downloaded, and it makes what the directory makes."""
+    repository = tmp_path / "repository"
+    shutil.copytree(MODEL, repository)
+    (repository / "pytorch_model.bin").write_bytes(b"weights")
+    command = [
+        sys.executable, "-m", "finermoe_jax", "prepare", f"--source={sources / 'book.txt'}",
+        f"--target={tmp_path / 'tokens'}", "--tokenizer=someone/small", "--processes=1",
+    ]  # fmt: skip
+    with hub(repository, tmp_path / "cache") as (environment, fetched):
+        environment = environment | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        )
+    assert done.returncode == 0, done.stderr
+    wanted = {path.name for path in MODEL.iterdir() if "safetensors" not in path.name}
+    assert set(fetched) == wanted and {"tokenizer.json", "config.json"} <= wanted
+    _prepare(sources / "book.txt", tmp_path / "local", shard_tokens=1 << 27)
+    assert _content(tmp_path / "local") == _content(tmp_path / "tokens")
+
+    # Without the Hub the copy in the cache serves.
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    command[5] = f"--target={tmp_path / 'again'}"
+    done = subprocess.run(
+        command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    offline["HF_HOME"] = str(tmp_path / "empty")
+    done = subprocess.run(
+        command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2
+    assert "someone/small is no directory here and could not be had" in done.stderr
 
 
 def test_a_dataset_without_the_library_says_so(monkeypatch):

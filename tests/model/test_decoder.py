@@ -158,6 +158,7 @@ QWEN3_FILE = dict(
 
 def test_published_files():
     smollm2 = model_config_from_hf(SMOLLM2, "SmolLM2-135M")
+    assert load_preset("smollm2_135m").dense == smollm2
     assert not smollm2.attention_bias and not smollm2.qk_norm and smollm2.attention_head_dim == 64
     assert true_counts(smollm2).total == 134_515_008
     llama = model_config_from_hf(LLAMA32, "Llama-3.2-1B")

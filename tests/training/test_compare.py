@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.training import compare as comparing
 from finermoe_jax.training.compare import compare, draw, summary, table
@@ -90,6 +91,18 @@ def test_runs_that_differ_in_seeds_alone_are_one_group(runs):
     assert found["groups"]["fast"]["held_out_loss_mean"] == pytest.approx(np.mean(losses))
     assert found["groups"]["slow"]["held_out_loss_std"] is None
     assert found["differences"] == {"optimizer.learning_rate": {"fast": 1e-2, "slow": 1e-3}}
+
+
+def test_a_dense_run_beside_one_with_experts(runs, tmp_path):
+    def with_experts(values, **changes):
+        values["moe"] = dataclasses.asdict(MoEConfig(4, 2, 1, 2, 1, **changes))
+
+    mixed = copy_of(runs / "slow", tmp_path, with_experts)
+    other = copy_of(runs / "slow", tmp_path / "b", lambda v: with_experts(v, norm_topk_prob=True))
+    assert setting_differences(compare([runs / "slow", mixed])) == {"moe": [None, "…"]}
+    assert setting_differences(compare([runs / "slow", mixed, other])) == {
+        "moe": [None, "…", "…"], "moe.norm_topk_prob": [None, False, True]
+    }  # fmt: skip
 
 
 def test_names_are_as_long_as_they_must_be(runs):

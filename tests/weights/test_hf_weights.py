@@ -1,6 +1,5 @@
 """HF directories: every form that is read, and what is refused with one clear message."""
 
-import http.server
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import stat
 import struct
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import finermoe_jax as fm
 from finermoe_jax.weights import safetensors_files as tensor_files
 from finermoe_jax.weights.hf_weights import read_config
 from tests.support import GOLDEN
+from tests.support.hub import hub
 from tests.support.models import config_of, weights, write_tokenizer
 
 TIED, UNTIED = GOLDEN / "upcycle" / "dense_tied", GOLDEN / "upcycle" / "dense_untied"
@@ -171,69 +170,23 @@ def test_hub_id_from_the_cache(tmp_path, monkeypatch):
     assert_same(fm.load_hf("someone/small"), fm.load_hf(UNTIED))
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The answers that huggingface_hub asks of a server: a revision's files, and each of them."""
-
-    folder, revision, fetched = Path(), "1" * 40, []
-
-    def do_HEAD(self):
-        self.answer(send=False)
-
-    def do_GET(self):
-        self.answer(send=True)
-
-    def answer(self, send):
-        head = {}
-        if self.path.startswith("/api/models/someone/small/tree/"):
-            files = [path for path in self.folder.rglob("*") if path.is_file()]
-            content = json.dumps(
-                [
-                    {"type": "file", "path": str(path.relative_to(self.folder)), "oid": path.name,
-                     "size": path.stat().st_size}
-                    for path in files
-                ]
-            ).encode()  # fmt: skip
-        elif self.path.startswith("/api/models/someone/small"):
-            content = json.dumps({"id": "someone/small", "sha": self.revision}).encode()
-        else:
-            name = self.path.partition(f"/someone/small/resolve/{self.revision}/")[2]
-            content = (self.folder / name).read_bytes()
-            head = {"ETag": f'"{name}"', "X-Repo-Commit": self.revision}
-            if send:
-                self.fetched.append(name)
-        self.send_response(200)
-        for key, value in {**head, "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if send:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
-def test_from_the_hub_comes_what_belongs_to_the_model(tmp_path, monkeypatch, shards):
+def test_from_the_hub_comes_what_belongs_to_the_model(tmp_path, shards):
     folder = write(tmp_path / "repository", config_of(UNTIED), tensors_of(UNTIED), shards)
     (folder / "original").mkdir()
     for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"the same in another form")
-    handler = type("Handler", (Hub,), {"folder": folder, "fetched": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with hub(folder, tmp_path / "cache") as (environment, fetched):
         load = "import finermoe_jax as fm; fm.save_hf(fm.load_hf('someone/small'), 'copy')"
         done = subprocess.run(
-            [sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, timeout=200
-        )
-        server.shutdown()
+            [sys.executable, "-c", load], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     wanted = {path.name for path in folder.iterdir() if path.name.startswith(("model", "config"))}
-    assert set(handler.fetched) == wanted
-    assert len(handler.fetched) == len(wanted) == (2 if shards == 1 else shards + 2)
+    assert set(fetched) == wanted
+    assert len(fetched) == len(wanted) == (2 if shards == 1 else shards + 2)
     assert_same(fm.load_hf(tmp_path / "copy"), fm.load_hf(UNTIED))
 
 
@@ -471,7 +424,7 @@ def test_config_values(source, changes, words):
         (dict(num_experts_per_tok=0), ["num_experts_per_tok=0", "G_O=1"]),
         (dict(G_O=2, num_experts=8, num_experts_per_tok=3), ["num_experts_per_tok=3", "G_O=2"]),
         (dict(moe_intermediate_size=33), ["moe_intermediate_size=33", "128", "= 32"]),
-        (dict(mlp_only_layers=[2]), ["layer 2", "num_hidden_layers=2"]),
+        (dict(mlp_only_layers=[2]), ["mlp_only_layers contains 2", "num_hidden_layers=2"]),
         (dict(mlp_only_layers="none"), ["mlp_only_layers='none'"]),
         (dict(decoder_sparse_step=0), ["decoder_sparse_step=0"]),
         (dict(norm_topk_prob=1), ["norm_topk_prob=1", "must be true or false"]),

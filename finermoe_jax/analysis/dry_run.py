@@ -1,0 +1,162 @@
+"""What a run needs and writes, found by compiling its step on the devices that are here."""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from finermoe_jax.analysis.aot import memory_of
+from finermoe_jax.analysis.programs import Program, abstract_program
+from finermoe_jax.analysis.topology import Target
+from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.hardware import Chip, peak_flops
+from finermoe_jax.config.run import RunConfig
+from finermoe_jax.runtime.disk import free_text
+from finermoe_jax.training.monitor import memory_gib
+from finermoe_jax.training.run import check_run
+from finermoe_jax.training.workdir import claim
+
+_GIB = 2**30
+
+
+class Needs(NamedTuple):
+    """Bytes that a run needs.
+
+    Attributes:
+      memory: per device, by kind.
+      limit: of a device; None if it reports none. On a CPU, the machine's memory.
+      checkpoint: one checkpoint's size.
+      disk: of all checkpoints that exist at one time.
+      free: on the workdir's disk.
+    """
+
+    memory: dict[str, int]
+    limit: int | None
+    checkpoint: int
+    disk: int
+    free: int
+
+    @property
+    def fits(self) -> bool:
+        """True if memory and disk suffice."""
+        enough = self.limit is None or sum(self.memory.values()) <= self.limit
+        return enough and self.disk <= self.free
+
+
+def dry_run(
+    config: RunConfig,
+    workdir: Path,
+    peak: float | None = None,
+    say: Callable[[str], None] = print,
+    allow_changes: Sequence[str] = (),
+) -> Needs:
+    """Checks a run's input, compiles its step, and says what it needs. Writes nothing.
+
+    Args:
+      config: of the run.
+      workdir: of the run; a run to resume is checked as such.
+      peak: FLOP/s of one device; None: the published peak of a known device.
+      say: prints a message, on the first process.
+      allow_changes: as in `train`.
+
+    Raises InputError as `train` does before its first step.
+    """
+    if jax.process_index() > 0:
+        say = _silent
+    workdir = workdir.absolute()
+    say("reading and checking the input …")
+    claim(workdir, config, allow_changes)
+    setup = check_run(config, workdir, say, allow_changes)
+    model = setup.initial.model.config
+    shape = dataclasses.replace(
+        config, init_from="", dense=dataclasses.replace(model, moe=None), moe=model.moe
+    )
+    devices = tuple(setup.mesh.devices.flat)
+    # Of the target only the devices are used.
+    chip = Chip(0.0, "", 0.0, 0.0, 0.0)
+    platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
+    program = abstract_program(shape, Target("here", chip, platform, devices, 1, 1))
+    say("compiling the training step …")
+    began = time.perf_counter()
+    compiled = program.lower().compile()
+    say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+    needs = _needs(program, compiled, workdir, devices)
+    for line in (*_memory(needs, devices), *_time(program, peak), *_files(needs, config, workdir)):
+        say(line)
+    return needs
+
+
+def _silent(message: str) -> None:
+    """Drops a message."""
+
+
+def _needs(program: Program, compiled: Any, workdir: Path, devices: tuple) -> Needs:
+    found = memory_of(compiled)
+    state = program.parameter_bytes + program.optimizer_bytes
+    memory = {
+        "parameters": program.parameter_bytes,
+        "optimizer state": program.optimizer_bytes,
+        "gradients, activations, buffers": found["peak_bytes"] - state,
+    }
+    here = sum(device.process_index == devices[0].process_index for device in devices)
+    if devices[0].platform == "cpu":  # virtual devices share the machine
+        memory = {kind: size * here for kind, size in memory.items()}
+        memory["Python and libraries"] = int(memory_gib() * _GIB)
+        limit: int | None = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    train, checkpoint = program.config.train, program.whole_state_bytes
+    kept = train.keep_checkpoints + train.keep_best + 1  # one more while it is saved
+    free = shutil.disk_usage(_existing(workdir)).free
+    return Needs(memory, limit, checkpoint, kept * checkpoint, free)
+
+
+def _existing(path: Path) -> Path:
+    """Returns the path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _memory(needs: Needs, devices: tuple) -> list[str]:
+    kind = "this machine" if devices[0].platform == "cpu" else f"each of {len(devices)} devices"
+    lines = [f"memory of {kind}, by the compiler's estimate:"]
+    lines += [f"  {name:<34}{size / _GIB:9.3f} GiB" for name, size in needs.memory.items()]
+    total = sum(needs.memory.values()) / _GIB
+    limit = "" if needs.limit is None else f" of {needs.limit / _GIB:.3f} GiB"
+    return [*lines, f"  {'together':<34}{total:9.3f} GiB{limit}"]
+
+
+def _time(program: Program, peak: float | None) -> list[str]:
+    config, devices = program.config, program.mesh.size
+    frozen, length = config.optimizer.freeze_backbone, config.data.sequence_length
+    flops = training_flops(program.model, length, frozen) * program.tokens
+    lines = [
+        f"a step: {program.tokens:,} tokens, {flops:.3g} model FLOPs; all "
+        f"{config.train.steps:,} steps: {program.tokens * config.train.steps:,} tokens"
+    ]
+    rate = peak or peak_flops(jax.devices()[0].device_kind)
+    if rate is None:
+        return [*lines, "time per step: not known on this device; --peak_tflops gives a bound"]
+    seconds = flops / devices / rate
+    hours = seconds * config.train.steps / 3600
+    return [
+        *lines,
+        f"time per step: at least {seconds:.3g} s at {rate / 1e12:.0f} TFLOP/s per device, a peak "
+        f"that no program reaches; the run: at least {hours:.3g} h",
+    ]
+
+
+def _files(needs: Needs, config: RunConfig, workdir: Path) -> list[str]:
+    train = config.train
+    best = f" and the {train.keep_best} best" if train.keep_best else ""
+    return [
+        f"written to {workdir}: logs, tokenizer/, plots and checkpoints/",
+        f"  a checkpoint of {needs.checkpoint / _GIB:.3f} GiB every {train.checkpoint_every} steps",
+        f"  the newest {train.keep_checkpoints}{best} are kept: up to {needs.disk / _GIB:.3f} GiB",
+        f"  {free_text(_existing(workdir))} there",
+        "FITS" if needs.fits else "DOES NOT FIT",
+    ]

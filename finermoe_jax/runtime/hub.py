@@ -1,0 +1,50 @@
+"""Models and tokenizers by directory or by their id on the Hugging Face Hub."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finermoe_jax.errors import InputError, first_line
+from finermoe_jax.runtime.paths import local
+
+
+def directory_of(
+    source: str | os.PathLike,
+    names: Sequence[str],
+    further: Callable[[Path], Sequence[str]] | None = None,
+) -> Path:
+    """A local directory, or that of a Hub id (owner/name), downloaded or found in the cache.
+
+    HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT work as everywhere.
+
+    Args:
+      source: the directory, or the id.
+      names: of the files to download; globs.
+      further: given the directory with these files, names more of the same revision.
+
+    Raises InputError for a file, and where there is neither such a directory nor such an id.
+    """
+    source = local(source)
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{source} is a file; give the directory that holds {names[0]}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(source, allow_patterns=list(names)))
+        if further is None:
+            return directory
+        # A snapshot's directory is named after its revision.
+        wanted = list(further(directory))
+        return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises many unrelated types
+        raise InputError(
+            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
+        ) from None
