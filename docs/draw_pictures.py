@@ -12,7 +12,7 @@ FAINT = "#f7f8f9"
 
 
 def funnel(top: tuple[float, float], y0: float, bottom: tuple[float, float], y1: float, fill: str):
-    """What connects a stretch at height y0 with one at y1: a product with all weights between."""
+    """The lines from a stretch at height y0 to one at y1: a product with all weights between."""
     (a, b), (c, d) = top, bottom
     return f'<polygon points="{a},{y0} {b},{y0} {d},{y1} {c},{y1}" fill="{fill}" opacity="0.55"/>'
 
@@ -142,7 +142,7 @@ def routing() -> str:
 
 
 def upcycling() -> str:
-    """Where each expert's weights come from: the cells of one dense down-projection."""
+    """The source of each expert's weights: the cells of one dense down-projection."""
     cell, tall = 34, 34
     parts = [
         text(150, 28, "the dense FFN", 15, font_weight="bold"),

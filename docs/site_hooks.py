@@ -1,4 +1,4 @@
-"""What mkdocs needs beside Markdown: files outside docs/ that pages link to become pages too.
+"""Hooks that mkdocs needs beside Markdown: files outside docs/ that pages link to become pages too.
 
 On GitHub `../finermoe_jax/moe.py` is a file of the repository; on the site it is a page that shows
 it. A link to a file that is not there fails the build.
@@ -52,7 +52,7 @@ _TEXTS: dict[str, Callable[[Path], str]] = {".ipynb": _notebook, ".md": Path.rea
 
 
 def _page(path: str) -> str:
-    """What a site's page shows of a file or a folder."""
+    """The text that a site's page shows of a file or a folder."""
     file = ROOT / path
     if file.suffix in _TEXTS:
         return _relinked(_TEXTS[file.suffix](file), path, f"source/{path}.md")

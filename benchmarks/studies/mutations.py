@@ -157,14 +157,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a run of layers begins with the first ones", UPCYCLE,
-        "stack[slice(layers[i], layers[i] + 1), *rest][0]",
-        "stack[slice(i, i + 1), *rest][0]",
+        "stack.row(layers[i])[rest]",
+        "stack.row(i)[rest]",
         "tests/weights/test_upcycle_variants.py -k some_layers", OF_UPCYCLING,
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
-        'upcycling.function_preserving and name[2] == "down"',
-        'upcycling.function_preserving and name[2] == "gate"',
+        'upcycling.function_preserving or name[2] != "down"',
+        'upcycling.function_preserving or name[2] != "gate"',
         "tests/weights/test_upcycle_variants.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(
@@ -212,8 +212,8 @@ MUTATIONS = (
     ),
     Mutation(
         "of the experts' gradients the last round's is kept", EXCHANGE,
-        "dgate_up + more_gate_up,",
-        "more_gate_up,",
+        "return round_of(step, again, sums, adds=True)",
+        "return round_of(step, again, sums, adds=False)",
         "tests/moe/test_exchange.py -k one_devices_result", "tests/moe/test_exchange.py",
     ),
     Mutation(
@@ -268,8 +268,8 @@ MUTATIONS = (
     ),
     Mutation(
         "bfloat16 gradients of microbatches are summed in bfloat16", STEP,
-        "jnp.zeros(p.shape, jnp.float32), free)",
-        "jnp.zeros(p.shape, p.dtype), free)",
+        "if path in banks else jnp.zeros(p.shape, jnp.float32)",
+        "if path in banks else jnp.zeros(p.shape, p.dtype)",
         "tests/training/test_step.py -k microbatches", OF_STEPS,
     ),
     Mutation(
@@ -331,19 +331,19 @@ MUTATIONS = (
     ),
     # --- resume ----------------------------------------------------------------------------
     Mutation(
-        "a run that goes on begins the data anew", LOOP,
+        "a resumed run starts the data again", LOOP,
         "_global_batches(setup.config, setup.data.train, first,",
         "_global_batches(setup.config, setup.data.train, 0,",
         f"{INTERRUPTED} -k killed_and_stopped", OF_RUNS,
     ),
     Mutation(
-        "a run that goes on forgets the steps left out", TRAINING,
-        "guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), say)",
-        "guard = Guard(config, rows, workdir, 0, say)",
+        "a resumed run forgets the skipped steps", TRAINING,
+        "workdir, first - int(updates_made(opt_state)), in_a_row, say)",
+        "workdir, 0, in_a_row, say)",
         f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
     Mutation(
-        "a run that goes on logs the steps since its checkpoint twice", TRAINING,
+        "a resumed run logs the steps since its checkpoint twice", TRAINING,
         "log.cut(-1 if first is None else first)",
         "log.cut(-1 if first is None else first + 1)",
         f"{INTERRUPTED} -k goes_on", OF_RUNS,
@@ -470,6 +470,14 @@ def known(mutation: Mutation, record: dict | None) -> bool:
     return record is not None and dataclasses.asdict(mutation).items() <= record.items()
 
 
+def refuse_stale() -> None:
+    """Raises SystemExit if the code no longer has the text that a mutation replaces."""
+    stale = [m for m in MUTATIONS if (ROOT / m.file).read_text().count(m.old) != 1]
+    if stale:
+        lines = [f"{m.name}: {m.file} does not have once: {m.old}" for m in stale]
+        raise SystemExit("\n".join(["these mutations do not fit the code:", *lines]))
+
+
 def chosen(arguments: argparse.Namespace, records: dict[str, dict]) -> Iterator[Mutation]:
     """Yields the mutations that still have to run."""
     left = arguments.most
@@ -506,6 +514,7 @@ def main() -> int:
     parser.add_argument("--narrow", action="store_true", help="omit the wider selections of tests")
     parser.add_argument("--again", action="store_true", help="run surviving mutations again")
     arguments = parser.parse_args()
+    refuse_stale()
     records = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     wanted = list(chosen(arguments, records))
     if wanted:

@@ -1,4 +1,4 @@
-"""What a run needs and writes, found by compiling its step on the devices that are here."""
+"""A run's needs and files, found by compiling its step on the devices that are here."""
 
 import dataclasses
 import os

@@ -79,7 +79,7 @@ def _model(config: RunConfig, mesh: Mesh, dtype: str) -> tuple[Decoder, dict, di
     model = with_shapes(run_model(config))
     model.dtype = jnp.dtype(config.train.compute_dtype)
     kernel = config.train.kernel
-    model.placement = Placement(mesh, None if kernel == "auto" else kernel)
+    model.placement = Placement(mesh, None if kernel == "auto" else kernel, config.train.exchange)
     shardings, notes = sharding.param_shardings(model, mesh)
     return model, abstract_params(model.config, dtype, shardings), shardings, notes
 

@@ -92,6 +92,9 @@ class TrainConfig:
     # Implementation of the experts (pallas_kernels) and of attention (layers/causal.py: "cpu" and
     # "reference" process blocks of queries). "auto" selects it by platform.
     kernel: Literal["auto", "reference", "cpu", "tpu", "gpu"] = "auto"
+    # Exchange of rows between devices that share the experts. "ragged" sends only rows; "padded"
+    # sends up to twice as many bytes. "auto" chooses by the platform (moe/exchange.py).
+    exchange: Literal["auto", "ragged", "padded"] = "auto"
     # Activations kept for the backward pass: "none" keeps all, "full" only each layer's input,
     # "dots" the results of matrix products. The rest is recomputed.
     remat: Literal["none", "full", "dots"] = "full"

@@ -65,7 +65,7 @@ def causal_attention(
     Raises:
       NotImplementedError: no kernel for this platform, or placement names another platform's.
     """
-    mesh, kernel = placement
+    mesh, kernel = placement.mesh, placement.kernel
     local = functools.partial(_on_one_device, kernel=kernel, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return local(q, k, v, segment_ids)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +56,17 @@ GATHERED: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "expert"), "expert": (
 MUST_DIVIDE = ("expert",)
 
 
+ExchangeKind = Literal["auto", "ragged", "padded"]
+
+
 class Placement(NamedTuple):
-    """The mesh and the kernels that compute a model."""
+    """The mesh, the kernels and the exchange of rows that compute a model."""
 
     mesh: Mesh | None = None  # None: one device
     # For experts (pallas_kernels.expert_ffn) and attention (causal.py); None: chosen by platform.
     kernel: Implementation | None = None
+    # Of routed rows between devices (moe/exchange.py).
+    exchange: ExchangeKind = "auto"
 
 
 ONE_DEVICE = Placement()
@@ -78,6 +83,16 @@ def kernel_named(name: str) -> Implementation | None:
             'set train.kernel="auto"'
         )
     return None if name == "auto" else cast(Implementation, name)
+
+
+def exchange_named(name: ExchangeKind) -> ExchangeKind:
+    """Returns train.exchange. Raises InputError for "ragged" on a CPU."""
+    if name == "ragged" and platform() == "cpu":
+        raise InputError(
+            "train.exchange='ragged' needs an accelerator, but the devices here are cpu. XLA has "
+            'ragged exchange on a CPU. Set train.exchange="auto"'
+        )
+    return name
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

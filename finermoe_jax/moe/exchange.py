@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.layers.sharding import ExchangeKind, Placement
 from finermoe_jax.moe.bank import ExpertBank, Places
 from pallas_kernels.expert_ffn import empty_like, expert_ffn_of_run, unread
 from pallas_kernels.platform import Implementation, platform
@@ -55,9 +55,9 @@ def routed_experts(
     sequence, its devices compute the same tokens. The bank's weights are not cast here, since only
     those of experts with rows are read. Its gradients are replaced.
     """
-    mesh, kernel = placement
+    mesh, kernel, exchange = placement
     if mesh is None or mesh.size == 1:
-        y = _routed(x, experts, weights, bank, kernel=kernel, axis=None)
+        y = _routed(x, experts, weights, bank, kernel, None, exchange)
         return bank.ends.end(y, bank.gradients) if bank.ends else y
     assert bank.scales is None, "int8 experts need one device"
     tokens, _ = sharding.spec(("batch", "routed_sequence", "width"), x.shape, mesh, "tokens")
@@ -70,12 +70,12 @@ def routed_experts(
     ) -> tuple[Array, ...]:  # fmt: skip
         if places.pieces:
             here = _gathered(gate_up, down, places, x.dtype)
-            y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
+            y = _routed(x, experts, weights, here, kernel, axis, exchange)
             return (unread(empty_like(here.gradients), y, here.gradients),)
         # Each copy of the experts has its own gradients.
         own = tuple(g[0] if places.copies else g for g in gradients)
         here = ExpertBank(gate_up, down, layer, None, own, bank.adds)
-        y = _routed(x, experts, weights, here, kernel=kernel, axis=axis)
+        y = _routed(x, experts, weights, here, kernel, axis, exchange)
         return y, *(g[None] if places.copies else g for g in here.gradients)
 
     handed_on = tuple(places.gradient for _ in bank.gradients)
@@ -110,9 +110,9 @@ def _routed(
     experts: Array,
     weights: Array,
     bank: ExpertBank,
-    *,
     kernel: Implementation | None,
     axis: str | None,
+    exchange: ExchangeKind,
 ) -> Array:
     batch, tokens, active = experts.shape
     total = bank.experts * (lax.axis_size(axis) if axis else 1)
@@ -127,7 +127,7 @@ def _routed(
     else:
         y, bank.gradients = exchanged_ffn(
             rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
-            axis, kernel, bank.adds,
+            axis, kernel, bank.adds, exchange,
         )  # fmt: skip
     return permute(y, inverse, order).reshape(batch, tokens, active, -1)
 
@@ -175,6 +175,7 @@ class Exchange(NamedTuple):
     sizes: Int[Array, "P E"]  # rows of each source for each expert
     device: Int[Array, ""]
     quota: int
+    padded: bool  # rows travel with the empty places of a round
 
     @property
     def counts(self) -> Int[Array, "P P"]:
@@ -211,13 +212,16 @@ def quota(rows: int, devices: int) -> int:
     return min(rows, -(-2 * rows // devices))
 
 
-def _padded(rows: Array) -> bool:
-    """True if empty places are sent as well, because XLA has no ragged exchange.
+def is_padded(exchange: ExchangeKind) -> bool:
+    """True if a round's empty places are sent as well.
 
-    That is so on a CPU and on v5e slices of more than 16 chips ("limited ICI routing"). Arrays with
-    one number per row are always padded: a TPU's ragged exchange would pad the number to 256.
+    "auto" pads where XLA has no ragged exchange: on a CPU, and on v5e slices of more than 16 chips
+    ("limited ICI routing"). It pads on GPUs, too, where XLA's ragged exchange is slow and fails for
+    many devices.
     """
-    if rows.ndim == 1 or platform() == "cpu":
+    if exchange != "auto":
+        return exchange == "padded"
+    if platform() != "tpu":
         return True
     mesh = jax.sharding.get_abstract_mesh()
     kind = mesh.abstract_device.device_kind if mesh.abstract_device else ""
@@ -230,7 +234,7 @@ def _to_experts(
     """Sends one round's rows to their experts: `quota` places for each source in turn."""
     devices, me = plan.sizes.shape[0], plan.device
     first, sent = plan.first(step)[me], plan.moved(step)[me]
-    if _padded(rows):
+    if plan.padded or rows.ndim == 1:  # a TPU's ragged exchange would pad one number to 256
         place = jnp.minimum(first[:, None] + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
@@ -250,7 +254,7 @@ def _from_experts(
     """Returns `out` with one round's rows back in their places."""
     devices, me = plan.sizes.shape[0], plan.device
     first, moved = plan.first(step), plan.moved(step)
-    if _padded(buffer):
+    if plan.padded or buffer.ndim == 1:
         parts = buffer.reshape(devices, plan.quota, *buffer.shape[1:])
         parts = lax.all_to_all(parts, axis, 0, 0)
         row = jnp.arange(out.shape[0])
@@ -291,7 +295,7 @@ def _compute(
     return permute(y, inverse, order), gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
 def exchanged_ffn(
     rows: Float[Array, "R D"],
     weights: Float[Array, " R"],
@@ -303,6 +307,7 @@ def exchanged_ffn(
     axis: str,
     kernel: Implementation | None,
     adds: bool,
+    exchange: ExchangeKind = "auto",
 ) -> tuple[Float[Array, "R W"], tuple[Array, ...]]:
     """expert_ffn over all N = P * E experts of the mesh axis; this device has E of them.
 
@@ -313,16 +318,20 @@ def exchanged_ffn(
       gate_up: of the local experts, like down.
       sizes: this device's rows for each of the N experts.
       axis: the mesh axis, manual (inside shard_map).
+      exchange: how rows travel (`is_padded`).
 
     Returns:
       The experts' outputs in the rows' places, and `gradients`.
     """
-    return _exchanged(rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds)[0]
+    return _exchanged(
+        rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds, exchange
+    )[0]
 
 
-def _plan(rows: Array, sizes: Array, axis: str) -> Exchange:
+def _plan(rows: Array, sizes: Array, axis: str, exchange: ExchangeKind) -> Exchange:
     every = lax.all_gather(sizes, axis)
-    return Exchange(every, lax.axis_index(axis), quota(rows.shape[0], every.shape[0]))
+    most = quota(rows.shape[0], every.shape[0])
+    return Exchange(every, lax.axis_index(axis), most, is_padded(exchange))
 
 
 def _exchanged(
@@ -336,8 +345,9 @@ def _exchanged(
     axis: str,
     kernel: Any,
     adds: bool,
+    exchange: ExchangeKind,
 ) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Any, ...]]:
-    plan = _plan(rows, sizes, axis)
+    plan = _plan(rows, sizes, axis, exchange)
 
     def arrive(step: Array | int) -> tuple[Array, Array]:
         return _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
@@ -357,12 +367,13 @@ def _exchanged_backward(
     axis: str,
     kernel: Any,
     adds: bool,
+    exchange: ExchangeKind,
     saved: tuple[Any, ...],
     cotangents: tuple[Array, tuple[Array, ...]],
 ) -> tuple[Any, ...]:
     rows, weights, gate_up, down, layer, sizes, *arrived = saved
     dy, into = cotangents
-    plan = _plan(rows, sizes, axis)
+    plan = _plan(rows, sizes, axis, exchange)
 
     def round_of(step: Array | int, arrived: Any, sums: Any, adds: bool) -> tuple[Any, ...]:
         drows, dweights, into = sums

@@ -174,9 +174,10 @@ def check_run(
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     kernel = sharding.kernel_named(config.train.kernel)
+    exchange = sharding.exchange_named(config.train.exchange)
     newest = newest_checkpoint(workdir / "checkpoints")
     initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
-    initial.model.placement = Placement(mesh, kernel)
+    initial.model.placement = Placement(mesh, kernel, exchange)
     model = initial.model.config
     length = config.data.sequence_length
     if length > model.context_length:

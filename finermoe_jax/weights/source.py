@@ -54,7 +54,7 @@ class ModelSource:
 
     @property
     def announcement(self) -> str:
-        """What to print before the weights are read: it can take minutes."""
+        """The line to print before the weights are read, which can take minutes."""
         size = sum(array.nbytes for array in self.weights.values())
         return f"reading {disk.text(size)} of weights …"
 

@@ -1,4 +1,4 @@
-"""What a run needs, told before it runs, against the run itself."""
+"""A run's needs as a dry run states them, against the run itself."""
 
 import collections
 import dataclasses

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -121,13 +122,12 @@ def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
     """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,
     around a kernel that leaves NaN wherever it may."""
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
-    monkeypatch.setattr(expert_parallel, "_padded", lambda rows: rows.ndim == 1)
     monkeypatch.setattr(
         expert_parallel,
         "expert_ffn_of_run",
         lambda *a, adds: _unspecified_ffn(*a[:7], adds),
     )
-    for skew, arrays in _value_and_grads(Placement(_mesh(*sizes))).items():
+    for skew, arrays in _value_and_grads(Placement(_mesh(*sizes), None, "ragged")).items():
         for got, want in zip(arrays, one_device[skew], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
@@ -195,3 +195,30 @@ def test_no_row_is_dropped_in_any_round():
         np.testing.assert_allclose(
             y, np.broadcast_to(expected[..., None, None], y.shape), rtol=1e-4, atol=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "devices", "padded"),
+    [
+        ("cpu", "cpu", 8, True),
+        ("gpu", "NVIDIA H100", 8, True),
+        ("tpu", "TPU v5 lite", 16, False),
+        ("tpu", "TPU v5 lite", 32, True),
+        ("tpu", "TPU v6 lite", 256, False),
+    ],
+)
+def test_the_exchange_by_platform(platform, kind, devices, padded, monkeypatch):
+    device = SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(expert_parallel, "platform", lambda: platform)
+    monkeypatch.setattr(
+        jax.sharding, "get_abstract_mesh",
+        lambda: SimpleNamespace(abstract_device=device, size=devices),
+    )  # fmt: skip
+    assert expert_parallel.is_padded("auto") == padded
+    assert expert_parallel.is_padded("padded") and not expert_parallel.is_padded("ragged")
+
+
+def test_a_ragged_exchange_is_refused_on_a_cpu():
+    with pytest.raises(InputError, match=r"train\.exchange='ragged' needs an accelerator"):
+        sharding.exchange_named("ragged")
+    assert [sharding.exchange_named(name) for name in ("auto", "padded")] == ["auto", "padded"]

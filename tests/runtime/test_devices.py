@@ -14,7 +14,7 @@ SHOW = "import jax; print(jax.default_backend(), jax.config.jax_platforms)"
 
 
 def show(first, python=sys.executable, **environment):
-    """What JAX runs on after `first`, and the stderr."""
+    """The platform that JAX runs on after `first`, and the stderr."""
     clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "PYTHONPATH")}
     done = subprocess.run(
         [python, "-c", f"{first}; {SHOW}"], env=clean | environment,

@@ -1,4 +1,4 @@
-"""Where a run's wall time went, over its restarts."""
+"""The shares of a run's wall time, over its restarts."""
 
 import dataclasses
 import json
