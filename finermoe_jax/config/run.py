@@ -95,6 +95,9 @@ class TrainConfig:
     # Exchange of rows between devices that share the experts. "ragged" sends only rows; "padded"
     # sends up to twice as many bytes. "auto" chooses by the platform (moe/exchange.py).
     exchange: Literal["auto", "ragged", "padded"] = "auto"
+    # For timing only: assigns tokens to experts in turn, so that every load is even. The model does
+    # not learn to route. Every line of metrics.jsonl has force_balance: true.
+    force_balance: bool = False
     # Activations kept for the backward pass: "none" keeps all, "full" only each layer's input,
     # "dots" the results of matrix products. The rest is recomputed.
     remat: Literal["none", "full", "dots"] = "full"

@@ -67,6 +67,8 @@ class Placement(NamedTuple):
     kernel: Implementation | None = None
     # Of routed rows between devices (moe/exchange.py).
     exchange: ExchangeKind = "auto"
+    # Replaces routing by a perfectly even one (moe/routing.py), to time everything else.
+    force_balance: bool = False
 
 
 ONE_DEVICE = Placement()

@@ -55,7 +55,7 @@ def routed_experts(
     sequence, its devices compute the same tokens. The bank's weights are not cast here, since only
     those of experts with rows are read. Its gradients are replaced.
     """
-    mesh, kernel, exchange = placement
+    mesh, kernel, exchange = placement.mesh, placement.kernel, placement.exchange
     if mesh is None or mesh.size == 1:
         y = _routed(x, experts, weights, bank, kernel, None, exchange)
         return bank.ends.end(y, bank.gradients) if bank.ends else y

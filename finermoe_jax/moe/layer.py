@@ -80,6 +80,8 @@ class FineRMoE(nnx.Module):
           of Eq. 11, weight not applied.
         """
         routing, slot_order = self.route(x)  # Algorithm 1
+        if placement.force_balance:
+            routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
         aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
         experts, weights = (
             jnp.take_along_axis(chosen, slot_order, axis=-1)

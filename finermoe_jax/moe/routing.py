@@ -5,6 +5,7 @@ experts in every group; the sparse concatenation layer keeps one group per outpu
 ((slot * R_O + candidate) * R_I + copy) * G_I + slice. Letters: config/model.py.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ def route(
     moe: MoEConfig,
     weight_dtype: DTypeLike,
     candidate_logits: Float[Array, "*T OR"] | None = None,
+    even: bool = False,
 ) -> tuple[Routing, Int[Array, "*T A"]]:
     """Chooses G_O * T_I experts per token and their weights (paper Algorithm 1).
 
@@ -36,12 +38,15 @@ def route(
       moe: granularities and variants.
       weight_dtype: dtype of the weights, cast from a float32 softmax.
       candidate_logits: a second router's logits of the candidate groups, for separate_routers only.
+      even: assigns tokens to experts in turn (`even_experts`), whatever the logits say.
 
     Returns:
       The routing, and the order [*T, A] that sorts its experts by slot: applied to `experts` or
       `weights` along the last axis, it puts the T_I experts of slot 0 first.
     """
-    if moe.plain_top_k:
+    if even:
+        experts, scale = even_experts(logits.shape[:-1], moe), None
+    elif moe.plain_top_k:
         _, experts = jax.lax.top_k(logits, moe.num_active)
         scale = None
     else:
@@ -63,6 +68,19 @@ def route(
     if scale is not None:
         weights *= jnp.take_along_axis(scale, by_logit, axis=-1)
     return Routing(logits, experts.astype(jnp.int32), weights.astype(weight_dtype)), slot_order
+
+
+def even_experts(tokens: tuple[int, ...], moe: MoEConfig) -> Int[Array, "*T A"]:
+    """Returns experts in slot order for tokens of this shape, each expert equally often.
+
+    Every slot takes its candidate groups in turn, and the experts of each group in turn. Loads are
+    exactly even if the number of tokens is a multiple of R_O times the experts of a group.
+    """
+    slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
+    token = jnp.arange(math.prod(tokens))[:, None, None]
+    turn = token // candidates * moe.active_per_group + jnp.arange(moe.active_per_group)[None, None]
+    first = (jnp.arange(slots)[None, :, None] * candidates + token % candidates) * group
+    return (first + turn % group).reshape(*tokens, moe.num_active)
 
 
 def _select_in_groups(

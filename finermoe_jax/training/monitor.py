@@ -283,6 +283,8 @@ class Monitor:
             "pause_seconds": self.paused,
             "memory_gib": memory_gib(),
         }
+        if self.config.train.force_balance:
+            line["force_balance"] = True
         if load is not None:
             line |= {
                 "load_entropy": float(load.entropy.min()),
@@ -300,7 +302,8 @@ class Monitor:
         if self.bar is None or self.line is None:
             return
         line = self.line
-        parts = [f"loss {line['loss']:.3f}"]
+        parts = ["force_balance"] if self.config.train.force_balance else []
+        parts.append(f"loss {line['loss']:.3f}")
         if self.held_out is not None:
             parts.append(f"held-out {self.held_out:.3f}")
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")

@@ -177,7 +177,7 @@ def check_run(
     exchange = sharding.exchange_named(config.train.exchange)
     newest = newest_checkpoint(workdir / "checkpoints")
     initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
-    initial.model.placement = Placement(mesh, kernel, exchange)
+    initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     model = initial.model.config
     length = config.data.sequence_length
     if length > model.context_length:
