@@ -40,7 +40,7 @@ def plan(experts: np.ndarray, count: int) -> Exchange:
     devices = experts.shape[0]
     sizes = np.stack([np.bincount(e.reshape(-1), minlength=count) for e in experts])
     rows = experts[0].size
-    return Exchange(jnp.asarray(sizes), jnp.int32(0), quota(rows, devices))
+    return Exchange(jnp.asarray(sizes), jnp.int32(0), quota(rows, devices), padded=True)
 
 
 class Counts(NamedTuple):

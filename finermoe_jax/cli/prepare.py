@@ -19,7 +19,7 @@ def define(flags: Flags) -> None:
         several=True,
     )
     flags.add_path("target", "output directory; rerun the same command to resume", required=True)
-    flags.add_path("tokenizer", "directory with a tokenizer, or a hub id", required=True)
+    flags.add_path("tokenizer", "directory with a tokenizer, or a Hub id", required=True)
     flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
     flags.add_text("text_field", "text", "field or column that contains the text")
     flags.add_text("split", "train", "split of Hugging Face datasets")

@@ -21,7 +21,7 @@ class DataConfig:
     # "stream": windows of the token stream, across documents. "documents": whole documents packed
     # into rows, with separate attention, positions and loss.
     packing: Literal["stream", "documents"] = "stream"
-    # Directory with tokenizer files, or a hub id; empty: the tokenizer of init_from.
+    # Directory with tokenizer files, or a Hub id; empty: the tokenizer of init_from.
     tokenizer: str = ""
     # Tokens per row.
     sequence_length: int = 8192

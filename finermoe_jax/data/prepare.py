@@ -70,7 +70,7 @@ def prepare(
     Args:
       sources: files, globs, directories (all text in them), ids of Hugging Face datasets.
       target: the directory; new, empty, or begun with the same arguments.
-      tokenizer_files: a directory with a tokenizer, or a hub id.
+      tokenizer_files: a directory with a tokenizer, or a Hub id.
       processes: number of processes that tokenize; 1: this one.
       text_field: field of a JSON line, column of parquet or of a dataset that contains the text.
       split: split of Hugging Face datasets.
@@ -87,8 +87,8 @@ def prepare(
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
-    target, tokenizer_files = Path(local(target)), tokenizer_directory(find(tokenizer_files))
-    sources = [local(source) for source in sources]
+    target, sources = Path(local(target)), [local(source) for source in sources]
+    tokenizer_files = tokenizer_directory(find(tokenizer_files))
     tokenizer = open_tokenizer(tokenizer_files, ANY_VOCABULARY)
     found = expand(sources, split, text_field)
     vocab_size = vocabulary(tokenizer)

@@ -36,7 +36,7 @@ ANY_VOCABULARY = 1 << 31
 
 
 def tokenizer_directory(source: str | os.PathLike) -> Path:
-    """The directory of a tokenizer, or of a hub id. Raises as `directory_of`."""
+    """Returns the directory of a tokenizer, or of a Hub id. Raises as `directory_of`."""
     # Some tokenizers are known by their config.json alone.
     return directory_of(source, [*TOKENIZER_FILES, TEMPLATE_FILES, "config.json"])
 

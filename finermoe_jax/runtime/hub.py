@@ -14,7 +14,7 @@ def directory_of(
     names: Sequence[str],
     further: Callable[[Path], Sequence[str]] | None = None,
 ) -> Path:
-    """A local directory, or that of a Hub id (owner/name), downloaded or found in the cache.
+    """Returns a local directory, or that of a Hub id (owner/name): downloaded, or from the cache.
 
     HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT work as everywhere.
 
@@ -23,16 +23,16 @@ def directory_of(
       names: of the files to download; globs.
       further: given the directory with these files, names more of the same revision.
 
-    Raises InputError for a file, and where there is neither such a directory nor such an id.
+    Raises InputError for a file, or if there is neither such a directory nor such an id.
     """
     source = local(source)
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{source} is a file; give the directory that holds {names[0]}")
+        raise InputError(f"{source} is a file; pass the directory that contains {names[0]}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source} is neither a directory nor a hub id (owner/name)")
+        raise InputError(f"{source} is neither a directory nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -44,7 +44,7 @@ def directory_of(
         return Path(snapshot_download(source, revision=directory.name, allow_patterns=wanted))
     except InputError:
         raise
-    except Exception as error:  # the hub client raises many unrelated types
+    except Exception as error:  # the Hub client raises many unrelated types
         raise InputError(
-            f"{source} is no directory here and could not be had from the hub: {first_line(error)}"
+            f"{source} is not a directory here, and the Hub download failed: {first_line(error)}"
         ) from None

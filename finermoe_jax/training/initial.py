@@ -57,7 +57,7 @@ def initial_model(config: RunConfig) -> InitialModel:
         if tokenizer is None:
             raise InputError(
                 "data.tokenizer and init_from are both empty: training from scratch needs "
-                "data.tokenizer, a directory with tokenizer files or a hub id"
+                "data.tokenizer, a directory with tokenizer files or a Hub id"
             )
         assert config.dense is not None
         if config.upcycle != PUBLISHED_UPCYCLING:

@@ -60,7 +60,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
-    """The directory of a dense model or a FineRMoE, or of a hub id. Raises as `directory_of`."""
+    """The directory of a dense model or a FineRMoE, or of a Hub id. Raises as `directory_of`."""
     names = ["config.json", INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
     # Repositories may hold their weights in other forms beside these.
     return directory_of(source, names, lambda found: indexed_files(found) or [SINGLE_FILE])

@@ -372,7 +372,7 @@ def test_text_shorter_than_its_held_out_window(dense, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(init_from="nobody/not-cached"), ["nobody/not-cached", "hub"]),
+        (dict(init_from="nobody/not-cached"), ["nobody/not-cached", "Hub download failed"]),
         (dict(init_from="no such thing"), ["no such thing"]),
         (dict(data__path=""), ["data.path"]),
         (dict(data__sequence_length=129), ["sequence_length=129", "128"]),

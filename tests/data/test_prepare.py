@@ -265,7 +265,7 @@ def test_a_tokenizer_by_hub_id(tmp_path, sources):
         command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 2
-    assert "someone/small is no directory here and could not be had" in done.stderr
+    assert "someone/small is not a directory here, and the Hub download failed" in done.stderr
 
 
 def test_a_dataset_without_the_library_says_so(monkeypatch):

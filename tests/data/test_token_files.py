@@ -122,7 +122,7 @@ def _edit(manifest, **changes):
             lambda d: (d / "manifest.json").write_text("{"),
             r"manifest\.json is not .* JSON",
         ),
-        (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json holds a list, not"),
+        (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json contains a list, not"),
         (lambda d: _edit(d / "manifest.json", format="x 9"), "has format 'x 9'; this version"),
         (lambda d: _edit(d / "manifest.json", shards=[]), "the list of shards is empty"),
         (lambda d: _edit(d / "manifest.json", tokens=1), "states 1 tokens in 12 documents"),

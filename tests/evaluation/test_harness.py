@@ -169,7 +169,7 @@ def test_generate_until(harness, tokenizer, capsys):
     ]
     before = harness.cut
     free, stopped, cut = harness.generate_until(requests)
-    assert "1 of 2 prompts exceed 1012 tokens (1024 less 12 to" in capsys.readouterr().err
+    assert "1 of 2 prompts exceed 1012 tokens (1024 minus 12 to" in capsys.readouterr().err
     assert harness.cut == before + 1
     assert free == whole and stopped == whole[: whole.index(stop)]
     assert harness.generate_until(requests) == [free, stopped, cut]
@@ -371,7 +371,7 @@ def test_rows_that_a_task_cannot_use(tmp_path, monkeypatch, second, words):
 
 def test_a_checkpoint_that_is_not_there_is_said_first(tmp_path):
     """Before the harness is loaded, which would refuse this task."""
-    with pytest.raises(InputError, match="is neither a directory nor a hub id"):
+    with pytest.raises(InputError, match="is neither a directory nor a Hub id"):
         evaluate(str(tmp_path / "nowhere"), tasks=Tasks(["arc_easi"], tmp_path))
 
 

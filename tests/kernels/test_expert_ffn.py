@@ -190,7 +190,7 @@ def test_an_expert_too_large_for_the_chip_goes_through_grouped_matmul(monkeypatc
 
 def test_tpu_refuses_float16():
     arguments, _ = make("one row", jnp.float16)
-    with pytest.raises(ValueError, match=r"rows is float16; .*float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"rows is float16; .*float32 and bfloat16"):
         expert_ffn(**arguments, implementation="tpu", interpret=True)
 
 
@@ -268,8 +268,8 @@ def shaped(*shape, dtype=jnp.float32):
         (dict(group_sizes=shaped(1, 2, dtype=jnp.int32)), ["group_sizes", "(1, 2)", "1 axes"]),
         (dict(row_weights=shaped(6, 1)), ["row_weights", "(6, 1)", "1 axes"]),
         (dict(rows=shaped(6, 7)), ["rows", "4 != 7"]),
-        (dict(gate_up=shaped(2, 9, 4)), ["2F", "9 != 10"]),
-        (dict(down=shaped(2, 6, 3)), ["2F", "10 != 12"]),
+        (dict(gate_up=shaped(2, 9, 4)), ["gate_up", "twice down's F", "9 != 10"]),
+        (dict(down=shaped(2, 6, 3)), ["gate_up", "twice down's F", "10 != 12"]),
         (dict(down=shaped(3, 5, 3)), ["experts", "3 != 2"]),
         (dict(group_sizes=jnp.array([6, 0, 0])), ["group_sizes", "3 != 2"]),
         (dict(row_weights=shaped(5)), ["row_weights", "5 != 6"]),

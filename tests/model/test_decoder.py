@@ -191,7 +191,7 @@ def test_published_files():
         (LLAMA32, dict(rope_scaling=dict(type="dynamic", factor=4.0)), ["rope_type='dynamic'"]),
         (LLAMA32, dict(rope_scaling=dict(type="longrope", factor=4.0)), ["rope_type='longrope'"]),
         (LLAMA32, dict(rope_scaling=dict(rope_type="llama3", factor=8.0)),
-         ["lacks low_freq_factor"]),
+         ["needs low_freq_factor"]),
         (LLAMA32, dict(rope_scaling=LLAMA32["rope_scaling"] | dict(high_freq_factor=1.0)),
          ["high_freq_factor=1.0", "low_freq_factor=1.0"]),
         (LLAMA32, dict(rope_scaling=LLAMA32["rope_scaling"] | dict(factor=0)), ["factor=0"]),

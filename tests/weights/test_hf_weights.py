@@ -675,10 +675,10 @@ def test_weights_that_are_no_file(source):
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("{tmp}/nowhere", ["nowhere", "neither a directory nor a hub id"]),
-        ("nobody/has-this-model-cached", ["nobody/has-this-model-cached", "hub"]),
-        ("a/b/c", ["a/b/c", "hub id"]),
-        ("{tmp}/file", ["file", "directory that holds config.json"]),
+        ("{tmp}/nowhere", ["nowhere", "neither a directory nor a Hub id"]),
+        ("nobody/has-this-model-cached", ["nobody/has-this-model-cached", "Hub download failed"]),
+        ("a/b/c", ["a/b/c", "Hub id"]),
+        ("{tmp}/file", ["file", "directory that contains config.json"]),
     ],
 )
 def test_sources_that_are_no_directory(tmp_path, monkeypatch, place, words):
