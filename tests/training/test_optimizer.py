@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from finermoe_jax.analysis.params import run_model
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
@@ -22,7 +23,7 @@ from finermoe_jax.training.run import train
 from finermoe_jax.training.step import abstract_optimizer
 from finermoe_jax.weights.checkpoint import abstract_params
 from tests.support import load_preset
-from tests.support.training import assert_same_steps, demo_run, small_run, take_steps
+from tests.support.training import TINY, assert_same_steps, silent, small_run, take_steps, tiny_run
 
 ADAFACTOR = OptimizerConfig(name="adafactor", learning_rate=1e-2, warmup_fraction=0.0)
 KINDS = {("weight",): kind_of(("vocab", "embed")), ("scale",): kind_of(("norm",))}
@@ -153,17 +154,17 @@ def test_the_first_moment_in_bfloat16():
 def test_a_lean_run_resumes(tmp_path):
     """bfloat16 weights, Adafactor's state and the rounding's keys go on where they were."""
 
-    def config(steps):
-        tiny = demo_run(steps, param_dtype="bfloat16")
-        adafactor = dataclasses.replace(tiny.optimizer, name="adafactor", learning_rate=1e-2)
-        return dataclasses.replace(tiny, prompts=(), optimizer=adafactor)
-
-    train(config(4), tmp_path / "straight", say=lambda _: None)
+    values = TINY | {
+        "moe": dataclasses.asdict(MoEConfig(4, 2, 1, 2, 1)),
+        "optimizer": TINY["optimizer"] | {"name": "adafactor"},
+    }
+    config = tiny_run(values, param_dtype="bfloat16")
+    train(config, tmp_path / "straight", silent)
     # As if it had been broken off after step 2.
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
     said = []
-    train(config(4), tmp_path / "resumed", say=said.append)
+    train(config, tmp_path / "resumed", say=said.append)
     assert any("resumed from step 2 of 4" in message for message in said)
     ours, theirs = (read_lines(tmp_path / n / "metrics.jsonl") for n in ("resumed", "straight"))
     assert [line["step"] for line in ours] == [1, 2, 3, 4]

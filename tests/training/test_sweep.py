@@ -153,5 +153,5 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     assert "optimizer.learning_rate" in done.stdout
     listed = command("sweep", *arguments[4:], steps, "--list").stdout
     assert "2 of 2 runs done" in listed
-    again = subprocess.run([*arguments, steps], **settings, timeout=300)  # nothing is trained again
+    again = command("sweep", *arguments[4:], steps)  # nothing is trained again
     assert again.returncode == 0 and "run 1" not in again.stdout
