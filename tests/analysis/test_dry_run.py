@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,6 +37,8 @@ def test_it_counts_what_the_run_holds_and_writes_nothing(tmp_path):
     assert needs.memory["optimizer state"] == pytest.approx(2 * held, rel=0.01)
     text = "\n".join(said)
     assert "compiling the training step …" in text and "FITS" in text
+    assert needs.memory["a checkpoint while it is saved"] == needs.checkpoint
+    assert f"may reach {2 * needs.total / 2**30:.1f} GiB" in text
     assert "a step: 128 tokens" in text and "all 4 steps: 512 tokens" in text
     assert "time per step: at least" in text
 
@@ -59,6 +62,13 @@ def test_wrong_input_is_refused_as_by_the_run(tmp_path):
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
     dry_run(tiny_run(steps=6), tmp_path / "run", None, silent, ["train.steps"])
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_peak_that_may_exceed_memory_is_said():
+    needs = dry.Needs({"parameters": 6}, 10, 1, 1, 1, 2.0)
+    assert needs.fits and not needs.surely_fits
+    assert needs._replace(slack=1.0).surely_fits and needs._replace(limit=None).surely_fits
+    assert dry._files(needs, tiny_run(), Path("/tmp"))[-1] == "MAY NOT FIT"
 
 
 @pytest.mark.parametrize(("limit", "code"), [(3, 0), (1, 1), (None, 0)])
