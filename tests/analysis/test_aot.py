@@ -221,7 +221,7 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [python, "-c", RUN_ALL, json.dumps(commands)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for i, case in enumerate(IN_PLACE):

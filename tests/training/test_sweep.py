@@ -126,7 +126,7 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
         while first.poll() is None and not read_lines(metrics):
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
-        _, errors = first.communicate(timeout=120)
+        _, errors = first.communicate(timeout=300)
     assert first.returncode == 75, errors
     assert "The same command resumes the sweep" in errors and "Traceback" not in errors
     stopped = read_lines(metrics)[-1]["step"]
@@ -142,7 +142,7 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     (folder / "sweep.json").write_text(json.dumps(values))
     run = folder / "base" / "seed0" / "config.json"
     run.write_text(run.read_text().replace('"steps": 400', f'"steps": {stopped + 2}'))
-    done = subprocess.run([*arguments, steps], **settings, timeout=300)
+    done = subprocess.run([*arguments, steps], **settings, timeout=900)
     assert done.returncode == 0, done.stderr
     assert f"resumed from step {stopped}" in done.stdout
     summary = read_json(folder / "summary.json")
