@@ -26,6 +26,7 @@ from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.runtime.paths import local
+from finermoe_jax.training.compare import aligned
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import steps_of
 from finermoe_jax.weights.hf_names import run_layers
@@ -195,7 +196,7 @@ def table(found: dict[str, Similarity]) -> str:
     rows.append(["mean", *(_text(one.mean) for one in found.values())])
     for part in next(iter(found.values())).parts:
         rows.append([part, *(_text(one.parts[part]) for one in found.values())])
-    return _aligned(rows)
+    return "\n".join(aligned(rows))
 
 
 def steps_table(found: dict[int, Similarity]) -> str:
@@ -204,20 +205,11 @@ def steps_table(found: dict[int, Similarity]) -> str:
     rows = [["step", "all pairs", *parts]]
     for step, one in found.items():
         rows.append([str(step), _text(one.mean), *map(_text, one.parts.values())])
-    return _aligned(rows)
+    return "\n".join(aligned(rows))
 
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(7 if i else 5, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def checkpoints_of(workdir: str) -> dict[int, str]:

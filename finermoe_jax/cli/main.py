@@ -27,6 +27,10 @@ COMMANDS = {
 }
 
 
+# These import JAX and Flax, for several seconds, before their first line.
+_SLOW_TO_LOAD = ("train", "eval", "generate", "convert", "prepare", "aot", "similarity")
+
+
 def main() -> None:
     """Runs the console command `finermoe`."""
     name, *rest = sys.argv[1:] or ["--help"]
@@ -62,6 +66,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
             return
         if flags.rest and not command.rest:
             raise InputError(f"unexpected argument {flags.rest[0]!r}; flags look like --name=value")
+        if name in _SLOW_TO_LOAD and sys.stderr.isatty():
+            print("loading JAX …", file=sys.stderr, flush=True)
         if code := command.main(flags):
             _exit(code)
 

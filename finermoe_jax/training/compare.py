@@ -46,10 +46,10 @@ def table(groups: Sequence[Group]) -> str:
                 *(f"{value:.3g}" if value >= 1e6 else f"{value:,.0f}" for value in costs),
             )
         )
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if changed := setting_differences(groups):
         head = ("differs in", *(group.name for group in groups))
-        lines += ["", *_aligned([head, *((name, *map(_short, v)) for name, v in changed.items())])]
+        lines += ["", *aligned([head, *((name, *map(_short, v)) for name, v in changed.items())])]
     if any(len(group.runs) > 1 for group in groups):
         lines += ["", "± is the standard deviation over runs that differ in their seeds alone."]
     return "\n".join(lines)
@@ -64,7 +64,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Formats rows, with the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = (

@@ -15,10 +15,9 @@ from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened
 from finermoe_jax.runtime.json_files import read_json, read_log
+from finermoe_jax.training.plot import DENSE_BASE
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 
-# Name of the evaluation of the dense model before upcycling.
-DENSE_BASE = "dense base"
 SEEDS = ("train.seed", "data.seed")
 # Config fields that affect held-out losses, besides the text itself.
 _HELD_OUT = ("sequence_length", "packing", "eval_windows")

@@ -14,7 +14,7 @@ from finermoe_jax.training import style
 from finermoe_jax.training.load_map import draw_load
 
 # Name of the evaluation of the dense model before upcycling.
-_BASE = "dense base"
+DENSE_BASE = "dense base"
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -68,7 +68,7 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     ends: dict[Any, str] = {}
     if rival is not None:
         ends |= _rival_lines(top, rival, span)
-    elif base := _series([e for e in evals if e.get("name") == _BASE], "loss")[1]:
+    elif base := _series([e for e in evals if e.get("name") == DENSE_BASE], "loss")[1]:
         line = top.axhline(base[-1], color=style.SLATE, linestyle="--", linewidth=1.2)
         ends[line] = f"held-out, dense base\nas loaded: {base[-1]:.3f}"
     name = "" if rival is None else f"{style.short(workdir.absolute().name)}\n"
@@ -124,7 +124,7 @@ def _held_out_line(
     axes: Any, evals: list[dict], name: str, colour: str, form: str
 ) -> dict[Any, str]:
     """Draws held-out losses over the run's steps; returns the line and its label."""
-    steps, losses = _series([e for e in evals if e.get("name") != _BASE], "loss")
+    steps, losses = _series([e for e in evals if e.get("name") != DENSE_BASE], "loss")
     if not losses:
         return {}
     [line] = axes.plot(steps, losses, form, color=colour, linewidth=2)

@@ -304,7 +304,7 @@ def _begin(
     initial, source = setup.initial, setup.config.init_from
     if initial.dense is not None:
         setup.say(f"reading {source} …")
-        report("dense base", _placed(initial.dense, initial.model.placement), 0)
+        report(plot.DENSE_BASE, _placed(initial.dense, initial.model.placement), 0)
     work = f"upcycling {source}" if initial.dense else f"reading {source}"
     setup.say(f"{work if source else 'drawing random weights'} …")
     initial.dense = None

@@ -1,6 +1,7 @@
 """Conversion between Hugging Face directories and Orbax checkpoints, block by block."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
-from finermoe_jax.weights.source import open_model
+from finermoe_jax.weights.source import ModelSource, open_model
 from finermoe_jax.weights.upcycle import upcycled
 
 # A shell's exit code for Ctrl-C.
@@ -68,7 +69,13 @@ def convert(
     else:
         key = jax.random.key(seed)
         config, weights = upcycled(source, config, weights, moe, key, upcycling, stated)
-    size = sum(array.nbytes for array in weights.values())
+    _write(dataclasses.replace(model, config=config, weights=weights), target, to, dtype)
+    return config
+
+
+def _write(model: ModelSource, target: Path, to: Literal["orbax", "hf"], dtype: str | None) -> None:
+    """Writes the model block by block, with a progress bar. The target appears when complete."""
+    size = sum(array.nbytes for array in model.weights.values())
     with (
         stop_requests() as stopped,
         _room(target, size),
@@ -81,16 +88,16 @@ def convert(
             if stopped(0):
                 raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
 
+        config, weights = model.config, model.weights
         try:
             if to == "hf":
-                for size in write_hf(config, weights, directory, model.files):
-                    written(size)
+                for block in write_hf(config, weights, directory, model.files):
+                    written(block)
             else:
                 activations = dtype or model.dtype
                 write_checkpoint(config, activations, weights, directory, model.files, written)
         finally:
             model.refuse_changed()  # a changed source explains any other error
-    return config
 
 
 @contextlib.contextmanager

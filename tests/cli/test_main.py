@@ -221,3 +221,10 @@ def test_the_compilers_alarm_does_not_reach_the_user():
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert ("is taking > 1s" in done.stderr) == heard, done.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_that_a_command_loads(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert invoke("train", "--config=demo", "--print_config") == 0
+    assert ("loading JAX …" in capsys.readouterr().err) == terminal
