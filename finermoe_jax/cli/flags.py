@@ -14,7 +14,7 @@ from absl import flags
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from finermoe_jax.config.parse import find_config, preset, run_config
+from finermoe_jax.config.parse import FORMER, find_config, preset, run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import to_json
@@ -94,6 +94,7 @@ class Flags:
         if name is None:
             self.add(flags.DEFINE_string, "config", None, text)
         else:
+            sys.argv = [_renamed(each) for each in sys.argv]
             config_flags.DEFINE_config_dict("config", preset(name), text, flag_values=self.values)
             file, variant = find_config(name)
             stem = f"{file.stem}-{variant}" if variant else file.stem
@@ -196,6 +197,15 @@ class _PathParser(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
         """Returns the path. Raises InputError, a ValueError, for a URL."""
         return self.read(argument)
+
+
+def _renamed(argument: str) -> str:
+    """Replaces a former field of --config.FIELD=VALUE by the present one."""
+    field, equals, value = argument.partition("=")
+    dashes, config, name = field.partition("config.")
+    if dashes.strip("-") or name not in FORMER:
+        return argument
+    return f"{dashes}{config}{FORMER[name]}{equals}{value}"
 
 
 def wants_help() -> bool:

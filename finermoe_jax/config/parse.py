@@ -73,13 +73,44 @@ def run_config(values: Any) -> RunConfig:
     return from_dict(RunConfig, _renamed(values), "config")
 
 
+# Former dotted names of fields and their present ones. Their values are the same.
+FORMER = {"model": "dense", "train.aux_loss_weight": "balance.weight"}
+
+
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Renames the former field `model` to `dense`."""
-    if "model" not in values:
-        return values
-    if values.get("dense") is not None:
-        raise InputError("config.model is the former name of config.dense: remove config.model")
-    return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
+    """Renames former fields (FORMER).
+
+    Raises InputError if the present field is set too, to another value than its default.
+    """
+    for former, present in FORMER.items():
+        *groups, name = former.split(".")
+        holder = _group(values, groups)
+        if name not in holder:
+            continue
+        *of_present, new_name = present.split(".")
+        default = _group(default_config().to_dict(), of_present)[new_name]
+        if _group(values, of_present).get(new_name, default) != default:
+            raise InputError(
+                f"config.{former} is the former name of config.{present}: remove config.{former}"
+            )
+        values = _with(values, groups, {k: v for k, v in holder.items() if k != name})
+        target = dict(_group(values, of_present))
+        values = _with(values, of_present, target | {new_name: holder[name]})
+    return values
+
+
+def _group(values: Mapping[str, Any], groups: list[str]) -> Mapping[str, Any]:
+    """Returns a group of fields, empty if it is missing or no mapping; no groups: `values`."""
+    for group in groups:
+        values = values.get(group) or {}
+    return values if isinstance(values, Mapping) else {}
+
+
+def _with(
+    values: Mapping[str, Any], groups: list[str], changed: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Returns `values` with one of its groups replaced."""
+    return {**values, groups[0]: changed} if groups else changed
 
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -168,9 +199,9 @@ def preset(name: str) -> Any:
             f"config file {path}: get_config() returns {found} but must return a ConfigDict: "
             "modify and return finermoe_jax.default_config()"
         )
-    if "model" in config:
-        config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
-    return config
+    values = config.to_dict()
+    renamed = _renamed(values)
+    return config if renamed is values else ConfigDict(renamed, type_safe=False)
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from finermoe_jax.errors import InputError
 
@@ -30,12 +32,19 @@ class Kind:
         of the other axes. Empty: never quantized.
       bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
         sharded over the mesh's expert axis.
+      state: set by a rule outside of the gradient (moe/balance.py). Never in gradients or in the
+        optimizer's state; float32 whatever the dtype of the weights.
     """
 
     decayed: bool = True
     backbone: bool = False
     summed: tuple[int, ...] = ()
     bank: bool = False
+    state: bool = False
+
+    def stored_as(self, dtype: DTypeLike) -> jnp.dtype:
+        """Returns the dtype of such a parameter in a model with weights of `dtype`."""
+        return jnp.dtype(jnp.float32 if self.state else dtype)
 
 
 # Matrices are [out, in], except the experts' down, [E, in, out].
@@ -52,6 +61,7 @@ KINDS: dict[tuple[str, ...], Kind] = {
     ("embed", "mlp"): Kind(summed=(-1,), backbone=True),
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind(),
+    ("router",): Kind(decayed=False, state=True),  # selection biases
     ("gate_in",): Kind(),
     ("expert", "expert_mlp", "expert_in"): Kind(summed=(-1,), bank=True),
     ("expert", "expert_mlp", "expert_out"): Kind(summed=(-2,), bank=True),

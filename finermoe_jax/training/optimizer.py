@@ -42,14 +42,17 @@ def decayed(params: Any, kinds: Kinds) -> Any:
 def trained(params: dict, config: OptimizerConfig, kinds: Kinds) -> dict:
     """Selects the trainable parameters of a nested dict.
 
-    All of them, or with freeze_backbone those that the published training code trains: embedding,
-    routers, experts (including the shared one) and norms.
+    All but model state (Kind.state), or with freeze_backbone those that the published training code
+    trains: embedding, routers, experts (including the shared one) and norms.
     """
-    if not config.freeze_backbone:
-        return params
     flat = nnx.traversals.flatten_mapping(params)
+    frozen = config.freeze_backbone
     return nnx.traversals.unflatten_mapping(
-        {path: leaf for path, leaf in flat.items() if not kinds[path].backbone}
+        {
+            path: leaf
+            for path, leaf in flat.items()
+            if not (kinds[path].state or (frozen and kinds[path].backbone))
+        }
     )
 
 

@@ -34,6 +34,9 @@ MODELS = {
         BASE, moe=dataclasses.replace(MOE, separate_routers=True)
     ),
     "concat_proj": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, concat_proj="all")),
+    "selection biases": dataclasses.replace(
+        BASE, moe=dataclasses.replace(MOE, selection_bias=True)
+    ),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
@@ -63,17 +66,23 @@ def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_na
     found, flat = kinds(model), _flat(params)
     assert found.keys() == flat.keys()
     flags = _flat(decayed(params, found))
-    biases = ("scale", "query_bias", "key_bias", "value_bias")
+    state = {path for path in flat if path[-1] in ("expert_bias", "group_bias")}
+    assert bool(state) == bool(config.moe and config.moe.selection_bias)
+    biases = ("scale", "query_bias", "key_bias", "value_bias", "expert_bias", "group_bias")
     assert flags == {path: path[-1] not in biases for path in flat}
     free = _flat(trained(params, OptimizerConfig(freeze_backbone=True), found))
     backbone = {"attention", "mlp", "lm_head"}
-    assert free.keys() == {p for p in flat if p[-1] == "scale" or not {*p} & backbone}
-    assert _flat(trained(params, OptimizerConfig(), found)).keys() == flat.keys()
+    kept = {p for p in flat if p[-1] == "scale" or not {*p} & backbone}
+    assert free.keys() == kept - state
+    assert _flat(trained(params, OptimizerConfig(), found)).keys() == flat.keys() - state
     for path, leaf in flat.items():
         of_experts = path[-2:] == ("moe", "down")
         summed = (-2,) if of_experts else SUMMED.get(path[-1], ())
         assert found[path].summed == summed, path
         assert found[path].bank == _bank(path, leaf), path
+        assert found[path].state == (path in state), path
+        of_state = jnp.float32 if path in state else jnp.bfloat16
+        assert found[path].stored_as("bfloat16") == of_state, path
 
 
 @every_model
@@ -130,7 +139,7 @@ def test_a_parameters_kind_comes_from_its_axes_alone(axes):
     params = nnx.to_pure_dict(nnx.state(Made(axes)))
     assert _flat(decayed(params, kinds(Made(axes)))) == {path: KINDS[axes].decayed}
     free = trained(params, OptimizerConfig(freeze_backbone=True), kinds(Made(axes)))
-    assert bool(_flat(free)) != KINDS[axes].backbone
+    assert bool(_flat(free)) != (KINDS[axes].backbone or KINDS[axes].state)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     placed, _ = sharding.param_shardings(Made(axes), mesh)
     (made,) = jax.tree.leaves(sharding.row_major(params, placed, Made(axes)))
