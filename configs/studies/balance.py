@@ -1,6 +1,7 @@
 """Study: the four balancings of the experts' load, on the demo.
 
-    finermoe sweep --config=configs/studies/balance.py:{sequence,batch,bias,none} --seeds=3 --workdir=runs/balance
+    finermoe sweep --config=configs/studies/balance.py:{sequence,batch,bias,none} --seeds=3 \\
+        --workdir=runs/balance
 
 docs/results.md has the figures, docs/howto/balance.md what each kind does.
 """

@@ -93,7 +93,9 @@ def even_experts(tokens: tuple[int, ...], moe: MoEConfig) -> Int[Array, "*T A"]:
 
 
 def _biased(logits: Float[Array, "*T E"], bias: SelectionBias | None) -> Float[Array, "*T E"]:
-    return logits if bias is None else logits + bias.experts
+    if bias is None:
+        return logits
+    return logits + bias.experts.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 def _select_in_groups(
@@ -116,7 +118,7 @@ def _select_in_groups(
     )
     compared = scores
     if bias is not None and bias.groups is not None:
-        compared = scores + bias.groups.reshape(slots, candidates)
+        compared = scores + bias.groups.reshape((1,) * len(tokens) + (slots, candidates))
     chosen = jnp.argmax(compared, axis=-1)
     inside = jnp.take_along_axis(marked, chosen[..., None, None], axis=-2)[..., 0, :]
     group_index = jnp.arange(slots).reshape((1,) * len(tokens) + (slots,)) * candidates + chosen

@@ -149,7 +149,7 @@ def test_presets_by_name():
 
 
 def test_the_former_weight_of_the_balancing_loss_is_read(tmp_path):
-    values = default_config().to_dict()
+    values = default_config().to_dict() | {"init_from": "x"}
     assert run_config(values).balance == BalanceConfig(weight=0.001)
     assert "aux_loss_weight" not in values["train"]
     former = {"init_from": "x", "train": {"aux_loss_weight": 0.5, "steps": 3}}
