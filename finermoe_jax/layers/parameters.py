@@ -107,7 +107,9 @@ def kinds(model: nnx.Module) -> dict[Path, Kind]:
 def trained_kinds(model: nnx.Module, freeze: Sequence[str] = ()) -> dict[Path, Kind]:
     """Returns the path and kind of every parameter that has gradients and optimizer state.
 
-    Model state (Kind.state) has none, nor have the parts that `freeze` names (train.freeze). Raises InputError if nothing is left.
+    Model state (Kind.state) has none, nor have the parts that `freeze` names (train.freeze).
+
+    Raises InputError if nothing is left.
     """
     found = kinds(model)
     left = {

@@ -186,7 +186,7 @@ def test_a_run_with_biases_has_them_in_its_model():
     assert run_config(values | {"moe": None}).moe is None
     assert not run_config({"init_from": "x", "moe": {}}).moe.selection_bias
     frozen = {"train": {"freeze": ["router", "norms"]}}
-    with pytest.raises(InputError, match="train.freeze=norms,router freezes it: remove router"):
+    with pytest.raises(InputError, match=r"train\.freeze=norms,router freezes it: remove router"):
         run_config(values | frozen)
     assert run_config({"init_from": "x", **frozen}).train.freeze == ("norms", "router")
 
