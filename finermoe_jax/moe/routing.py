@@ -108,7 +108,8 @@ def _select_in_groups(
     slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
     tokens = logits.shape[:-1]
     grouped = logits.reshape(*tokens, slots, candidates, group)
-    _, marked = jax.lax.top_k(_biased(logits, bias).reshape(grouped.shape), moe.active_per_group)
+    biased = grouped if bias is None else _biased(logits, bias).reshape(grouped.shape)
+    _, marked = jax.lax.top_k(biased, moe.active_per_group)
     # The sum is over all raw logits of a group, selected or not, as in the published model. Ties:
     # top_k and argmax both take the lowest index.
     scores = (
