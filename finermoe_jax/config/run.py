@@ -60,8 +60,8 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_fraction: float = 0.01  # share of the steps
     decay_fraction: float = 0.1  # share of the steps in which "wsd" decays
-    beta1: float = 0.9  # AdamW only
-    beta2: float = 0.95  # AdamW only
+    beta1: float = 0.9  # AdamW, also beside Muon
+    beta2: float = 0.95  # AdamW, also beside Muon
     weight_decay: float = 0.1  # not on norms and biases
     clip_norm: float = 1.0  # largest norm of the whole gradient
 

@@ -55,9 +55,11 @@ def _warmup_stable_decay(config: OptimizerConfig, steps: int, warmup: int) -> op
 
 def decayed(params: Any, kinds: Kinds) -> Any:
     """Returns True for every parameter with weight decay: all but norms and biases."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: kinds[tuple(key.key for key in path)].decayed, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: _kind_at(path, kinds).decayed, params)
+
+
+def _kind_at(path: tuple, kinds: Kinds) -> Kind:
+    return kinds[tuple(key.key for key in path)]
 
 
 def trained(params: dict, kinds: Kinds) -> dict:
@@ -131,8 +133,7 @@ def _muon(
 
     def matrices(params: Any, orthogonal: bool = True) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: bool(kinds[tuple(key.key for key in path)].outputs) == orthogonal,
-            params,
+            lambda path, _: bool(_kind_at(path, kinds).outputs) == orthogonal, params
         )
 
     adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
@@ -161,7 +162,7 @@ def scale_by_muon(moment_dtype: str, kinds: Kinds) -> optax.GradientTransformati
 
     def update(updates: Any, state: optax.contrib.MuonState, params: Any = None) -> tuple[Any, Any]:
         def of_parameter(path: tuple, gradient: Array, momentum: Array) -> tuple[Array, Array]:
-            kind = kinds[tuple(key.key for key in path)]
+            kind = _kind_at(path, kinds)
             numbers = optax.contrib.MuonDimensionNumbers(kind.summed, kind.outputs)
             muon = optax.contrib.scale_by_muon(
                 mu_dtype=moment_dtype, weight_dimension_numbers=numbers

@@ -13,8 +13,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from finermoe_jax.analysis.hlo import parse
-from finermoe_jax.analysis.hlo_costs import COLLECTIVES
+from finermoe_jax.analysis.hlo_costs import COLLECTIVES, analyse
 from finermoe_jax.analysis.params import run_model
+from finermoe_jax.config.flops import newton_schulz_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
@@ -299,13 +300,14 @@ def test_an_experts_gradient_moves_no_other_matrix():
 def test_experts_are_orthogonalized_where_they_are():
     """The program of eight devices moves no expert, and gives one device's update."""
     model = mixture_model()
-    trained = trained_kinds(model, ("embedding", "attention", "shared_expert", "lm_head"))
+    freeze = ("embedding", "attention", "shared_expert", "lm_head")
+    trained = trained_kinds(model, freeze)
     params = jax.device_get(nnx.to_pure_dict(nnx.state(model)))
     rng = np.random.default_rng(0)
     flat = {p: rng.standard_normal(np.shape(x)).astype(np.float32) for p, x in _flat(params)}
     grads = nnx.traversals.unflatten_mapping({path: flat[path] for path in trained})
     tx = optimizer(MUON, 10, trained)
-    results = []
+    results, programs = [], []
     for mesh_config in (MeshConfig(1, 1, 1, 1), MeshConfig(1, 2, 4, 1)):
         size = np.prod(dataclasses.astuple(mesh_config))
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
@@ -319,14 +321,17 @@ def test_experts_are_orthogonalized_where_they_are():
             .lower(grads, tx.init(params), params)
             .compile()
         )
+        programs.append(compiled.as_text())
         results.append(compiled(*jax.device_put(
             (grads, tx.init(params), params), (of_grads, of_state, places)
         ))[0])  # fmt: skip
     assert results[1]["runs"][0][0]["moe"]["down"].sharding.spec[1] == ("expert", "fsdp")
     distances = relative_distances(jax.device_get(results[1]), jax.device_get(results[0]))
     assert max(distances.values()) < 1e-5, distances
-    sent = _collectives(compiled.as_text())
+    sent = _collectives(programs[1])
     assert all(leaf.dims == () for leaf in sent), sent  # sums of the gradient's norm
+    one, eight = (analyse(program).flops for program in programs)
+    assert one == 8 * eight == newton_schulz_flops(model.config, freeze)
 
 
 def _flat(tree):
