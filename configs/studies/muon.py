@@ -29,6 +29,5 @@ def get_config(variant: str = "muon_lr2") -> ConfigDict:
     config = preset(name)
     config.prompts = ()
     config.optimizer.update(name=found[2], learning_rate=rate, final_learning_rate=rate / 10)
-    steps = 60 if found[1] else 80
-    config.train.update(steps=steps, eval_every=20, checkpoint_every=steps, keep_checkpoints=1)
+    config.train.update(steps=60, eval_every=30, checkpoint_every=60, keep_checkpoints=1)
     return config
