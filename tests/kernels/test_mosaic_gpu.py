@@ -261,7 +261,13 @@ def test_no_gpu_is_an_error_that_names_the_device():
 def test_compiles_for_hopper_without_spills_and_for_blackwell():
     """In a process of its own: some failures of the compiler end it."""
     python = interpreter("MOSAIC_GPU_TEST_PYTHON", "jax_cuda13_plugin", "compile-cuda")
-    command = [python, "benchmarks/gpu_kernels.py", "--sizes=0.5B", "--rows=16", "--blackwell"]
+    command = [
+        python,
+        "benchmarks/kernels/gpu_compiled.py",
+        "--sizes=0.5B",
+        "--rows=16",
+        "--blackwell",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "fallback compiles" in done.stdout
