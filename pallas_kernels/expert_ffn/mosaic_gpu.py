@@ -30,9 +30,9 @@ W).
 
 **Backward.** The forward pass stores nothing of size M x F. One kernel recomputes gate and up,
 multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
-activated intermediate times the routing weight, and the gradient of the routing weight. Three
-grouped matmuls turn these into the gradients of rows, gate_up and down. An item of the kernel is a
-tile of 128 rows, 64 per warpgroup. Its stages, for each block of 64 columns of F:
+activated intermediate times the routing weight, and the gradient of the routing weight. Grouped
+matmuls turn these into the gradients of gate_up and down. An item of the kernel is a tile of 128
+rows, 64 per warpgroup. Its stages, for each block of 64 columns of F:
 
     copies                                       multiply
     1 for each 64 of D:                          acc  += x ring · (w ring)^T: gate and up
@@ -42,27 +42,35 @@ tile of 128 rows, 64 per warpgroup. Its stages, for each block of 64 columns of 
       x ring ◀── dy [128 rows, 64]               before the routing weight
       w ring ◀── down [64, 64]
     3 (copies the next block)                    in registers: the three results of the block
-                                                 ──▶ dhidden, dhidden, active, through the stage;
+                                                 ──▶ dhidden, dhidden, active, through the stage,
+                                                 and dhidden ──▶ hidden [.., 2F'] in shared memory;
                                                  sums active · gradient over F for each row
     after the last block                         that sum, the routing weight's gradient
                                                  ──▶ dweights, through a separate stage
+    4 for each tile of 128 columns of D,         acc += hidden [.., 64 of 2F'] · w ring
+      for each 64 of gate, then of up:           after the tile's last step:
+      w ring ◀── gate or up [64, 128]            acc ──▶ dx, the gradient of rows, through the stage
+
+`hidden` and stage 4 exist only if [128, 2F'] leaves room for the ring (F' up to 192: keeps_hidden).
+Otherwise a grouped matmul computes the gradient of rows from dhidden.
 
 **Bytes.** With T tiles = sum over experts of ceil((rows + o) / R), o < 8 (see grouped_matmul), and
 elements of two bytes, the copies read, in elements,
 
     forward:                T (ceil(F / 128) R D + 2 F' D + F' W)
-    fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W),   here R = 128
+    fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W) + T 2 F' D,   here R = 128
 
-and write M W and 3 M F'. HBM traffic is lower: one multiprocessor reads a tile's rows repeatedly,
-and several read an expert's weights at the same time, so both come from the L2 cache after the
-first read. The best case is
+(the last term for stage 4 only) and write M W and 3 M F'. HBM traffic is lower: one multiprocessor
+reads a tile's rows repeatedly, and several read an expert's weights at the same time, so both come
+from the L2 cache after the first read. The best case is
 
     forward:   M D + X + M W                             X = touched experts' 3 matrices
-    backward:  M (3 D + 2 W) + 8 M F' + X + Y + gradients         Y = their gate and up
+    backward:  M (3 D + 2 W) + 6 M F' + X + gradients        with stage 4
+               M (3 D + 2 W) + 8 M F' + X + Y + gradients    without; Y = their gate and up
 
 The forward pass thus reaches its lower bound. That of the backward pass is M (2 D + W) + X +
-gradients. The difference, two reads of rows, cotangent, gate and up and the intermediates' round
-trips, is the price of matrix products that accumulate in registers.
+gradients. The difference is the price of weight gradients that do not fit in shared memory: other
+kernels sum them, and read rows, cotangent and intermediates again.
 """
 
 import dataclasses

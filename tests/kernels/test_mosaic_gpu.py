@@ -111,8 +111,11 @@ def test_both_tilings_of_the_forward_kernel_are_free_of_races(f):
 
 
 @pytest.mark.slow
-def test_gradients_are_free_of_races_and_weights_may_have_another_dtype():
-    arguments, cotangent = wide(152)
+@pytest.mark.parametrize("f", [152, 200], ids=["one kernel for rows", "its own product"])
+def test_gradients_are_free_of_races_and_weights_may_have_another_dtype(f):
+    """The gradient of the rows comes from the fused kernel, or from a product of its own."""
+    assert ffn.keeps_hidden(f) == (f == 152)
+    arguments, cotangent = wide(f)
     arguments["down"] = arguments["down"].astype(jnp.float32)
     got = compute(arguments, cotangent, RACES)
     assert got["down"].dtype == got["row_weights"].dtype == jnp.float32
