@@ -607,23 +607,26 @@ def _copy_backward(plan: _Backward, refs: _BackwardRefs, index: Array, step: Arr
         step = hopper.fill(refs.ring, step, plan.d_steps, hidden)
         return hopper.fill(refs.ring, step, plan.w_steps, cotangent)
 
-    def rows_gradient(i: Array) -> list[tuple[Any, Any, Any]]:
-        depth = lax.rem(i, jnp.int32(2 * plan.f_blocks))
-        half = lax.div(depth, jnp.int32(plan.f_blocks))
-        some_f = pl.ds(lax.rem(depth, jnp.int32(plan.f_blocks)) * BLOCK, BLOCK)
-        column = lax.div(i, jnp.int32(2 * plan.f_blocks)) * (W_BLOCKS * BLOCK)
-        return [
-            (
-                refs.w_in.at[2 * expert + half, some_f, pl.ds(column + b * BLOCK, BLOCK)],
-                refs.w_ring,
-                pl.ds(b * BLOCK, BLOCK),
-            )
-            for b in range(W_BLOCKS)
-        ]
+    def rows_gradient(tile: Array, step: Array) -> Array:
+        for half in range(2):
+
+            def copies(i: Array, half: int = half) -> list[tuple[Any, Any, Any]]:
+                some_f, column = pl.ds(i * BLOCK, BLOCK), tile * (W_BLOCKS * BLOCK)
+                return [
+                    (
+                        refs.w_in.at[2 * expert + half, some_f, pl.ds(column + b * BLOCK, BLOCK)],
+                        refs.w_ring,
+                        pl.ds(b * BLOCK, BLOCK),
+                    )
+                    for b in range(W_BLOCKS)
+                ]
+
+            # There is no copy of x.
+            step = hopper.fill(refs.ring, step, plan.f_blocks, copies, missing=1)
+        return step
 
     step = lax.fori_loop(0, plan.f_blocks, block, step)
-    # There is no copy of x.
-    return hopper.fill(refs.ring, step, plan.d_tiles * 2 * plan.f_blocks, rows_gradient, missing=1)
+    return lax.fori_loop(0, plan.d_tiles, rows_gradient, step)
 
 
 def _multiply_backward(
