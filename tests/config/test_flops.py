@@ -12,7 +12,7 @@ from flax import nnx
 from finermoe_jax.analysis.hlo_costs import analyse
 from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.config.flops import forward_flops, newton_schulz_flops, training_flops
-from finermoe_jax.config.hardware import CHIPS, peak_flops
+from finermoe_jax.config.hardware import BANDWIDTHS, CHIPS, PEAKS, peak_bandwidth, peak_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
@@ -115,3 +115,10 @@ def test_published_models_need_two_for_each_active_weight(size):
 )
 def test_peaks_go_by_the_devices_name(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_bandwidths_go_by_the_devices_name():
+    assert peak_bandwidth("NVIDIA H100 80GB HBM3") == CHIPS["h100"].bandwidth
+    assert peak_bandwidth("NVIDIA H100 PCIe") < peak_bandwidth("NVIDIA H200") == 4800e9
+    assert peak_bandwidth("cpu") is peak_bandwidth("TPU v4 lite") is None
+    assert set(BANDWIDTHS) <= set(PEAKS)
