@@ -23,10 +23,6 @@ GROUPS |= {
     "wider than a tile": ((300, 260), [0, 40, 0, 3, 30]),
 }
 LARGEST = "many rows for few experts"
-# The GPU interpreter takes seconds per product. float32 needs six products on the same groups of
-# rows as bfloat16, so only "odd widths" runs in float32.
-BY_GPU = jnp.bfloat16, False
-DRAWN_AS = {"gpu": jnp.bfloat16}
 FEW = ("ragged", "odd widths")
 # The gradient of one orientation is a product of the other, so that each case covers both.
 CASES = [(name, False) for name in GROUPS] + [
@@ -83,7 +79,8 @@ def compute(rows, weights, sizes, cotangent, transpose=False, implementation="cp
         for implementation in IMPLEMENTATIONS
         for dtype in TOLERANCE
         for case in CASES
-        if implementation != "gpu" or case[0] == "odd widths" or (dtype, case[1]) == BY_GPU
+        # On the GPU float32 is six bfloat16 products, ten seconds each interpreted.
+        if implementation != "gpu" or dtype == jnp.bfloat16 or case[0] in FEW
     ],
 )  # fmt: skip
 def test_output_and_gradients(name, transpose, dtype, implementation):
@@ -96,13 +93,12 @@ def test_output_and_gradients(name, transpose, dtype, implementation):
 @pytest.mark.parametrize("implementation", SLOW_ON_GPU)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_group_sizes(seed, implementation):
-    dtype = DRAWN_AS.get(implementation, jnp.float32)
-    rows, weights, _, cotangent = make("balanced", dtype, seed=seed)
+    rows, weights, _, cotangent = make("balanced", jnp.float32, seed=seed)
     rng = np.random.default_rng(seed)
     shares = rng.dirichlet(np.full(8, 0.3))
     arguments = rows, weights, jnp.asarray(rng.multinomial(96, shares), jnp.int32), cotangent
     got = compute(*arguments, implementation=implementation)
-    assert_close(got, truth(*arguments), TOLERANCE[dtype])
+    assert_close(got, truth(*arguments), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -144,9 +140,7 @@ def test_the_tolerance_catches_one_wrong_row(dtype):
 @pytest.mark.parametrize("implementation", ["cpu", *SLOW_ON_GPU[2:]])
 def test_experts_without_rows_are_not_read(implementation):
     """The weights of an idle expert reach no output; its gradient is exactly 0."""
-    rows, weights, sizes, cotangent = make(
-        "empty groups", DRAWN_AS.get(implementation, jnp.float32)
-    )
+    rows, weights, sizes, cotangent = make("empty groups", jnp.float32)
     idle = np.flatnonzero(np.asarray(sizes) == 0)
     clean = compute(rows, weights, sizes, cotangent, implementation=implementation)
     dirty = weights.at[idle].set(jnp.nan)
@@ -158,8 +152,7 @@ def test_experts_without_rows_are_not_read(implementation):
 
 @pytest.mark.parametrize("implementation", SLOW_ON_GPU)
 def test_a_row_reaches_only_itself_and_its_expert(implementation):
-    dtype = DRAWN_AS.get(implementation, jnp.float32)
-    rows, weights, sizes, cotangent = make("ragged", dtype)
+    rows, weights, sizes, cotangent = make("ragged", jnp.float32)
     clean = compute(rows, weights, sizes, cotangent, implementation=implementation)
     row, expert = 17, 4
     rows, cotangent = rows.at[row].set(jnp.nan), cotangent.at[row].set(jnp.nan)

@@ -192,7 +192,7 @@ def scaled_weights(s, weights, x, wanted):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer(variant):
-    @hypothesis.settings(few_examples, max_examples=3)
+    @hypothesis.settings(few_examples, max_examples=5)
     @hypothesis.given(
         s=sizes(**VARIANTS[variant]),
         batch=st.integers(1, 3),
