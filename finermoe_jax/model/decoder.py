@@ -210,8 +210,8 @@ class Decoder(nnx.Module):
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)
-        aux_loss, tokens, routing, z_loss = _records(traces)
-        return Features(self.final_norm(x), aux_loss, tokens, routing, new_cache, z_loss)
+        aux_loss, counts, routing, z_loss = _records(traces)
+        return Features(self.final_norm(x), aux_loss, counts, routing, new_cache, z_loss)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits over the vocabulary."""

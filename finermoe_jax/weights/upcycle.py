@@ -160,7 +160,7 @@ def upcycled(
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
-    if moe is not None and stated:
+    if moe is not None and config.moe is not None and stated:
         # Biases belong to the weights: the source's are kept, missing ones are not an error.
         moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
         refuse_differences(
