@@ -243,9 +243,11 @@ def check_stack(shape: Shape, layouts: Mapping[str, np.ndarray]) -> Figures:
 
     def run(how: Any, sizes: Any, dy: Any, *arrays: Any) -> dict[str, Any]:
         def forward(x: Any, gate_up: Any, down: Any, row_weights: Any) -> Any:
-            stacked, own = (gate_up, down), tuple(map(lax.stop_gradient, (gate_up, down)))
+            stacked, own = (gate_up, down), lax.stop_gradient((gate_up, down))
             for layer in range(2):
-                x, stacked = expert_ffn_of_run(x, *own, sizes, row_weights, layer, stacked, how)
+                x, stacked = expert_ffn_of_run(
+                    x, own[0], own[1], sizes, row_weights, layer, stacked, how
+                )
             shapes = [(w.shape, w.dtype) for w in own]
             return unread(lambda: tuple(jnp.zeros(*each) for each in shapes), x, stacked)
 
@@ -263,7 +265,7 @@ def check_grouped(
     rows, (k, n) = int(next(iter(layouts.values())).sum()), (shape.d, 2 * shape.f)
 
     def run(how: Any, sizes: Any, dy: Any, *arrays: Any) -> dict[str, Any]:
-        y, pull = jax.vjp(lambda *a: grouped_matmul(*a, sizes, transpose, how), *arrays)
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, transpose, how), *arrays)
         return {"y": y} | dict(zip(("rows", "weights"), pull(dy), strict=True))
 
     draw, weights = Draw(), (n, k) if transpose else (k, n)
@@ -298,7 +300,7 @@ def check_attention(dtype: str, segments: bool, smallest: bool) -> Figures:
 
     def run(kernel: Any, dy: Any, *qkv: Any) -> dict[str, Any]:
         placement = Placement(kernel=kernel)
-        y, pull = jax.vjp(lambda *a: causal_attention(*a, ids, placement), *qkv)
+        y, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, ids, placement), *qkv)
         return {"y": y} | dict(zip("qkv", pull(dy), strict=True))
 
     kernel, reference = (jax.jit(functools.partial(run, how)) for how in (None, "reference"))
