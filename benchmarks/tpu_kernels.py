@@ -41,35 +41,43 @@ class Formula:
         return self.value(index)
 
 
-def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any, int]:
-    """The schedule of experts with `load` rows each; the first expert starts at row `shift`.
+def closed_form(load: int, experts: int, span: int, offset: int = 0) -> tuple[Any, int]:
+    """The visits of experts with `load` rows each, if the first begins at row `offset`.
 
-    Uses bit shifts if possible. A division would cost the scalar core more than the load of the
-    prefetched number that it replaces.
+    Uses bit operations where a division would cost the scalar core more than the load of the
+    prefetched number that it replaces. All experts must need the same number of visits.
     """
-    from pallas_kernels.schedule import Schedule
+    from pallas_kernels.spans import Spans
 
-    rows = load * experts
-    if load < tile:
-        assert tile % load == 0 and shift == 0
-        bits = (tile // load).bit_length() - 1
-        expert, tile_of, count = Formula(lambda i: i), Formula(lambda i: i >> bits), experts
-    elif shift:
-        assert load % tile == 0 and shift < tile
-        rows += tile
-        per_expert = load // tile + 1
-        expert = Formula(lambda i: i // per_expert)
-        tile_of = Formula(lambda i: i - i // per_expert)
-        count = experts * per_expert
-    else:
-        assert load % tile == 0
-        bits = (load // tile).bit_length() - 1
-        expert, tile_of = Formula(lambda i: i >> bits), Formula(lambda i: i)
-        count = experts * load // tile
-    start = Formula(lambda e: e * load + shift)
-    stop = Formula(lambda e: (e + 1) * load + shift)
-    zero = Formula(lambda i: 0)
-    return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count), zero), rows
+    align = 8
+    starts = [i * load + offset for i in range(experts)]
+    counts = {-(-(s % align + load) // span) for s in starts}
+    assert len(counts) == 1, f"experts of {load} rows need {counts} visits"
+    count = counts.pop()
+    rows = -(-(starts[-1] + load) // 128) * 128
+
+    def expert(i: Any) -> Any:
+        return i if count == 1 else i // count
+
+    def first(i: Any) -> Any:
+        e = expert(i)
+        return ((e * load + offset) & -align) + (i - e * count) * span
+
+    def start(i: Any) -> Any:
+        if count == 1:
+            return i * load + offset
+        return jnp.maximum(expert(i) * load + offset, first(i))
+
+    def stop(i: Any) -> Any:
+        if count == 1:
+            return (i + 1) * load + offset
+        return jnp.minimum((expert(i) + 1) * load + offset, first(i) + span)
+
+    import jax.numpy as jnp
+
+    visits, zero = experts * count, Formula(lambda i: 0)
+    of_visit = [Formula(f) for f in (expert, expert, first, start, stop)]
+    return Spans(*of_visit, Formula(lambda i: visits), zero), rows
 
 
 def simulated_f(chip: str, kind: str, f: int) -> int:
@@ -124,13 +132,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         if job.get("tiles"):
             call = mosaic_tpu.Call(
                 job["kind"], rows, d, experts, f, w, dtype, stored, stored,
-                mosaic_tpu.Tiles(*job["tiles"]), tuple(stack.dtype for stack in into),
+                mosaic_tpu.Tiles(*job["tiles"], (32, 64) if job["chip"] == "v5e" else ()), tuple(stack.dtype for stack in into),
             )  # fmt: skip
         if call is None:
             return {"error": "does not fit"}
         import dataclasses
 
-        plan, rows = closed_form(load, experts, call.tiles.rows, job.get("shift", 0))
+        plan, rows = closed_form(load, experts, call.tiles.rows, job.get("offset", 0))
         call = dataclasses.replace(call, m=rows)
         x, dy, weight = shaped(rows, d), shaped(rows, w), shaped(1, rows, dtype=jnp.float32)
         arguments = [x, *([dy] if job["kind"] == "backward" else []), weight, gate_up, down]
