@@ -32,7 +32,7 @@ from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import host_memory
@@ -58,7 +58,12 @@ def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
         )
     remat = arguments.remat or run.train.remat
     train = dataclasses.replace(
-        run.train, steps=1000, remat=remat, scan_unroll=arguments.unroll or run.train.scan_unroll
+        run.train,
+        steps=1000,
+        remat=remat,
+        scan_unroll=arguments.unroll or run.train.scan_unroll,
+        compute_dtype="float32",
+        param_dtype="float32",
     )
     shape = dataclasses.replace(
         shape, num_hidden_layers=arguments.layers or shape.num_hidden_layers, initializer_range=0.02
@@ -75,9 +80,10 @@ class Stepper:
     """
 
     def __init__(self, shape: ModelConfig, config: RunConfig):
-        model = nnx.jit(
-            lambda: Decoder(shape, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
-        )()
+        dtypes = {
+            "dtype": config.train.compute_dtype, "param_dtype": config.train.param_dtype
+        }  # fmt: skip
+        model = nnx.jit(lambda: Decoder(shape, **dtypes, rngs=nnx.Rngs(0)))()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         model.placement = Placement(mesh)
         shardings, _ = sharding.param_shardings(model, mesh)
@@ -85,7 +91,9 @@ class Stepper:
         batch, length = config.data.global_batch_size, config.data.sequence_length
         self.flops = training_flops(shape, length) * batch * length
         params = jax.device_put(nnx.to_pure_dict(state), shardings)
-        tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+        tx = optimizer(
+            config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze)
+        )
         del state, model
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         opt_state = init_optimizer(tx, params, shardings, mesh)

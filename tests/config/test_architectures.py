@@ -16,12 +16,12 @@ import finermoe_jax as fm
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import default_config, run_config
 from finermoe_jax.config.presets import ARCHITECTURES, architecture
-from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.run import BalanceConfig, MeshConfig
 from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.plot import read_lines
@@ -163,14 +163,15 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
         config,
         data=dataclasses.replace(config.data, global_batch_size=4, sequence_length=16),
         optimizer=dataclasses.replace(config.optimizer, warmup_fraction=0.0),
-        train=dataclasses.replace(config.train, remat="none", aux_loss_weight=0.0),
+        train=dataclasses.replace(config.train, remat="none"),
+        balance=BalanceConfig(weight=0.0),
     )
     model = _upcycled(name, dense)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)

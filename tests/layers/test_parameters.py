@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import MeshConfig, OptimizerConfig
+from finermoe_jax.config.run import PARTS, MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.basic import param
-from finermoe_jax.layers.parameters import KINDS, LAYER, kind_of, kinds
+from finermoe_jax.layers.parameters import KINDS, LAYER, kind_of, kinds, trained_kinds
 from finermoe_jax.layers.sharding import RULES
 from finermoe_jax.layers.stored import Quantized
 from finermoe_jax.model.decoder import Decoder, parameter_kinds, parameter_shapes
@@ -34,6 +34,9 @@ MODELS = {
         BASE, moe=dataclasses.replace(MOE, separate_routers=True)
     ),
     "concat_proj": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, concat_proj="all")),
+    "selection biases": dataclasses.replace(
+        BASE, moe=dataclasses.replace(MOE, selection_bias=True)
+    ),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
@@ -53,6 +56,16 @@ def _flat(tree):
     return nnx.traversals.flatten_mapping(tree)
 
 
+# What each part of the model is called in a parameter's path.
+PART_NAMES = {
+    "embedding": ("embed",), "attention": ("attention",), "norms": ("scale",),
+    "dense_ffn": ("mlp",), "experts": ("gate_up",),
+    "router": ("router", "group_router", "expert_bias", "group_bias"),
+    "shared_expert": ("shared",), "shared_gate": ("shared_gate",),
+    "concat_proj": ("concat_proj",), "lm_head": ("lm_head",),
+}  # fmt: skip
+
+
 def _bank(path, leaf):
     return "moe" in path and leaf.ndim == 4
 
@@ -63,17 +76,36 @@ def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_na
     found, flat = kinds(model), _flat(params)
     assert found.keys() == flat.keys()
     flags = _flat(decayed(params, found))
-    biases = ("scale", "query_bias", "key_bias", "value_bias")
+    state = {path for path in flat if path[-1] in ("expert_bias", "group_bias")}
+    assert bool(state) == bool(config.moe and config.moe.selection_bias)
+    biases = ("scale", "query_bias", "key_bias", "value_bias", "expert_bias", "group_bias")
     assert flags == {path: path[-1] not in biases for path in flat}
-    free = _flat(trained(params, OptimizerConfig(freeze_backbone=True), found))
-    backbone = {"attention", "mlp", "lm_head"}
-    assert free.keys() == {p for p in flat if p[-1] == "scale" or not {*p} & backbone}
-    assert _flat(trained(params, OptimizerConfig(), found)).keys() == flat.keys()
+    backbone = trained_kinds(model, ("attention", "dense_ffn", "lm_head"))
+    free = _flat(trained(params, backbone))
+    by_name = {"attention", "mlp", "lm_head"}
+    kept = {p for p in flat if p[-1] == "scale" or not {*p} & by_name}
+    assert free.keys() == kept - state
+    assert _flat(trained(params, trained_kinds(model))).keys() == flat.keys() - state
     for path, leaf in flat.items():
         of_experts = path[-2:] == ("moe", "down")
         summed = (-2,) if of_experts else SUMMED.get(path[-1], ())
         assert found[path].summed == summed, path
         assert found[path].bank == _bank(path, leaf), path
+        assert found[path].state == (path in state), path
+        of_state = jnp.float32 if path in state else jnp.bfloat16
+        assert found[path].stored_as("bfloat16") == of_state, path
+
+
+@every_model
+def test_parts_are_those_of_the_paths(config):
+    model, params = _params(config)
+    for path in _flat(params):
+        named = [part for part, names in PART_NAMES.items() if {*path} & {*names}]
+        if path[-1] == "scale":
+            named = ["norms"]
+        elif path[-2:] == ("moe", "down"):
+            named = ["experts"]
+        assert [kinds(model)[path].part] == named, path
 
 
 @every_model
@@ -98,7 +130,7 @@ def test_formats_of_weights_and_of_optimizer_states(config):
             assert order == (tuple(range(leaf.ndim)) if _bank(keys, leaf) else None), path
 
     check(params, shardings)
-    for name in ("adamw", "adafactor"):
+    for name in ("adamw", "adafactor", "muon"):
         state = optimizer(OptimizerConfig(name=name), 10, kinds(model)).init(params)
         check(state, sharding.like_params(state, params, shardings, mesh))
 
@@ -129,8 +161,15 @@ def test_a_parameters_kind_comes_from_its_axes_alone(axes):
     assert kinds(nnx.merge(graphdef, nnx.State(nnx.to_pure_dict(state)))) == {path: KINDS[axes]}
     params = nnx.to_pure_dict(nnx.state(Made(axes)))
     assert _flat(decayed(params, kinds(Made(axes)))) == {path: KINDS[axes].decayed}
-    free = trained(params, OptimizerConfig(freeze_backbone=True), kinds(Made(axes)))
-    assert bool(_flat(free)) != KINDS[axes].backbone
+    assert KINDS[axes].part in PARTS
+    others = tuple(part for part in PARTS if part != KINDS[axes].part)
+    if KINDS[axes].state:
+        with pytest.raises(InputError, match="leaves nothing"):
+            trained_kinds(Made(axes), others)
+    else:
+        assert _flat(trained(params, trained_kinds(Made(axes), others))).keys() == {path}
+    with pytest.raises(InputError, match=f"leaves nothing .* its parts are {KINDS[axes].part}"):
+        trained_kinds(Made(axes), (KINDS[axes].part,))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     placed, _ = sharding.param_shardings(Made(axes), mesh)
     (made,) = jax.tree.leaves(sharding.row_major(params, placed, Made(axes)))

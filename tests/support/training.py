@@ -10,10 +10,10 @@ from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import RunConfig
+from finermoe_jax.config.run import BalanceConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.training.optimizer import learning_rate, optimizer
@@ -36,13 +36,14 @@ def random_tokens(rows, length=17):
     return jnp.asarray(np.random.default_rng(0).integers(0, 64, (rows, length)), jnp.int32)
 
 
-def small_run(rows, **train_settings):
+def small_run(rows, balance=None, **train_settings):
     values = dict(dense=dataclasses.asdict(SMALL), moe=None)
     config = run_config(values)
     settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, **(settings | train_settings)),
+        balance=BalanceConfig(**(balance or {})),
         data=dataclasses.replace(config.data, global_batch_size=rows, sequence_length=16),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_fraction=0.0),
     )
@@ -65,7 +66,7 @@ def take_steps(config: RunConfig, mesh_config, count=3):
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
     route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)
