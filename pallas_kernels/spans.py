@@ -1,9 +1,9 @@
 """Spans of rows: the rows of one expert that a TPU kernel moves and computes in one visit.
 
-Rows are sorted by expert. An expert's first span begins at its first row, rounded down to
-a multiple of 8, because the TPU's DMA moves whole tiles. Each further span begins where the previous
-one ends. An expert with g rows therefore needs ceil((g + its first row % 8) / span rows)
-visits, wherever it begins. Letters: E experts, M rows, V visits.
+Rows are sorted by expert. An expert's first span begins at its first row, rounded down to a
+multiple of 8, because the TPU's DMA moves whole tiles. Each further span begins where the previous
+one ends. An expert with g rows therefore needs ceil((g + its first row % 8) / span rows) visits,
+wherever it begins. Letters: E experts, M rows, V visits.
 
 A kernel calls `Streams.visit` with its computation. Reads and writes are double-buffered: the next
 span arrives and the previous results leave during the computation. A tile that experts share is

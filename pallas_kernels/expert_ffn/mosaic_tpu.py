@@ -39,7 +39,14 @@ class Tiles:
     rows: int  # moved at once, and computed at once if one expert owns them all
     step: int  # computed at once otherwise
     buffers: int = 2  # of an expert's weights and weight gradients
-    tails: tuple[int, ...] = ()  # rows computed after the last whole step, if they suffice
+    tails: Sequence[int] = ()  # rows computed after the last whole step, if they suffice
+
+    @property
+    def at_once(self) -> list[int]:
+        """Numbers of rows that a span computes without a loop over steps."""
+        most = self.rows - self.step
+        sizes = {most, *(most + tail for tail in self.tails), self.rows}
+        return sorted(sizes - {0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +151,10 @@ def plan_call(
     )  # fmt: skip
     version = str(chip.chip_version)
     name = version if version.startswith("v") else f"tpu{version}"
-    # A matrix unit of 256 columns gains nothing from shorter tails.
-    tails = (32, 64) if chip.mxu_column_size == LANES else ()
+    # A matrix unit of 256 columns gains nothing from short tails. Each tail is compiled as code of its
+    # own, which takes minutes for the backward pass of large experts.
+    short = chip.mxu_column_size == LANES and (kind == "forward" or d * f < 2**20)
+    tails = (32, 64) if short else ()
     for tiles in tiles_tpu.choices(name, kind, max(1, m // e)):
         candidate = dataclasses.replace(call, tiles=Tiles(*tiles, tails))
         if candidate.vmem_bytes() <= chip.vmem_capacity_bytes - 3 * 2**20:
@@ -184,24 +193,21 @@ def _steps(plan: Spans, tiles: Tiles, body: Callable[[Scalar, int], None]) -> No
     def smaller() -> None:
         lax.fori_loop(0, pl.cdiv(count, step), one, None)
 
-    most = tiles.rows - step
-    at_once: dict[int, Callable[[], None]] = {
-        size: functools.partial(body, 0, size)
-        for size in sorted({most, *(most + tail for tail in tiles.tails), tiles.rows})
-        if size > 0
+    kinds: dict[int, Callable[[], None]] = {
+        size: functools.partial(body, 0, size) for size in tiles.at_once
     }
-    if most > step:
-        at_once = {most - step: smaller} | at_once
+    if tiles.rows > 2 * step:
+        kinds = {tiles.rows - 2 * step: smaller} | kinds
 
     def choose(sizes: list[int]) -> None:
         if len(sizes) == 1:
-            at_once[sizes[0]]()
+            kinds[sizes[0]]()
         else:
             half = len(sizes) // 2
             low, high = sizes[:half], sizes[half:]
             lax.cond(count <= low[-1], lambda: choose(low), lambda: choose(high))
 
-    choose(list(at_once))
+    choose(list(kinds))
 
 
 def _weights(plan: Spans, call: Call, refs: Sequence[Any], casts: Sequence[Any]) -> list[Any]:
