@@ -151,8 +151,8 @@ def plan_call(
     )  # fmt: skip
     version = str(chip.chip_version)
     name = version if version.startswith("v") else f"tpu{version}"
-    # A matrix unit of 256 columns gains nothing from short tails. Each tail is compiled as code of its
-    # own, which takes minutes for the backward pass of large experts.
+    # A matrix unit of 256 columns gains nothing from short tails. Each tail is code of its own, and
+    # takes minutes to compile in the backward pass of large experts.
     short = chip.mxu_column_size == LANES and (kind == "forward" or d * f < 2**20)
     tails = (32, 64) if short else ()
     for tiles in tiles_tpu.choices(name, kind, max(1, m // e)):
