@@ -7,7 +7,6 @@
     python benchmarks/tpu_kernels.py --ragged-dot HBM bytes of XLA's lax.ragged_dot
     python benchmarks/tpu_kernels.py --gather     cycles of fetching rows in the kernel
     python benchmarks/tpu_kernels.py --layers     temporaries of a whole layer
-    python benchmarks/tpu_kernels.py --tune       the table of expert_ffn/tiles_tpu.py
 
 Needs the extra `compile-tpu` (libtpu). Tables go to stdout as Markdown, progress to stderr.
 """
@@ -18,6 +17,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -41,35 +41,38 @@ class Formula:
         return self.value(index)
 
 
-def closed_form(load: int, experts: int, tile: int, shift: int = 0) -> tuple[Any, int]:
-    """The schedule of experts with `load` rows each; the first expert starts at row `shift`.
+def closed_form(load: int, experts: int, span: int, offset: int = 0) -> tuple[Any, int]:
+    """The visits of experts with `load` rows each, if the first begins at row `offset`.
 
-    Uses bit shifts if possible. A division would cost the scalar core more than the load of the
-    prefetched number that it replaces.
+    All experts must need the same number of visits.
     """
-    from pallas_kernels.schedule import Schedule
+    import jax.numpy as jnp
 
-    rows = load * experts
-    if load < tile:
-        assert tile % load == 0 and shift == 0
-        bits = (tile // load).bit_length() - 1
-        expert, tile_of, count = Formula(lambda i: i), Formula(lambda i: i >> bits), experts
-    elif shift:
-        assert load % tile == 0 and shift < tile
-        rows += tile
-        per_expert = load // tile + 1
-        expert = Formula(lambda i: i // per_expert)
-        tile_of = Formula(lambda i: i - i // per_expert)
-        count = experts * per_expert
-    else:
-        assert load % tile == 0
-        bits = (load // tile).bit_length() - 1
-        expert, tile_of = Formula(lambda i: i >> bits), Formula(lambda i: i)
-        count = experts * load // tile
-    start = Formula(lambda e: e * load + shift)
-    stop = Formula(lambda e: (e + 1) * load + shift)
-    zero = Formula(lambda i: 0)
-    return Schedule(expert, expert, tile_of, start, stop, Formula(lambda i: count), zero), rows
+    from pallas_kernels.spans import LANES, ROWS, Spans
+
+    starts = [i * load + offset for i in range(experts)]
+    counts = {-(-(start % ROWS + load) // span) for start in starts}
+    assert len(counts) == 1, f"experts of {load} rows need {counts} visits"
+    count = counts.pop()
+    rows = -(-(starts[-1] + load) // LANES) * LANES
+
+    def expert(i: Any) -> Any:
+        return i if count == 1 else i // count
+
+    def first(i: Any) -> Any:
+        e = expert(i)
+        return ((e * load + offset) & -ROWS) + (i - e * count) * span
+
+    def start(i: Any) -> Any:
+        own = expert(i) * load + offset
+        return own if count == 1 else jnp.maximum(own, first(i))
+
+    def stop(i: Any) -> Any:
+        own = (expert(i) + 1) * load + offset
+        return own if count == 1 else jnp.minimum(own, first(i) + span)
+
+    constants = [Formula(lambda i: experts * count), Formula(lambda i: 0)]
+    return Spans(*map(Formula, (expert, expert, first, start, stop)), *constants), rows
 
 
 def simulated_f(chip: str, kind: str, f: int) -> int:
@@ -121,23 +124,22 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                 "vmem": call and call.vmem_bytes(),
             }
         call = mosaic_tpu.plan_call(job["kind"], x, gate_up, down, into=into)
-        if job.get("tiles"):
-            call = mosaic_tpu.Call(
-                job["kind"], rows, d, experts, f, w, dtype, stored, stored,
-                mosaic_tpu.Tiles(*job["tiles"]), tuple(stack.dtype for stack in into),
-            )  # fmt: skip
         if call is None:
             return {"error": "does not fit"}
         import dataclasses
 
-        plan, rows = closed_form(load, experts, call.tiles.rows, job.get("shift", 0))
-        call = dataclasses.replace(call, m=rows)
-        x, dy, weight = shaped(rows, d), shaped(rows, w), shaped(1, rows, dtype=jnp.float32)
+        from pallas_kernels.spans import lane_length
+
+        tiles = mosaic_tpu.Tiles(*job["tiles"]) if job.get("tiles") else call.tiles
+        plan, rows = closed_form(load, experts, tiles.rows, job.get("offset", 0))
+        call = dataclasses.replace(call, m=rows, tiles=tiles)
+        x, dy = shaped(rows, d), shaped(rows, w)
+        weight = shaped(1, lane_length(rows, tiles.rows), dtype=jnp.float32)
         arguments = [x, *([dy] if job["kind"] == "backward" else []), weight, gate_up, down]
         arguments += into
         run = mosaic_tpu.pallas_call(call, plan, name="twin")
         tpu_compiler.compile_for(lambda *a: run(*a), arguments, sharding, row_major=True)
-        return {"tiles": [call.tiles.rows, call.tiles.step, call.tiles.buffers]}
+        return {"tiles": dataclasses.astuple(tiles), "at_once": tiles.at_once}
 
 
 def unfused_work(job: dict[str, Any]) -> dict[str, Any]:
@@ -344,47 +346,89 @@ def compile_all() -> None:
         raise SystemExit(f"{failed} kernels do not compile")
 
 
+def drawn(load: int, span: int, draws: int = 100) -> Counter[int]:
+    """Counts the visits by their number of rows, for randomly drawn groups of `load` rows."""
+    import numpy as np
+
+    from pallas_kernels.spans import ROWS
+
+    rng, visits = np.random.default_rng(0), Counter()
+    for _ in range(draws):
+        sizes = rng.multinomial(load * EXPERTS, np.full(EXPERTS, 1 / EXPERTS))
+        counts = (np.cumsum(sizes) - sizes) % ROWS + sizes
+        visits.update(np.repeat(span, (counts // span).sum()).tolist())
+        visits.update((counts % span)[counts % span > 0].tolist())
+    return visits
+
+
+def per_expert(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each result "mean", the cycles of an expert apart from the kernel's start and end."""
+    twice = [job | {"experts": experts} for job in jobs for experts in (4, 8)]
+    results = iter(run_jobs(twice))
+    pairs = [(next(results), next(results)) for _ in jobs]
+    for few, many in pairs:
+        if not {"error"} & {*few, *many}:
+            many["mean"] = (many["cycles"]["twin"] - few["cycles"]["twin"]) / 4
+    return [many for _, many in pairs]
+
+
+def ragged(jobs: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[float | None]:
+    """Estimates the mean cycles of an expert whose group begins anywhere, for each of the jobs.
+
+    The cycles of a visit depend on the rows that it computes at once (`at_once`). One twin is
+    compiled for each such number, and summed over the visits of 100 random draws.
+    """
+    counted = [
+        result["at_once"] if job["load"] in (128, 512) and "mean" in result else []
+        for job, result in zip(jobs, results, strict=True)
+    ]
+    # Groups begin at rows 4 and 0 of a tile in turn, and end 8 or 12 rows before the size.
+    kinds = [
+        job | {"load": size - 12, "offset": 4, "tiles": result["tiles"]}
+        for job, result, sizes in zip(jobs, results, counted, strict=True)
+        for size in sizes
+    ]
+    costs = iter(per_expert(kinds))
+    means: list[float | None] = []
+    for job, sizes in zip(jobs, counted, strict=True):
+        of_size = {size: next(costs)["mean"] for size in sizes}
+        visits = drawn(job["load"], sizes[-1]) if sizes else Counter()
+        total = sum(
+            count * of_size[min(size for size in sizes if size >= rows)]
+            for rows, count in visits.items()
+        )
+        means.append(total / (100 * EXPERTS) if sizes else None)
+    return means
+
+
 def cycles() -> None:
     """Compares estimated cycles with the bound."""
-    print("| chip | size | direction | rows per expert | tile | cycles | MXU bound | HBM bound | "
-          "of the bound | groups across tiles |\n" + "|---" * 10 + "|")  # fmt: skip
-    jobs = jobs_of(PEAKS, cycles=True)
+    print("| chip | size | direction | rows per expert | span | MXU bound | HBM bound | aligned | "
+          "of the bound | anywhere | of the bound | of aligned |\n"
+          + "|---" * 12 + "|")  # fmt: skip
+    jobs = jobs_of(ARGS.chips, ARGS.loads, cycles=True)
     for job in jobs:
         job["f"] = simulated_f(job["chip"], job["kind"], job["f"])
-        # The simulator runs every visit: fewer experts if each has many or large visits.
-        small = job["size"] != "7B" and job["kind"] == "forward"
-        job["experts"] = 8 if job["load"] > 512 else EXPERTS if small else 16
-    shifted = [job | {"shift": 64} for job in jobs if job["load"] in (128, 512)]
-    results = run_jobs(jobs + shifted)
-    across = {
-        (job["chip"], job["size"], job["kind"], job["load"]): result
-        for job, result in zip(shifted, results[len(jobs) :], strict=True)
-    }
-    for job, result in zip(jobs, results, strict=False):
+    results = per_expert(jobs)
+    for job, result, mean in zip(jobs, results, ragged(jobs, results), strict=True):
         peak, (d, f) = PEAKS[job["chip"]], SIZES[job["size"]]
         flops, moved = flops_and_bytes(job["kind"], d, f, job["load"])
         head = f"| {job['chip']} | {job['size']} | {job['kind']} | {job['load']} | "
-        if "error" in result:
+        if "mean" not in result:
             print(f"{head}{result.get('error', result)} |")
             continue
-        got = result["cycles"]["twin"] / job["experts"]
-        key = (job["chip"], job["size"], job["kind"], job["load"])
-        shift = across.get(key, {}).get("cycles", {}).get("twin")
-        bound = peak.bound(flops, moved)
-        share = f"{bound * job['experts'] / shift:.0%}" if shift else ""
-        figures = (got, peak.bound(flops, 0), peak.bound(0, moved))
-        print(f"{head}{result['tiles'][0]} | {' | '.join(f'{x:,.0f}' for x in figures)} | "
-              f"{bound / got:.0%} | {share} |")  # fmt: skip
+        got, bound = result["mean"], peak.bound(flops, moved)
+        anywhere = f"{mean:,.0f} | {bound / mean:.0%} | {got / mean:.2f}" if mean else " | | "
+        print(
+            f"{head}{result['tiles'][0]} | {peak.bound(flops, 0):,.0f} | "
+            f"{peak.bound(0, moved):,.0f} | {got:,.0f} | {bound / got:.0%} | {anywhere} |"
+        )
 
 
 def transfers() -> None:
-    """Compares the bytes that the block specs move with the least possible."""
-    import jax
+    """Compares the bytes that the kernels move with the least possible."""
     import jax.numpy as jnp
     import numpy as np
-
-    from pallas_kernels.expert_ffn import mosaic_tpu, tiles_tpu
-    from pallas_kernels.schedule import schedule
 
     rng = np.random.default_rng(0)
     skewed = rng.dirichlet(np.full(EXPERTS, 0.3))
@@ -392,33 +436,47 @@ def transfers() -> None:
     print(f"| size | rows per expert | direction | {' | '.join(shares)} |")
     print("|---|---|---|" + "---|" * len(shares))
     bf16 = jnp.dtype("bfloat16")
-    for size, load, kind in itertools.product(SIZES, LOADS, KINDS):
-        (d, f), m = SIZES[size], load * EXPERTS
+    for size, load, kind in itertools.product(SIZES, ARGS.loads, KINDS):
+        d, f = SIZES[size]
         ratios = []
         for share in shares.values():
+            m = load * EXPERTS
             sizes = np.full(EXPERTS, load) if share is None else rng.multinomial(m, share)
-            tiles = next(tiles_tpu.choices("v5e", kind, d, f, load))
-            call = mosaic_tpu.Call(
-                kind, m, d, EXPERTS, f, d // 2, bf16, bf16, bf16, mosaic_tpu.Tiles(*tiles),
-                (bf16, bf16) if kind == "backward" else (),
-            )  # fmt: skip
-            plan = schedule(jnp.asarray(sizes, jnp.int32), m, tiles[0], kind == "backward")
-            plan = jax.tree.map(np.asarray, plan)
-            moved = 0
-            for spec in itertools.chain(*mosaic_tpu.block_specs(call, None)):
-                if spec.index_map is None:  # a stack that is written but not read
-                    continue
-                visited = [spec.index_map(i, *plan) for i in range(len(plan.expert))]
-                loads = sum(a != b for a, b in itertools.pairwise([None, *visited]))
-                lane = spec.block_shape[:1] == (1,) and len(spec.block_shape) == 2
-                size = int(np.prod([axis for axis in spec.block_shape if axis]))
-                moved += loads * size * (4 if lane else 2)
-            per_expert, empty = flops_and_bytes(kind, d, f, 1)[1], flops_and_bytes(kind, d, f, 0)[1]
+            per_expert, empty = (flops_and_bytes(kind, d, f, rows)[1] for rows in (1, 0))
             least = m * (per_expert - empty) + empty * np.count_nonzero(sizes)
             if kind == "backward":  # idle experts write a gradient and read no weights
                 least += empty // 2 * np.count_nonzero(sizes == 0)
-            ratios.append(f"{moved / least:.3f}")
+            ratios.append(f"{bytes_moved(kind, d, f, bf16, sizes) / least:.3f}")
         print(f"| {size} | {load} | {kind} | {' | '.join(ratios)} |")
+
+
+def bytes_moved(kind: str, d: int, f: int, dtype: Any, sizes: Any) -> int:
+    """HBM bytes that a kernel moves on v5e: its blocks of weights, and its spans of rows."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.expert_ffn import mosaic_tpu, tiles_tpu
+    from pallas_kernels.spans import LANES, ROWS, spans
+
+    m, w = int(sizes.sum()), d // 2
+    tiles = mosaic_tpu.Tiles(*next(tiles_tpu.choices("v5e", kind, m // EXPERTS)))
+    gradients = (dtype, dtype) if kind == "backward" else ()
+    call = mosaic_tpu.Call(kind, m, d, EXPERTS, f, w, dtype, dtype, dtype, tiles, gradients)
+    plan = spans(jnp.asarray(sizes, jnp.int32), m, tiles.rows, kind == "backward")
+    plan = jax.tree.map(np.asarray, plan)
+    visits, moved = range(int(plan.used[0])), 0
+    for spec in itertools.chain(*mosaic_tpu.block_specs(call, None)):
+        if spec.index_map is None:  # rows, or a stack that is written but not read
+            continue
+        visited = [spec.index_map(i, *plan) for i in visits]
+        loads = sum(a != b for a, b in itertools.pairwise([None, *visited]))
+        moved += loads * int(np.prod([axis for axis in spec.block_shape if axis])) * 2
+    busy = (plan.stop > plan.start)[: len(visits)]
+    rows = -(-plan.stop // ROWS) * ROWS - plan.first
+    wide, narrow = (d + w, 1) if kind == "forward" else (2 * d + w, 2)
+    lanes = narrow * (tiles.rows + LANES) * 4
+    return moved + int((rows[: len(visits)] * wide * 2 + lanes)[busy].sum())
 
 
 def layers() -> None:
@@ -487,38 +545,6 @@ def layer_work(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tune() -> None:
-    """Prints the fastest tile for every chip, size and direction, as Python source.
-
-    Experts with fewer rows than the second-smallest tile always get the smallest one.
-    """
-    jobs = []
-    tiles = {
-        ("forward", 512): (256, 512),
-        ("forward", 2048): (512, 1024),
-        ("backward", 512): (128, 256, 512),
-    }
-    for job in jobs_of(TOPOLOGIES, (512, 2048), cycles=True):
-        for rows in tiles.get((job["kind"], job["load"]), ()):
-            if rows > 128 or job["size"] == "7B":  # 7B may fit no larger tile
-                jobs.append(
-                    job
-                    | {"tiles": [rows, 128, 1 if rows == 128 else 2]}
-                    | {"experts": 4096 // job["load"]}
-                    | {"f": simulated_f(job["chip"], job["kind"], job["f"])}
-                )
-    best: dict[Any, dict[int, Any]] = {}
-    for job, result in zip(jobs, run_jobs(jobs), strict=True):
-        got = result.get("cycles", {}).get("twin")
-        print(job["chip"], job["size"], job["kind"], job["load"], job["tiles"],
-              got or result.get("error"), file=sys.stderr)  # fmt: skip
-        if got:
-            entry = best.setdefault((job["chip"], job["kind"], *SIZES[job["size"]]), {})
-            entry[job["load"]] = min(entry.get(job["load"], (float("inf"),)), (got, job["tiles"]))
-    for key, loads in best.items():
-        print(f"{key!r}: { ({load: tuple(tiles) for load, (_, tiles) in loads.items()})!r},")
-
-
 MODES = {
     "compile": compile_all,
     "cycles": cycles,
@@ -527,7 +553,6 @@ MODES = {
     "unfused": unfused,
     "ragged_dot": ragged_dot,
     "gather": gather,
-    "tune": tune,
 }
 WORKERS = {
     "layer": layer_work,
@@ -544,6 +569,10 @@ if __name__ == "__main__":
         parser.add_argument("--" + mode.replace("_", "-"), action="store_true")
     parser.add_argument(
         "--quick", action="store_true", help="with --compile: only 128 rows per expert and bfloat16"
+    )
+    parser.add_argument("--chips", nargs="+", default=list(PEAKS), help="of --cycles")
+    parser.add_argument(
+        "--loads", nargs="+", type=int, default=LOADS, help="rows per expert of --cycles, --bytes"
     )
     parser.add_argument("--workers", type=int, default=2, help="parallel compilations")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

@@ -22,13 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.expert_ffn import tiles_tpu
 from pallas_kernels.expert_ffn.window import of_window, put
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.schedule import Schedule, schedule
+from pallas_kernels.spans import LANES, ROWS, Spans, Stream, Streams, lane_length, spans
 
 # Contracted axes: both minor, both major, or as in a plain matmul.
 _NT = (((1,), (1,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
-_LANES = 128
 
 type Scalar = Array | int
 
@@ -40,11 +39,19 @@ class Tiles:
     rows: int  # moved at once, and computed at once if one expert owns them all
     step: int  # computed at once otherwise
     buffers: int = 2  # of an expert's weights and weight gradients
+    tails: Sequence[int] = ()  # rows computed after the last whole step, if they suffice
+
+    @property
+    def at_once(self) -> list[int]:
+        """Numbers of rows that a span computes without a loop over steps."""
+        most = self.rows - self.step
+        sizes = {most, *(most + tail for tail in self.tails), self.rows}
+        return sorted(sizes - {0})
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Shapes, dtypes and tiles of one kernel call. M is at least 128."""
+    """Shapes, dtypes and tiles of one kernel call. M is a multiple of 8."""
 
     kind: str  # "forward" or "backward"
     m: int
@@ -73,7 +80,7 @@ class Call:
     def vmem_bytes(self) -> int:
         """Estimates VMEM use: buffered blocks, scratch, and temporaries of a whole tile."""
         row, rows = self.row_dtype.itemsize, self.tiles.rows
-        f, d, w = _up(self.f, 16), _up(self.d, _LANES), _up(self.w, _LANES)
+        f, d, w = _up(self.f, 16), _up(self.d, LANES), _up(self.w, LANES)
         weights = 2 * f * d * self.in_dtype.itemsize + f * w * self.out_dtype.itemsize
         both = 2 * f * d + f * w
         tile = rows * (d + w) * row + rows * 32
@@ -144,9 +151,13 @@ def plan_call(
     )  # fmt: skip
     version = str(chip.chip_version)
     name = version if version.startswith("v") else f"tpu{version}"
-    for tiles in tiles_tpu.choices(name, kind, d, f, max(1, m // e)):
-        candidate = dataclasses.replace(call, tiles=Tiles(*tiles))
-        if tiles[0] <= m and candidate.vmem_bytes() <= chip.vmem_capacity_bytes - 3 * 2**20:
+    # A matrix unit of 256 columns gains nothing from short tails. Each tail is code of its own, and
+    # takes minutes to compile in the backward pass of large experts.
+    short = chip.mxu_column_size == LANES and (kind == "forward" or d * f < 2**20)
+    tails = (32, 64) if short else ()
+    for tiles in tiles_tpu.choices(name, kind, max(1, m // e)):
+        candidate = dataclasses.replace(call, tiles=Tiles(*tiles, tails))
+        if candidate.vmem_bytes() <= chip.vmem_capacity_bytes - 3 * 2**20:
             return candidate
     return None
 
@@ -168,36 +179,38 @@ def _edges(indices: Any) -> tuple[Array, Array]:
     return (visit == 0) | (here != before), (visit == last) | (here != after)
 
 
-def _steps(plan: Schedule, tiles: Tiles, body: Callable[..., None]) -> None:
-    """Calls body(first row, rows, own) until it has covered the visit's rows.
+def _steps(plan: Spans, tiles: Tiles, body: Callable[[Scalar, int], None]) -> None:
+    """Calls body(first row, rows) until it has covered the visit's rows, counted from `first`.
 
-    A tile owned by one expert is one step without masks. own(new, old, axis) selects `new` in the
-    expert's own rows: other rows may hold anything, NaN included.
+    A span that fills its buffer, except perhaps for its last step, is computed at once.
     """
-    visit = pl.program_id(0)
-    expert, origin = plan.expert[visit], plan.tile[visit] * tiles.rows
-    start = jnp.clip(plan.start[expert] - origin, 0, tiles.rows)
-    stop = jnp.clip(plan.stop[expert] - origin, 0, tiles.rows)
-    stop = jnp.where(visit < plan.used[0], stop, start)
-    whole = stop - start == tiles.rows
-    pl.when(whole)(lambda: body(0, tiles.rows, lambda new, old, axis: new))
+    visit, step = pl.program_id(0), tiles.step
+    count = plan.stop[visit] - plan.first[visit]
 
-    def step(i: Array, _: None) -> None:
-        first = pl.multiple_of(i * tiles.step, tiles.step)
+    def one(i: Array, _: None) -> None:
+        body(pl.multiple_of(i * step, step), step)
 
-        def own(new: Array, old: Array | float, axis: int) -> Array:
-            shape = (tiles.step, 1) if axis == 0 else (1, tiles.step)
-            row = first + lax.broadcasted_iota(jnp.int32, shape, axis)
-            return jnp.where((row >= start) & (row < stop), new, old)
+    def smaller() -> None:
+        lax.fori_loop(0, pl.cdiv(count, step), one, None)
 
-        body(first, tiles.step, own)
+    kinds: dict[int, Callable[[], None]] = {
+        size: functools.partial(body, 0, size) for size in tiles.at_once
+    }
+    if tiles.rows > 2 * step:
+        kinds = {tiles.rows - 2 * step: smaller} | kinds
 
-    @pl.when(jnp.logical_not(whole) & (start < stop))
-    def _() -> None:
-        lax.fori_loop(start // tiles.step, pl.cdiv(stop, tiles.step), step, None)
+    def choose(sizes: list[int]) -> None:
+        if len(sizes) == 1:
+            kinds[sizes[0]]()
+        else:
+            half = len(sizes) // 2
+            low, high = sizes[:half], sizes[half:]
+            lax.cond(count <= low[-1], lambda: choose(low), lambda: choose(high))
+
+    choose(list(kinds))
 
 
-def _weights(plan: Schedule, call: Call, refs: Sequence[Any], casts: Sequence[Any]) -> list[Any]:
+def _weights(plan: Spans, call: Call, refs: Sequence[Any], casts: Sequence[Any]) -> list[Any]:
     """The expert's gate_up and down in the rows' dtype, cast once when they arrive."""
     views = [ref.at[0] for ref in refs]
     if not call.casts:
@@ -212,32 +225,103 @@ def _weights(plan: Schedule, call: Call, refs: Sequence[Any], casts: Sequence[An
     return list(casts)
 
 
+def _columns(weights: Any, ref: Any, first: Scalar, count: int) -> Array:
+    """Returns weights [N, K] times the transpose of `count` rows [M, K], in float32.
+
+    The result has whole tiles of lanes, with zeros past `count`. The MXU holds 128 columns of its
+    right operand and streams the left one: less than 128 rows are cheaper on the left.
+    """
+    whole = count // LANES * LANES
+    parts = []
+    if whole:
+        parts.append(_dot(weights[...], ref[pl.ds(first, whole), :], _NT))
+    if count > whole:
+        tail = _dot(ref[pl.ds(first + whole, count - whole), :], weights[...], _NT)
+        parts.append(jnp.pad(tail, ((0, whole + LANES - count), (0, 0))).T)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _along_lanes(plan: Spans, ref: Any, first: Scalar, lanes: int) -> Array:
+    """Reads the numbers of `lanes` rows; lane 0 of `ref` holds the row at a multiple of 128."""
+    wide = ref[:, pl.ds(first, lanes + LANES)]
+    before = plan.first[pl.program_id(0)] & (LANES - 1)
+    shift = jnp.where(before > 0, wide.shape[1] - before, 0)
+    return pltpu.roll(wide, shift, 1)[:, :lanes]
+
+
+def _put_along_lanes(plan: Spans, ref: Any, first: Scalar, values: Array) -> None:
+    """Writes what `_along_lanes` would read."""
+    lanes = values.shape[1] + LANES
+    before = plan.first[pl.program_id(0)] & (LANES - 1)
+    wide = pltpu.roll(jnp.pad(values, ((0, 0), (0, LANES))), before, 1)
+    lane, place = lax.broadcasted_iota(jnp.int32, (1, lanes), 1), pl.ds(first, lanes)
+    ref[:, place] = jnp.where(lane >= before, wide, ref[:, place])
+
+
 def _forward_kernel(
-    plan: Schedule, call: Call, x_ref: Any, weight_ref: Any, w_in_ref: Any, w_out_ref: Any,
-    y_ref: Any, *casts: Any,
+    plan: Spans, call: Call, x_hbm: Any, weight_hbm: Any, w_in_ref: Any, w_out_ref: Any,
+    y_hbm: Any, x_rows: Any, weight_rows: Any, y_rows: Any, y_edge: Any, read: Any, write: Any,
+    *casts: Any,
 ) -> None:  # fmt: skip
+    read_streams = [Stream(x_hbm, x_rows), Stream(weight_hbm, weight_rows)]
+    streams = Streams(plan, read_streams, [Stream(y_hbm, y_rows, y_edge)], read, write)
     w_in, w_out = _weights(plan, call, (w_in_ref, w_out_ref), casts)
+    visit = pl.program_id(0)
+    x_ref, weight_ref, y_ref = (ref.at[visit & 1] for ref in (x_rows, weight_rows, y_rows))
 
-    def body(first: Scalar, count: int, own: Callable[..., Array]) -> None:
-        rows = pl.ds(first, count)
-        h = _dot(w_in[...], x_ref[rows, :], _NT)
-        active = jax.nn.silu(h[: call.f]) * h[call.f :] * weight_ref[:, rows]
-        y = _dot(active.astype(x_ref.dtype), w_out[...], _TN).astype(y_ref.dtype)
-        y_ref[rows, :] = own(y, y_ref[rows, :], 0)
+    def body(first: Scalar, count: int) -> None:
+        h = _columns(w_in, x_ref, first, count)
+        weight = _along_lanes(plan, weight_ref, first, h.shape[1])
+        active = jax.nn.silu(h[: call.f]) * h[call.f :] * weight
+        y = _dot(active[:, :count].astype(x_ref.dtype), w_out[...], _TN)
+        y_ref[pl.ds(first, count), :] = y.astype(y_ref.dtype)
 
-    _steps(plan, call.tiles, body)
+    streams.visit(lambda: _steps(plan, call.tiles, body))
+
+
+def _clear_others(start: Array, stop: Array, first: Scalar, count: int, refs: Any) -> None:
+    """Writes zeros to the rows of a step that are not in start ... stop - 1."""
+    unit = 2 * ROWS
+
+    def clear(i: Scalar, _: None) -> None:
+        tile = pl.multiple_of(i * unit, unit)
+        row = tile + lax.broadcasted_iota(jnp.int32, (unit, 1), 0)
+        for ref in refs:
+            values = ref[pl.ds(tile, unit), :]
+            own = jnp.where((row >= start) & (row < stop), values, jnp.zeros_like(values))
+            ref[pl.ds(tile, unit), :] = own
+
+    if isinstance(first, int):
+        clear(0, None)
+    else:
+        pl.when(first == 0)(lambda: clear(0, None))
+    end = first + count
+    lax.fori_loop(jnp.minimum(stop, end) // unit, end // unit, clear, None)
+    for ref in refs:
+        past = _up(count, LANES) - count
+        if past:
+            ref[pl.ds(end, past), :] = jnp.zeros((past, ref.shape[1]), ref.dtype)
 
 
 def _backward_kernel(
-    plan: Schedule, call: Call, x_ref: Any, dy_ref: Any, weight_ref: Any, w_in_ref: Any,
+    plan: Spans, call: Call, x_hbm: Any, dy_hbm: Any, weight_hbm: Any, w_in_ref: Any,
     w_out_ref: Any, *rest: Any,
 ) -> None:  # fmt: skip
     """Recomputes [F, S]; weight gradients accumulate on chip in float32 per expert."""
     stacks, left = len(call.gradients), list(rest)
     old = [left.pop(0) for _ in range(stacks)]  # blocks if added to, else whole stacks
-    dx_ref, dweight_ref = left.pop(0), left.pop(0)
+    dx_hbm, dweight_hbm = left.pop(0), left.pop(0)
     grads = [left.pop(0) for _ in range(stacks)]
+    x_rows, dy_rows, weight_rows = left.pop(0), left.pop(0), left.pop(0)
+    dx_rows, dweight_rows, dx_edge, dweight_edge, read, write = (left.pop(0) for _ in range(6))
     casts = [left.pop(0) for _ in range(2 if call.casts else 0)]
+    streams = Streams(
+        plan,
+        [Stream(x_hbm, x_rows), Stream(dy_hbm, dy_rows), Stream(weight_hbm, weight_rows)],
+        [Stream(dx_hbm, dx_rows, dx_edge), Stream(dweight_hbm, dweight_rows, dweight_edge)],
+        read,
+        write,
+    )
     w_in, w_out = _weights(plan, call, (w_in_ref, w_out_ref), casts)
     sums = [ref if ref.dtype == jnp.float32 else left.pop(0) for ref in grads]
     begins, ends = _edges(plan.expert)
@@ -247,28 +331,37 @@ def _backward_kernel(
         for total, before in zip(sums, old, strict=True):
             total[...] = before[...].astype(total.dtype) if call.adds else jnp.zeros_like(total)
 
-    def body(first: Scalar, count: int, own: Callable[..., Array]) -> None:
-        rows, dtype = pl.ds(first, count), x_ref.dtype
-        x, dy = own(x_ref[rows, :], 0, 0), own(dy_ref[rows, :], 0, 0)
-        weight = own(weight_ref[:, rows], 0, 1)
-        h = _dot(w_in[...], x, _NT)
-        dactive = _dot(w_out[...], dy, _NT)  # before the routing weight
+    visit = pl.program_id(0)
+    x_ref, dy_ref, weight_ref, dx_ref, dweight_ref = (
+        ref.at[visit & 1] for ref in (x_rows, dy_rows, weight_rows, dx_rows, dweight_rows)
+    )
+    start, stop = (bound[visit] - plan.first[visit] for bound in (plan.start, plan.stop))
+
+    def body(first: Scalar, count: int) -> None:
+        dtype, lanes = x_ref.dtype, _up(count, LANES)
+        _clear_others(start, stop, first, count, (x_ref, dy_ref))
+        x, dy = x_ref[pl.ds(first, lanes), :], dy_ref[pl.ds(first, lanes), :]
+        row = first + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        weight = _along_lanes(plan, weight_ref, first, lanes)
+        weight = jnp.where((row >= start) & (row < stop), weight, 0)
+        h = _columns(w_in, x_ref, first, count)
+        dactive = _columns(w_out, dy_ref, first, count)  # before the routing weight
         gate, up = h[: call.f], h[call.f :]
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
         active = silu * up
         dweight = (active * dactive).sum(axis=0, keepdims=True)
-        dweight_ref[:, rows] = own(dweight, dweight_ref[:, rows], 1)
+        _put_along_lanes(plan, dweight_ref, first, dweight)
         dactive = dactive * weight
         dgate = dactive * up * (sigmoid + silu * (1 - sigmoid))
-        dh = jnp.concatenate([dgate, dactive * silu]).astype(dtype)
-        dx = _dot(dh, w_in[...], _TN).astype(dx_ref.dtype)
-        dx_ref[rows, :] = own(dx, dx_ref[rows, :], 0)
+        dh = jnp.concatenate([dgate, dactive * silu])
+        dx = _dot(dh[:, :count].astype(dtype), w_in[...], _TN)
+        dx_ref[pl.ds(first, count), :] = dx.astype(dx_ref.dtype)
         if sums:
-            sums[0][...] += _dot(dh, x, _NN)
+            sums[0][...] += _dot(dh.astype(dtype), x, _NN)
             sums[1][...] += _dot((active * weight).astype(dtype), dy, _NN)
 
-    _steps(plan, call.tiles, body)
+    streams.visit(lambda: _steps(plan, call.tiles, body))
 
     @pl.when(ends)
     def _() -> None:
@@ -280,16 +373,16 @@ def _backward_kernel(
 # --- the calls ------------------------------------------------------------------------------
 
 
-def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
-    """Returns the blocks moved at each visit, in and out; unchanged blocks are not moved again.
+def block_specs(call: Call, plan: Spans | None) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """Returns the blocks that Pallas moves at each visit, in and out; unchanged ones stay.
 
-    The index maps take the visit, and the schedule's arrays unless `plan` is given.
+    The kernel moves arrays of rows itself: their blocks are the whole arrays, in HBM. The index
+    maps take the visit, and the schedule's arrays unless `plan` is given.
     """
 
-    def at(index: Callable[[Any, Schedule], tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-        return lambda i, *arrays: index(i, Schedule(*arrays) if plan is None else plan)
+    def at(index: Callable[[Any, Spans], tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        return lambda i, *arrays: index(i, Spans(*arrays) if plan is None else plan)
 
-    row, lane = at(lambda i, p: (p.tile[i], 0)), at(lambda i, p: (0, p.tile[i]))
     buffered = None if call.tiles.buffers == 2 else pl.Buffered(call.tiles.buffers)
 
     def per_expert(
@@ -300,23 +393,37 @@ def block_specs(call: Call, plan: Schedule | None) -> tuple[list[pl.BlockSpec], 
             for shape in call.weight_shapes
         ]
 
-    x, y = (
-        pl.BlockSpec((call.tiles.rows, call.d), row),
-        pl.BlockSpec((call.tiles.rows, call.w), row),
-    )
-    weight = pl.BlockSpec((1, call.tiles.rows), lane)
+    whole = pl.BlockSpec(memory_space=pl.ANY)
     weights = per_expert((1,), at(lambda i, p: (p.weights[i], 0, 0)))
     if call.kind == "forward":
-        return [x, weight, *weights], [y]
+        return [whole, whole, *weights], [whole]
     grads: list[pl.BlockSpec] = []
     if call.gradients:
         grads = per_expert((None, None), at(lambda i, p: (p.layer[0], p.expert[i], 0, 0)))
-    old = grads if call.adds else [pl.BlockSpec(memory_space=pl.ANY) for _ in grads]
-    return [x, y, weight, *weights, *old], [x, weight, *grads]
+    old = grads if call.adds else [whole for _ in grads]
+    return [whole, whole, whole, *weights, *old], [whole, whole, *grads]
+
+
+def _row_buffers(call: Call) -> list[Any]:
+    """Scratch of the kernel's streams: reads, writes, edges of the writes, semaphores."""
+    rows = call.tiles.rows
+    narrow = pltpu.VMEM((2, 1, rows + LANES), jnp.float32)
+    semaphores = [pltpu.SemaphoreType.DMA((2,))] * 2
+
+    def wide(width: int) -> Any:
+        return pltpu.VMEM((2, rows, width), call.row_dtype)
+
+    def edge(width: int) -> Any:
+        return pltpu.VMEM((ROWS, width), call.row_dtype)
+
+    if call.kind == "forward":
+        return [wide(call.d), narrow, wide(call.w), edge(call.w), *semaphores]
+    edges = [edge(call.d), pltpu.VMEM((1, LANES), jnp.float32)]
+    return [wide(call.d), wide(call.w), narrow, wide(call.d), narrow, *edges, *semaphores]
 
 
 def pallas_call(
-    call: Call, plan: Schedule, interpret: Any = False, name: str | None = None
+    call: Call, plan: Spans, interpret: Any = False, name: str | None = None
 ) -> Callable[..., Any]:
     """Returns the kernel as a function of its arrays, which returns a list of arrays.
 
@@ -327,8 +434,8 @@ def pallas_call(
     results alias them; values that the call does not write stay.
     """
     prefetched = isinstance(plan.expert, jax.Array)
-    fields = len(Schedule._fields) if prefetched else 0
-    scratch = []
+    fields = len(Spans._fields) if prefetched else 0
+    scratch = _row_buffers(call)
     if call.casts:
         scratch += [pltpu.VMEM(shape, call.row_dtype) for shape in call.weight_shapes]
     results: list[Any] = [jax.ShapeDtypeStruct((call.m, call.w), call.row_dtype)]
@@ -337,7 +444,7 @@ def pallas_call(
         kernel = _backward_kernel
         results = [
             jax.ShapeDtypeStruct((call.m, call.d), call.row_dtype),
-            jax.ShapeDtypeStruct((1, call.m), jnp.float32),
+            jax.ShapeDtypeStruct((1, lane_length(call.m, call.tiles.rows)), jnp.float32),
         ]
     stacks = list(zip(call.weight_shapes, call.gradients, strict=False))
     scratch += [pltpu.VMEM(shape, jnp.float32) for shape, t in stacks if t != jnp.float32]
@@ -345,7 +452,7 @@ def pallas_call(
     results += [in_hbm((call.layers, call.e, *shape), dtype) for shape, dtype in stacks]
 
     def body(*refs: Any) -> None:
-        kernel(Schedule(*refs[:fields]) if prefetched else plan, call, *refs[fields:])
+        kernel(Spans(*refs[:fields]) if prefetched else plan, call, *refs[fields:])
 
     inputs, outputs = block_specs(call, None if prefetched else plan)
     limit = min(call.vmem_bytes() * 5 // 4, _chip(interpret).vmem_capacity_bytes - 2**21)
@@ -353,7 +460,7 @@ def pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=fields,
-            grid=(plan.expert.shape[0] if prefetched else plan.used[0],),
+            grid=(plan.used[0],),
             in_specs=inputs,
             out_specs=outputs,
             scratch_shapes=scratch,
@@ -363,10 +470,14 @@ def pallas_call(
             fields + len(inputs) - 1 - i: len(results) - 1 - i for i in range(len(stacks))
         },
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=limit
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=limit,
+            # They cost scalar work in every transfer; the interpreter checks in the tests.
+            disable_bounds_checks=True,
         ),
         cost_estimate=call.cost(),
-        interpret=interpret,
+        # Pallas's plain interpreter (True) has no transfers of a dynamic number of rows.
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name=name or f"expert_ffn_{call.kind}",
     )
     return functools.partial(run, *plan) if prefetched else run
@@ -379,10 +490,16 @@ def _in_hbm(arrays: Sequence[Array], interpret: Any) -> list[Array]:
     return [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
 
-def _padded(rows: int, *arrays: Array) -> list[Array]:
-    """Pads to one tile of rows: a block may not be longer than its array."""
-    missing = max(0, _LANES - rows)
-    return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+def _whole_tiles(*arrays: Array) -> list[Array]:
+    """Pads to whole tiles of rows, since the kernel moves nothing smaller."""
+    missing = -len(arrays[0]) % ROWS
+    return [jnp.pad(a, ((0, missing), (0, 0))) for a in arrays] if missing else list(arrays)
+
+
+def _along(call: Call, row_weights: Array) -> Array:
+    """Returns row weights [M] along lanes, as the kernel reads them."""
+    missing = lane_length(call.m, call.tiles.rows) - len(row_weights)
+    return jnp.pad(row_weights.astype(jnp.float32), (0, missing))[None]
 
 
 def forward(
@@ -406,14 +523,14 @@ def forward(
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} is {array.dtype}; a TPU supports float32 and bfloat16")
     m, experts = rows.shape[0], group_sizes.shape[0]
-    x, weights = _padded(m, rows, row_weights)
+    (x,) = _whole_tiles(rows)
     call = plan_call("forward", x, gate_up, down, interpret, experts)
     if call is None:
         own = of_window(gate_up, down, first_expert, experts)
         return _unfused(rows, *own, row_weights, group_sizes, interpret)
-    plan = schedule(group_sizes, call.m, call.tiles.rows)
+    plan = spans(group_sizes, call.m, call.tiles.rows)
     run = pallas_call(call, plan._replace(weights=plan.weights + first_expert), interpret)
-    (y,) = run(x, weights.astype(jnp.float32)[None], *_in_hbm((gate_up, down), interpret))
+    (y,) = run(x, _along(call, row_weights), *_in_hbm((gate_up, down), interpret))
     return y[:m]
 
 
@@ -436,7 +553,7 @@ def backward(
     `layer`; empty: no gradients. The other arguments are those of `forward`; dy is [M, W].
     """
     m, experts = rows.shape[0], group_sizes.shape[0]
-    x, padded_dy, weights = _padded(m, rows, dy, row_weights)
+    x, padded_dy = _whole_tiles(rows, dy)
     call = plan_call("backward", x, gate_up, down, interpret, experts, into, adds)
     if call is None:
         own = of_window(gate_up, down, first_expert, experts)
@@ -447,13 +564,12 @@ def backward(
         _, pull = jax.vjp(unfused, rows, *own, row_weights)
         drows, *grads, dweights = pull(dy)
         return drows, dweights, put(into, layer, grads, adds)
-    plan = schedule(group_sizes, call.m, call.tiles.rows, visit_idle=True)
+    plan = spans(group_sizes, call.m, call.tiles.rows, visit_idle=True)
     plan = plan._replace(
         weights=plan.weights + first_expert, layer=jnp.asarray(layer, jnp.int32)[None]
     )
     drows, dweights, *grads = pallas_call(call, plan, interpret)(
-        x, padded_dy, weights.astype(jnp.float32)[None],
-        *_in_hbm((gate_up, down, *into), interpret),
+        x, padded_dy, _along(call, row_weights), *_in_hbm((gate_up, down, *into), interpret)
     )  # fmt: skip
     return drows[:m], dweights[0, :m], tuple(grads)
 
