@@ -47,7 +47,7 @@ def main(flags: Flags) -> int:
     print(report.text(figures, target))
     if program.trains and not figures["fits"]:
         figures["changes"] = candidates.search(
-            config, target, abstract_program, compile_program if flags.suggest else None
+            program.config, target, abstract_program, compile_program if flags.suggest else None
         )
     if output:
         write(output, to_json(figures, indent=2) + "\n")

@@ -45,18 +45,22 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+# The chip of a TPU's device_kind, by prefix. The longest matching prefix wins.
+_TPUS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
 # Published peak of one JAX device in dense bfloat16 products, FLOP/s, by prefix of its
-# device_kind. The longest matching prefix wins.
+# device_kind.
 PEAKS: dict[str, float] = {
     "TPU v4": 275e12,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5e": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU v6e": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops,
-    "TPU v7x": CHIPS["tpu7x"].flops,
+    **{kind: CHIPS[chip].flops for kind, chip in _TPUS.items()},
     "NVIDIA A100": 312e12,
     "NVIDIA H100": CHIPS["h100"].flops,
     "NVIDIA H100 PCIe": 756e12,
@@ -70,5 +74,20 @@ _OTHERS = ("TPU v4 lite", "TPU v4i")
 
 def peak_flops(kind: str) -> float | None:
     """Returns a device kind's peak in bfloat16, FLOP/s; None if unknown, as for any CPU."""
-    found = [name for name in (*PEAKS, *_OTHERS) if kind.startswith(name)]
-    return PEAKS.get(max(found, key=len)) if found else None
+    return PEAKS.get(_longest(kind, (*PEAKS, *_OTHERS)))
+
+
+def device_memory(kind: str, reported: int | None) -> float | None:
+    """Returns the bytes of a device's memory; None if unknown, as on a CPU.
+
+    A known TPU's are those of CHIPS, the same on every process. `reported` is what the device
+    reports; it is rounded down to whole GiB.
+    """
+    chip = _TPUS.get(_longest(kind, tuple(_TPUS)))
+    if chip is not None:
+        return CHIPS[chip].memory
+    return float(reported // _GIB * _GIB) if reported else None
+
+
+def _longest(kind: str, prefixes: tuple[str, ...]) -> str:
+    return max((name for name in prefixes if kind.startswith(name)), key=len, default="")

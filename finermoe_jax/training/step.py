@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.run import RunConfig
@@ -228,7 +228,7 @@ def jit_step(
 
 
 def abstract_optimizer(
-    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
+    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh | AbstractMesh
 ) -> Any:
     """Returns shapes, dtypes and shardings of the optimizer state."""
     shapes = jax.eval_shape(tx.init, params)

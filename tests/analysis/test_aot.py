@@ -103,7 +103,8 @@ def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
     alone = names[: next(i for i, name in enumerate(names) if " + " in name)]
     assert alone == list(candidates.LADDER)
     last = found[-1][1]
-    assert (last.mesh.fsdp, last.train.grad_accumulation, last.train.remat) == (8, 8, "full")
+    assert dataclasses.astuple(last.mesh) == (1, 1, 8, 1)
+    assert (last.train.grad_accumulation, last.train.remat) == (8, "full")
     assert (last.optimizer.name, last.train.param_dtype) == ("adafactor", "bfloat16")
     assert last.data.sequence_length == 2048
 
@@ -117,9 +118,9 @@ def test_what_does_not_fit_gets_a_change_that_may():
         config, _target(memory=0.4 * state), programs.abstract_program, None, said.append
     )
     first = next(row for row in rows if row["possible"])
-    assert first["change"] == "mesh.data to mesh.fsdp"
+    assert first["change"] == "mesh.data to mesh.expert and mesh.fsdp"
     assert first["floor_bytes"] < state / 4
-    assert said[-1].endswith("starting with: mesh.data to mesh.fsdp")
+    assert said[-1].endswith("starting with: mesh.data to mesh.expert and mesh.fsdp")
     candidates.search(config, _target(memory=1e3), programs.abstract_program, None, said.append)
     assert "larger slice" in said[-1]
 
