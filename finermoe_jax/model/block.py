@@ -1,5 +1,9 @@
-"""One layer of the decoder. Axis letters: config/model.py."""
+"""One layer of the decoder. Axis letters: config/model.py.
 
+The named scopes are those of analysis/causes.py.
+"""
+
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -37,14 +41,19 @@ class Block(nnx.Module):
         placement: Placement,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
         """Returns x, the written cache, and an MoE layer's (routing, (loss, tokens per expert))."""
-        attended, written = self.attention(
-            self.input_norm(x), angles, segment_ids, placement, cache
-        )
-        x = x + attended
-        normed = self.post_norm(x)
+        with jax.named_scope("norms"):
+            normed = self.input_norm(x)
+        with jax.named_scope("attention"):
+            attended, written = self.attention(normed, angles, segment_ids, placement, cache)
+        with jax.named_scope("norms"):
+            x = x + attended
+            normed = self.post_norm(x)
         if not hasattr(self, "moe"):
-            return x + self.mlp(normed, placement), written, None
+            with jax.named_scope("dense_ffn"):
+                return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        # The loss counts them too; XLA merges the two computations.
-        tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
-        return x + y, written, (routing, (aux_loss, tokens))
+        with jax.named_scope("router"):
+            # The loss counts them too; XLA merges the two computations.
+            tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
+        with jax.named_scope("norms"):
+            return x + y, written, (routing, (aux_loss, tokens))

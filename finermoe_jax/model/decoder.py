@@ -196,7 +196,8 @@ class Decoder(nnx.Module):
         shared = Pass(
             angles, segment_ids, real, self.placement, slot, visible, remat, unroll, frozen_experts
         )
-        x = self.embed(input_ids, self.dtype, self.placement)
+        with jax.named_scope("embedding"):
+            x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[Traces] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
@@ -205,7 +206,9 @@ class Decoder(nnx.Module):
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)
-        return Features(self.final_norm(x), *_records(traces), new_cache)
+        with jax.named_scope("norms"):
+            normed = self.final_norm(x)
+        return Features(normed, *_records(traces), new_cache)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits over the vocabulary."""

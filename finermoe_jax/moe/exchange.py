@@ -212,6 +212,15 @@ def quota(rows: int, devices: int) -> int:
     return min(rows, -(-2 * rows // devices))
 
 
+def uninitialised(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Returns an array of any values, NaN included.
+
+    As a buffer of rows: the kernels ignore its empty places. As a result of the exchange: every row
+    arrives in one of the rounds.
+    """
+    return lax.empty(shape, dtype)
+
+
 def is_padded(exchange: ExchangeKind) -> bool:
     """True if a round's empty places are sent as well.
 
@@ -238,7 +247,7 @@ def _to_experts(
         place = jnp.minimum(first[:, None] + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
-    buffer = jnp.zeros((devices * plan.quota, *rows.shape[1:]), rows.dtype)
+    buffer = uninitialised((devices * plan.quota, *rows.shape[1:]), rows.dtype)
     there = jnp.full(devices, me * plan.quota, jnp.int32)
     received = plan.moved(step)[:, me]
     return lax.ragged_all_to_all(rows, buffer, first, sent, there, received, axis_name=axis)
@@ -288,10 +297,11 @@ def _compute(
     order = jnp.argsort(experts, stable=True)
     inverse = inverse_of(order)
     sizes = jnp.bincount(experts, length=local + 1)[:local].astype(jnp.int32)
-    y, gradients = expert_ffn_of_run(
-        permute(rows, order, inverse), gate_up, down, sizes, permute(weights, order, inverse),
-        layer, gradients, kernel, adds=adds,
-    )  # fmt: skip
+    rows, weights = permute(rows, order, inverse), permute(weights, order, inverse)
+    with jax.named_scope("routed_experts"):
+        y, gradients = expert_ffn_of_run(
+            rows, gate_up, down, sizes, weights, layer, gradients, kernel, adds=adds
+        )
     return permute(y, inverse, order), gradients
 
 
@@ -357,8 +367,7 @@ def _exchanged(
         return _from_experts(plan, y, out, step, axis)
 
     arrived = arrive(0)
-    out = jnp.zeros((rows.shape[0], down.shape[3]), rows.dtype)
-    out = round_of(0, arrived, out)
+    out = round_of(0, arrived, uninitialised((rows.shape[0], down.shape[3]), rows.dtype))
     out = lax.fori_loop(1, plan.rounds, lambda i, out: round_of(i, arrive(i), out), out)
     return (out, gradients), (rows, weights, gate_up, down, layer, sizes, *arrived)
 
@@ -394,9 +403,9 @@ def _exchanged_backward(
         again = _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
         return round_of(step, again, sums, adds=True)
 
-    zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
+    unwritten = (uninitialised(x.shape, x.dtype) for x in (rows, weights))
     # The first round writes all of the layer's gradients, later rounds add.
-    sums = round_of(0, arrived, (*zeros, into), adds)
+    sums = round_of(0, arrived, (*unwritten, into), adds)
     drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
     return drows, dweights, into, None, None, None, None
 

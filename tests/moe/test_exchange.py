@@ -120,8 +120,11 @@ _unspecified_ffn.defvjp(
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (2, 1, 4, 1)])
 def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
     """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,
-    around a kernel that leaves NaN wherever it may."""
+    around a kernel that leaves NaN wherever it may, with buffers that begin as NaN."""
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
+    monkeypatch.setattr(
+        expert_parallel, "uninitialised", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    )
     monkeypatch.setattr(
         expert_parallel,
         "expert_ffn_of_run",
