@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import MeshConfig, RunConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import per_device_bytes
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.training.optimizer import optimizer
@@ -94,7 +94,9 @@ def estimated_bytes(config: RunConfig, model: ModelConfig, mesh: MeshConfig) -> 
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     shardings, _ = sharding.param_shardings(decoder, abstract)
     params = abstract_params(model, config.train.param_dtype, shardings)
-    tx = optimizer(config.optimizer, config.train.steps, kinds(decoder))
+    tx = optimizer(
+        config.optimizer, config.train.steps, trained_kinds(decoder, config.train.freeze)
+    )
     state = per_device_bytes(params) + per_device_bytes(
         abstract_optimizer(tx, params, shardings, abstract)
     )

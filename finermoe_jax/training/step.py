@@ -14,7 +14,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import Path, kinds
+from finermoe_jax.layers.parameters import Path, kinds, trained_kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.bank import Places, Summed
@@ -44,7 +44,7 @@ def train_step(
       learning_rate, skipped, tokens (input tokens without padding). float32 [L]: layer_aux_loss.
       int32 [L, E]: expert_tokens, the tokens that selected each expert. L counts MoE layers.
     """
-    free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
+    free = trained(params, trained_kinds(rebuild(graphdef, params), config.train.freeze))
     metrics, grads = _gradients(graphdef, config, params, free, batch)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
@@ -176,8 +176,9 @@ def batch_loss(
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
-        inputs, remat=settings.remat, unroll=settings.scan_unroll, **masks(batch)
-    )
+        inputs, remat=settings.remat, unroll=settings.scan_unroll,
+        frozen_experts="experts" in settings.freeze, **masks(batch),
+    )  # fmt: skip
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens
     )

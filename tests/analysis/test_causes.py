@@ -12,7 +12,7 @@ from finermoe_jax.analysis import report
 from finermoe_jax.analysis.causes import CAUSES, PHASES
 from finermoe_jax.analysis.hlo_costs import LARGEST, analyse
 from finermoe_jax.data.packing import Batch
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import train_step
@@ -82,7 +82,7 @@ def step():
     """A training step of two microbatches on one device, compiled for this machine."""
     config = small_run(4, grad_accumulation=2, remat="full")
     model = with_shapes(MOE)
-    params, tx = abstract_params(MOE, "float32"), optimizer(config.optimizer, 10, kinds(model))
+    params, tx = abstract_params(MOE, "float32"), optimizer(config.optimizer, 10, trained_kinds(model))
     state = jax.eval_shape(tx.init, params)
     graphdef = nnx.split(model)[0]
     run = jax.jit(lambda p, o, b: train_step(graphdef, config, tx, p, o, b))
