@@ -65,7 +65,7 @@ class Costs:
     attention_flops: float = 0.0  # set by the caller: attention kernels report none
     hbm_bytes: float = 0.0
     bytes_by: dict[str, float] = dataclasses.field(default_factory=dict)  # by causes.Cause
-    largest: dict[str, float] = dataclasses.field(default_factory=dict)  # by instruction
+    movers: dict[str, float] = dataclasses.field(default_factory=dict)  # by instruction
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # by collective
     crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # between slices
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -88,8 +88,8 @@ def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) ->
     entry = walk.module.computations[walk.module.entry]
     walk.run(Frame(entry, None, None), 1.0)
     walk.costs.notes = list(dict.fromkeys(walk.costs.notes))
-    largest = sorted(walk.costs.largest.items(), key=lambda item: -item[1])
-    walk.costs.largest = dict(largest[:LARGEST])
+    largest = sorted(walk.costs.movers.items(), key=lambda item: -item[1])
+    walk.costs.movers = dict(largest[:LARGEST])
     return walk.costs
 
 
@@ -184,7 +184,7 @@ class _Walk:
         shapes = " ".join(f"{leaf.dtype}{list(leaf.dims)}" for leaf in instruction.leaves[:3])
         line = f"{why}: {times:g} x {instruction.name} {shapes} {op_name(instruction)[-80:]}"
         self.costs.hbm_bytes += moved
-        for totals, key in ((self.costs.bytes_by, why), (self.costs.largest, line)):
+        for totals, key in ((self.costs.bytes_by, why), (self.costs.movers, line)):
             totals[key] = totals.get(key, 0.0) + moved
 
     def _kernel(
@@ -333,7 +333,9 @@ class _Walk:
                 elif user.opcode == "fusion":
                     inner = self.module.computations[user.called[0]]
                     for number, operand in enumerate(user.operands):
-                        if operand == name:
+                        if operand == name and _is_bitcast(inner, number):
+                            waiting.append(user.name)
+                        elif operand == name:
                             read += self._read(inner.parameters[number], inner)
                 elif user.opcode in COLLECTIVES or user.opcode in ("tuple", "custom-call"):
                     continue
@@ -371,6 +373,14 @@ class _Walk:
             # The result includes the operands.
             return read + max(0.0, self._bytes(instruction) - read)
         return read + self._bytes(instruction)
+
+
+def _is_bitcast(fused: Computation, number: int) -> bool:
+    """Returns True if a fusion only renames its parameter, as around a product's operands."""
+    root = fused.instructions[fused.root]
+    while root.opcode == "bitcast":
+        root = fused.instructions[root.operands[0]]
+    return root is fused.parameters.get(number)
 
 
 def _ring(kind: str, parts: int, size: float) -> float:

@@ -54,7 +54,7 @@ def bytes_by_cause(figures: dict[str, Any]) -> str:
             + f"{every / figures['hbm_bytes']:>8.1%}"
         )
     lines += ["", "instructions that move the most, GB per device and step"]
-    largest = list(figures["largest"].items())[:_LISTED]
+    largest = list(figures["movers"].items())[:_LISTED]
     return "\n".join([*lines, *(f"{size / 1e9:>10.3f}  {line}" for line, size in largest)])
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.decoder import Decoder
 
@@ -82,8 +82,7 @@ def _chunked_forward(
         loss, probabilities = _chunk_loss(piece, whole)
         chosen = jnp.arange(whole.shape[0])[None] == target[:, None]
         dlogits = jnp.where(real[:, None], probabilities - chosen, 0.0).astype(h.dtype)
-        # Otherwise XLA computes dlogits from float32 logits in each of the two products.
-        h, dlogits = lax.optimization_barrier((h, dlogits))
+        h, dlogits = cpu.materialized((h, dlogits))
         dh = jnp.einsum("MV,VD->MD", dlogits, whole)
         dweight += jnp.einsum("MV,MD->VD", dlogits, h, preferred_element_type=jnp.float32)
         return (total + loss, dweight), dh
@@ -129,8 +128,8 @@ def _chunk_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "M V"]]:
     """Returns a chunk's summed loss and p of every token.
 
-    Computes what `log_likelihood` computes, but log p is not an array of its own: written in
-    float32 and read again, it would be a quarter of the loss's HBM bytes.
+    Computes what `log_likelihood` computes, but log p is not an array of its own. Written in
+    float32 and read again, it would be a fifth of the loss's HBM bytes.
     """
     h, target, real = piece
     logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)

@@ -74,7 +74,7 @@ def test_a_programs_text_tells_cause_pass_and_trips():
     }
     assert other == 2 * array + 3 * 3 * 4  # my_norms is no scope; the loop's counter
     assert found.hbm_bytes == sum(found.bytes_by.values()) + other
-    assert next(iter(found.largest)).startswith("norms and residual: forward: 3 x fusion.1 ")
+    assert next(iter(found.movers)).startswith("norms and residual: forward: 3 x fusion.1 ")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,10 @@ def step():
     """A training step of two microbatches on one device, compiled for this machine."""
     config = small_run(4, grad_accumulation=2, remat="full")
     model = with_shapes(MOE)
-    params, tx = abstract_params(MOE, "float32"), optimizer(config.optimizer, 10, trained_kinds(model))
+    params, tx = (
+        abstract_params(MOE, "float32"),
+        optimizer(config.optimizer, 10, trained_kinds(model)),
+    )
     state = jax.eval_shape(tx.init, params)
     graphdef = nnx.split(model)[0]
     run = jax.jit(lambda p, o, b: train_step(graphdef, config, tx, p, o, b))
@@ -102,7 +105,7 @@ def test_a_steps_causes_sum_to_its_bytes(step):
     assert step.bytes_by["attention: recompute"] > 0
     unnamed = sum(size for key, size in step.bytes_by.items() if key.startswith("other"))
     assert unnamed < 0.25 * step.hbm_bytes
-    assert len(step.largest) <= LARGEST
+    assert len(step.movers) <= LARGEST
 
 
 def test_the_table_has_every_cause_and_the_total(step):
