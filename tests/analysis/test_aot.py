@@ -245,7 +245,7 @@ def test_a_tpu_slice(tmp_path):
         python, "-m", "finermoe_jax", "aot", "--config=configs/demo.py", "--topology=v5e:2x4",
         "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
         "--config.data.global_batch_size=8", "--config.train.compute_dtype=bfloat16",
-        f"--output={tmp_path / 'figures.json'}",
+        "--bytes", f"--output={tmp_path / 'figures.json'}",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -257,6 +257,9 @@ def test_a_tpu_slice(tmp_path):
     state = figures["parameter_bytes"] + figures["optimizer_bytes"]
     assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
     assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
+    assert sum(figures["bytes_by"].values()) == pytest.approx(figures["hbm_bytes"])
+    assert figures["bytes_by"]["routed experts: backward"] > 0
+    assert "HBM bytes by cause" in done.stdout and "norms and residual" in done.stdout
     assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
     loops = [note for note in figures["counting_notes"] if "data-dependent trip count" in note]
     assert all("shard_map" in note for note in loops)  # the exchange's further rounds alone

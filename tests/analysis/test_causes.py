@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax import lax
 
 from finermoe_jax.analysis import report
 from finermoe_jax.analysis.causes import CAUSES, PHASES
@@ -93,6 +92,7 @@ def step():
     return analyse(run.lower(params, state, batch).compile().as_text())
 
 
+@pytest.mark.slow
 def test_a_steps_causes_sum_to_its_bytes(step):
     assert sum(step.bytes_by.values()) == pytest.approx(step.hbm_bytes, rel=1e-12)
     names, phases = zip(*(key.rsplit(": ", 1) for key in step.bytes_by), strict=True)
@@ -108,6 +108,7 @@ def test_a_steps_causes_sum_to_its_bytes(step):
     assert len(step.movers) <= LARGEST
 
 
+@pytest.mark.slow
 def test_the_table_has_every_cause_and_the_total(step):
     text = report.bytes_by_cause(dataclasses.asdict(step))
     for key in step.bytes_by:
@@ -115,15 +116,3 @@ def test_the_table_has_every_cause_and_the_total(step):
     [total] = [line.split() for line in text.splitlines() if line.startswith("total")]
     assert float(total[1]) == pytest.approx(step.hbm_bytes / 1e9, abs=1e-3)
     assert total[-1] == "100.0%"
-
-
-def test_scopes_leave_a_program_as_it_is():
-    def plain(x):
-        return lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=3)[0]
-
-    def named(x):
-        with jax.named_scope("attention"):
-            return plain(x)
-
-    x = jnp.eye(8) / 3
-    assert (jax.jit(plain)(x) == jax.jit(named)(x)).all()
