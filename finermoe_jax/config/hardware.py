@@ -68,13 +68,27 @@ PEAKS: dict[str, float] = {
     "NVIDIA H200": CHIPS["h100"].flops,
     "NVIDIA B200": 2250e12,
 }
-# Chips without a known peak that share a prefix with one above.
+# Published HBM bandwidth of one JAX device, bytes/s, in the same way.
+BANDWIDTHS: dict[str, float] = {
+    **{kind: CHIPS[chip].bandwidth for kind, chip in _TPUS.items()},
+    "NVIDIA H100": CHIPS["h100"].bandwidth,
+    "NVIDIA H100 PCIe": 2000e9,
+    "NVIDIA H100 NVL": 3900e9,
+    "NVIDIA H200": 4800e9,
+    "NVIDIA B200": 8000e9,
+}
+# Chips without known figures that share a prefix with one above.
 _OTHERS = ("TPU v4 lite", "TPU v4i")
 
 
 def peak_flops(kind: str) -> float | None:
     """Returns a device kind's peak in bfloat16, FLOP/s; None if unknown, as for any CPU."""
-    return PEAKS.get(_longest(kind, (*PEAKS, *_OTHERS)))
+    return _of_kind(PEAKS, kind)
+
+
+def peak_bandwidth(kind: str) -> float | None:
+    """Returns a device kind's HBM bandwidth, bytes/s; None if unknown, as for any CPU."""
+    return _of_kind(BANDWIDTHS, kind)
 
 
 def device_memory(kind: str, reported: int | None) -> float | None:
@@ -83,11 +97,10 @@ def device_memory(kind: str, reported: int | None) -> float | None:
     A known TPU's are those of CHIPS, the same on every process. `reported` is what the device
     reports; it is rounded down to whole GiB.
     """
-    chip = _TPUS.get(_longest(kind, tuple(_TPUS)))
-    if chip is not None:
-        return CHIPS[chip].memory
-    return float(reported // _GIB * _GIB) if reported else None
+    known = _of_kind({kind: CHIPS[chip].memory for kind, chip in _TPUS.items()}, kind)
+    return known or (float(reported // _GIB * _GIB) if reported else None)
 
 
-def _longest(kind: str, prefixes: tuple[str, ...]) -> str:
-    return max((name for name in prefixes if kind.startswith(name)), key=len, default="")
+def _of_kind(table: Mapping[str, float], kind: str) -> float | None:
+    found = [name for name in (*table, *_OTHERS) if kind.startswith(name)]
+    return table.get(max(found, key=len)) if found else None

@@ -46,18 +46,63 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
 
-    # "adafactor": factored second moments (unfactored for small arrays), no first moment; same
-    # schedule, clipping and decay. beta1, beta2 and moment_dtype apply to AdamW only.
-    name: Literal["adamw", "adafactor"] = "adamw"
-    # Dtype of AdamW's first moment. The second moment has the weights' dtype.
+    # "adafactor": factored second moments (unfactored for small arrays), no first moment. "muon":
+    # orthogonalized momentum for the matrices of attention, FFNs and experts, AdamW for the rest.
+    # Schedule, clipping and decay are the same for all.
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    # Dtype of AdamW's first moment and of Muon's momentum. The second moment has the weights'
+    # dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 1e-5  # after warm-up
     final_learning_rate: float = 1e-7  # at the last step
+    # After warm-up, "cosine" decays until the last step. "wsd" (warmup-stable-decay) keeps the
+    # rate, then decays it linearly.
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_fraction: float = 0.01  # share of the steps
-    beta1: float = 0.9  # AdamW only
-    beta2: float = 0.95  # AdamW only
+    decay_fraction: float = 0.1  # share of the steps in which "wsd" decays
+    beta1: float = 0.9  # AdamW, also beside Muon
+    beta2: float = 0.95  # AdamW, also beside Muon
     weight_decay: float = 0.1  # not on norms and biases
     clip_norm: float = 1.0  # largest norm of the whole gradient
+
+    def check(self) -> None:
+        """Raises InputError for fields that contradict each other."""
+        if self.name == "adafactor" and self.moment_dtype != "float32":
+            raise InputError(
+                f"optimizer.moment_dtype={self.moment_dtype} applies to AdamW and Muon only, but "
+                f"optimizer.name={self.name}: set moment_dtype to float32"
+            )
+        if self.schedule == "cosine" and self.decay_fraction != OptimizerConfig.decay_fraction:
+            raise InputError(
+                f"optimizer.decay_fraction={self.decay_fraction} applies to the schedule wsd only, "
+                "but optimizer.schedule=cosine: set schedule to wsd, or remove decay_fraction"
+            )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise InputError(
+                f"optimizer.warmup_fraction={self.warmup_fraction} and optimizer.decay_fraction="
+                f"{self.decay_fraction} together exceed the whole run: lower one of them"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """The balancing of the experts' load (docs/howto/balance.md)."""
+
+    # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or
+    # over each microbatch with train.grad_accumulation. "bias": no loss; a rule moves biases that
+    # only the choice of experts sees. "none": neither.
+    kind: Literal["sequence", "batch", "bias", "none"] = "sequence"
+    # Weight of the loss of "sequence" and "batch": total = mean cross-entropy + weight * sum over
+    # layers. The published training code sums the cross-entropy over tokens instead, so its
+    # effective weight at 8192 tokens is 0.001 / 8192.
+    weight: float = 0.001
+    # Weight of the router z-loss, added to any kind; 0: none.
+    z_loss: float = 0.0
+    # Step of an expert's bias, for "bias" only. A candidate group's is sqrt(G_I * R_I) times this.
+    bias_rate: float = 0.001
+
+
+PUBLISHED_BALANCE = BalanceConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +143,6 @@ class TrainConfig:
     steps: int = 2980
     # Microbatches per optimizer step; their gradients are averaged.
     grad_accumulation: int = 1
-    # Weight of the load-balancing loss: total = mean cross-entropy + aux_loss_weight * sum over
-    # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
-    # so its effective weight at 8192 tokens is 0.001 / 8192.
-    aux_loss_weight: float = 0.001
     # Dtype of activations.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # Dtype of the master weights.
@@ -182,13 +223,18 @@ class RunConfig:
     # New tokens per prompt.
     prompt_tokens: int = 48
     data: DataConfig = DataConfig()  # text and batches
-    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW or Adafactor, and the schedule
+    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW, Adafactor or Muon; the schedule
+    balance: BalanceConfig = PUBLISHED_BALANCE  # load of the experts
     mesh: MeshConfig = MeshConfig()  # devices
     train: TrainConfig = TrainConfig()  # steps, precision, memory, logs, checkpoints
 
     def __post_init__(self) -> None:
-        for group in (self, self.data, self.optimizer, self.mesh, self.train):
+        for group in (self, self.data, self.optimizer, self.balance, self.mesh, self.train):
             check_fields(group)
+        if self.balance.kind == "bias" and self.moe is not None:
+            # The biases are part of the model, so that its checkpoints say that they have them.
+            moe = dataclasses.replace(self.moe, selection_bias=True)
+            object.__setattr__(self, "moe", moe)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
         if self.dense is None and not self.init_from:
             raise InputError(
@@ -221,11 +267,7 @@ class RunConfig:
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""
         data, train, optimizer = self.data, self.train, self.optimizer
-        if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
-            raise InputError(
-                f"optimizer.moment_dtype={optimizer.moment_dtype} applies to AdamW only, but "
-                f"optimizer.name={optimizer.name}: set moment_dtype to float32"
-            )
+        optimizer.check()
         if train.keep_best and not (data.eval_fraction or data.eval_path):
             raise InputError(
                 f"train.keep_best={train.keep_best} needs held-out data, but data.eval_fraction="
@@ -238,6 +280,12 @@ class RunConfig:
                 f"the last is both scored (train.eval_every={train.eval_every}) and saved "
                 f"(train.checkpoint_every={train.checkpoint_every}); make one a multiple of the "
                 "other"
+            )
+        if self.balance.kind == "bias" and "router" in train.freeze:
+            raise InputError(
+                "balance.kind=bias moves the biases of a router that learns, but train.freeze="
+                f"{','.join(train.freeze)} freezes it: remove router from train.freeze, or set "
+                "another balance.kind"
             )
         if data.global_batch_size % train.grad_accumulation:
             raise InputError(
@@ -268,8 +316,11 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.
     "data.seed": (0, 2**32 - 1),
     "train.seed": (0, 2**32 - 1),
     "train.keep_best": (0, 1e6),
-    "train.aux_loss_weight": (0, 1e6),
+    "balance.weight": (0, 1e6),
+    "balance.z_loss": (0, 1e6),
+    "balance.bias_rate": (0, 1e6),
     "optimizer.warmup_fraction": (0, 1),
+    "optimizer.decay_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
     "optimizer.weight_decay": (0, 1e6),

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from finermoe_jax.errors import InputError
 
@@ -28,14 +30,26 @@ class Kind:
       decayed: weight decay applies.
       summed: axes, from the end, that its product sums over; int8 weights have one scale per index
         of the other axes. Empty: never quantized.
+      outputs: output axes, from the end, of a matrix that Muon orthogonalizes. The matrix maps
+        `summed` to them; other axes count matrices. Empty: Muon leaves the parameter to AdamW.
+      joined: matrices that are stored as one, each after the other along the output axis.
       bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
         sharded over the mesh's expert axis.
+      state: set by a rule outside of the gradient (moe/balance.py). Never in gradients or in the
+        optimizer's state; float32 whatever the dtype of the weights.
     """
 
     part: str
     decayed: bool = True
     summed: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    joined: int = 1
     bank: bool = False
+    state: bool = False
+
+    def stored_as(self, dtype: DTypeLike) -> jnp.dtype:
+        """Returns the dtype of such a parameter in a model with weights of `dtype`."""
+        return jnp.dtype(jnp.float32 if self.state else dtype)
 
 
 # Matrices are [out, in], except the experts' down, [E, in, out].
@@ -43,21 +57,25 @@ KINDS: dict[tuple[str, ...], Kind] = {
     ("vocab", "embed"): Kind("embedding", summed=(-1,)),
     ("scored_vocab", "width"): Kind("lm_head", summed=(-1,)),
     ("norm",): Kind("norms", decayed=False),
-    ("heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
-    ("kv_heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
-    ("embed", "heads", "head_dim"): Kind("attention", summed=(-2, -1)),
+    ("heads", "head_dim", "embed"): Kind("attention", summed=(-1,), outputs=(-3, -2)),
+    ("kv_heads", "head_dim", "embed"): Kind("attention", summed=(-1,), outputs=(-3, -2)),
+    ("embed", "heads", "head_dim"): Kind("attention", summed=(-2, -1), outputs=(-3,)),
     ("heads", "head_dim"): Kind("attention", decayed=False),  # biases
     ("kv_heads", "head_dim"): Kind("attention", decayed=False),
-    ("mlp", "embed"): Kind("dense_ffn", summed=(-1,)),
-    ("embed", "mlp"): Kind("dense_ffn", summed=(-1,)),
+    ("mlp", "embed"): Kind("dense_ffn", summed=(-1,), outputs=(-2,)),
+    ("embed", "mlp"): Kind("dense_ffn", summed=(-1,), outputs=(-2,)),
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind("router"),
+    ("router",): Kind("router", decayed=False, state=True),  # selection biases
     ("gate_in",): Kind("shared_gate"),
-    ("expert", "expert_mlp", "expert_in"): Kind("experts", summed=(-1,), bank=True),
-    ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), bank=True),
-    ("shared_mlp", "embed"): Kind("shared_expert", summed=(-1,)),
-    ("embed", "shared_mlp"): Kind("shared_expert", summed=(-1,)),
-    ("concat", "embed"): Kind("concat_proj", summed=(-1,)),
+    # Gate and up.
+    ("expert", "expert_mlp", "expert_in"): Kind(
+        "experts", summed=(-1,), outputs=(-2,), joined=2, bank=True
+    ),
+    ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), outputs=(-1,), bank=True),
+    ("shared_mlp", "embed"): Kind("shared_expert", summed=(-1,), outputs=(-2,)),
+    ("embed", "shared_mlp"): Kind("shared_expert", summed=(-1,), outputs=(-2,)),
+    ("concat", "embed"): Kind("concat_proj", summed=(-1,), outputs=(-2,)),
 }
 
 
@@ -97,10 +115,14 @@ def kinds(model: nnx.Module) -> dict[Path, Kind]:
 def trained_kinds(model: nnx.Module, freeze: Sequence[str] = ()) -> dict[Path, Kind]:
     """Returns the path and kind of every parameter that has gradients and optimizer state.
 
-    `freeze` names the parts that have none (train.freeze). Raises InputError if nothing is left.
+    Model state (Kind.state) has none, nor have the parts that `freeze` names (train.freeze).
+
+    Raises InputError if nothing is left.
     """
     found = kinds(model)
-    left = {path: kind for path, kind in found.items() if kind.part not in freeze}
+    left = {
+        path: kind for path, kind in found.items() if not kind.state and kind.part not in freeze
+    }
     if found and not left:
         parts = sorted({kind.part for kind in found.values()})
         raise InputError(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
+from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
@@ -37,7 +38,7 @@ class Pass(NamedTuple):
 
     With a cache, slot is the next free slot and visible marks the slots that a single token sees.
     remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
-    frozen_experts get no gradient.
+    frozen_experts get no gradient. balance chooses the MoE layers' losses.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -49,14 +50,16 @@ class Pass(NamedTuple):
     remat: str = "none"
     unroll: int = 1
     frozen_experts: bool = False
+    balance: BalanceConfig = PUBLISHED_BALANCE
 
 
 class Traces(NamedTuple):
-    """Records of a run's MoE layers in order: routing, losses of Eq. 11, tokens per expert."""
+    """Records of a run's MoE layers in order: routing, and the fields of moe.balance.Balance."""
 
     routing: list[Routing]
     aux_loss: Float[Array, " L"]
-    expert_tokens: Int[Array, "L B E"]
+    expert_tokens: Float[Array, "L B E"]
+    z_loss: Float[Array, " L"] | None
 
 
 def stacked_blocks(
@@ -163,7 +166,7 @@ def _apply(
         if caches is not None:
             use = CacheUse(caches[place], jnp.int32(layer), shared.slot, shared.visible)
         x, cache, trace = block(
-            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement
+            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement, shared.balance
         )
         written.append(cache)
         traces.append(trace)
@@ -218,5 +221,4 @@ def _in_order(stacked_traces: tuple, repeats: int) -> Traces | None:
     def layers(*places: Array) -> Array:
         return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
 
-    aux_loss, expert_tokens = (layers(*each) for each in zip(*(of for _, of in moe), strict=True))
-    return Traces(routing, aux_loss, expert_tokens)
+    return Traces(routing, *jax.tree.map(layers, *(balance for _, balance in moe)))

@@ -24,12 +24,20 @@ class Routing(NamedTuple):
     weights: Float[Array, "*T A"]  # their weights
 
 
+class SelectionBias(NamedTuple):
+    """Float32 biases that change which experts are chosen, not their weights (moe/balance.py)."""
+
+    experts: Float[Array, " E"]  # added to the logits to choose experts inside a group
+    groups: Float[Array, " OR"] | None  # added to the groups' sums; None with plain_top_k
+
+
 def route(
     logits: Float[Array, "*T E"],
     moe: MoEConfig,
     weight_dtype: DTypeLike,
     candidate_logits: Float[Array, "*T OR"] | None = None,
     even: bool = False,
+    bias: SelectionBias | None = None,
 ) -> tuple[Routing, Int[Array, "*T A"]]:
     """Chooses G_O * T_I experts per token and their weights (paper Algorithm 1).
 
@@ -39,6 +47,7 @@ def route(
       weight_dtype: dtype of the weights, cast from a float32 softmax.
       candidate_logits: a second router's logits of the candidate groups, for separate_routers only.
       even: assigns tokens to experts in turn (`even_experts`), whatever the logits say.
+      bias: added for the choice only; the weights are those of the raw logits.
 
     Returns:
       The routing, and the order [*T, A] that sorts its experts by slot: applied to `experts` or
@@ -47,10 +56,10 @@ def route(
     if even:
         experts, scale = even_experts(logits.shape[:-1], moe), None
     elif moe.plain_top_k:
-        _, experts = jax.lax.top_k(logits, moe.num_active)
+        _, experts = jax.lax.top_k(_biased(logits, bias), moe.num_active)
         scale = None
     else:
-        experts, scale = _select_in_groups(logits, moe, candidate_logits)
+        experts, scale = _select_in_groups(logits, moe, candidate_logits, bias)
     # Sort by decreasing logit; ties keep slot order, the lower expert first.
     selected = jnp.take_along_axis(logits, experts, axis=-1)
     by_logit = jnp.argsort(-selected, axis=-1, stable=True)
@@ -83,16 +92,24 @@ def even_experts(tokens: tuple[int, ...], moe: MoEConfig) -> Int[Array, "*T A"]:
     return (first + turn % group).reshape(*tokens, moe.num_active)
 
 
+def _biased(logits: Float[Array, "*T E"], bias: SelectionBias | None) -> Float[Array, "*T E"]:
+    if bias is None:
+        return logits
+    return logits + bias.experts.reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
 def _select_in_groups(
     logits: Float[Array, "*T E"],
     moe: MoEConfig,
     candidate_logits: Float[Array, "*T OR"] | None,
+    bias: SelectionBias | None,
 ) -> tuple[Int[Array, "*T A"], Float[Array, "*T A"] | None]:
     """Returns experts in slot order and, with a second router, their factors."""
     slots, candidates, group = moe.output_granularity, moe.output_expansion, moe.group_size
     tokens = logits.shape[:-1]
     grouped = logits.reshape(*tokens, slots, candidates, group)
-    _, marked = jax.lax.top_k(grouped, moe.active_per_group)
+    biased = grouped if bias is None else _biased(logits, bias).reshape(grouped.shape)
+    _, marked = jax.lax.top_k(biased, moe.active_per_group)
     # The sum is over all raw logits of a group, selected or not, as in the published model. Ties:
     # top_k and argmax both take the lowest index.
     scores = (
@@ -100,7 +117,10 @@ def _select_in_groups(
         if candidate_logits is None
         else candidate_logits.reshape(*tokens, slots, candidates)
     )
-    chosen = jnp.argmax(scores, axis=-1)
+    compared = scores
+    if bias is not None and bias.groups is not None:
+        compared = scores + bias.groups.reshape((1,) * len(tokens) + (slots, candidates))
+    chosen = jnp.argmax(compared, axis=-1)
     inside = jnp.take_along_axis(marked, chosen[..., None, None], axis=-2)[..., 0, :]
     group_index = jnp.arange(slots).reshape((1,) * len(tokens) + (slots,)) * candidates + chosen
     experts = (group_index[..., None] * group + inside).reshape(*tokens, moe.num_active)

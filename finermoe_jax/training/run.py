@@ -188,6 +188,15 @@ def check_run(
     check_microbatch(config, mesh)
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     _check_frozen(config, initial.model, say)
+    if config.balance.kind == "bias" and not (model.moe and model.moe.selection_bias):
+        raise InputError(
+            "balance.kind=bias moves the selection biases of experts, but the model has none: "
+            + (
+                "start a new --workdir with init_from set to this checkpoint"
+                if model.moe
+                else "set moe, or another balance.kind"
+            )
+        )
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(
@@ -239,8 +248,11 @@ def _with_mesh(
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:
-    """Names parts in train.freeze that the model lacks. Raises InputError if nothing is trained."""
-    trained_kinds(model, config.train.freeze)
+    """Names parts in train.freeze that the model lacks.
+
+    Raises InputError if nothing is left to train, or to Muon.
+    """
+    optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     absent = {*config.train.freeze} - {kind.part for kind in kinds(model).values()}
     if absent:
         say(f"train.freeze: this model has no {' and no '.join(sorted(absent))}")

@@ -210,6 +210,7 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
         shared_expert_intermediate_size=_read(values, "shared_expert_intermediate_size", int, 0),
         norm_topk_prob=_read(values, "norm_topk_prob", bool, False),
         concat_proj="routed" if _read(values, "moe_concat_proj", bool, False) else "none",
+        selection_bias=_read(values, "selection_bias", bool, False),
         decoder_sparse_step=_read(values, "decoder_sparse_step", int, 1),
         mlp_only_layers=typed(layers, (tuple[int, ...],), "mlp_only_layers"),
     )
@@ -226,7 +227,8 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
-    A FineRMoE with q/k norm has the additional key "qk_norm". Raises InputError for variants that
+    A FineRMoE with q/k norm has the additional key "qk_norm", one with selection biases
+    "selection_bias". Raises InputError for variants that
     neither the published HF model nor a dense family can express.
     """
     values: dict[str, Any] = {
@@ -251,6 +253,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         values["qkv_bias"] = False
     if config.qk_norm:
         values["qk_norm"] = True
+    if moe.selection_bias:
+        values["selection_bias"] = True
     return {
         "architectures": [FINERMOE_ARCHITECTURE],
         "auto_map": AUTO_MAP,

@@ -126,6 +126,8 @@ def upcycle_weights(
             return _zeros(shape, stacks["mlp", "down"].dtype)
         if kinds[path].bank:
             return _experts(config, stacks, layers, shape, name[1], upcycling, drop_key)
+        if kinds[path].state:
+            return _zeros(shape, kinds[path].stored_as("float32"))
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
         dtype = weights["embed", "weight"].dtype
@@ -159,6 +161,8 @@ def upcycled(
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
     if moe is not None and stated:
+        # Biases belong to the weights: the source's are kept, missing ones are not an error.
+        moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
         refuse_differences(
             f"{source} already has experts, which differ from config.moe",
             dataclasses.asdict(config),
@@ -171,6 +175,17 @@ def upcycled(
                 "config.upcycle, or start from a dense model"
             )
     return config, weights
+
+
+def with_selection_bias(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Returns a FineRMoE with selection biases: its own, or zeros if it has none."""
+    assert config.moe is not None
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, selection_bias=True))
+    kinds = parameter_kinds(config)
+    return config, {
+        path: weights[path] if path in weights else _zeros(shape, kinds[path].stored_as("float32"))
+        for path, shape in parameter_shapes(config).items()
+    }
 
 
 # Randomly drawn parameters, in the order of a layer's keys.

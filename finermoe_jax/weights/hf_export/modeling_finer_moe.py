@@ -220,16 +220,23 @@ def check_mask(attention_mask, batch, tokens, past):
         )
 
 
-def route(logits, config):
+def route(logits, config, expert_bias=None, group_bias=None):
     """Returns the experts of every token and their weights (paper, Algorithm 1).
 
     logits [T, N], float32. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice; a
     group is one (slot, candidate). Each slot keeps the candidate with the largest sum of logits and
     that group's best experts; ties go to the lowest index. One softmax spans all slots. Returns
     experts and float32 weights, both [T, A], in slot order.
+
+    expert_bias [N] is added to the logits to choose experts inside a group, group_bias [G_O · R_O]
+    to the sums. Neither changes the weights.
     """
     groups = logits.view(-1, config.G_O, config.R_O, config.R_I * config.G_I)
-    candidate = groups.sum(-1).argmax(-1)[..., None, None]
+    sums = groups.sum(-1)
+    if group_bias is not None:
+        sums = sums + group_bias.view(config.G_O, config.R_O)
+        groups = groups + expert_bias.view(groups.shape[1:])
+    candidate = sums.argmax(-1)[..., None, None]
     group = groups.take_along_dim(candidate, dim=2).squeeze(2)
     inside = group.sort(dim=-1, descending=True, stable=True).indices
     inside = inside[..., : config.num_experts_per_tok // config.G_O]
@@ -245,13 +252,26 @@ def route(logits, config):
 class FineRMoeRouter(nn.Linear):
     """x W_r in float32, for every model dtype and under autocast.
 
-    In bfloat16 some tokens would choose other experts.
+    In bfloat16 some tokens would choose other experts. With config.selection_bias it holds the
+    float32 buffers expert_bias and group_bias (`route`), which training here leaves as they are.
     """
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        self.config = config
+        sizes = (config.num_experts, config.G_O * config.R_O)
+        for name, size in zip(("expert_bias", "group_bias"), sizes, strict=True):
+            zeros = torch.zeros(size, dtype=torch.float32) if config.selection_bias else None
+            self.register_buffer(name, zeros)
 
     def forward(self, rows):
         """Maps rows [tokens, D] to logits [tokens, N], float32."""
         with torch.autocast(rows.device.type, enabled=False):
             return F.linear(rows.float(), self.weight.float())
+
+    def route(self, logits):
+        """Returns the experts and weights of logits [tokens, N], chosen with the biases."""
+        return route(logits, self.config, self.expert_bias, self.group_bias)
 
 
 class FineRMoeLayer(nn.Module):
@@ -264,7 +284,7 @@ class FineRMoeLayer(nn.Module):
         super().__init__()
         self.config = config
         width, out = config.hidden_size, config.hidden_size // config.G_O
-        self.gate = FineRMoeRouter(width, config.num_experts, bias=False)
+        self.gate = FineRMoeRouter(config)
         self.experts = nn.ModuleList(
             FineRMoeMLP(width, config.moe_intermediate_size, out) for _ in range(config.num_experts)
         )
@@ -278,7 +298,7 @@ class FineRMoeLayer(nn.Module):
         """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32."""
         rows = x.flatten(0, 1)
         logits = self.gate(rows)
-        experts, weights = route(logits, self.config)
+        experts, weights = self.gate.route(logits)
 
         # Rows are sorted by expert: experts without tokens are not computed.
         order = experts.flatten().argsort(stable=True)
@@ -296,22 +316,23 @@ class FineRMoeLayer(nn.Module):
         return y, logits
 
 
-def load_balancing_loss(logits, config, real):
+def load_balancing_loss(logits, gate, real):
     """Paper Eq. 11 of one layer, weight not applied: logits [B·T, N], real [B, T] 1 at real tokens.
 
-    Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean probability of expert e
-    over all N, f_e its share of the routed tokens times N. Padding is excluded.
+    gate: the layer's router. Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean
+    probability of expert e over all N, f_e its share of the routed tokens times N. Padding is
+    excluded.
     """
-    experts, _ = route(logits, config)
+    experts, _ = gate.route(logits)
     batch, active = len(real), experts.shape[1]
     real = real.float()
     length = real.sum(1, keepdim=True).clamp(min=1)
-    probabilities = logits.softmax(-1).view(batch, -1, config.num_experts)
+    probabilities = logits.softmax(-1).view(batch, -1, logits.shape[-1])
     mean = (probabilities * real[..., None]).sum(1) / length
     tokens = torch.zeros_like(mean).scatter_add_(
         1, experts.view(batch, -1), real.repeat_interleave(active, dim=1)
     )
-    per_sequence = (tokens * config.num_experts / (active * length) * mean).sum(1)
+    per_sequence = (tokens * logits.shape[-1] / (active * length) * mean).sum(1)
     return per_sequence.sum() / real.any(1).sum().clamp(min=1)
 
 
@@ -349,6 +370,8 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
+    # Buffers that keep their dtype in models of another one (transformers 4, transformers 5).
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -524,7 +547,11 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             real = torch.ones(shape, device=logits.device)
             if attention_mask is not None and attention_mask.ndim == 2:
                 real = attention_mask[:, -shape[1] :]
-            aux_loss = sum(load_balancing_loss(r, self.config, real) for r in out.router_logits)
+            gates = [m for m in self.model.modules() if isinstance(m, FineRMoeRouter)]
+            aux_loss = sum(
+                load_balancing_loss(logits, gate, real)
+                for logits, gate in zip(out.router_logits, gates, strict=True)
+            )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         out = MoeCausalLMOutputWithPast(
