@@ -256,56 +256,22 @@ def gather_dense(state: nnx.State, dtype: DTypeLike, placement: Placement) -> nn
             NamedSharding(mesh, spec(axes, x.shape, mesh, name, gathered)[0])
             for gathered in (False, True)
         )
-        dtype_used = x.dtype if "router" in axes else dtype
-        return variable.replace(_gather(x, dtype_used, stored, used, _scattered(stored, x.shape)))
+        return variable.replace(_gather(x, x.dtype if "router" in axes else dtype, stored, used))
 
     return nnx.map_state(use, state)
 
 
-def _scattered(stored: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """Returns the stored sharding with its split axis split over data, too, if that divides it."""
-    mesh = stored.mesh
-    entries = [mesh_axes(entry) for entry in stored.spec]
-    for place, entry in enumerate(entries):
-        if {*entry} & {"fsdp", "expert"} and mesh.shape["data"] > 1:
-            wider = (*entry, "data")
-            if shape[place] % math.prod(mesh.shape[axis] for axis in wider) == 0:
-                entries[place] = wider
-    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(
-    x: Array,
-    dtype: DTypeLike,
-    stored: NamedSharding,
-    used: NamedSharding,
-    scattered: NamedSharding,
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dtype: DTypeLike, stored: NamedSharding, used: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x.astype(dtype), used)
 
 
-def _gather_backward(
-    dtype: DTypeLike,
-    stored: NamedSharding,
-    used: NamedSharding,
-    scattered: NamedSharding,
-    like: Array,
-    g: Array,
-) -> tuple[Array]:
-    """Reduce-scatters the cotangent to the stored shards; JAX would all-reduce it first.
-
-    With data > 1 it is scattered over all devices, then gathered over data. In one step XLA would
-    all-reduce it over fsdp and expert, and keep a slice, which is twice the bytes.
-    """
-    if scattered != stored:
-        g = jax.lax.with_sharding_constraint(g, scattered)
-    return (jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),)
-
-
+# Reduce-scatters the cotangent to the stored shards; JAX would all-reduce it first.
 _gather.defvjp(
-    lambda x, *how: (_gather(x, *how), jnp.zeros((), x.dtype)),
-    _gather_backward,
+    lambda x, dtype, stored, used: (_gather(x, dtype, stored, used), jnp.zeros((), x.dtype)),
+    lambda dtype, stored, used, like, g: (
+        jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),
+    ),
 )
 
 
