@@ -69,6 +69,7 @@ def naive(model):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mean_over_all_pairs(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(similarity, "_CHUNK", 100)
