@@ -64,11 +64,11 @@ class Costs:
     kernel_flops: float = 0.0
     attention_flops: float = 0.0  # set by the caller: attention kernels report none
     hbm_bytes: float = 0.0
-    bytes_by: dict[str, float] = dataclasses.field(default_factory=dict)  # by causes.Cause
-    movers: dict[str, float] = dataclasses.field(default_factory=dict)  # by instruction
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # by collective
     crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # between slices
     notes: list[str] = dataclasses.field(default_factory=list)
+    bytes_by: dict[str, float] = dataclasses.field(default_factory=dict)  # by causes.Cause
+    movers: dict[str, float] = dataclasses.field(default_factory=dict)  # by instruction
 
     @property
     def flops(self) -> float:

@@ -213,8 +213,8 @@ class Decoder(nnx.Module):
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)
         with jax.named_scope("norms"):
             normed = self.final_norm(x)
-        aux_loss, tokens, routing, z_loss = _records(traces)
-        return Features(normed, aux_loss, tokens, routing, new_cache, z_loss)
+        aux_loss, loads, routing, z_loss = _records(traces)
+        return Features(normed, aux_loss, loads, routing, new_cache, z_loss)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits over the vocabulary."""
