@@ -1,7 +1,7 @@
 """Compiles a run's programs for absent hardware and checks that they fit.
 
     finermoe aot --config=configs/qwen7b.py --topology=v5e:16x16 [--num_slices=2] [--suggest]
-        [--program=train|eval|prefill|decode] [--output=FILE.json] [--hlo=FILE]
+        [--program=train|eval|prefill|decode] [--bytes] [--output=FILE.json] [--hlo=FILE]
         [--config.mesh.fsdp=… and other overrides]
 
 Needs the extra compile-tpu (TPUs) or compile-cuda (h100:8), but no accelerator, weights or text.

@@ -7,24 +7,27 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from finermoe_jax.analysis.params import run_model
 from finermoe_jax.analysis.topology import Target
 from finermoe_jax.config.presets import LEAN_STATE
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.training.mesh import meshes
 
 
 def _train(config: RunConfig, **values: Any) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
 
 
-def _fsdp(config: RunConfig, target: Target) -> RunConfig | None:
-    mesh = dict(sharding.make_mesh(config.mesh, target.devices).shape)
-    if mesh["data"] == target.slices:
+def _shard(config: RunConfig, target: Target) -> RunConfig | None:
+    """Uses the most sharded mesh of the rule in training/mesh.py, with the given tensor axis."""
+    given = sharding.make_mesh(config.mesh, target.devices).shape
+    if given["data"] == target.slices:
         return None
-    mesh["fsdp"] *= mesh["data"] // target.slices
-    mesh["data"] = target.slices
-    return dataclasses.replace(config, mesh=type(config.mesh)(**mesh))
+    moe, tensor = run_model(config).moe, given["tensor"]
+    *_, most = meshes(len(target.devices) // tensor, target.slices, moe.num_experts if moe else 0)
+    return dataclasses.replace(config, mesh=dataclasses.replace(most, tensor=tensor))
 
 
 def _accumulate(config: RunConfig, target: Target) -> RunConfig | None:
@@ -70,7 +73,7 @@ LADDER: dict[str, Callable[[RunConfig, Target], RunConfig | None]] = {
     "train.remat=full": lambda config, target: (
         None if config.train.remat == "full" else _train(config, remat="full")
     ),
-    "mesh.data to mesh.fsdp": _fsdp,
+    "mesh.data to mesh.expert and mesh.fsdp": _shard,
     "train.grad_accumulation up to one sequence per device": _accumulate,
     "train.loss_chunk_tokens to a quarter": _loss,
     "optimizer.moment_dtype=bfloat16": _moments,

@@ -85,12 +85,12 @@ def dry_run(
     say("reading and checking the input …")
     claim(workdir, config, allow_changes)
     setup = check_run(config, workdir, say, allow_changes)
-    model = setup.initial.model.config
+    config, model = setup.config, setup.initial.model.config
     shape = dataclasses.replace(
         config, init_from="", dense=dataclasses.replace(model, moe=None), moe=model.moe
     )
     devices = tuple(setup.mesh.devices.flat)
-    # Of the target only the devices are used.
+    # Of the target only the devices are used; the mesh is chosen already.
     chip = Chip(0.0, "", 0.0, 0.0, 0.0)
     platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
     program = abstract_program(shape, Target("here", chip, platform, devices, 1, 1))

@@ -20,6 +20,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from finermoe_jax.analysis.causes import cause, op_name
 from finermoe_jax.analysis.hlo import (
     Computation,
     Frame,
@@ -51,6 +52,7 @@ _FREE_TARGETS = {
     "GatherScatterIndicesBitpacked", "AsyncCollectiveStart", "AsyncCollectiveDone",
     "ZeroCrop",
 }  # fmt: skip
+LARGEST = 100  # instructions that analyse() lists
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -65,6 +67,8 @@ class Costs:
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # by collective
     crossing_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # between slices
     notes: list[str] = dataclasses.field(default_factory=list)
+    bytes_by: dict[str, float] = dataclasses.field(default_factory=dict)  # by causes.Cause
+    movers: dict[str, float] = dataclasses.field(default_factory=dict)  # by instruction
 
     @property
     def flops(self) -> float:
@@ -84,6 +88,8 @@ def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) ->
     entry = walk.module.computations[walk.module.entry]
     walk.run(Frame(entry, None, None), 1.0)
     walk.costs.notes = list(dict.fromkeys(walk.costs.notes))
+    largest = sorted(walk.costs.movers.items(), key=lambda item: -item[1])
+    walk.costs.movers = dict(largest[:LARGEST])
     return walk.costs
 
 
@@ -160,13 +166,26 @@ class _Walk:
         elif kind == "fusion":
             fused = self.module.computations[instruction.called[0]]
             self._fused(fused, times, chains)
-            costs.hbm_bytes += times * self._fusion_bytes(instruction, inside, fused)
+            self._moves(instruction, inside, times, self._fusion_bytes(instruction, inside, fused))
             return
         elif opcode == "custom-call":
             self._kernel(target or "", instruction, inside, times)
             return
         costs.matmul_flops += times * flops(instruction, inside)
-        costs.hbm_bytes += times * self._plain_bytes(instruction, inside)
+        self._moves(instruction, inside, times, self._plain_bytes(instruction, inside))
+
+    def _moves(
+        self, instruction: Instruction, inside: Computation, times: float, size: float
+    ) -> None:
+        """Adds HBM bytes of an instruction that runs `times` times, by their cause."""
+        if not size:
+            return
+        moved, why = times * size, str(cause(instruction, inside, self.module))
+        shapes = " ".join(f"{leaf.dtype}{list(leaf.dims)}" for leaf in instruction.leaves[:3])
+        line = f"{why}: {times:g} x {instruction.name} {shapes} {op_name(instruction)[-80:]}"
+        self.costs.hbm_bytes += moved
+        for totals, key in ((self.costs.bytes_by, why), (self.costs.movers, line)):
+            totals[key] = totals.get(key, 0.0) + moved
 
     def _kernel(
         self, target: str, instruction: Instruction, inside: Computation, times: float
@@ -175,7 +194,7 @@ class _Walk:
         if estimate:
             numbers = {k: float(v) for k, v in re.findall(r'"(\w+)":"?(\d+)', estimate)}
             self.costs.kernel_flops += times * numbers.get("flops", 0.0)
-            self.costs.hbm_bytes += times * numbers.get("bytes_accessed", 0.0)
+            self._moves(instruction, inside, times, numbers.get("bytes_accessed", 0.0))
             return
         if "cublas" in target:
             self.costs.matmul_flops += times * library_flops(instruction, inside)
@@ -184,7 +203,7 @@ class _Walk:
                 f"{target} has no CostEstimate: its operands and results are counted, its FLOPs "
                 "are not"
             )
-        self.costs.hbm_bytes += times * self._plain_bytes(instruction, inside)
+        self._moves(instruction, inside, times, self._plain_bytes(instruction, inside))
 
     def _collective(
         self, kind: str, instruction: Instruction, inside: Computation, times: float
@@ -201,13 +220,13 @@ class _Walk:
         """Counts a TPU's send or recv: transfers between slices go through the hosts."""
         kind = transfer.attribute(r'_xla_megascale_transfer_type="(\w+)"')
         if transfer.opcode == "recv" or kind is None:
-            self.costs.hbm_bytes += times * transfer.leaves[0].bytes
+            self._moves(transfer, inside, times, transfer.leaves[0].bytes)
             return
         kind = kind.lower().replace("_", "-")
         size = inside.instructions[transfer.operands[0]].leaves[0].bytes
         amount = _ring(kind, len(set(self.slices)), size) if kind in COLLECTIVES else size
         self.costs.crossing_bytes[kind] = self.costs.crossing_bytes.get(kind, 0.0) + times * amount
-        self.costs.hbm_bytes += times * size
+        self._moves(transfer, inside, times, size)
 
     def _sent(
         self, kind: str, instruction: Instruction, inside: Computation
@@ -270,7 +289,7 @@ class _Walk:
                     # On TPU a reduce-scatter is an all-reduce whose fusion keeps a slice.
                     kind, moved = "reduce-scatter", moved - self._bytes(instruction)
                 self._collective(kind, instruction, fused, times)
-                self.costs.hbm_bytes += times * moved
+                self._moves(instruction, fused, times, moved)
 
     def _fusion_bytes(self, fusion: Instruction, inside: Computation, fused: Computation) -> float:
         total = 0.0
@@ -314,7 +333,9 @@ class _Walk:
                 elif user.opcode == "fusion":
                     inner = self.module.computations[user.called[0]]
                     for number, operand in enumerate(user.operands):
-                        if operand == name:
+                        if operand == name and _is_bitcast(inner, number):
+                            waiting.append(user.name)
+                        elif operand == name:
                             read += self._read(inner.parameters[number], inner)
                 elif user.opcode in COLLECTIVES or user.opcode in ("tuple", "custom-call"):
                     continue
@@ -352,6 +373,14 @@ class _Walk:
             # The result includes the operands.
             return read + max(0.0, self._bytes(instruction) - read)
         return read + self._bytes(instruction)
+
+
+def _is_bitcast(fused: Computation, number: int) -> bool:
+    """Returns True if a fusion only renames its parameter, as around a product's operands."""
+    root = fused.instructions[fused.root]
+    while root.opcode == "bitcast":
+        root = fused.instructions[root.operands[0]]
+    return root is fused.parameters.get(number)
 
 
 def _ring(kind: str, parts: int, size: float) -> float:

@@ -22,8 +22,9 @@ from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.parameters import trained_kinds
-from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.layers.sharding import Placement, per_device_bytes
 from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.training.mesh import choose_mesh, gradient_bytes
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import abstract_optimizer, check_microbatch, jit_step
 from finermoe_jax.weights.checkpoint import abstract_params
@@ -65,13 +66,18 @@ class Program:
 def abstract_program(config: RunConfig, target: Target, name: str = "train") -> Program:
     """Returns a config's program on a target's mesh. Allocates nothing.
 
+    A mesh at its defaults is chosen as in training (training/mesh.py); `notes` says so.
+
     Raises InputError for an unknown name, a mesh that does not match the devices, a microbatch that
     cannot be split over them, or generation on more than one device.
     """
     if name not in PROGRAMS:
         raise InputError(f"--program={name} is unknown. {near_misses(name, PROGRAMS)}")
-    mesh = sharding.make_mesh(config.mesh, target.devices)
-    return PROGRAMS[name](name, config, target, mesh)
+    count, memory = len(target.devices), target.chip.memory
+    chosen, note = choose_mesh(config, run_model(config), count, memory, target.slices)
+    config = dataclasses.replace(config, mesh=chosen)
+    program = PROGRAMS[name](name, config, target, sharding.make_mesh(chosen, target.devices))
+    return dataclasses.replace(program, notes=[note, *program.notes]) if note else program
 
 
 def _model(config: RunConfig, mesh: Mesh, dtype: str) -> tuple[Decoder, dict, dict, list[str]]:
@@ -100,12 +106,9 @@ def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)
     rows = config.data.global_batch_size
-    accumulated = config.train.grad_accumulation > 1
-    wide = jax.tree.map(lambda p: p.update(dtype=jnp.float32), params)
-    gradients = per_device_bytes(params) + (per_device_bytes(wide) if accumulated else 0)
     return Program(
         name, config, model.config, mesh, notes, rows, config.train.param_dtype,
-        per_device_bytes(params), gradients,
+        per_device_bytes(params), gradient_bytes(config, params),
         per_device_bytes(state), whole_bytes((params, state)),
         _lowered(step, (params, state, _batch(config, rows, mesh)), mesh, target),
     )  # fmt: skip
@@ -178,14 +181,6 @@ def _batch(config: RunConfig, rows: int, mesh: Mesh) -> Batch:
         (rows, config.data.sequence_length + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     return Batch(tokens, tokens if config.data.packing == "documents" else None)
-
-
-def per_device_bytes(tree: Any) -> int:
-    """Returns one device's bytes of a tree of sharded shapes, without tile padding."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def whole_bytes(tree: Any) -> int:

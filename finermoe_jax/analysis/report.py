@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from finermoe_jax.analysis.causes import PHASES
 from finermoe_jax.analysis.hlo_costs import Costs
 from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import HOST_BYTES_PER_SECOND, Target
 
 _GIB = 2**30
+_LISTED = 20  # instructions of bytes_by_cause
 
 
 def gib(size: float | int) -> str:
@@ -29,6 +31,31 @@ def heading(program: Program, target: Target) -> str:
         "decode": f"one token after {data.sequence_length} others",
     }[program.name]
     return "\n".join([f"{where} · mesh {dict(program.mesh.shape)}", what, *program.notes])
+
+
+def bytes_by_cause(figures: dict[str, Any]) -> str:
+    """Formats HBM bytes by cause and pass, and the instructions that move the most."""
+    moved: dict[str, dict[str, float]] = {}
+    for key, size in figures["bytes_by"].items():
+        name, _, phase = key.rpartition(": ")
+        moved.setdefault(name, {})[phase] = size
+    total = {phase: sum(each.get(phase, 0.0) for each in moved.values()) for phase in PHASES}
+    lines = [
+        "",
+        "HBM bytes by cause, GB per device and step, compiler estimates",
+        f"{'':<28}{'':>10}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'share':>8}",
+    ]
+    for name, by in [*sorted(moved.items(), key=lambda item: -sum(item[1].values())),
+                     ("total", total)]:  # fmt: skip
+        every = sum(by.values())
+        lines.append(
+            f"{name:<28}{every / 1e9:>10.3f}"
+            + "".join(f"{by.get(phase, 0.0) / 1e9:>11.3f}" for phase in PHASES)
+            + f"{every / figures['hbm_bytes']:>8.1%}"
+        )
+    lines += ["", "instructions that move the most, GB per device and step"]
+    largest = list(figures["movers"].items())[:_LISTED]
+    return "\n".join([*lines, *(f"{size / 1e9:>10.3f}  {line}" for line, size in largest)])
 
 
 def roofline(costs: Costs, target: Target, tokens: int, flops_per_token: float) -> dict[str, Any]:

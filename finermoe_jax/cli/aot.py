@@ -28,6 +28,7 @@ def define(flags: Flags) -> None:
         "if it does not fit, compile the proposed config changes until one fits (otherwise they "
         "are only estimated, not compiled)",
     )
+    flags.add_boolean("bytes", "also print HBM bytes by cause: attention, experts, loss, …")
     flags.add_path("output", "also write all figures to this JSON file")
     flags.add_path("hlo", "also write the compiled program's HLO text to this file")
 
@@ -45,9 +46,11 @@ def main(flags: Flags) -> int:
     print(report.heading(program, target), flush=True)
     figures = compile_program(program, target, hlo=hlo)
     print(report.text(figures, target))
+    if flags.bytes and "bytes_by" in figures:
+        print(report.bytes_by_cause(figures))
     if program.trains and not figures["fits"]:
         figures["changes"] = candidates.search(
-            config, target, abstract_program, compile_program if flags.suggest else None
+            program.config, target, abstract_program, compile_program if flags.suggest else None
         )
     if output:
         write(output, to_json(figures, indent=2) + "\n")

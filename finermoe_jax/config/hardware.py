@@ -45,18 +45,22 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+# The chip of a TPU's device_kind, by prefix. The longest matching prefix wins.
+_TPUS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
 # Published peak of one JAX device in dense bfloat16 products, FLOP/s, by prefix of its
-# device_kind. The longest matching prefix wins.
+# device_kind.
 PEAKS: dict[str, float] = {
     "TPU v4": 275e12,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5e": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU v6e": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops,
-    "TPU v7x": CHIPS["tpu7x"].flops,
+    **{kind: CHIPS[chip].flops for kind, chip in _TPUS.items()},
     "NVIDIA A100": 312e12,
     "NVIDIA H100": CHIPS["h100"].flops,
     "NVIDIA H100 PCIe": 756e12,
@@ -66,14 +70,7 @@ PEAKS: dict[str, float] = {
 }
 # Published HBM bandwidth of one JAX device, bytes/s, in the same way.
 BANDWIDTHS: dict[str, float] = {
-    "TPU v5 lite": CHIPS["v5e"].bandwidth,
-    "TPU v5e": CHIPS["v5e"].bandwidth,
-    "TPU v5": CHIPS["v5p"].bandwidth,
-    "TPU v5p": CHIPS["v5p"].bandwidth,
-    "TPU v6 lite": CHIPS["v6e"].bandwidth,
-    "TPU v6e": CHIPS["v6e"].bandwidth,
-    "TPU7x": CHIPS["tpu7x"].bandwidth,
-    "TPU v7x": CHIPS["tpu7x"].bandwidth,
+    **{kind: CHIPS[chip].bandwidth for kind, chip in _TPUS.items()},
     "NVIDIA H100": CHIPS["h100"].bandwidth,
     "NVIDIA H100 PCIe": 2000e9,
     "NVIDIA H100 NVL": 3900e9,
@@ -92,6 +89,16 @@ def peak_flops(kind: str) -> float | None:
 def peak_bandwidth(kind: str) -> float | None:
     """Returns a device kind's HBM bandwidth, bytes/s; None if unknown, as for any CPU."""
     return _of_kind(BANDWIDTHS, kind)
+
+
+def device_memory(kind: str, reported: int | None) -> float | None:
+    """Returns the bytes of a device's memory; None if unknown, as on a CPU.
+
+    A known TPU's are those of CHIPS, the same on every process. `reported` is what the device
+    reports; it is rounded down to whole GiB.
+    """
+    known = _of_kind({kind: CHIPS[chip].memory for kind, chip in _TPUS.items()}, kind)
+    return known or (float(reported // _GIB * _GIB) if reported else None)
 
 
 def _of_kind(table: Mapping[str, float], kind: str) -> float | None:

@@ -107,7 +107,11 @@ PUBLISHED_BALANCE = BalanceConfig()
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. One of them may be -1: all remaining devices."""
+    """Sizes of the mesh axes. One of them may be -1: all remaining devices.
+
+    If all are at their defaults, the run chooses a mesh that fits the memory of its devices, if
+    that is known (training/mesh.py). On a CPU and on one device they are used as they are.
+    """
 
     data: int = -1  # replicas
     fsdp: int = 1  # shards of weights and optimizer state, and of the batch

@@ -131,14 +131,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices > 1 and devices[0].platform == "tpu":
+    slices = slice_count(devices)
+    if slices > 1:
         placed = _across_slices(sizes, slices, devices)
     else:
         placed = mesh_utils.create_device_mesh(
             list(sizes.values()), devices, allow_split_physical_axes=True
         )
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Returns the number of TPU slices that the devices belong to; 1 on other platforms."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -317,6 +324,14 @@ def _parameter_path(path: tuple) -> Path:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
+def per_device_bytes(tree: Any) -> int:
+    """Returns one device's bytes of a tree of sharded shapes, without tile padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a [batch, sequence] array."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
@@ -327,12 +342,12 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh) -> Any:
+def like_params(tree: Any, params: dict, shardings: dict, mesh: Mesh | AbstractMesh) -> Any:
     """Returns shardings of an optimizer state: each leaf like the parameter its path ends in.
 
     A leaf that lacks one axis of its parameter (Adafactor's second moments) keeps the sharding of

@@ -1,5 +1,9 @@
-"""One layer of the decoder. Axis letters: config/model.py."""
+"""One layer of the decoder. Axis letters: config/model.py.
 
+The named scopes are those of analysis/causes.py.
+"""
+
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -39,12 +43,18 @@ class Block(nnx.Module):
         balance: BalanceConfig,
     ) -> tuple[Array, LayerCache | None, tuple[Routing, Balance] | None]:
         """Returns x, the written cache, and an MoE layer's routing and balance."""
-        attended, written = self.attention(
-            self.input_norm(x), angles, segment_ids, placement, cache
-        )
-        x = x + attended
-        normed = self.post_norm(x)
+        with jax.named_scope("norms"):
+            normed = self.input_norm(x)
+        with jax.named_scope("attention"):
+            attended, written = self.attention(normed, angles, segment_ids, placement, cache)
+        with jax.named_scope("norms"):
+            x = x + attended
+            normed = self.post_norm(x)
         if not hasattr(self, "moe"):
-            return x + self.mlp(normed, placement), written, None
+            with jax.named_scope("dense_ffn"):
+                return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        return x + y, written, (routing, measure(routing, aux_loss, real, balance))
+        with jax.named_scope("router"):
+            measured = measure(routing, aux_loss, real, balance)
+        with jax.named_scope("norms"):
+            return x + y, written, (routing, measured)

@@ -201,7 +201,8 @@ class Decoder(nnx.Module):
             angles, segment_ids, real, self.placement, slot, visible, remat, unroll,
             frozen_experts, balance,
         )  # fmt: skip
-        x = self.embed(input_ids, self.dtype, self.placement)
+        with jax.named_scope("embedding"):
+            x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[Traces] = []
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
@@ -210,8 +211,10 @@ class Decoder(nnx.Module):
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)
+        with jax.named_scope("norms"):
+            normed = self.final_norm(x)
         aux_loss, counts, routing, z_loss = _records(traces)
-        return Features(self.final_norm(x), aux_loss, counts, routing, new_cache, z_loss)
+        return Features(normed, aux_loss, counts, routing, new_cache, z_loss)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits over the vocabulary."""

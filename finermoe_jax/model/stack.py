@@ -104,7 +104,8 @@ def run_layers(
         (x, caches, gradients), (layer, state) = carry, here
         if state is None:
             state = _in_place(stacked, layer, shared.placement)
-        state = sharding.gather_dense(state, x.dtype, shared.placement)
+        with jax.named_scope("weights"):
+            state = sharding.gather_dense(state, x.dtype, shared.placement)
         blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
         for block, carried, handed_on in zip(blocks, banks, gradients, strict=True):
             if carried is not None:

@@ -73,10 +73,11 @@ class ExpertBank:
                 rows, flat[0], flat[1], group_sizes, row_weights, kernel, False, first,
                 (flat[2], flat[3]),
             )  # fmt: skip
-        y, self.gradients = expert_ffn_of_run(
-            rows, self.gate_up, self.down, group_sizes, row_weights, self.layer, self.gradients,
-            kernel, adds=self.adds,
-        )  # fmt: skip
+        with jax.named_scope("routed_experts"):
+            y, self.gradients = expert_ffn_of_run(
+                rows, self.gate_up, self.down, group_sizes, row_weights, self.layer,
+                self.gradients, kernel, adds=self.adds,
+            )  # fmt: skip
         return y
 
     def at(self, layer: Array | int, gradients: tuple[Array, ...]) -> "ExpertBank":

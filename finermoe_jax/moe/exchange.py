@@ -212,6 +212,45 @@ def quota(rows: int, devices: int) -> int:
     return min(rows, -(-2 * rows // devices))
 
 
+def _packs(dtype: DTypeLike) -> bool:
+    """Returns True for the dtypes that `_packed` changes."""
+    return jnp.dtype(dtype).itemsize == 2
+
+
+def _packed(rows: Float[Array, "M C"]) -> Float[Array, "M *P"]:
+    """Pads 16-bit rows to a multiple of 256 values and returns them as [M, 2, P].
+
+    A TPU's ragged exchange moves them in this form. XLA would convert 2-D arrays to it, the
+    uninitialised ones of `_room` included.
+    """
+    if not _packs(rows.dtype):
+        return rows
+    padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 256)))
+    return padded.reshape(rows.shape[0], 2, -1)
+
+
+def _unpacked(packed: Float[Array, "M *P"], width: int) -> Float[Array, "M C"]:
+    """Inverse of `_packed`."""
+    return packed.reshape(packed.shape[0], -1)[:, :width]
+
+
+def _room(plan: Exchange, count: int, like: Any) -> Float[Array, "N *P"]:
+    """Returns room for `count` rows like those of `like` to arrive; uninitialised if packed.
+
+    In a buffer, the kernels ignore empty places, NaN included. In a result, every row arrives in
+    one of the rounds.
+    """
+    if plan.padded or like.ndim == 1 or not _packs(like.dtype):
+        return jnp.zeros((count, *like.shape[1:]), like.dtype)
+    packed = jax.eval_shape(_packed, like)
+    return uninitialised((count, *packed.shape[1:]), like.dtype)
+
+
+def uninitialised(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Returns an array of any values."""
+    return lax.empty(shape, dtype)
+
+
 def is_padded(exchange: ExchangeKind) -> bool:
     """True if a round's empty places are sent as well.
 
@@ -238,20 +277,23 @@ def _to_experts(
         place = jnp.minimum(first[:, None] + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
-    buffer = jnp.zeros((devices * plan.quota, *rows.shape[1:]), rows.dtype)
+    buffer = _room(plan, devices * plan.quota, rows)
     there = jnp.full(devices, me * plan.quota, jnp.int32)
     received = plan.moved(step)[:, me]
-    return lax.ragged_all_to_all(rows, buffer, first, sent, there, received, axis_name=axis)
+    arrived = lax.ragged_all_to_all(
+        _packed(rows), buffer, first, sent, there, received, axis_name=axis
+    )
+    return _unpacked(arrived, rows.shape[1])
 
 
 def _from_experts(
     plan: Exchange,
     buffer: Float[Array, "M *C"],
-    out: Float[Array, "R *C"],
+    out: Float[Array, "R *P"],
     step: Int[Array, ""] | int,
     axis: str,
-) -> Float[Array, "R *C"]:
-    """Returns `out` with one round's rows back in their places."""
+) -> Float[Array, "R *P"]:
+    """Returns `out`, a `_room`, with one round's rows back in their places."""
     devices, me = plan.sizes.shape[0], plan.device
     first, moved = plan.first(step), plan.moved(step)
     if plan.padded or buffer.ndim == 1:
@@ -266,7 +308,7 @@ def _from_experts(
         return jnp.where(came.reshape(-1, *(1,) * (out.ndim - 1)), back, out)
     here = jnp.arange(devices, dtype=jnp.int32) * plan.quota
     return lax.ragged_all_to_all(
-        buffer, out, here, moved[:, me], first[:, me], moved[me], axis_name=axis
+        _packed(buffer), out, here, moved[:, me], first[:, me], moved[me], axis_name=axis
     )
 
 
@@ -288,10 +330,11 @@ def _compute(
     order = jnp.argsort(experts, stable=True)
     inverse = inverse_of(order)
     sizes = jnp.bincount(experts, length=local + 1)[:local].astype(jnp.int32)
-    y, gradients = expert_ffn_of_run(
-        permute(rows, order, inverse), gate_up, down, sizes, permute(weights, order, inverse),
-        layer, gradients, kernel, adds=adds,
-    )  # fmt: skip
+    rows, weights = permute(rows, order, inverse), permute(weights, order, inverse)
+    with jax.named_scope("routed_experts"):
+        y, gradients = expert_ffn_of_run(
+            rows, gate_up, down, sizes, weights, layer, gradients, kernel, adds=adds
+        )
     return permute(y, inverse, order), gradients
 
 
@@ -357,9 +400,11 @@ def _exchanged(
         return _from_experts(plan, y, out, step, axis)
 
     arrived = arrive(0)
-    out = jnp.zeros((rows.shape[0], down.shape[3]), rows.dtype)
+    width = down.shape[3]
+    out = _room(plan, rows.shape[0], jax.ShapeDtypeStruct((1, width), rows.dtype))
     out = round_of(0, arrived, out)
     out = lax.fori_loop(1, plan.rounds, lambda i, out: round_of(i, arrive(i), out), out)
+    out = _unpacked(out, width)
     return (out, gradients), (rows, weights, gate_up, down, layer, sizes, *arrived)
 
 
@@ -394,11 +439,11 @@ def _exchanged_backward(
         again = _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
         return round_of(step, again, sums, adds=True)
 
-    zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
+    rooms = (_room(plan, x.shape[0], x) for x in (rows, weights))
     # The first round writes all of the layer's gradients, later rounds add.
-    sums = round_of(0, arrived, (*zeros, into), adds)
+    sums = round_of(0, arrived, (*rooms, into), adds)
     drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
-    return drows, dweights, into, None, None, None, None
+    return _unpacked(drows, rows.shape[1]), dweights, into, None, None, None, None
 
 
 exchanged_ffn.defvjp(_exchanged, _exchanged_backward)

@@ -84,20 +84,23 @@ class FineRMoE(nnx.Module):
           The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
           of Eq. 11, weight not applied.
         """
-        routing, slot_order = self.route(x)  # Algorithm 1
-        if placement.force_balance:
-            routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
-        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
-        experts, weights = (
-            jnp.take_along_axis(chosen, slot_order, axis=-1)
-            for chosen in (routing.experts, routing.weights)
-        )
-        y = routed_experts(x, experts, weights, self.experts(placement), placement)  # [B, T, A, W]
-        y = self._combine(y)  # Eq. 7
+        with jax.named_scope("router"):
+            routing, slot_order = self.route(x)  # Algorithm 1
+            if placement.force_balance:
+                routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
+            aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
+            experts, weights = (
+                jnp.take_along_axis(chosen, slot_order, axis=-1)
+                for chosen in (routing.experts, routing.weights)
+            )
+        with jax.named_scope("exchange"):
+            y = routed_experts(x, experts, weights, self.experts(placement), placement)
+            y = self._combine(y)  # Eq. 7, [B, T, A, W] to [B, T, D]
         if self.moe.concat_proj == "routed":
             y = self._project(y)
         if hasattr(self, "shared"):
-            y += self._gated_shared(x, placement)
+            with jax.named_scope("shared_expert"):
+                y += self._gated_shared(x, placement)
         if self.moe.concat_proj == "all":
             y = self._project(y)
         return y, routing, aux_loss

@@ -13,6 +13,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from finermoe_jax.config.hardware import device_memory
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
 from finermoe_jax.data.tokenizers import check_kept, open_tokenizer
@@ -24,7 +27,7 @@ from finermoe_jax.layers.parameters import kinds, trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
-from finermoe_jax.runtime.json_files import to_json
+from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.runtime.preemption import stop_requests
@@ -37,6 +40,7 @@ from finermoe_jax.training.checkpoints import (
 )
 from finermoe_jax.training.initial import InitialModel, initial_model, resumed_model
 from finermoe_jax.training.loop import Loop, RunSetup
+from finermoe_jax.training.mesh import choose_mesh, is_automatic
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import (
@@ -139,6 +143,7 @@ def _claimed(
     with distributed.together():
         setup = check_run(config, workdir, say, allow_changes)
     distributed.same(to_json(setup.data.identity), "reads other data than process 0")
+    distributed.same(str(setup.config.mesh), "chose another mesh than process 0: set config.mesh")
     newest = newest_checkpoint(steps)
     distributed.same(
         str(newest),
@@ -156,7 +161,7 @@ def _claimed(
             Log(workdir).config_changes(int(step), changes)
             for name, (old, new) in changes.items():
                 say(f"{name} changes from {old!r} to {new!r} after step {step}")
-        fill_workdir(workdir, config, setup.initial.tokenizer_files, setup.initial.ends_files)
+        fill_workdir(workdir, setup.config, setup.initial.tokenizer_files, setup.initial.ends_files)
         record_data(workdir, setup.data.identity)
     with distributed.together():
         find_shared(workdir)
@@ -171,15 +176,18 @@ def check_run(
 
     Raises InputError for invalid input.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    check_microbatch(config, mesh)
+    if not is_automatic(config.mesh):
+        check_microbatch(config, sharding.make_mesh(config.mesh))
     kernel = sharding.kernel_named(config.train.kernel)
     exchange = sharding.exchange_named(config.train.exchange)
     newest = newest_checkpoint(workdir / "checkpoints")
     initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
+    model = initial.model.config
+    config = _with_mesh(config, model, workdir, newest is not None, say)
+    mesh = sharding.make_mesh(config.mesh)
+    check_microbatch(config, mesh)
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     _check_frozen(config, initial.model, say)
-    model = initial.model.config
     if config.balance.kind == "bias" and not (model.moe and model.moe.selection_bias):
         raise InputError(
             "balance.kind=bias moves the selection biases of experts, but the model has none: "
@@ -213,6 +221,30 @@ def check_run(
             initial.model, tokenizer, prompt, config.prompt_tokens
         )  # only checks the prompt
     return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
+
+
+def _with_mesh(
+    config: RunConfig, model: ModelConfig, workdir: Path, resumes: bool, say: Callable[[str], None]
+) -> RunConfig:
+    """Returns the config with its mesh, which is chosen if all sizes are at their defaults.
+
+    A resumed run keeps the mesh in its config.json if it matches the number of devices.
+    """
+    devices, here = jax.devices(), jax.local_devices()[0]
+    reported = (here.memory_stats() or {}).get("bytes_limit")
+    memory = device_memory(here.device_kind, reported)
+    if resumes and memory and is_automatic(config.mesh):
+        kept = run_config(read_json(workdir / "config.json")).mesh
+        if is_automatic(kept):  # data parallel
+            return config
+        if sharding.least_devices(kept) == len(devices):
+            say(f"mesh of the run: {dataclasses.asdict(kept)}. Set config.mesh to use another one")
+            return dataclasses.replace(config, mesh=kept)
+    slices = sharding.slice_count(devices)
+    chosen, note = choose_mesh(config, model, len(devices), memory, slices)
+    if note:
+        say(note)
+    return dataclasses.replace(config, mesh=chosen)
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.run import RunConfig
@@ -61,8 +61,9 @@ def train_step(
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
         updates_made(opt_state)
     )
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
+    with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
 
     def update(grads: Any, opt_state: Any, free: Any) -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, opt_state, free)
@@ -74,7 +75,8 @@ def train_step(
         return free, opt_state
 
     # A branch rather than jnp.where: both sides reuse the donated buffers.
-    free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
+    with jax.named_scope("optimizer"):
+        free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
     segments, size = batch.segment_ids, batch.tokens[:, 1:].size
     tokens = (
         jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
@@ -141,7 +143,8 @@ def _accumulated(
     free = nnx.traversals.flatten_mapping(free)
     banks = _banks_in_place(model, free)
     # Cast once instead of in every microbatch.
-    weights = {path: lax.stop_gradient(_narrowed(free[path], model.dtype)) for path in banks}
+    with jax.named_scope("weights"):
+        weights = {path: lax.stop_gradient(_narrowed(free[path], model.dtype)) for path in banks}
 
     def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
         summed = {path: Summed(weights[path], sums[path], by[path]) for path in banks}
@@ -155,13 +158,16 @@ def _accumulated(
         by = free | {path: jnp.zeros_like(sums[path]) for path in banks}
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(by, sums, part)
         tokens = metrics.pop("expert_tokens")
-        totals = jax.tree.map(lambda a, b: a + b / parts, totals, metrics)
-        return ({p: g if p in banks else sums[p] + g for p, g in grads.items()}, totals), tokens
+        with jax.named_scope("sums"):
+            totals = jax.tree.map(lambda a, b: a + b / parts, totals, metrics)
+            sums = {p: g if p in banks else sums[p] + g for p, g in grads.items()}
+        return (sums, totals), tokens
 
-    sums = {
-        path: banks[path].zeros(p) if path in banks else jnp.zeros(p.shape, jnp.float32)
-        for path, p in free.items()
-    }
+    with jax.named_scope("sums"):
+        sums = {
+            path: banks[path].zeros(p) if path in banks else jnp.zeros(p.shape, jnp.float32)
+            for path, p in free.items()
+        }
     layers = model.config.layer_kinds.count("moe")
     totals = {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)}
     if config.balance.z_loss and layers:
@@ -169,9 +175,10 @@ def _accumulated(
     # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
     pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
     (sums, metrics), tokens = jax.lax.scan(body, (sums, totals), pieces)
-    sums |= {path: places.total(sums[path]) for path, places in banks.items()}
     metrics["expert_tokens"] = tokens.sum(axis=0)
-    grads = {path: sums[path].astype(p.dtype) for path, p in free.items()}
+    with jax.named_scope("sums"):
+        sums |= {path: places.total(sums[path]) for path, places in banks.items()}
+        grads = {path: sums[path].astype(p.dtype) for path, p in free.items()}
     return metrics, nnx.traversals.unflatten_mapping(grads)
 
 
@@ -278,7 +285,7 @@ def jit_step(
 
 
 def abstract_optimizer(
-    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh
+    tx: optax.GradientTransformation, params: dict, shardings: dict, mesh: Mesh | AbstractMesh
 ) -> Any:
     """Returns shapes, dtypes and shardings of the optimizer state."""
     shapes = jax.eval_shape(tx.init, params)

@@ -103,7 +103,8 @@ def test_the_ladder_begins_with_what_leaves_the_arithmetic_alone():
     alone = names[: next(i for i, name in enumerate(names) if " + " in name)]
     assert alone == list(candidates.LADDER)
     last = found[-1][1]
-    assert (last.mesh.fsdp, last.train.grad_accumulation, last.train.remat) == (8, 8, "full")
+    assert dataclasses.astuple(last.mesh) == (1, 1, 8, 1)
+    assert (last.train.grad_accumulation, last.train.remat) == (8, "full")
     assert (last.optimizer.name, last.train.param_dtype) == ("adafactor", "bfloat16")
     assert last.data.sequence_length == 2048
 
@@ -117,9 +118,9 @@ def test_what_does_not_fit_gets_a_change_that_may():
         config, _target(memory=0.4 * state), programs.abstract_program, None, said.append
     )
     first = next(row for row in rows if row["possible"])
-    assert first["change"] == "mesh.data to mesh.fsdp"
+    assert first["change"] == "mesh.data to mesh.expert and mesh.fsdp"
     assert first["floor_bytes"] < state / 4
-    assert said[-1].endswith("starting with: mesh.data to mesh.fsdp")
+    assert said[-1].endswith("starting with: mesh.data to mesh.expert and mesh.fsdp")
     candidates.search(config, _target(memory=1e3), programs.abstract_program, None, said.append)
     assert "larger slice" in said[-1]
 
@@ -244,7 +245,7 @@ def test_a_tpu_slice(tmp_path):
         python, "-m", "finermoe_jax", "aot", "--config=configs/demo.py", "--topology=v5e:2x4",
         "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
         "--config.data.global_batch_size=8", "--config.train.compute_dtype=bfloat16",
-        f"--output={tmp_path / 'figures.json'}",
+        "--bytes", f"--output={tmp_path / 'figures.json'}",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -256,6 +257,9 @@ def test_a_tpu_slice(tmp_path):
     state = figures["parameter_bytes"] + figures["optimizer_bytes"]
     assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
     assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
+    assert sum(figures["bytes_by"].values()) == pytest.approx(figures["hbm_bytes"])
+    assert figures["bytes_by"]["routed experts: backward"] > 0
+    assert "HBM bytes by cause" in done.stdout and "norms and residual" in done.stdout
     assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
     loops = [note for note in figures["counting_notes"] if "data-dependent trip count" in note]
     assert all("shard_map" in note for note in loops)  # the exchange's further rounds alone

@@ -63,6 +63,31 @@ def test_a_stack_of_weights_is_read_slice_by_slice():
     assert stack <= costs(loop, (8, 256), (64, 256, 256)).hbm_bytes < 4 * stack
 
 
+def test_an_operand_that_a_nested_fusion_renames_is_read():
+    """On TPUs XLA wraps a product's operands in fusions that only bitcast."""
+    text = """HloModule m
+
+%renamed (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %b = f32[8,4]{1,0} bitcast(%a)
+}
+
+%product (x: f32[8,4], w: f32[4,2]) -> f32[8,2] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = f32[4,2]{1,0} parameter(1)
+  %same = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%renamed
+  ROOT %dot = f32[8,2]{1,0} dot(%same, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,4], w: f32[4,2]) -> f32[8,2] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = f32[4,2]{1,0} parameter(1)
+  ROOT %y = f32[8,2]{1,0} fusion(%x, %w), kind=kOutput, calls=%product
+}
+"""
+    assert analyse(text).hbm_bytes == 4 * (8 * 4 + 4 * 2 + 8 * 2)
+
+
 def test_batched_products():
     found = costs(lambda x, w: jnp.einsum("bij,bkj->bik", x, w), (3, 8, 16), (3, 5, 16))
     assert found.matmul_flops == 2 * 3 * 8 * 5 * 16

@@ -82,7 +82,8 @@ def _ragged_all_to_all(
         target, size = targets[source, me], sizes[source, me]
         row = jnp.clip(starts[source, me] + place - target, 0, operands.shape[1] - 1)
         here = (place >= target) & (place < target + size)
-        output = jnp.where(here[:, None], operands[source][row], output)
+        here = here.reshape(-1, *(1,) * (output.ndim - 1))
+        output = jnp.where(here, operands[source][row], output)
     wrong = (sizes[:, me] != recv_sizes).any() | (sizes < 0).any()
     for begin, rows in ((starts, operands.shape[1]), (targets, output.shape[0])):
         wrong |= ((begin < 0) | (begin + sizes > rows)).any()
@@ -118,11 +119,15 @@ _unspecified_ffn.defvjp(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (2, 1, 4, 1)])
-def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
+@pytest.mark.parametrize(("sizes", "packs"), [((1, 1, 8, 1), True), ((2, 1, 4, 1), False)])
+def test_the_ragged_exchange_of_accelerators(sizes, packs, one_device, monkeypatch):
     """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,
-    around a kernel that leaves NaN wherever it may."""
+    around a kernel that leaves NaN wherever it may, with buffers that begin as NaN."""
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
+    monkeypatch.setattr(
+        expert_parallel, "uninitialised", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    )
+    monkeypatch.setattr(expert_parallel, "_packs", lambda _: packs)
     monkeypatch.setattr(
         expert_parallel,
         "expert_ffn_of_run",
@@ -131,6 +136,15 @@ def test_the_ragged_exchange_of_accelerators(sizes, one_device, monkeypatch):
     for skew, arrays in _value_and_grads(Placement(_mesh(*sizes), None, "ragged")).items():
         for got, want in zip(arrays, one_device[skew], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("width", [448, 512, 896])
+def test_rows_are_packed_for_a_tpu_and_unpacked(width):
+    rows = jnp.arange(6 * width, dtype=jnp.int32).reshape(6, width).astype(jnp.bfloat16)
+    packed = expert_parallel._packed(rows)
+    assert packed.shape == (6, 2, -(-width // 256) * 128)
+    assert (expert_parallel._unpacked(packed, width) == rows).all()
+    assert expert_parallel._packed(rows.astype(jnp.float32)).shape == rows.shape
 
 
 def test_tokens_that_no_axis_divides_are_computed_whole():
