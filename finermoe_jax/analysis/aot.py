@@ -98,7 +98,7 @@ def compile_program(
 def _experts(program: Program, text: str) -> dict[str, Any]:
     """Returns HBM bytes of the experts' weights and gradients, and their minimum."""
     assert program.model.moe is not None
-    train, total = program.config.train, program.model.moe.num_experts
+    train, total = program.config.train, program.model.moe.pool_size
     places = Places.of(total, Placement(program.mesh))
     local = total // math.prod(program.mesh.shape[a] for a in places.experts if a == "expert")
     stored = jnp.dtype(program.stored).itemsize

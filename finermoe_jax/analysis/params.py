@@ -105,7 +105,7 @@ def paper_counts(config: ModelConfig) -> Counts:
     width = config.expert_intermediate_size
 
     def experts(n: int) -> float:
-        return n * width / h + n * width / (2 * h * moe.output_granularity) + moe.num_experts / h
+        return n * width / h + n * width / (2 * h * moe.output_granularity) + moe.pool_size / h
 
     shared = config.shared_expert_size
     return Counts(

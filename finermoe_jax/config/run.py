@@ -120,8 +120,17 @@ class TrainConfig:
     keep_best: int = 0
     # Steps with a non-finite loss or gradient are skipped; this many in a row end the run.
     max_skipped_steps: int = 10
-    # Seed of initial weights, upcycling and stochastic rounding.
+    # Seed of initial weights, upcycling, stochastic rounding and psr's masks.
     seed: int = 0
+    # Progressive scaling of routing (ReXMoE, docs/pooling.md): masks some experts of each layer,
+    # fewer and fewer, and none from psr_end on. "linear" or "stepwise" is the schedule. Never in
+    # evaluation and generation.
+    psr: Literal["none", "linear", "stepwise"] = "none"
+    # Shares of `steps` at which psr begins to unmask experts and at which none is masked.
+    psr_start: float = 0.2
+    psr_end: float = 0.6
+    # "random" masks any expert (the paper); "foreign" only those of other layers.
+    psr_mask: Literal["random", "foreign"] = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +185,38 @@ class RunConfig:
                 raise InputError(f"{name}={value} must be {within}")
         self._check_contradictions()
 
+    def _check_psr(self) -> None:
+        """Raises InputError if train.psr does not fit the experts."""
+        train, moe = self.train, self.moe
+        if train.psr_start > train.psr_end:
+            raise InputError(
+                f"train.psr_start={train.psr_start} must be at most train.psr_end={train.psr_end}"
+            )
+        if train.psr == "none":
+            return
+        if moe is None:
+            raise InputError(
+                f"train.psr={train.psr} masks experts, but config.moe is None: set config.moe, or "
+                "train.psr=none"
+            )
+        if moe.experts_across > 1:
+            return
+        if train.psr_mask == "foreign":
+            raise InputError(
+                "train.psr_mask=foreign masks the experts of other layers, but with "
+                "moe.experts_across=1 there are none: set psr_mask=random or experts_across"
+            )
+        half = (moe.num_experts if moe.plain_top_k else moe.group_size) // 2
+        if half < moe.active_per_group:
+            raise InputError(
+                f"train.psr={train.psr} with moe.experts_across=1 begins with {half} experts of "
+                f"each group, fewer than moe.active_per_group={moe.active_per_group}: set "
+                "train.psr=none or experts_across"
+            )
+
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""
+        self._check_psr()
         data, train, optimizer = self.data, self.train, self.optimizer
         if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
             raise InputError(
@@ -227,6 +266,8 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.
     "train.seed": (0, 2**32 - 1),
     "train.keep_best": (0, 1e6),
     "train.aux_loss_weight": (0, 1e6),
+    "train.psr_start": (0, 1),
+    "train.psr_end": (0, 1),
     "optimizer.warmup_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),

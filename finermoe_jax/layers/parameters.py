@@ -53,6 +53,7 @@ KINDS: dict[tuple[str, ...], Kind] = {
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind(),
     ("gate_in",): Kind(),
+    ("depth",): Kind(decayed=False),  # a bias of router and experts
     ("expert", "expert_mlp", "expert_in"): Kind(summed=(-1,), bank=True),
     ("expert", "expert_mlp", "expert_out"): Kind(summed=(-2,), bank=True),
     ("shared_mlp", "embed"): Kind(summed=(-1,)),

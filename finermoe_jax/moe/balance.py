@@ -21,21 +21,28 @@ def expert_tokens(
 
 
 def load_balancing_loss(
-    logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
+    logits: Float[Array, "B T E"],
+    experts: Int[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Returns the sequence-level load-balancing loss, weight not applied (paper Eq. 11).
 
     Per sequence of L real tokens: the sum over experts of f_i * P_i, P_i the mean over tokens of
     the softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
     sequences with a real token. A sequence is a row of the batch, even if it packs several
-    documents. f has no gradient.
+    documents. f has no gradient. `allowed`: experts that tokens may choose (`route`); the softmax
+    and N are those of these experts alone.
     """
     num_experts, active = logits.shape[-1], experts.shape[-1]
+    choices: Array | int = num_experts
+    if allowed is not None:
+        logits, choices = jnp.where(allowed, logits, -jnp.inf), allowed.sum()
     real = mask.astype(jnp.float32)
     length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
-    fraction = expert_tokens(experts, mask, num_experts) * num_experts / (active * length)
+    fraction = expert_tokens(experts, mask, num_experts) * choices / (active * length)
     per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
     holds_token = mask.any(axis=1)
     return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)

@@ -38,29 +38,50 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    bank: ExpertBank | None = None  # set by model/stack.py for each layer
+    # Set by model/stack.py for each layer: its experts, and those that tokens may choose.
+    bank: ExpertBank | None = None
+    allowed: Bool[Array, " E"] | None = None
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, place: int = 0):
+        """Draws random weights.
+
+        Args:
+          config: the architecture, with experts.
+          dtype: of the weights.
+          rngs: source of the random keys.
+          place: of the layer among the experts_across layers that share experts. Layer 0 has the
+            parameters of them all; the others need `bank`.
+        """
         assert config.moe is not None
         self.moe = moe = config.moe
-        d, e = config.hidden_size, moe.num_experts
-        f, w = config.expert_intermediate_size, config.expert_output_size
+        self.place = place
+        d, e = config.hidden_size, moe.pool_size
         init = normal(config.initializer_range)
         self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
         if moe.separate_routers:
-            self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
-        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
-        # copy of all experts at every call on a TPU.
-        self.gate_up = param(
-            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
-        )
-        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
+            groups = moe.output_granularity * moe.pool_candidates
+            self.group_router = param(rngs, (groups, d), ("router", "embed"), dtype, init)
+        if moe.depth_vector:
+            self.depth_vector = param(rngs, (d,), ("depth",), dtype, nnx.initializers.zeros)
+        if place == 0:
+            self._draw_experts(config, dtype, rngs)
         if config.shared_expert_size:
             std, width = config.initializer_range, config.shared_expert_size
             self.shared = MLP(d, width, std, dtype, rngs, hidden_axis="shared_mlp")
             self.shared_gate = param(rngs, (d,), ("gate_in",), dtype, init)
         if moe.concat_proj != "none":
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
+
+    def _draw_experts(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        d, e = config.hidden_size, self.moe.pool_size
+        f, w = config.expert_intermediate_size, config.expert_output_size
+        init = normal(config.initializer_range)
+        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
+        # copy of all experts at every call on a TPU.
+        self.gate_up = param(
+            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
+        )
+        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
 
     def __call__(
         self,
@@ -79,16 +100,21 @@ class FineRMoE(nnx.Module):
           The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
           of Eq. 11, weight not applied.
         """
-        routing, slot_order = self.route(x)  # Algorithm 1
+        routed = x
+        if self.moe.depth_vector:
+            routed = x + self.depth_vector[...].astype(x.dtype)
+        routing, slot_order = self.route(routed)  # Algorithm 1
         if placement.force_balance:
             routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
-        aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
+        aux_loss = load_balancing_loss(  # Eq. 11
+            routing.logits, routing.experts, mask, self.allowed
+        )
         experts, weights = (
             jnp.take_along_axis(chosen, slot_order, axis=-1)
             for chosen in (routing.experts, routing.weights)
         )
-        y = routed_experts(x, experts, weights, self.experts(placement), placement)  # [B, T, A, W]
-        y = self._combine(y)  # Eq. 7
+        y = routed_experts(routed, experts, weights, self.experts(placement), placement)
+        y = self._combine(y)  # Eq. 7, of [B, T, A, W]
         if self.moe.concat_proj == "routed":
             y = self._project(y)
         if hasattr(self, "shared"):
@@ -122,10 +148,10 @@ class FineRMoE(nnx.Module):
             )
 
         candidates = logits(self.group_router) if self.moe.separate_routers else None
-        return route(logits(self.router), self.moe, x.dtype, candidates)
+        return route(logits(self.router), self.moe, x.dtype, candidates, allowed=self.allowed)
 
     def experts(self, placement: Placement) -> ExpertBank:
-        """Returns the layer's experts, read in place if the loop over layers set `bank`."""
+        """Returns the pool's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank
         return bank_of_layer(self.gate_up[...], self.down[...], placement)

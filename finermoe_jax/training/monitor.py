@@ -98,18 +98,28 @@ class Load(NamedTuple):
     max_over_mean: Float[np.ndarray, " L"]
     dead: Int[np.ndarray, " L"]  # number of experts that no token selected
     candidates: Float[np.ndarray, "L O R"]  # share of a slot's tokens in each candidate group
+    # Only of layers that share their experts.
+    starved: Float[np.ndarray, " L"] | None = None  # share of experts below a tenth of the mean
+    foreign: Float[np.ndarray, " L"] | None = None  # share of choices of other layers' experts
 
 
 def load_of(
     tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
 ) -> Load:
-    """Computes the load from the number of tokens that selected each expert."""
+    """Computes the load from the number of tokens that selected each expert of the pool."""
     total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     share = tokens / total
     surprise = np.log(share, out=np.zeros_like(share), where=share > 0)
     experts = tokens.shape[1]
     slots, candidates = moe.output_granularity, moe.output_expansion
-    groups = tokens.reshape(-1, slots, candidates, moe.group_size).sum(axis=3)
+    across = moe.experts_across
+    groups = tokens.reshape(-1, slots, candidates, moe.group_size * across).sum(axis=3)
+    starved = foreign = None
+    if across > 1:
+        starved = (tokens < total / experts / 10).mean(axis=1)
+        layer = np.arange(len(tokens))
+        own = tokens.reshape(len(tokens), -1, across)[layer, :, layer % across].sum(axis=1)
+        foreign = (tokens.sum(axis=1) - own) / total[:, 0]
     return Load(
         aux_loss=aux_loss,
         tokens=tokens,
@@ -117,6 +127,8 @@ def load_of(
         max_over_mean=share.max(axis=1) * experts,
         dead=(tokens == 0).sum(axis=1),
         candidates=groups / np.maximum(groups.sum(axis=2, keepdims=True), 1),
+        starved=starved,
+        foreign=foreign,
     )
 
 
@@ -291,6 +303,8 @@ class Monitor:
                 "load_max_over_mean": float(load.max_over_mean.max()),
                 "dead_experts": int(load.dead.sum()),
             }
+            if load.foreign is not None:
+                line["foreign_share"] = float(load.foreign.mean())
         self.begin(step)
         self.log.append("metrics.jsonl", {"step": step, **line})
         self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
@@ -352,6 +366,7 @@ def _plain(load: Load) -> dict[str, Any]:
     return {
         name: value.tolist() if value.dtype.kind in "iu" else np.round(value, 4).tolist()
         for name, value in load._asdict().items()
+        if value is not None
     }
 
 
@@ -359,8 +374,9 @@ def _load_scalars(load: Load) -> dict[str, float]:
     """Returns each layer's figures under separate names. Layers count MoE layers only."""
     scalars = {}
     for layer in range(len(load.tokens)):
-        for name in ("aux_loss", "entropy", "max_over_mean", "dead"):
-            scalars[f"load_{name}/layer_{layer:02}"] = float(getattr(load, name)[layer])
+        for name in ("aux_loss", "entropy", "max_over_mean", "dead", "starved", "foreign"):
+            if (values := getattr(load, name)) is not None:
+                scalars[f"load_{name}/layer_{layer:02}"] = float(values[layer])
         for (slot, candidate), share in np.ndenumerate(load.candidates[layer]):
             scalars[f"load_slot_{slot}_candidate_{candidate}/layer_{layer:02}"] = float(share)
     return scalars

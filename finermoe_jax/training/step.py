@@ -18,6 +18,7 @@ from finermoe_jax.layers.parameters import Path, kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.bank import Places, Summed
+from finermoe_jax.moe.psr import Reuse, reuse_at
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
 
 
@@ -44,8 +45,11 @@ def train_step(
       learning_rate, skipped, tokens (input tokens without padding). float32 [L]: layer_aux_loss.
       int32 [L, E]: expert_tokens, the tokens that selected each expert. L counts MoE layers.
     """
-    free = trained(params, config.optimizer, kinds(rebuild(graphdef, params)))
-    metrics, grads = _gradients(graphdef, config, params, free, batch)
+    model = rebuild(graphdef, params)
+    free = trained(params, config.optimizer, kinds(model))
+    # Derived from the optimizer's count, like the key below.
+    psr = reuse_at(updates_made(opt_state), config.train, model.config.moe)
+    metrics, grads = _gradients(graphdef, config, params, free, batch, psr)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
         updates_made(opt_state)
@@ -73,25 +77,25 @@ def train_step(
 
 
 def _gradients(
-    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch, psr: Reuse | None
 ) -> tuple[dict[str, Array], dict]:
     """Returns `batch_loss`'s metrics of a global batch, and its gradients by `free`."""
     parts = config.train.grad_accumulation
     if parts > 1:
-        return _accumulated(graphdef, config, params, free, batch)
+        return _accumulated(graphdef, config, params, free, batch, psr)
 
     def loss(free: dict) -> tuple[Array, dict[str, Array]]:
         targets = None
         if batch.segment_ids is not None:
             targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0)
-        return batch_loss(graphdef, config, completed(params, free), batch, targets)
+        return batch_loss(graphdef, config, completed(params, free), batch, targets, psr)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(free)
     return metrics, grads
 
 
 def _accumulated(
-    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch, psr: Reuse | None
 ) -> tuple[dict[str, Array], dict]:
     """`_gradients` in microbatches, summed in float32; for experts by the kernels (Summed)."""
     parts, model = config.train.grad_accumulation, rebuild(graphdef, params)
@@ -106,7 +110,7 @@ def _accumulated(
     def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
         summed = {path: Summed(weights[path], sums[path], by[path]) for path in banks}
         whole = nnx.traversals.unflatten_mapping(by | summed)
-        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets)
+        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets, psr)
         return total / parts, metrics
 
     def body(carry: Any, part: Batch) -> tuple[Any, Array]:
@@ -159,17 +163,19 @@ def batch_loss(
     params: dict,
     batch: Batch,
     count: Float[Array, ""] | None = None,
+    psr: Reuse | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the total training loss of a microbatch and its metrics.
 
-    The cross-entropy sum is divided by `count`; None: by the number of targets. Metrics: `loss`
+    The cross-entropy sum is divided by `count`; None: by the number of targets. `psr` masks experts
+    (moe/psr.py). Metrics: `loss`
     (cross-entropy, []), `layer_aux_loss` [L] and `expert_tokens` [L, E].
     """
     model = rebuild(graphdef, params)
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
-        inputs, remat=settings.remat, unroll=settings.scan_unroll, **masks(batch)
+        inputs, remat=settings.remat, unroll=settings.scan_unroll, psr=psr, **masks(batch)
     )
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens

@@ -65,6 +65,17 @@ def models():
         "linear_experts": fm.upcycle_model(
             fm.load_hf(DENSE / "llama_linear"), fm.MoEConfig(4, 2, 1, 2, 1), key
         ),
+        # Experts shared by two layers, in both ways.
+        "qwen_pool": fm.upcycle_model(qwen, fm.MoEConfig(4, 2, 1, 2, 2, experts_across=2), key),
+        "llama_pool": fm.Decoder(
+            dataclasses.replace(
+                LLAMA,
+                moe=fm.MoEConfig(4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates"),
+            ),
+            dtype="float32",
+            param_dtype="float32",
+            rngs=nnx.Rngs(0),
+        ),
         # As a run from scratch with the shape of a tied model.
         "tied_experts": fm.Decoder(
             dataclasses.replace(LLAMA, moe=projected, tie_word_embeddings=True),

@@ -220,22 +220,34 @@ def check_mask(attention_mask, batch, tokens, past):
         )
 
 
+def pool_groups(values, config):
+    """Sorts values [T, P] of a pool's experts into slots, candidate groups and members."""
+    members, across = config.R_I * config.G_I, config.experts_across
+    if config.pooled_as == "copies":
+        return values.view(-1, config.G_O, config.R_O, members * across)
+    apart = values.view(-1, config.G_O, config.R_O, members, across).transpose(3, 4)
+    return apart.reshape(-1, config.G_O, config.R_O * across, members)
+
+
 def route(logits, config):
     """Returns the experts of every token and their weights (paper, Algorithm 1).
 
-    logits [T, N], float32. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice; a
-    group is one (slot, candidate). Each slot keeps the candidate with the largest sum of logits and
+    logits [T, P], float32, of the P = N · r experts of the r = experts_across layers that share
+    them. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice of layer j of these is
+    p = e · r + j; a group is one (slot, candidate), or (slot, candidate, j) if
+    pooled_as="candidates". Each slot keeps the candidate with the largest sum of logits and
     that group's best experts; ties go to the lowest index. One softmax spans all slots. Returns
     experts and float32 weights, both [T, A], in slot order.
     """
-    groups = logits.view(-1, config.G_O, config.R_O, config.R_I * config.G_I)
+    number = pool_groups(torch.arange(logits.shape[-1], device=logits.device)[None], config)
+    groups = pool_groups(logits, config)
     candidate = groups.sum(-1).argmax(-1)[..., None, None]
     group = groups.take_along_dim(candidate, dim=2).squeeze(2)
     inside = group.sort(dim=-1, descending=True, stable=True).indices
     inside = inside[..., : config.num_experts_per_tok // config.G_O]
     slot = torch.arange(config.G_O, device=logits.device)[:, None]
-    experts = (slot * config.R_O + candidate.squeeze(3)) * groups.shape[3] + inside
-    experts = experts.flatten(1)
+    experts = (slot * groups.shape[2] + candidate.squeeze(3)) * groups.shape[3] + inside
+    experts = number.flatten()[experts.flatten(1)]
     weights = logits.gather(1, experts).softmax(-1)
     if config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -264,10 +276,11 @@ class FineRMoeLayer(nn.Module):
         super().__init__()
         self.config = config
         width, out = config.hidden_size, config.hidden_size // config.G_O
-        self.gate = FineRMoeRouter(width, config.num_experts, bias=False)
+        self.gate = FineRMoeRouter(width, config.num_experts * config.experts_across, bias=False)
         self.experts = nn.ModuleList(
             FineRMoeMLP(width, config.moe_intermediate_size, out) for _ in range(config.num_experts)
         )
+        self.pool = (self,)  # the layers that share experts; a tuple, so not registered twice
         if config.moe_concat_proj:
             self.concat_proj = nn.Linear(width, width, bias=False)
         if config.shared_expert_intermediate_size:
@@ -282,9 +295,16 @@ class FineRMoeLayer(nn.Module):
 
         # Rows are sorted by expert: experts without tokens are not computed.
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = experts.flatten().bincount(minlength=logits.shape[-1]).tolist()
         parts = rows[order // experts.shape[1]].split(counts)
-        y = torch.cat([self.experts[e](part) for e, part in enumerate(parts) if counts[e]])
+        across = len(self.pool)
+        y = torch.cat(
+            [
+                self.pool[p % across].experts[p // across](part).to(x.device)
+                for p, part in enumerate(parts)
+                if counts[p]
+            ]
+        )
         y = y[order.argsort()] * weights.flatten()[:, None].to(y.dtype)
         # [tokens, slots, experts of a slot, D / slots]: summed within a slot, slots concatenated.
         y = y.view(len(rows), self.config.G_O, -1, y.shape[-1]).sum(2).view(x.shape)
@@ -297,21 +317,21 @@ class FineRMoeLayer(nn.Module):
 
 
 def load_balancing_loss(logits, config, real):
-    """Paper Eq. 11 of one layer, weight not applied: logits [B·T, N], real [B, T] 1 at real tokens.
+    """Paper Eq. 11 of one layer, weight not applied: logits [B·T, P], real [B, T] 1 at real tokens.
 
     Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean probability of expert e
-    over all N, f_e its share of the routed tokens times N. Padding is excluded.
+    over all P, f_e its share of the routed tokens times P. Padding is excluded.
     """
     experts, _ = route(logits, config)
-    batch, active = len(real), experts.shape[1]
+    batch, active, pool = len(real), experts.shape[1], logits.shape[-1]
     real = real.float()
     length = real.sum(1, keepdim=True).clamp(min=1)
-    probabilities = logits.softmax(-1).view(batch, -1, config.num_experts)
+    probabilities = logits.softmax(-1).view(batch, -1, pool)
     mean = (probabilities * real[..., None]).sum(1) / length
     tokens = torch.zeros_like(mean).scatter_add_(
         1, experts.view(batch, -1), real.repeat_interleave(active, dim=1)
     )
-    per_sequence = (tokens * config.num_experts / (active * length) * mean).sum(1)
+    per_sequence = (tokens * pool / (active * length) * mean).sum(1)
     return per_sequence.sum() / real.any(1).sum().clamp(min=1)
 
 
@@ -384,6 +404,10 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         self.layers = nn.ModuleList(
             FineRMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
+        mixtures = [each.mlp for each in self.layers if isinstance(each.mlp, FineRMoeLayer)]
+        for index, mixture in enumerate(mixtures):
+            first = index - index % config.experts_across
+            mixture.pool = tuple(mixtures[first : first + config.experts_across])
         self.norm = FineRMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
