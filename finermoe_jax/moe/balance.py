@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from finermoe_jax.moe.routing import where_allowed
+
 
 def expert_tokens(
     experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], num_experts: int
@@ -37,7 +39,7 @@ def load_balancing_loss(
     num_experts, active = logits.shape[-1], experts.shape[-1]
     choices: Array | int = num_experts
     if allowed is not None:
-        logits, choices = jnp.where(allowed, logits, -jnp.inf), allowed.sum()
+        logits, choices = where_allowed(allowed, logits, -jnp.inf), allowed.sum()
     real = mask.astype(jnp.float32)
     length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)

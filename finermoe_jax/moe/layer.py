@@ -102,7 +102,7 @@ class FineRMoE(nnx.Module):
         """
         routed = x
         if self.moe.depth_vector:
-            routed = x + self.depth_vector[...].astype(x.dtype)
+            routed = x + self.depth_vector[...].astype(x.dtype)[None, None]
         routing, slot_order = self.route(routed)  # Algorithm 1
         if placement.force_balance:
             routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
@@ -137,18 +137,22 @@ class FineRMoE(nnx.Module):
         """
         dtype = jnp.dtype(self.moe.router_dtype)
 
-        def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
-            # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other
-            # experts.
-            return jnp.einsum(
-                "BTD,ED->BTE",
-                x.astype(dtype),
-                weight[...].astype(dtype),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+        def logits(weight: nnx.Param, across: int) -> Float[Array, "B T E"]:
+            # The rows of each layer's experts apart: the last bits of a product depend on its
+            # number of columns, and without other layers' experts a layer is that of
+            # experts_across=1 to the last bit.
+            rows, tokens = weight[...].astype(dtype), x.astype(dtype)
+            apart = rows.reshape(-1, across, rows.shape[1])
+            each = [_product(tokens, apart[:, j] if across > 1 else rows) for j in range(across)]
+            if across == 1:
+                return each[0]
+            return jnp.stack(each, axis=-1).reshape(*x.shape[:2], -1)
 
-        candidates = logits(self.group_router) if self.moe.separate_routers else None
-        return route(logits(self.router), self.moe, x.dtype, candidates, allowed=self.allowed)
+        moe, candidates = self.moe, None
+        if moe.separate_routers:
+            candidates = logits(self.group_router, moe.pool_candidates // moe.output_expansion)
+        chosen = logits(self.router, moe.experts_across)
+        return route(chosen, moe, x.dtype, candidates, allowed=self.allowed)
 
     def experts(self, placement: Placement) -> ExpertBank:
         """Returns the pool's experts, read in place if the loop over layers set `bank`."""
@@ -170,3 +174,8 @@ class FineRMoE(nnx.Module):
 
     def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return project("BTC,DC->BTD", y, self.concat_proj[...])
+
+
+def _product(x: Float[Array, "B T D"], weight: Float[Array, "E D"]) -> Float[Array, "B T E"]:
+    # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other experts.
+    return jnp.einsum("BTD,ED->BTE", x, weight, precision=jax.lax.Precision.HIGHEST)

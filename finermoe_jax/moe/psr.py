@@ -47,7 +47,8 @@ class Reuse(NamedTuple):
         sets, units = _units(moe)
         draw = jax.random.uniform(jax.random.fold_in(self.key, layer), (sets, units))
         if self.mask == "foreign":  # a layer's own come first
-            draw = jnp.where(jnp.arange(units) % moe.experts_across == place, 2.0, draw)
+            own = jnp.arange(units) % moe.experts_across == place
+            draw = jnp.where(own[None], 2.0, draw)
         rank = jnp.argsort(jnp.argsort(-draw, axis=1), axis=1)
         kept = rank < self.kept
         if _masks_groups(moe):  # [G_O, R_O, r] → [G_O, R_O, G_I * R_I, r]

@@ -54,7 +54,7 @@ def route(
       The routing, and the order [*T, A] that sorts its experts by slot: applied to `experts` or
       `weights` along the last axis, it puts the T_I experts of slot 0 first.
     """
-    open_logits = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    open_logits = logits if allowed is None else where_allowed(allowed, logits, -jnp.inf)
     if even:
         experts, scale = even_experts(logits.shape[:-1], moe), None
     elif moe.plain_top_k:
@@ -155,7 +155,7 @@ def _select_in_groups(
         else candidate_logits.reshape(*tokens, slots, candidates)
     )
     if allowed is not None and candidate_logits is not None:
-        scores = jnp.where(in_groups(allowed, moe).any(axis=-1), scores, -jnp.inf)
+        scores = where_allowed(in_groups(allowed, moe).any(axis=-1), scores, -jnp.inf)
     chosen = jnp.argmax(scores, axis=-1)
     inside = jnp.take_along_axis(marked, chosen[..., None, None], axis=-2)[..., 0, :]
     group_index = jnp.arange(slots).reshape((1,) * len(tokens) + (slots,)) * candidates + chosen
@@ -179,8 +179,16 @@ def _group_scores(
     to the last bit.
     """
     if allowed is not None:
-        grouped = jnp.where(allowed, grouped, 0)
+        grouped = where_allowed(allowed, grouped, 0.0)
     apart = grouped.reshape(*grouped.shape[:-1], moe.group_size, -1)
     sums = [apart[..., j].sum(axis=-1) for j in range(apart.shape[-1])]
     scores = functools.reduce(operator.add, sums)
-    return scores if allowed is None else jnp.where(allowed.any(axis=-1), scores, -jnp.inf)
+    return scores if allowed is None else where_allowed(allowed.any(axis=-1), scores, -jnp.inf)
+
+
+def where_allowed(
+    allowed: Bool[Array, "*E"], values: Float[Array, "*TE"], other: float
+) -> Float[Array, "*TE"]:
+    """Replaces what is not allowed; `allowed` has the last axes of `values`."""
+    first = (1,) * (values.ndim - allowed.ndim)
+    return jnp.where(allowed.reshape(*first, *allowed.shape), values, other)

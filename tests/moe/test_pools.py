@@ -27,7 +27,7 @@ from tests.support.training import MOE, mixture_model, random_tokens
 
 POOLED = ("copies", "candidates")
 FOUR = dataclasses.replace(MOE, num_hidden_layers=4)
-# One matrix product at a time, as on every platform: the bits do not depend on blocks of rows.
+# The CPU's kernel takes blocks of rows, whose sizes depend on the number of experts.
 PLAIN = Placement(kernel="reference")
 
 
@@ -239,7 +239,7 @@ def test_the_gradient_of_an_expert_that_two_layers_use():
         given = jax.tree.map(lambda leaf: leaf, params)
         given["runs"][0][0]["moe"]["gate_up"], given["runs"][0][0]["moe"]["down"] = bank
         made = nnx.merge(graphdef, nnx.State(given))
-        return (made.features(ids).hidden * jnp.cos(jnp.arange(32.0))).sum()
+        return (made.features(ids).hidden * jnp.cos(jnp.arange(32.0))[None, None]).sum()
 
     bank = tuple(params["runs"][0][0]["moe"][name] for name in ("gate_up", "down"))
     got = jax.jit(jax.grad(loss))(bank)
@@ -286,6 +286,9 @@ def test_patterns_hold_whole_groups():
             assert places == list(range(across)) * (len(places) // across)
 
 
+SIZES = dict(intermediate_granularity=4, output_granularity=2, output_expansion=2)
+
+
 @pytest.mark.parametrize(
     ("layers", "moe", "words"),
     [
@@ -294,12 +297,16 @@ def test_patterns_hold_whole_groups():
         (7, dict(experts_across=2, mlp_only_layers=(3,)), ["experts_across=2", "3", "use 1, 3"]),
         (4, dict(experts_across=0), ["experts_across=0"]),
         (4, dict(experts_across=2, decoder_sparse_step=9), ["has no", "use 1"]),
-        (4, dict(pooled_as="slots"), ["pooled_as='slots'", "copies"]),
+        (
+            4,
+            dict(experts_across=2, pooled_as="candidates", plain_top_k=True, output_granularity=1),
+            ["plain_top_k=True", "pooled_as=copies"],
+        ),
     ],
 )
 def test_pools_that_do_not_fit_are_refused(layers, moe, words):
     with pytest.raises(fm.InputError) as error:
-        dataclasses.replace(SMALL, num_hidden_layers=layers, moe=MoEConfig(4, 2, 1, 2, 1, **moe))
+        dataclasses.replace(SMALL, num_hidden_layers=layers, moe=MoEConfig(**SIZES | moe))
     assert [word for word in words if word not in str(error.value)] == [], error.value
 
 
