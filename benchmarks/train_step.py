@@ -32,7 +32,7 @@ from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import host_memory
@@ -85,7 +85,9 @@ class Stepper:
         batch, length = config.data.global_batch_size, config.data.sequence_length
         self.flops = training_flops(shape, length) * batch * length
         params = jax.device_put(nnx.to_pure_dict(state), shardings)
-        tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+        tx = optimizer(
+            config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze)
+        )
         del state, model
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         opt_state = init_optimizer(tx, params, shardings, mesh)

@@ -63,7 +63,7 @@ import finermoe_jax as fm
 from finermoe_jax.data.batches import open_data, train_batches
 from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.evaluation.evaluate import held_out_loss
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.moe.routing import route
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training import style
@@ -157,7 +157,7 @@ def fit(model: fm.Decoder) -> tuple[fm.Decoder, list[float]]:
     """The trained model, and the loss of each step."""
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
-    tx = optimizer(run.optimizer, run.train.steps, kinds(model))
+    tx = optimizer(run.optimizer, run.train.steps, trained_kinds(model, run.train.freeze))
     moments = tx.init(params)
     step = jax.jit(lambda p, m, batch: train_step(graphdef, run, tx, p, m, batch))
     losses = []

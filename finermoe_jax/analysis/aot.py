@@ -87,8 +87,7 @@ def compile_program(
         figures |= _experts(program, text)
     length = program.config.data.sequence_length
     if program.trains:
-        frozen = program.config.optimizer.freeze_backbone
-        needed = training_flops(program.model, length, frozen)
+        needed = training_flops(program.model, length, program.config.train.freeze)
     else:
         needed = sum(forward_flops(program.model, length).values())
     figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)

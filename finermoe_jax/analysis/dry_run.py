@@ -150,8 +150,8 @@ def _memory(needs: Needs, devices: tuple) -> list[str]:
 
 def _time(program: Program, peak: float | None) -> list[str]:
     config, devices = program.config, program.mesh.size
-    frozen, length = config.optimizer.freeze_backbone, config.data.sequence_length
-    flops = training_flops(program.model, length, frozen) * program.tokens
+    length = config.data.sequence_length
+    flops = training_flops(program.model, length, config.train.freeze) * program.tokens
     lines = [
         f"a step: {program.tokens:,} tokens, {flops:.3g} model FLOPs; all "
         f"{config.train.steps:,} steps: {program.tokens * config.train.steps:,} tokens"

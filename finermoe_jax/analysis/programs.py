@@ -21,7 +21,7 @@ from finermoe_jax.generation.decode import bucket, decode, prefill
 from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.kv_cache import init_cache
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.training.optimizer import optimizer
@@ -95,7 +95,7 @@ def _lowered(jitted: Any, arguments: tuple, mesh: Mesh, target: Target) -> Calla
 def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
     check_microbatch(config, mesh)
     model, params, shardings, notes = _model(config, mesh, config.train.param_dtype)
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     state = abstract_optimizer(tx, params, shardings, mesh)
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from absl.flags import FlagValues
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from finermoe_jax.config.parse import find_config, preset, run_config
+from finermoe_jax.config.parse import FORMER, find_config, preset, run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import to_json
@@ -94,7 +94,9 @@ class Flags:
         if name is None:
             self.add(flags.DEFINE_string, "config", None, text)
         else:
-            config_flags.DEFINE_config_dict("config", preset(name), text, flag_values=self.values)
+            config = preset(name)
+            _add_former(config, sys.argv)
+            config_flags.DEFINE_config_dict("config", config, text, flag_values=self.values)
             file, variant = find_config(name)
             stem = f"{file.stem}-{variant}" if variant else file.stem
             self.config_name = re.sub(r"[:/]", "-", stem)
@@ -217,6 +219,16 @@ def _flag_message(error: Exception) -> str:
         name = message.strip("\"'\\")
         return f"--config has no field {name!r}; --print_config lists the fields"
     return " ".join(message.replace("\\n", " ").split())
+
+
+def _add_former(config: ConfigDict, arguments: list[str]) -> None:
+    """Adds the former fields that the arguments override, for run_config to rename."""
+    for name, former in FORMER.items():
+        group, _, field = name.rpartition(".")
+        override = re.compile(rf"--?(no)?config\.{re.escape(name)}(=|$)")
+        if group and field not in config[group] and any(map(override.match, arguments)):
+            with config.unlocked():
+                config[group][field] = former.default
 
 
 def _take_configs(values: FlagValues) -> list[str]:

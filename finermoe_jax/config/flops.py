@@ -9,19 +9,34 @@ causal query sees):
     attention projections   2 D H (N + 2 K) + 2 N H D      each layer
     scores and their sum    4 N H C                        each layer
     dense FFN               6 D F_dense                    each dense layer
-    router                  2 D E                          each MoE layer, down to concat_proj
+    router                  2 D E                          each MoE layer
     second router           2 D R O                        separate_routers only
-    shared expert           6 D F_shared + 2 D             the last term is its gate
+    shared expert           6 D F_shared                   each MoE layer, as the next three
+    shared gate             2 D
     routed experts          A (4 D F + 2 F W)              A active experts
     concat_proj             2 D D                          ablation only
     lm_head                 2 D V                          once, tied or not
 
-A training step costs three times that, or twice for frozen weights, which need no weight gradient.
+A training step costs three times that. Parts in train.freeze cost twice that, as they need no
+weight gradient.
 Padding tokens do not count. Queries in packed documents see fewer keys than C, so their scores, and
 with them MFU, are slightly overestimated.
 """
 
+from collections.abc import Sequence
+
 from finermoe_jax.config.model import ModelConfig
+
+# Part in train.freeze → its products in `forward_flops`.
+_PRODUCTS = {
+    "attention": "attention projections",
+    "dense_ffn": "dense FFN",
+    "router": "router",
+    "experts": "routed experts",
+    "shared_expert": "shared expert",
+    "shared_gate": "shared gate",
+    "concat_proj": "concat_proj",
+}
 
 
 def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
@@ -42,7 +57,8 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
         second = moe.output_granularity * moe.pool_candidates
         part = {
             "router": 2 * d * (moe.pool_size + moe.separate_routers * second),
-            "shared expert": 6 * d * shared + 2 * d * (shared > 0),
+            "shared expert": 6 * d * shared,
+            "shared gate": 2 * d * (shared > 0),
             "routed experts": moe.num_active * (4 * d * f + 2 * f * w),
             "concat_proj": 2 * d * d * (moe.concat_proj != "none"),
         }
@@ -51,10 +67,10 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     return flops
 
 
-def training_flops(
-    model: ModelConfig, sequence_length: int, freeze_backbone: bool = False
-) -> float:
-    """Returns FLOPs per token of the forward and the backward pass."""
+def training_flops(model: ModelConfig, sequence_length: int, freeze: Sequence[str] = ()) -> float:
+    """Returns FLOPs per token of the forward and the backward pass; `freeze`: train.freeze."""
     forward = forward_flops(model, sequence_length)
-    frozen = ("attention projections", "dense FFN", "lm_head") if freeze_backbone else ()
-    return 3.0 * sum(forward.values()) - sum(forward[name] for name in frozen)
+    head = "embedding" if model.tie_word_embeddings else "lm_head"
+    products = {**_PRODUCTS, head: "lm_head"}
+    frozen = sum(forward.get(products[part], 0.0) for part in freeze if part in products)
+    return 3.0 * sum(forward.values()) - frozen

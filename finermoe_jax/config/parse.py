@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import operator
 import os
 import re
 import runpy
@@ -9,11 +10,11 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finermoe_jax.config.model import MoEConfig, check_kind, field_kinds
 from finermoe_jax.config.run import RunConfig
-from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.errors import InputError, differences, near_misses
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.paths import local
 
@@ -73,13 +74,60 @@ def run_config(values: Any) -> RunConfig:
     return from_dict(RunConfig, _renamed(values), "config")
 
 
+class Former(NamedTuple):
+    """A former field that is still read.
+
+    Attributes:
+      now: its present name.
+      default: its former default.
+      convert: returns the present value of a former one.
+    """
+
+    now: str
+    default: Any = None
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _backbone(frozen: Any) -> tuple[str, ...]:
+    check_kind("config.optimizer.freeze_backbone", frozen, (bool,))
+    return ("attention", "dense_ffn", "lm_head") if frozen else ()
+
+
+FORMER = {
+    "model": Former("dense"),
+    "optimizer.freeze_backbone": Former("train.freeze", False, _backbone),
+}
+
+
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Renames the former field `model` to `dense`."""
-    if "model" not in values:
-        return values
-    if values.get("dense") is not None:
-        raise InputError("config.model is the former name of config.dense: remove config.model")
-    return {"dense" if key == "model" else key: values[key] for key in values if key != "dense"}
+    """Replaces former fields (FORMER) by their present names.
+
+    Raises InputError if a field is set under both names.
+    """
+    for old, former in FORMER.items():
+        group, _, name = old.rpartition(".")
+        if name not in _group(values, group):
+            continue
+        value = former.convert(_group(values, group)[name])
+        now_group, _, now = former.now.rpartition(".")
+        default = operator.attrgetter(former.now)(RunConfig(init_from="any"))
+        if differences({now: default}, {now: _group(values, now_group).get(now, default)}):
+            raise InputError(
+                f"config.{old} is the former name of config.{former.now}: remove config.{old}"
+            )
+        values = _with(values, group, {k: v for k, v in _group(values, group).items() if k != name})
+        values = _with(values, now_group, {**_group(values, now_group), now: value})
+    return values
+
+
+def _group(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a group of fields, `values` itself without a name; empty if it is none."""
+    found = values.get(name) if name else values
+    return found if isinstance(found, Mapping) else {}
+
+
+def _with(values: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**values, name: group} if name else group
 
 
 def from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:

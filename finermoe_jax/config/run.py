@@ -7,7 +7,7 @@ from typing import Literal
 
 from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, near_misses
 from finermoe_jax.runtime.paths import local, local_list
 
 
@@ -58,9 +58,6 @@ class OptimizerConfig:
     beta2: float = 0.95  # AdamW only
     weight_decay: float = 0.1  # not on norms and biases
     clip_norm: float = 1.0  # largest norm of the whole gradient
-    # Trains only embedding, routers, experts and norms. Attention, dense FFNs and lm_head are
-    # frozen and have neither gradients nor moments.
-    freeze_backbone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +68,22 @@ class MeshConfig:
     fsdp: int = 1  # shards of weights and optimizer state, and of the batch
     expert: int = 1  # shards of the routed experts, of the batch and of dense weights
     tensor: int = 1  # shards of heads, dense FFNs, shared expert and vocabulary
+
+
+# The parts of a model that train.freeze can name. KINDS in layers/parameters.py has the parameters
+# of each.
+PARTS = (
+    "embedding",
+    "attention",
+    "norms",
+    "dense_ffn",
+    "router",
+    "experts",
+    "shared_expert",
+    "shared_gate",
+    "concat_proj",
+    "lm_head",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +133,10 @@ class TrainConfig:
     keep_best: int = 0
     # Steps with a non-finite loss or gradient are skipped; this many in a row end the run.
     max_skipped_steps: int = 10
+    # Parts of the model that are not trained: embedding, attention, norms, dense_ffn, router,
+    # experts, shared_expert, shared_gate, concat_proj, lm_head. They have neither gradients nor
+    # optimizer state. On the command line, separate names by commas.
+    freeze: tuple[str, ...] = ()
     # Seed of initial weights, upcycling, stochastic rounding and psr's masks.
     seed: int = 0
     # Progressive scaling of routing (ReXMoE, docs/pooling.md): masks some experts of each layer,
@@ -131,6 +148,16 @@ class TrainConfig:
     psr_end: float = 0.6
     # "random" masks any expert (the paper); "foreign" only those of other layers.
     psr_mask: Literal["random", "foreign"] = "random"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.freeze, tuple) and all(isinstance(name, str) for name in self.freeze):
+            object.__setattr__(self, "freeze", _in_order(self.freeze))
+
+
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Splits names at commas, drops repeated ones, and sorts the rest as PARTS."""
+    found = {name.strip() for each in names for name in each.split(",")} - {""}
+    return tuple(sorted(found, key=lambda name: (*PARTS, name).index(name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +210,7 @@ class RunConfig:
             if not low <= value <= high:  # also rejects NaN
                 within = f"between {low} and {high}" if high < math.inf else f"at least {low}"
                 raise InputError(f"{name}={value} must be {within}")
+        self._check_parts()
         self._check_contradictions()
 
     def _check_psr(self) -> None:
@@ -213,6 +241,16 @@ class RunConfig:
                 f"each group, fewer than moe.active_per_group={moe.active_per_group}: set "
                 "train.psr=none or experts_across"
             )
+
+    def _check_parts(self) -> None:
+        """Raises InputError for an unknown part in train.freeze, or if it names all parts."""
+        for name in self.train.freeze:
+            if name not in PARTS:
+                raise InputError(
+                    f"train.freeze: a model has no part {name!r}. {near_misses(name, PARTS)}"
+                )
+        if self.train.freeze == PARTS:
+            raise InputError("train.freeze names all parts, so nothing is trained: remove some")
 
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""

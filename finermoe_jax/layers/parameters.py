@@ -1,6 +1,6 @@
 """The one table from logical axes to a parameter's kind: how it is trained and stored.
 
-`basic.param` names a parameter's axes. Code that asks whether a parameter is decayed, frozen,
+`basic.param` names a parameter's axes. Code that asks whether a parameter is decayed, trained,
 quantized or an expert bank uses this table, never its name, path or rank. sharding.RULES is the
 table for the mesh.
 """
@@ -24,41 +24,41 @@ class Kind:
     """The way a parameter is trained and stored.
 
     Attributes:
+      part: its name in train.freeze, one of config.run.PARTS.
       decayed: weight decay applies.
-      backbone: frozen by optimizer.freeze_backbone.
       summed: axes, from the end, that its product sums over; int8 weights have one scale per index
         of the other axes. Empty: never quantized.
       bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
         sharded over the mesh's expert axis.
     """
 
+    part: str
     decayed: bool = True
-    backbone: bool = False
     summed: tuple[int, ...] = ()
     bank: bool = False
 
 
 # Matrices are [out, in], except the experts' down, [E, in, out].
 KINDS: dict[tuple[str, ...], Kind] = {
-    ("vocab", "embed"): Kind(summed=(-1,)),
-    ("scored_vocab", "width"): Kind(summed=(-1,), backbone=True),
-    ("norm",): Kind(decayed=False),
-    ("heads", "head_dim", "embed"): Kind(summed=(-1,), backbone=True),
-    ("kv_heads", "head_dim", "embed"): Kind(summed=(-1,), backbone=True),
-    ("embed", "heads", "head_dim"): Kind(summed=(-2, -1), backbone=True),
-    ("heads", "head_dim"): Kind(decayed=False, backbone=True),  # biases
-    ("kv_heads", "head_dim"): Kind(decayed=False, backbone=True),
-    ("mlp", "embed"): Kind(summed=(-1,), backbone=True),
-    ("embed", "mlp"): Kind(summed=(-1,), backbone=True),
+    ("vocab", "embed"): Kind("embedding", summed=(-1,)),
+    ("scored_vocab", "width"): Kind("lm_head", summed=(-1,)),
+    ("norm",): Kind("norms", decayed=False),
+    ("heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
+    ("kv_heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
+    ("embed", "heads", "head_dim"): Kind("attention", summed=(-2, -1)),
+    ("heads", "head_dim"): Kind("attention", decayed=False),  # biases
+    ("kv_heads", "head_dim"): Kind("attention", decayed=False),
+    ("mlp", "embed"): Kind("dense_ffn", summed=(-1,)),
+    ("embed", "mlp"): Kind("dense_ffn", summed=(-1,)),
     # Never int8: they are small, and router errors change the choice of experts.
-    ("router", "embed"): Kind(),
-    ("gate_in",): Kind(),
-    ("depth",): Kind(decayed=False),  # a bias of router and experts
-    ("expert", "expert_mlp", "expert_in"): Kind(summed=(-1,), bank=True),
-    ("expert", "expert_mlp", "expert_out"): Kind(summed=(-2,), bank=True),
-    ("shared_mlp", "embed"): Kind(summed=(-1,)),
-    ("embed", "shared_mlp"): Kind(summed=(-1,)),
-    ("concat", "embed"): Kind(summed=(-1,)),
+    ("router", "embed"): Kind("router"),
+    ("depth",): Kind("router", decayed=False),  # a bias of router and experts
+    ("gate_in",): Kind("shared_gate"),
+    ("expert", "expert_mlp", "expert_in"): Kind("experts", summed=(-1,), bank=True),
+    ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), bank=True),
+    ("shared_mlp", "embed"): Kind("shared_expert", summed=(-1,)),
+    ("embed", "shared_mlp"): Kind("shared_expert", summed=(-1,)),
+    ("concat", "embed"): Kind("concat_proj", summed=(-1,)),
 }
 
 
@@ -93,3 +93,19 @@ def kinds(model: nnx.Module) -> dict[Path, Kind]:
     """Returns every parameter's path and kind; works on shapes as well as arrays."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {path: kind_of(axes_of(variable, path)) for path, variable in flat}
+
+
+def trained_kinds(model: nnx.Module, freeze: Sequence[str] = ()) -> dict[Path, Kind]:
+    """Returns the path and kind of every parameter that has gradients and optimizer state.
+
+    `freeze` names the parts that have none (train.freeze). Raises InputError if nothing is left.
+    """
+    found = kinds(model)
+    left = {path: kind for path, kind in found.items() if kind.part not in freeze}
+    if found and not left:
+        parts = sorted({kind.part for kind in found.values()})
+        raise InputError(
+            f"train.freeze={','.join(freeze)} leaves nothing of this model to train: its parts are "
+            f"{', '.join(parts)}"
+        )
+    return left

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_kept = False  # keep_freed has been applied
 _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin")
 
 
@@ -22,5 +23,16 @@ def keep_freed() -> bool:
     library = ctypes.CDLL(None)
     if not on_cpu or "GLIBC_TUNABLES" in os.environ or not hasattr(library, "gnu_get_libc_version"):
         return False
+    global _kept
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    return all([library.mallopt(name, value) for name, value in settings])
+    _kept = all([library.mallopt(name, value) for name, value in settings])
+    return _kept
+
+
+def release_freed() -> None:
+    """Returns to the system all memory that `keep_freed` has kept. A no-op without `keep_freed`.
+
+    Kept memory is fragmented: a large buffer that does not fit it takes new memory.
+    """
+    if _kept:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -93,7 +93,7 @@ def read_history(workdir: Path) -> History:
         for values in (lasted * speeds, lasted)
     )
     per_token = training_flops(
-        _model(workdir, config), config.data.sequence_length, config.optimizer.freeze_backbone
+        _model(workdir, config), config.data.sequence_length, config.train.freeze
     )
     losses = np.array([scores[step] for step in scored])
     flops, held_out = tokens * per_token, _held_out(workdir, config)

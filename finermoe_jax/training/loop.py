@@ -21,6 +21,7 @@ from finermoe_jax.data.rows import Mixture
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.layers.sharding import batch_sharding
 from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime import host_memory
 from finermoe_jax.runtime.preemption import EXIT_CODE
 from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.initial import InitialModel
@@ -28,6 +29,9 @@ from finermoe_jax.training.monitor import Monitor
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.step import jit_step, rebuild
 from finermoe_jax.training.workdir import resume_hint
+
+# Steps between two releases of freed memory on a CPU. A release costs a step's page faults.
+_STEPS_OF_KEPT_MEMORY = 16
 
 
 @dataclasses.dataclass
@@ -140,6 +144,9 @@ class Loop:
         scores = step % settings.eval_every == 0 or last
         if saves or scores or step == monitor.profile[1]:
             self._drain()
+        # A step's buffers do not fit what others left behind: without this, a CPU's memory grows.
+        if saves or scores or step % _STEPS_OF_KEPT_MEMORY == 0:
+            host_memory.release_freed()
         if step == monitor.profile[1]:
             with monitor.pause(), monitor.spending("profiling", step):
                 monitor.stop_profile()
@@ -157,6 +164,7 @@ class Loop:
             self.checkpoints.save(
                 step, model, params, opt_state, tokenizer, loss, logged, self.guard.in_a_row
             )
+            host_memory.release_freed()
         return updates
 
 

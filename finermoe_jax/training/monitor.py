@@ -204,8 +204,7 @@ class Monitor:
         self.profile = (max(begin, first + 1), end) if traces else (0, 0)
         self.profile_directory = workdir / "profile"
         peak = telemetry.peak_flops or peak_flops(jax.devices()[0].device_kind)
-        frozen = config.optimizer.freeze_backbone
-        needed = training_flops(model, config.data.sequence_length, frozen)
+        needed = training_flops(model, config.data.sequence_length, config.train.freeze)
         self.mfu_per_speed = None if peak is None else needed / (devices * peak)
         self.held_out: float | None = None
         self.writers: list[TensorBoard | WeightsAndBiases] = []

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from finermoe_jax.config.run import OptimizerConfig
 from finermoe_jax.layers.parameters import Kind, Path
 
-# Kind of every parameter (parameters.kinds).
+# Kind of every trained parameter (parameters.trained_kinds).
 type Kinds = Mapping[Path, Kind]
 
 
@@ -39,17 +39,11 @@ def decayed(params: Any, kinds: Kinds) -> Any:
     )
 
 
-def trained(params: dict, config: OptimizerConfig, kinds: Kinds) -> dict:
-    """Selects the trainable parameters of a nested dict.
-
-    All of them, or with freeze_backbone those that the published training code trains: embedding,
-    routers, experts (including the shared one) and norms.
-    """
-    if not config.freeze_backbone:
-        return params
+def trained(params: dict, kinds: Kinds) -> dict:
+    """Returns the trained parameters of a nested dict: those with a kind in `kinds`."""
     flat = nnx.traversals.flatten_mapping(params)
     return nnx.traversals.unflatten_mapping(
-        {path: leaf for path, leaf in flat.items() if not kinds[path].backbone}
+        {path: leaf for path, leaf in flat.items() if path in kinds}
     )
 
 
@@ -62,8 +56,8 @@ def completed(params: dict, part: dict) -> dict:
 def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.GradientTransformation:
     """Clips by global norm, then applies AdamW (Table 5) or Adafactor.
 
-    Weight decay is multiplied by the learning rate. Gradients and state cover `trained(params)`
-    only.
+    Weight decay is multiplied by the learning rate. Gradients and state cover the parameters in
+    `kinds` only.
     """
     mask = functools.partial(decayed, kinds=kinds)
     if config.name == "adafactor":
@@ -80,11 +74,9 @@ def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.Gradie
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(grads, state, trained(params, config, kinds))
+        return tx.update(grads, state, trained(params, kinds))
 
-    return optax.GradientTransformation(
-        lambda params: tx.init(trained(params, config, kinds)), update
-    )
+    return optax.GradientTransformation(lambda params: tx.init(trained(params, kinds)), update)
 
 
 def _adafactor(

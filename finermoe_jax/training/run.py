@@ -20,7 +20,7 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.generation.text import stream_text
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import kinds, trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
@@ -178,6 +178,7 @@ def check_run(
     newest = newest_checkpoint(workdir / "checkpoints")
     initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
+    _check_frozen(config, initial.model, say)
     model = initial.model.config
     length = config.data.sequence_length
     if length > model.context_length:
@@ -203,6 +204,14 @@ def check_run(
             initial.model, tokenizer, prompt, config.prompt_tokens
         )  # only checks the prompt
     return RunSetup(config, workdir, mesh, initial, tokenizer, found, say)
+
+
+def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:
+    """Names parts in train.freeze that the model lacks. Raises InputError if nothing is trained."""
+    trained_kinds(model, config.train.freeze)
+    absent = {*config.train.freeze} - {kind.part for kind in kinds(model).values()}
+    if absent:
+        say(f"train.freeze: this model has no {' and no '.join(sorted(absent))}")
 
 
 def _train(
@@ -233,7 +242,7 @@ def _train(
         )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     report = functools.partial(_report, setup, monitor)
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     if first is None:
         params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
         first, in_a_row = 0, 0

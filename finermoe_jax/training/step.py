@@ -14,7 +14,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import Path, kinds
+from finermoe_jax.layers.parameters import Path, kinds, trained_kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.bank import Places, Summed
@@ -46,7 +46,7 @@ def train_step(
       int32 [L, E]: expert_tokens, the tokens that selected each expert. L counts MoE layers.
     """
     model = rebuild(graphdef, params)
-    free = trained(params, config.optimizer, kinds(model))
+    free = trained(params, trained_kinds(model, config.train.freeze))
     # Derived from the optimizer's count, like the key below.
     psr = reuse_at(updates_made(opt_state), config.train, model.config.moe)
     metrics, grads = _gradients(graphdef, config, params, free, batch, psr)
@@ -175,8 +175,9 @@ def batch_loss(
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
-        inputs, remat=settings.remat, unroll=settings.scan_unroll, psr=psr, **masks(batch)
-    )
+        inputs, remat=settings.remat, unroll=settings.scan_unroll,
+        frozen_experts="experts" in settings.freeze, psr=psr, **masks(batch),
+    )  # fmt: skip
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens
     )

@@ -30,7 +30,7 @@ _FIXED = {
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
     "optimizer.name": "the checkpoint contains the other optimizer's state",
     "optimizer.moment_dtype": "the checkpoint's moments have this dtype",
-    "optimizer.freeze_backbone": "the checkpoint contains moments of the trained parameters only",
+    "train.freeze": "the checkpoint contains moments of the trained parameters only",
     "train.param_dtype": "the checkpoint's weights have this dtype",
 }
 

@@ -15,7 +15,7 @@ from finermoe_jax.config.flops import forward_flops, training_flops
 from finermoe_jax.config.hardware import CHIPS, peak_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.presets import QWEN2P5
-from finermoe_jax.config.run import RunConfig, TrainConfig
+from finermoe_jax.config.run import PARTS, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import with_shapes
@@ -67,6 +67,11 @@ def test_published_models_need_two_for_each_active_weight(size):
     weights = true_counts(model).active - model.vocab_size * model.hidden_size  # a lookup
     assert products == pytest.approx(2 * weights, rel=1e-3)  # norms and biases apart
     assert training_flops(model, 8192) == 3 * sum(parts.values())
+    # Frozen parts need no gradient of their weights; tied embeddings are the head's weights.
+    head = "embedding" if model.tie_word_embeddings else "lm_head"
+    for freeze, kept in (((*PARTS[1:-1], head), parts["scores"]), (("norms",), None)):
+        saved = 0 if kept is None else sum(parts.values()) - kept
+        assert training_flops(model, 8192, freeze) == 3 * sum(parts.values()) - saved
     # A query sees itself and what came before it.
     heads = model.num_attention_heads * model.attention_head_dim
     seen = np.arange(1, 8193).mean()

@@ -1,12 +1,15 @@
 """Validation and derived sizes of configs; the preset files."""
 
 import dataclasses
+import sys
 
 import pytest
 
+from finermoe_jax.cli.flags import Flags
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import default_config, preset, run_config
 from finermoe_jax.config.presets import QWEN2P5
+from finermoe_jax.config.run import PARTS
 from finermoe_jax.errors import InputError
 from tests.support import SMALL, load_preset
 
@@ -116,6 +119,9 @@ def test_sizes_that_do_not_fit_are_named(changes, values):
         ("data.eval_fraction", 1.5, ["1.5"]),
         ("train.grad_accumulation", 3, ["2048", "3"]),
         ("init_from", "", ["init_from", "dense"]),
+        ("train.freeze", ["norms", "rooter"], ["no part 'rooter'", "Did you mean router?"]),
+        ("train.freeze", PARTS, ["train.freeze names all parts"]),
+        ("train.freeze", "router", ["train.freeze='router'", "list"]),
     ],
 )
 def test_bad_fields_are_named(path, value, words):
@@ -153,3 +159,45 @@ def test_the_former_name_of_dense_is_read(tmp_path):
         "    return config\n"
     )
     assert run_config(preset(str(path))).dense == SMALL
+
+
+BACKBONE = ("attention", "dense_ffn", "lm_head")
+
+
+def test_freeze_backbone_is_read_as_its_parts(tmp_path):
+    """From a config.json and a config file of before."""
+    for former, now in ((True, BACKBONE), (False, ())):
+        values = {"init_from": "x", "optimizer": {"beta1": 0.8, "freeze_backbone": former}}
+        config = run_config(values)
+        assert (config.train.freeze, config.optimizer.beta1) == (now, 0.8)
+    values["train"] = {"freeze": ["router"]}
+    with pytest.raises(InputError, match=r"former name of config\.train\.freeze"):
+        run_config(values)
+    path = tmp_path / "run.py"
+    path.write_text(
+        "import finermoe_jax as fm\n"
+        "def get_config():\n"
+        "    config = fm.default_config()\n"
+        "    config.init_from = 'x'\n"
+        "    config.optimizer.freeze_backbone = True\n"
+        "    return config\n"
+    )
+    assert run_config(preset(str(path))).train.freeze == BACKBONE
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("--config.optimizer.freeze_backbone=true", BACKBONE),
+        ("--config.optimizer.freeze_backbone", BACKBONE),
+        ("--config.optimizer.freeze_backbone=false", ()),
+        ("--config.train.freeze=lm_head, router", ("router", "lm_head")),
+        ("--config.train.freeze=('lm_head','router')", ("router", "lm_head")),
+        ("--config.train.freeze=", ()),
+    ],
+)
+def test_frozen_parts_on_the_command_line(monkeypatch, override, parts):
+    monkeypatch.setattr(sys, "argv", ["train", "--config=demo", override])
+    flags = Flags()
+    assert flags.read(lambda flags: flags.add_config())
+    assert flags.run_config().train.freeze == parts

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import MeshConfig, OptimizerConfig
+from finermoe_jax.config.run import PARTS, MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.basic import param
-from finermoe_jax.layers.parameters import KINDS, LAYER, kind_of, kinds
+from finermoe_jax.layers.parameters import KINDS, LAYER, kind_of, kinds, trained_kinds
 from finermoe_jax.layers.sharding import RULES
 from finermoe_jax.layers.stored import Quantized
 from finermoe_jax.model.decoder import Decoder, parameter_kinds, parameter_shapes
@@ -53,6 +53,15 @@ def _flat(tree):
     return nnx.traversals.flatten_mapping(tree)
 
 
+# What each part of the model is called in a parameter's path.
+PART_NAMES = {
+    "embedding": ("embed",), "attention": ("attention",), "norms": ("scale",),
+    "dense_ffn": ("mlp",), "router": ("router", "group_router"), "experts": ("gate_up",),
+    "shared_expert": ("shared",), "shared_gate": ("shared_gate",),
+    "concat_proj": ("concat_proj",), "lm_head": ("lm_head",),
+}  # fmt: skip
+
+
 def _bank(path, leaf):
     return "moe" in path and leaf.ndim == 4
 
@@ -65,15 +74,28 @@ def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_na
     flags = _flat(decayed(params, found))
     biases = ("scale", "query_bias", "key_bias", "value_bias")
     assert flags == {path: path[-1] not in biases for path in flat}
-    free = _flat(trained(params, OptimizerConfig(freeze_backbone=True), found))
-    backbone = {"attention", "mlp", "lm_head"}
-    assert free.keys() == {p for p in flat if p[-1] == "scale" or not {*p} & backbone}
-    assert _flat(trained(params, OptimizerConfig(), found)).keys() == flat.keys()
+    backbone = trained_kinds(model, ("attention", "dense_ffn", "lm_head"))
+    free = _flat(trained(params, backbone))
+    by_name = {"attention", "mlp", "lm_head"}
+    assert free.keys() == {p for p in flat if p[-1] == "scale" or not {*p} & by_name}
+    assert _flat(trained(params, trained_kinds(model))).keys() == flat.keys()
     for path, leaf in flat.items():
         of_experts = path[-2:] == ("moe", "down")
         summed = (-2,) if of_experts else SUMMED.get(path[-1], ())
         assert found[path].summed == summed, path
         assert found[path].bank == _bank(path, leaf), path
+
+
+@every_model
+def test_parts_are_those_of_the_paths(config):
+    model, params = _params(config)
+    for path in _flat(params):
+        named = [part for part, names in PART_NAMES.items() if {*path} & {*names}]
+        if path[-1] == "scale":
+            named = ["norms"]
+        elif path[-2:] == ("moe", "down"):
+            named = ["experts"]
+        assert [kinds(model)[path].part] == named, path
 
 
 @every_model
@@ -129,8 +151,11 @@ def test_a_parameters_kind_comes_from_its_axes_alone(axes):
     assert kinds(nnx.merge(graphdef, nnx.State(nnx.to_pure_dict(state)))) == {path: KINDS[axes]}
     params = nnx.to_pure_dict(nnx.state(Made(axes)))
     assert _flat(decayed(params, kinds(Made(axes)))) == {path: KINDS[axes].decayed}
-    free = trained(params, OptimizerConfig(freeze_backbone=True), kinds(Made(axes)))
-    assert bool(_flat(free)) != KINDS[axes].backbone
+    assert KINDS[axes].part in PARTS
+    others = tuple(part for part in PARTS if part != KINDS[axes].part)
+    assert _flat(trained(params, trained_kinds(Made(axes), others))).keys() == {path}
+    with pytest.raises(InputError, match=f"leaves nothing .* its parts are {KINDS[axes].part}"):
+        trained_kinds(Made(axes), (KINDS[axes].part,))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     placed, _ = sharding.param_shardings(Made(axes), mesh)
     (made,) = jax.tree.leaves(sharding.row_major(params, placed, Made(axes)))

@@ -8,7 +8,7 @@ import pytest
 
 _FAULTS = """
 import ctypes, importlib.util, resource, sys
-keep = sys.argv[1] == "keep"
+keep = sys.argv[1] != "leave"
 spec = importlib.util.spec_from_file_location("host_memory", sys.argv[2])
 host_memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(host_memory)
@@ -23,6 +23,8 @@ for _ in range(3):
     place = libc.malloc(size)
     ctypes.memset(place, 1, size)
     libc.free(place)
+    if sys.argv[1] == "release":
+        host_memory.release_freed()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(*faults)
 """
@@ -42,6 +44,7 @@ def test_memory_that_was_freed_costs_nothing_anew():
     first, *later = faults("keep")
     assert first > 1000 and max(later) < 100
     assert min(faults("leave")) > 1000
+    assert min(faults("release")) > 1000
 
 
 def test_what_the_environment_says_is_left_alone(monkeypatch):

@@ -13,7 +13,7 @@ from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.training.optimizer import learning_rate, optimizer
@@ -65,7 +65,7 @@ def take_steps(config: RunConfig, mesh_config, count=3):
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
     route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
     chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
-    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)
