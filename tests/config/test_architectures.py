@@ -80,6 +80,11 @@ def test_numbers_are_architectures_and_variants_combine():
     demo = load_preset("demo", "function_preserving")
     assert demo.upcycle.function_preserving and demo.moe == load_preset("demo").moe
     assert _numbers(demo.moe) == (8, 2, 1, 2, 1)
+    pooled = load_preset("demo", "16,1,1,1,4+rex4").moe
+    assert _numbers(pooled) == (16, 1, 1, 1, 4) and pooled.experts_across == 4
+    assert load_preset("demo", "rex2") == dataclasses.replace(
+        load_preset("demo"), moe=dataclasses.replace(load_preset("demo").moe, experts_across=2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,8 @@ def test_numbers_are_architectures_and_variants_combine():
         ("32,2,0,2", ["intermediate_expansion=0"]),
         ("ct+function_preserving", ["function_preserving=True", "moe=None"]),
         ("c32a2+function_preserving", ["function_preserving=True", "size=0"]),
+        ("ct+rex2", ["rex2", "no experts"]),
+        ("rex2+rex4", ["rex2 and rex4", "choose one"]),
     ],
 )
 def test_variants_that_cannot_be_are_named(variant, words):
