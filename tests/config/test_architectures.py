@@ -88,6 +88,35 @@ def test_numbers_are_architectures_and_variants_combine():
 
 
 @pytest.mark.parametrize(
+    "arm",
+    [
+        "",
+        "rex2",
+        "rex4+psr",
+        "psr",
+        "wide",
+        "rex2+depth",
+        "fine+rex2+candidates",
+        "upcycled+rex2+foreign",
+    ],
+)
+def test_every_arm_of_the_study_of_pools(arm):
+    """All arms of a form share data, steps, active experts and, except wide, expert parameters."""
+    form = next((name for name in ("fine", "upcycled") if name in arm), "")
+    base, got = (load_preset("studies/rex_arms", name) for name in (form, arm))
+    assert got.data == base.data and got.optimizer == base.optimizer
+    assert got.train.steps == base.train.steps and got.moe.num_active == base.moe.num_active
+    assert got.moe.num_experts == base.moe.num_experts * (2 if arm == "wide" else 1)
+    assert got.moe.experts_across == (4 if "rex4" in arm else 2 if "rex2" in arm else 1)
+    assert got.train.psr == ("linear" if "psr" in arm or "foreign" in arm else "none")
+
+
+def test_arms_that_are_none_are_named():
+    with pytest.raises(InputError, match=r"rex5.*rex2, rex4"):
+        load_preset("studies/rex_arms", "rex5")
+
+
+@pytest.mark.parametrize(
     ("variant", "words"),
     [
         ("c32a", ["'c32a'", "Did you mean c32a2?"]),
