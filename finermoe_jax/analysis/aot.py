@@ -109,7 +109,15 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
         least = 2 * stored + stored if program.trains else stored
     adds = parts > 1 and not places.pieces
     traffic = expert_traffic(text, program.model, local, adds)
+    across = program.model.moe.experts_across
+    notes = list(program.notes)
+    if across > 1 and places.pieces:
+        notes.append(
+            f"experts_across={across}: each of a group's {across} layers gathers its {total} "
+            "experts over fsdp"
+        )
     return {
+        "notes": notes,
         "expert_bytes": traffic.total,
         "expert_bound_bytes": least * expert_weights(program.model, local),
         "expert_bytes_in_loops": traffic.in_loops,
