@@ -126,7 +126,8 @@ class FineRMoE(nnx.Module):
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose in another way. Each slot must get T_I of its own experts.
+        A subclass may choose in another way. Each slot must get T_I of its own experts, and while
+        `self.allowed` is set (train.psr), only experts for which it is True.
 
         Args:
           x: [B, T, D].
