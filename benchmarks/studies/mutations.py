@@ -256,8 +256,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the balancing losses are averaged over layers", STEP,
-        "config.train.aux_loss_weight * features.aux_loss.sum()",
-        "config.train.aux_loss_weight * features.aux_loss.mean()",
+        "balance.weight * features.aux_loss.sum()",
+        "balance.weight * features.aux_loss.mean()",
         "tests/training/test_step.py -k balancing", OF_STEPS,
     ),
     Mutation(

@@ -14,7 +14,7 @@ from absl import flags
 from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
 
-from finermoe_jax.config.parse import FORMER, find_config, preset, run_config
+from finermoe_jax.config.parse import FORMER, default_config, find_config, preset, run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import to_json
@@ -229,6 +229,9 @@ def _add_former(config: ConfigDict, arguments: list[str]) -> None:
         if group and field not in config[group] and any(map(override.match, arguments)):
             with config.unlocked():
                 config[group][field] = former.default
+                # The argument overrides the file, also under the present name.
+                now_group, _, now = former.now.rpartition(".")
+                config[now_group][now] = default_config()[now_group][now]
 
 
 def _take_configs(values: FlagValues) -> list[str]:

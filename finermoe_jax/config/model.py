@@ -128,6 +128,9 @@ class MoEConfig:
     concat_proj: Literal["none", "routed", "all"] = "none"
     # Ablation of Table 3: a second router selects the candidate group of each slot.
     separate_routers: bool = False
+    # Biases that change which experts are chosen, not their weights. Runs with balance.kind="bias"
+    # set it and update them (moe/balance.py).
+    selection_bias: bool = False
     # Dtype of the router's logits and of the selection.
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     # Every n-th layer is an MoE layer; n is this value (HF key of the same name).

@@ -95,6 +95,7 @@ def _backbone(frozen: Any) -> tuple[str, ...]:
 
 FORMER = {
     "model": Former("dense"),
+    "train.aux_loss_weight": Former("balance.weight", 0.001),
     "optimizer.freeze_backbone": Former("train.freeze", False, _backbone),
 }
 
@@ -216,9 +217,9 @@ def preset(name: str) -> Any:
             f"config file {path}: get_config() returns {found} but must return a ConfigDict: "
             "modify and return finermoe_jax.default_config()"
         )
-    if "model" in config:
-        config = ConfigDict(_renamed(config.to_dict()), type_safe=False)
-    return config
+    values = config.to_dict()
+    renamed = _renamed(values)
+    return config if renamed is values else ConfigDict(renamed, type_safe=False)
 
 
 def _check_variant(get_config: Callable[..., Any], variant: str | None) -> None:

@@ -61,6 +61,30 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """The balancing of the experts' load (docs/howto/balance.md)."""
+
+    # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or
+    # over each microbatch with train.grad_accumulation. "bias": no loss; a rule moves biases that
+    # only the choice of experts sees. "none": neither.
+    kind: Literal["sequence", "batch", "bias", "none"] = "sequence"
+    # Weight of the loss of "sequence" and "batch": total = mean cross-entropy + weight * sum over
+    # layers. The published training code sums the cross-entropy over tokens instead, so its
+    # effective weight at 8192 tokens is 0.001 / 8192.
+    weight: float = 0.001
+    # Weight of the router z-loss, added to any kind; 0: none.
+    z_loss: float = 0.0
+    # Step of an expert's bias, for "bias" only. A candidate group's is sqrt(G_I * R_I) times this.
+    bias_rate: float = 0.001
+    # Of layers that share their experts (moe.experts_across), for "sequence" and "batch": "layer"
+    # balances each layer's choices, "pool" those of all its layers together.
+    over: Literal["layer", "pool"] = "layer"
+
+
+PUBLISHED_BALANCE = BalanceConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes. One of them may be -1: all remaining devices."""
 
@@ -94,10 +118,6 @@ class TrainConfig:
     steps: int = 2980
     # Microbatches per optimizer step; their gradients are averaged.
     grad_accumulation: int = 1
-    # Weight of the load-balancing loss: total = mean cross-entropy + aux_loss_weight * sum over
-    # layers of Eq. 11. The published training code sums the cross-entropy over tokens instead,
-    # so its effective weight at 8192 tokens is 0.001 / 8192.
-    aux_loss_weight: float = 0.001
     # Dtype of activations.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # Dtype of the master weights.
@@ -188,12 +208,17 @@ class RunConfig:
     prompt_tokens: int = 48
     data: DataConfig = DataConfig()  # text and batches
     optimizer: OptimizerConfig = OptimizerConfig()  # AdamW or Adafactor, and the schedule
+    balance: BalanceConfig = PUBLISHED_BALANCE  # load of the experts
     mesh: MeshConfig = MeshConfig()  # devices
     train: TrainConfig = TrainConfig()  # steps, precision, memory, logs, checkpoints
 
     def __post_init__(self) -> None:
-        for group in (self, self.data, self.optimizer, self.mesh, self.train):
+        for group in (self, self.data, self.optimizer, self.balance, self.mesh, self.train):
             check_fields(group)
+        if self.balance.kind == "bias" and self.moe is not None:
+            # The biases are part of the model, so that its checkpoints say that they have them.
+            moe = dataclasses.replace(self.moe, selection_bias=True)
+            object.__setattr__(self, "moe", moe)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
         if self.dense is None and not self.init_from:
             raise InputError(
@@ -227,6 +252,11 @@ class RunConfig:
                 f"train.psr={train.psr} masks experts, but config.moe is None: set config.moe, or "
                 "train.psr=none"
             )
+        if self.balance.kind == "bias":
+            raise InputError(
+                f"balance.kind=bias would raise the biases of experts that train.psr={train.psr} "
+                "masks: set balance.kind=sequence or batch, or train.psr=none"
+            )
         if moe.experts_across > 1:
             return
         if train.psr_mask == "foreign":
@@ -254,6 +284,11 @@ class RunConfig:
 
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""
+        if self.balance.over == "pool" and self.balance.kind not in ("sequence", "batch"):
+            raise InputError(
+                f"balance.over=pool has no effect with balance.kind={self.balance.kind}: set "
+                "balance.over=layer, or balance.kind=sequence or batch"
+            )
         self._check_psr()
         data, train, optimizer = self.data, self.train, self.optimizer
         if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
@@ -273,6 +308,12 @@ class RunConfig:
                 f"the last is both scored (train.eval_every={train.eval_every}) and saved "
                 f"(train.checkpoint_every={train.checkpoint_every}); make one a multiple of the "
                 "other"
+            )
+        if self.balance.kind == "bias" and "router" in train.freeze:
+            raise InputError(
+                "balance.kind=bias moves the biases of a router that learns, but train.freeze="
+                f"{','.join(train.freeze)} freezes it: remove router from train.freeze, or set "
+                "another balance.kind"
             )
         if data.global_batch_size % train.grad_accumulation:
             raise InputError(
@@ -303,7 +344,9 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.
     "data.seed": (0, 2**32 - 1),
     "train.seed": (0, 2**32 - 1),
     "train.keep_best": (0, 1e6),
-    "train.aux_loss_weight": (0, 1e6),
+    "balance.weight": (0, 1e6),
+    "balance.z_loss": (0, 1e6),
+    "balance.bias_rate": (0, 1e6),
     "train.psr_start": (0, 1),
     "train.psr_end": (0, 1),
     "optimizer.warmup_fraction": (0, 1),

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from finermoe_jax.errors import InputError
 
@@ -30,12 +32,19 @@ class Kind:
         of the other axes. Empty: never quantized.
       bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
         sharded over the mesh's expert axis.
+      state: set by a rule outside of the gradient (moe/balance.py). Never in gradients or in the
+        optimizer's state; float32 whatever the dtype of the weights.
     """
 
     part: str
     decayed: bool = True
     summed: tuple[int, ...] = ()
     bank: bool = False
+    state: bool = False
+
+    def stored_as(self, dtype: DTypeLike) -> jnp.dtype:
+        """Returns the dtype of such a parameter in a model with weights of `dtype`."""
+        return jnp.dtype(jnp.float32 if self.state else dtype)
 
 
 # Matrices are [out, in], except the experts' down, [E, in, out].
@@ -53,6 +62,7 @@ KINDS: dict[tuple[str, ...], Kind] = {
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind("router"),
     ("depth",): Kind("router", decayed=False),  # a bias of router and experts
+    ("router",): Kind("router", decayed=False, state=True),  # selection biases
     ("gate_in",): Kind("shared_gate"),
     ("expert", "expert_mlp", "expert_in"): Kind("experts", summed=(-1,), bank=True),
     ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), bank=True),
@@ -98,10 +108,14 @@ def kinds(model: nnx.Module) -> dict[Path, Kind]:
 def trained_kinds(model: nnx.Module, freeze: Sequence[str] = ()) -> dict[Path, Kind]:
     """Returns the path and kind of every parameter that has gradients and optimizer state.
 
-    `freeze` names the parts that have none (train.freeze). Raises InputError if nothing is left.
+    Model state (Kind.state) has none, nor have the parts that `freeze` names (train.freeze).
+
+    Raises InputError if nothing is left.
     """
     found = kinds(model)
-    left = {path: kind for path, kind in found.items() if kind.part not in freeze}
+    left = {
+        path: kind for path, kind in found.items() if not kind.state and kind.part not in freeze
+    }
     if found and not left:
         parts = sorted({kind.part for kind in found.values()})
         raise InputError(

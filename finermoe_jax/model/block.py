@@ -5,11 +5,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
+from finermoe_jax.config.run import BalanceConfig
 from finermoe_jax.layers.attention import Attention
 from finermoe_jax.layers.basic import MLP, RMSNorm
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.moe.balance import expert_tokens
+from finermoe_jax.moe.balance import Balance, measure
 from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.moe.routing import Routing
 
@@ -43,8 +44,9 @@ class Block(nnx.Module):
         real: Array,
         cache: CacheUse | None,
         placement: Placement,
-    ) -> tuple[Array, LayerCache | None, tuple[Routing, tuple[Array, Array]] | None]:
-        """Returns x, the written cache, and an MoE layer's (routing, (loss, tokens per expert))."""
+        balance: BalanceConfig,
+    ) -> tuple[Array, LayerCache | None, tuple[Routing, Balance] | None]:
+        """Returns x, the written cache, and an MoE layer's routing and balance."""
         attended, written = self.attention(
             self.input_norm(x), angles, segment_ids, placement, cache
         )
@@ -53,6 +55,8 @@ class Block(nnx.Module):
         if not hasattr(self, "moe"):
             return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        # The loss counts them too; XLA merges the two computations.
-        tokens = expert_tokens(routing.experts, real, routing.logits.shape[-1])
-        return x + y, written, (routing, (aux_loss, tokens))
+        return (
+            x + y,
+            written,
+            (routing, measure(routing, aux_loss, real, balance, self.moe.allowed)),
+        )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax.config.arguments import check_ids, check_mask, check_type, rectangular
 from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers.basic import Embedding, RMSNorm, project, rotary_angles
 from finermoe_jax.layers.causal import segments
@@ -30,8 +31,8 @@ from finermoe_jax.moe.routing import Routing
 class Features(NamedTuple):
     """The decoder's result before lm_head.
 
-    routing, aux_loss and expert_tokens have one entry per MoE layer. aux_loss is Eq. 11 without its
-    weight. expert_tokens counts the real tokens that selected each expert.
+    routing, aux_loss, expert_tokens and z_loss have one entry per MoE layer. aux_loss is Eq. 11
+    without its weight. expert_tokens counts the real tokens that selected each expert.
     """
 
     hidden: Float[Array, "B T D"]  # after the final norm
@@ -39,6 +40,7 @@ class Features(NamedTuple):
     expert_tokens: Int[Array, "L E"]
     routing: tuple[Routing, ...]  # logits, experts and weights of each MoE layer
     cache: KVCache | None  # the cache with these tokens; None without one
+    z_loss: Float[Array, " L"] | None  # router z-loss; None unless asked for
 
 
 class Output(NamedTuple):
@@ -175,6 +177,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         unroll: int = 1,
         frozen_experts: bool = False,
+        balance: BalanceConfig = PUBLISHED_BALANCE,
         psr: Reuse | None = None,
     ) -> Features:
         """Returns the final hidden states, [B, T, D] in `dtype`, and the routing of each MoE layer.
@@ -186,6 +189,7 @@ class Decoder(nnx.Module):
           remat: "none" or a key of REMAT_POLICIES: what the backward pass recomputes.
           unroll: layers (or repeats of their pattern) per iteration of the scan.
           frozen_experts: omits the gradient of the routed experts' weights.
+          balance: chooses Eq. 11 per sequence or per batch, and the z-loss. No weight is applied.
           psr: masks experts of the pools, in training only.
         """
         batch, tokens = input_ids.shape
@@ -201,8 +205,8 @@ class Decoder(nnx.Module):
         angles = rotary_angles(position_ids, self.config)
 
         shared = Pass(
-            angles, segment_ids, real, self.placement, slot, visible, remat, unroll, frozen_experts,
-            psr,
+            angles, segment_ids, real, self.placement, slot, visible, remat, unroll,
+            frozen_experts, balance, psr,
         )  # fmt: skip
         x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[Traces] = []
@@ -214,7 +218,8 @@ class Decoder(nnx.Module):
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)
-        return Features(self.final_norm(x), *_records(traces), new_cache)
+        aux_loss, tokens, routing, z_loss = _records(traces)
+        return Features(self.final_norm(x), aux_loss, tokens, routing, new_cache, z_loss)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 logits over the vocabulary."""
@@ -320,11 +325,13 @@ def _output(graphdef: Any, state: Any, *arguments: Array | None) -> Output:
     return Output(model.logits(features.hidden), features.aux_loss, features.routing)
 
 
-def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...]]:
-    """Concatenates all runs' losses of Eq. 11 [L], tokens per expert [L, E] and routing."""
+def _records(traces: list[Traces]) -> tuple[Array, Array, tuple[Routing, ...], Array | None]:
+    """Concatenates all runs' Eq. 11 [L], tokens per expert [L, E], routing and z-losses [L]."""
     if not traces:
-        return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), ()
+        return jnp.zeros(0), jnp.zeros((0, 0), jnp.int32), (), None
     aux_loss = jnp.concatenate([each.aux_loss for each in traces])
     of_rows = jnp.concatenate([each.expert_tokens for each in traces])
     routing = tuple(layer for each in traces for layer in each.routing)
-    return aux_loss, of_rows.astype(jnp.int32).sum(axis=1), routing
+    z_losses = [each.z_loss for each in traces if each.z_loss is not None]
+    z_loss = jnp.concatenate(z_losses) if z_losses else None
+    return aux_loss, of_rows.astype(jnp.int32).sum(axis=1), routing, z_loss

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
+from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
@@ -23,6 +24,7 @@ from finermoe_jax.layers.parameters import axes_of, kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.block import Block
+from finermoe_jax.moe.balance import pool_balancing_loss
 from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
 from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
@@ -39,7 +41,8 @@ class Pass(NamedTuple):
 
     With a cache, slot is the next free slot and visible marks the slots that a single token sees.
     remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
-    frozen_experts get no gradient. psr masks experts of the pools.
+    frozen_experts get no gradient. balance chooses the MoE layers' losses. psr masks experts of the
+    pools.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -51,15 +54,17 @@ class Pass(NamedTuple):
     remat: str = "none"
     unroll: int = 1
     frozen_experts: bool = False
+    balance: BalanceConfig = PUBLISHED_BALANCE
     psr: Reuse | None = None
 
 
 class Traces(NamedTuple):
-    """Records of a run's MoE layers in order: routing, losses of Eq. 11, tokens per expert."""
+    """Records of a run's MoE layers in order: routing, and the fields of moe.balance.Balance."""
 
     routing: list[Routing]
     aux_loss: Float[Array, " L"]
-    expert_tokens: Int[Array, "L B E"]
+    expert_tokens: Float[Array, "L B E"]
+    z_loss: Float[Array, " L"] | None
 
 
 def stacked_blocks(
@@ -197,15 +202,30 @@ def _apply(
         elif pool not in (None, place):
             block.moe.bank = blocks[pool].moe.experts(shared.placement)
         x, cache, trace = block(
-            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement
+            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement, shared.balance
         )
         if carried is not None:
             check_used(gradients[pool], block.moe.bank)
             gradients[pool] = block.moe.bank.gradients
         written.append(cache)
         traces.append(trace)
+    if shared.balance.over == "pool":
+        traces = _balanced_over_pools(blocks, pools, traces, shared)
     caches = None if caches is None else tuple(written)
     return (x, caches, tuple(gradients)), tuple(traces)
+
+
+def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, shared: Pass) -> list:
+    """Replaces each MoE layer's balancing loss by that of its pool."""
+    losses = {}
+    for pool in {*pools} - {None}:
+        members = [place for place, of in enumerate(pools) if of == pool]
+        layers = [(traces[place][0], blocks[place].moe.allowed) for place in members]
+        losses[pool] = pool_balancing_loss(layers, shared.real, shared.balance.kind)
+    return [
+        trace if pool is None else (trace[0], trace[1]._replace(aux_loss=losses[pool]))
+        for pool, trace in zip(pools, traces, strict=True)
+    ]
 
 
 def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
@@ -256,5 +276,4 @@ def _in_order(stacked_traces: tuple, repeats: int) -> Traces | None:
     def layers(*places: Array) -> Array:
         return jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
 
-    aux_loss, expert_tokens = (layers(*each) for each in zip(*(of for _, of in moe), strict=True))
-    return Traces(routing, aux_loss, expert_tokens)
+    return Traces(routing, *jax.tree.map(layers, *(balance for _, balance in moe)))

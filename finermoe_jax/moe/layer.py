@@ -16,7 +16,7 @@ from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.moe.bank import ExpertBank, bank_of_layer
 from finermoe_jax.moe.exchange import routed_experts
-from finermoe_jax.moe.routing import Routing, route
+from finermoe_jax.moe.routing import Routing, SelectionBias, route
 
 
 class FineRMoE(nnx.Module):
@@ -71,6 +71,12 @@ class FineRMoE(nnx.Module):
             self.shared_gate = param(rngs, (d,), ("gate_in",), dtype, init)
         if moe.concat_proj != "none":
             self.concat_proj = param(rngs, (d, d), ("concat", "embed"), dtype, init)
+        if moe.selection_bias:
+            zeros = nnx.initializers.zeros
+            self.expert_bias = param(rngs, (e,), ("router",), jnp.float32, zeros)
+            if not moe.plain_top_k:
+                groups = moe.output_granularity * moe.pool_candidates
+                self.group_bias = param(rngs, (groups,), ("router",), jnp.float32, zeros)
 
     def _draw_experts(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         d, e = config.hidden_size, self.moe.pool_size
@@ -153,7 +159,15 @@ class FineRMoE(nnx.Module):
         if moe.separate_routers:
             candidates = logits(self.group_router, moe.pool_candidates // moe.output_expansion)
         chosen = logits(self.router, moe.experts_across)
-        return route(chosen, moe, x.dtype, candidates, allowed=self.allowed)
+        bias = self.selection_bias()
+        return route(chosen, moe, x.dtype, candidates, bias=bias, allowed=self.allowed)
+
+    def selection_bias(self) -> SelectionBias | None:
+        """Returns the biases of the choice of experts, or None if the model has none."""
+        if not self.moe.selection_bias:
+            return None
+        groups = None if self.moe.plain_top_k else self.group_bias[...].astype(jnp.float32)
+        return SelectionBias(self.expert_bias[...].astype(jnp.float32), groups)
 
     def experts(self, placement: Placement) -> ExpertBank:
         """Returns the pool's experts, read in place if the loop over layers set `bank`."""

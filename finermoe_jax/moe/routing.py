@@ -31,12 +31,20 @@ class Routing(NamedTuple):
     weights: Float[Array, "*T A"]  # their weights
 
 
+class SelectionBias(NamedTuple):
+    """Float32 biases that change which experts are chosen, not their weights (moe/balance.py)."""
+
+    experts: Float[Array, " E"]  # added to the logits to choose experts inside a group
+    groups: Float[Array, " OR"] | None  # added to the groups' sums; None with plain_top_k
+
+
 def route(
     logits: Float[Array, "*T E"],
     moe: MoEConfig,
     weight_dtype: DTypeLike,
     candidate_logits: Float[Array, "*T OR"] | None = None,
     even: bool = False,
+    bias: SelectionBias | None = None,
     allowed: Bool[Array, " E"] | None = None,
 ) -> tuple[Routing, Int[Array, "*T A"]]:
     """Chooses G_O * T_I experts per token and their weights (paper Algorithm 1).
@@ -47,6 +55,7 @@ def route(
       weight_dtype: dtype of the weights, cast from a float32 softmax.
       candidate_logits: a second router's logits of the candidate groups, for separate_routers only.
       even: assigns tokens to experts in turn (`even_experts`), whatever the logits say.
+      bias: added for the choice only; the weights are those of the raw logits.
       allowed: False at experts that no token may choose (moe/psr.py); their logits also leave all
         sums and softmaxes. None: all are allowed.
 
@@ -58,10 +67,10 @@ def route(
     if even:
         experts, scale = even_experts(logits.shape[:-1], moe), None
     elif moe.plain_top_k:
-        _, experts = jax.lax.top_k(open_logits, moe.num_active)
+        _, experts = jax.lax.top_k(_biased(open_logits, bias), moe.num_active)
         scale = None
     else:
-        experts, scale = _select_in_groups(open_logits, moe, candidate_logits, allowed)
+        experts, scale = _select_in_groups(open_logits, moe, candidate_logits, bias, allowed)
     # Sort by decreasing logit; ties keep slot order, the lower expert first.
     selected = jnp.take_along_axis(logits, experts, axis=-1)
     by_logit = jnp.argsort(-selected, axis=-1, stable=True)
@@ -126,6 +135,14 @@ def in_groups(pool: Shaped[Array, "*T E"], moe: MoEConfig) -> Shaped[Array, "*T 
     return apart.swapaxes(-1, -2).reshape(*first, slots, moe.pool_candidates, moe.group_size)
 
 
+def out_of_groups(grouped: Shaped[Array, "*T O R G"], moe: MoEConfig) -> Shaped[Array, "*T E"]:
+    """Reverses `in_groups`."""
+    first, across = grouped.shape[:-3], moe.experts_across
+    if moe.pooled_as == "candidates" and across > 1:
+        grouped = grouped.reshape(*first, moe.num_groups, across, moe.group_size).swapaxes(-1, -2)
+    return grouped.reshape(*first, moe.pool_size)
+
+
 def _in_pool(place: Int[Array, "*T A"], moe: MoEConfig) -> Int[Array, "*T A"]:
     """Returns the experts' numbers in the pool from their places in `in_groups`."""
     if moe.pooled_as == "copies" or moe.experts_across == 1:
@@ -133,10 +150,17 @@ def _in_pool(place: Int[Array, "*T A"], moe: MoEConfig) -> Int[Array, "*T A"]:
     return in_groups(jnp.arange(moe.pool_size), moe).reshape(-1)[place]
 
 
+def _biased(logits: Float[Array, "*T E"], bias: SelectionBias | None) -> Float[Array, "*T E"]:
+    if bias is None:
+        return logits
+    return logits + bias.experts.reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
 def _select_in_groups(
     logits: Float[Array, "*T E"],
     moe: MoEConfig,
     candidate_logits: Float[Array, "*T OR"] | None,
+    bias: SelectionBias | None,
     allowed: Bool[Array, " E"] | None,
 ) -> tuple[Int[Array, "*T A"], Float[Array, "*T A"] | None]:
     """Returns experts in slot order and, with a second router, their factors.
@@ -146,7 +170,8 @@ def _select_in_groups(
     slots, candidates, group = moe.output_granularity, moe.pool_candidates, moe.pool_group_size
     tokens = logits.shape[:-1]
     grouped = in_groups(logits, moe)
-    _, marked = jax.lax.top_k(grouped, moe.active_per_group)
+    marking = in_groups(_biased(logits, bias), moe)
+    _, marked = jax.lax.top_k(marking, moe.active_per_group)
     # The sum is over all raw logits of a group, selected or not, as in the published model. Ties:
     # top_k and argmax both take the lowest index.
     scores = (
@@ -156,7 +181,10 @@ def _select_in_groups(
     )
     if allowed is not None and candidate_logits is not None:
         scores = where_allowed(in_groups(allowed, moe).any(axis=-1), scores, -jnp.inf)
-    chosen = jnp.argmax(scores, axis=-1)
+    compared = scores
+    if bias is not None and bias.groups is not None:
+        compared = scores + bias.groups.reshape((1,) * len(tokens) + (slots, candidates))
+    chosen = jnp.argmax(compared, axis=-1)
     inside = jnp.take_along_axis(marked, chosen[..., None, None], axis=-2)[..., 0, :]
     group_index = jnp.arange(slots).reshape((1,) * len(tokens) + (slots,)) * candidates + chosen
     experts = (group_index[..., None] * group + inside).reshape(*tokens, moe.num_active)

@@ -21,7 +21,7 @@ from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import read_description
 from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.source import open_model
-from finermoe_jax.weights.upcycle import upcycled
+from finermoe_jax.weights.upcycle import upcycled, with_selection_bias
 
 
 @dataclasses.dataclass
@@ -86,9 +86,12 @@ def initial_model(config: RunConfig) -> InitialModel:
     model, weights = upcycled(
         config.init_from, source.config, source.weights, config.moe, key, config.upcycle
     )
+    if config.balance.kind == "bias" and model.moe is not None:
+        model, weights = with_selection_bias(model, weights)
     if weights is source.weights:
         return given
-    return dataclasses.replace(_lazy_model(model, weights, compute, files, ends), dense=given)
+    made = _lazy_model(model, weights, compute, files, ends)
+    return made if source.config.moe else dataclasses.replace(made, dense=given)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:

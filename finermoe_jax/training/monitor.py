@@ -98,6 +98,10 @@ class Load(NamedTuple):
     max_over_mean: Float[np.ndarray, " L"]
     dead: Int[np.ndarray, " L"]  # number of experts that no token selected
     candidates: Float[np.ndarray, "L O R"]  # share of a slot's tokens in each candidate group
+    # As above, over the experts of each candidate group.
+    group_entropy: Float[np.ndarray, "L O R"]
+    group_max_over_mean: Float[np.ndarray, "L O R"]
+    group_dead: Int[np.ndarray, "L O R"]
     # Only of layers that share their experts.
     starved: Float[np.ndarray, " L"] | None = None  # share of experts below a tenth of the mean
     foreign: Float[np.ndarray, " L"] | None = None  # share of choices of other layers' experts
@@ -107,29 +111,42 @@ def load_of(
     tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
 ) -> Load:
     """Computes the load from the number of tokens that selected each expert of the pool."""
-    total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
-    share = tokens / total
-    surprise = np.log(share, out=np.zeros_like(share), where=share > 0)
-    experts = tokens.shape[1]
-    slots, candidates = moe.output_granularity, moe.output_expansion
-    across = moe.experts_across
-    groups = tokens.reshape(-1, slots, candidates, moe.group_size * across).sum(axis=3)
+    slots, candidates, across = moe.output_granularity, moe.output_expansion, moe.experts_across
+    per_group = tokens.reshape(-1, slots, candidates, moe.group_size * across)
+    groups = per_group.sum(axis=3)
+    entropy, max_over_mean, dead = _evenness(tokens)
     starved = foreign = None
     if across > 1:
-        starved = (tokens < total / experts / 10).mean(axis=1)
+        starved = (tokens < tokens.mean(axis=1, keepdims=True) / 10).mean(axis=1)
         layer = np.arange(len(tokens))
         own = tokens.reshape(len(tokens), -1, across)[layer, :, layer % across].sum(axis=1)
-        foreign = (tokens.sum(axis=1) - own) / total[:, 0]
+        foreign = (tokens.sum(axis=1) - own) / np.maximum(tokens.sum(axis=1), 1)
     return Load(
         aux_loss=aux_loss,
         tokens=tokens,
-        entropy=-(share * surprise).sum(axis=1) / math.log(experts) if experts > 1 else share[:, 0],
-        max_over_mean=share.max(axis=1) * experts,
-        dead=(tokens == 0).sum(axis=1),
+        entropy=entropy,
+        max_over_mean=max_over_mean,
+        dead=dead,
         candidates=groups / np.maximum(groups.sum(axis=2, keepdims=True), 1),
+        **dict(zip(_OF_GROUPS, _evenness(per_group), strict=True)),
         starved=starved,
         foreign=foreign,
     )
+
+
+_OF_GROUPS = ("group_entropy", "group_max_over_mean", "group_dead")
+
+
+def _evenness(tokens: Int[np.ndarray, "*L E"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns entropy, fullest over mean and the number of dead experts along the last axis.
+
+    Without any token the first two are 0.
+    """
+    share = tokens / np.maximum(tokens.sum(axis=-1, keepdims=True), 1)
+    surprise = np.log(share, out=np.zeros_like(share), where=share > 0)
+    experts = tokens.shape[-1]
+    entropy = -(share * surprise).sum(axis=-1) / math.log(experts) if experts > 1 else share[..., 0]
+    return entropy, share.max(axis=-1) * experts, (tokens == 0).sum(axis=-1)
 
 
 # --- the progress line ----------------------------------------------------------------------
@@ -377,5 +394,9 @@ def _load_scalars(load: Load) -> dict[str, float]:
             if (values := getattr(load, name)) is not None:
                 scalars[f"load_{name}/layer_{layer:02}"] = float(values[layer])
         for (slot, candidate), share in np.ndenumerate(load.candidates[layer]):
-            scalars[f"load_slot_{slot}_candidate_{candidate}/layer_{layer:02}"] = float(share)
+            group = f"load_slot_{slot}_candidate_{candidate}"
+            scalars[f"{group}/layer_{layer:02}"] = float(share)
+            for name in _OF_GROUPS:
+                value = getattr(load, name)[layer, slot, candidate]
+                scalars[f"{group}_{name.removeprefix('group_')}/layer_{layer:02}"] = float(value)
     return scalars

@@ -180,6 +180,15 @@ def check_run(
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     _check_frozen(config, initial.model, say)
     model = initial.model.config
+    if config.balance.kind == "bias" and not (model.moe and model.moe.selection_bias):
+        raise InputError(
+            "balance.kind=bias moves the selection biases of experts, but the model has none: "
+            + (
+                "start a new --workdir with init_from set to this checkpoint"
+                if model.moe
+                else "set moe, or another balance.kind"
+            )
+        )
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.packing import Batch, counted, masks
@@ -17,9 +17,12 @@ from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import Path, kinds, trained_kinds
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
+from finermoe_jax.moe.balance import updated_bias
 from finermoe_jax.moe.bank import Places, Summed
 from finermoe_jax.moe.psr import Reuse, reuse_at
+from finermoe_jax.moe.routing import SelectionBias
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
+from finermoe_jax.weights.hf_names import run_layers
 
 
 def train_step(
@@ -32,18 +35,23 @@ def train_step(
 ) -> tuple[dict, Any, dict[str, Array]]:
     """Runs one optimizer step on a global batch.
 
-    The loss is the mean cross-entropy in nats per counted target plus aux_loss_weight times the
-    sum over layers of Eq. 11. With grad_accumulation = n, n microbatches give the gradient of the
-    whole batch: the cross-entropy is divided by the batch's counted targets, and Eq. 11 is per
-    sequence.
+    The loss is the mean cross-entropy in nats per counted target, plus balance.weight times the sum
+    over layers of Eq. 11, plus balance.z_loss times the sum over layers of the router z-loss. With
+    grad_accumulation = n, n microbatches give the gradient of the whole batch: the cross-entropy is
+    divided by the batch's counted targets, and Eq. 11 is per sequence. With balance.kind="batch",
+    and for the z-loss, it is the mean over the microbatches.
+
+    With balance.kind="bias" the selection biases move after the update, by the tokens of the whole
+    batch (`moe.balance.updated_bias`).
 
     If the loss or the gradient norm is not finite, parameters and optimizer state are unchanged and
     `skipped` is 1. Schedule and rounding depend on the optimizer's count, which does not advance.
 
     Returns:
-      params, opt_state and metrics. float32 []: loss, aux_loss (sum over layers), grad_norm,
-      learning_rate, skipped, tokens (input tokens without padding). float32 [L]: layer_aux_loss.
-      int32 [L, E]: expert_tokens, the tokens that selected each expert. L counts MoE layers.
+      params, opt_state and metrics. float32 []: loss, aux_loss (sum over layers), z_loss (the same,
+      only if balance.z_loss is positive), grad_norm, learning_rate, skipped, tokens (input tokens
+      without padding). float32 [L]: layer_aux_loss. int32 [L, E]: expert_tokens, the tokens that
+      selected each expert. L counts MoE layers.
     """
     model = rebuild(graphdef, params)
     free = trained(params, trained_kinds(model, config.train.freeze))
@@ -51,6 +59,8 @@ def train_step(
     psr = reuse_at(updates_made(opt_state), config.train, model.config.moe)
     metrics, grads = _gradients(graphdef, config, params, free, batch, psr)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
+    if "z_loss" in metrics:
+        metrics["z_loss"] = metrics["z_loss"].sum()
     metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
         updates_made(opt_state)
     )
@@ -73,7 +83,36 @@ def train_step(
         jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
     )
     metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": tokens}
-    return completed(params, free), opt_state, metrics
+    params = completed(params, free)
+    if config.balance.kind == "bias":
+        params = _with_moved_biases(model, config, params, metrics["expert_tokens"], finite)
+    return params, opt_state, metrics
+
+
+def _with_moved_biases(
+    model: Decoder,
+    config: RunConfig,
+    params: dict,
+    tokens: Int[Array, "L E"],
+    finite: Bool[Array, ""],
+) -> dict:
+    """Returns params with all selection biases updated, or unchanged if the step is not finite."""
+    moe, rate = model.config.moe, config.balance.bias_rate
+    assert moe is not None
+    flat = nnx.traversals.flatten_mapping(params)
+    moe_layers = [i for i, kind in enumerate(model.config.layer_kinds) if kind == "moe"]
+    for path in [path for path in flat if path[-1] == "expert_bias"]:
+        of_groups = (*path[:-1], "group_bias")
+        layers = run_layers(model.config, path[1], path[2])
+        of_run = tokens[jnp.asarray([moe_layers.index(layer) for layer in layers])]
+        old = SelectionBias(flat[path], flat.get(of_groups))
+        # Layer by layer, each as the docstring of updated_bias says.
+        new = jax.vmap(lambda bias, tokens: updated_bias(bias, tokens, moe, rate))(old, of_run)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        flat[path] = kept.experts
+        if kept.groups is not None:
+            flat[of_groups] = kept.groups
+    return nnx.traversals.unflatten_mapping(flat)
 
 
 def _gradients(
@@ -128,6 +167,8 @@ def _accumulated(
     }
     layers = model.config.layer_kinds.count("moe")
     totals = {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)}
+    if config.balance.z_loss and layers:
+        totals["z_loss"] = jnp.zeros(layers)
     # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
     pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
     (sums, metrics), tokens = jax.lax.scan(body, (sums, totals), pieces)
@@ -168,25 +209,31 @@ def batch_loss(
     """Returns the total training loss of a microbatch and its metrics.
 
     The cross-entropy sum is divided by `count`; None: by the number of targets. `psr` masks experts
-    (moe/psr.py). Metrics: `loss`
-    (cross-entropy, []), `layer_aux_loss` [L] and `expert_tokens` [L, E].
+    (moe/psr.py). Metrics: `loss` (cross-entropy, []), `layer_aux_loss` [L], `expert_tokens` [L, E]
+    and, if asked for, `z_loss` [L].
     """
-    model = rebuild(graphdef, params)
+    model, balance = rebuild(graphdef, params), config.balance
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
         inputs, remat=settings.remat, unroll=settings.scan_unroll,
-        frozen_experts="experts" in settings.freeze, psr=psr, **masks(batch),
+        frozen_experts="experts" in settings.freeze, balance=balance, psr=psr, **masks(batch),
     )  # fmt: skip
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens
     )
     loss = total / (targets.size if count is None else count)
-    return loss + config.train.aux_loss_weight * features.aux_loss.sum(), {
+    metrics = {
         "loss": loss,
         "layer_aux_loss": features.aux_loss,
         "expert_tokens": features.expert_tokens,
     }
+    if balance.kind in ("sequence", "batch"):
+        loss += balance.weight * features.aux_loss.sum()
+    if features.z_loss is not None:
+        metrics["z_loss"] = features.z_loss
+        loss += balance.z_loss * features.z_loss.sum()
+    return loss, metrics
 
 
 def rebuild(graphdef: Any, params: dict) -> Decoder:

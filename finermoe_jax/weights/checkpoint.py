@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
@@ -33,7 +32,13 @@ from finermoe_jax.config.parse import from_dict
 from finermoe_jax.data.tokenizers import check_kept, kept_files, write_files
 from finermoe_jax.errors import InputError, first_line
 from finermoe_jax.layers import sharding
-from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_params, with_shapes
+from finermoe_jax.model.decoder import (
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+    with_shapes,
+)
 from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
@@ -264,18 +269,21 @@ def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
-    """Returns shapes, dtypes and shardings (default: one device) of the decoder's parameters."""
+    """Returns shapes, dtypes and shardings (default: one device) of the decoder's parameters.
+
+    dtype is that of the weights; model state keeps its own (Kind.stored_as).
+    """
     shapes = nnx.to_pure_dict(nnx.state(with_shapes(config)))
+    kinds = parameter_kinds(config)
     if shardings is None:
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: single, shapes)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.dtype(dtype), sharding=sharding
-        ),
-        shapes,
-        shardings,
-    )
+
+    def abstract(path: tuple, leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        stored = kinds[tuple(key.key for key in path)].stored_as(dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, stored, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(abstract, shapes, shardings)
 
 
 @contextlib.contextmanager
@@ -327,7 +335,8 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
         directory = whole_checkpoint(path, (*NOT_READ, TOKENIZER))
         config, weights, dtype, param_dtype = open_checkpoint(directory)
         with readable(directory):
-            return assembled(config, lazy.cast(weights, param_dtype), dtype, mesh)
+            weights = lazy.cast(weights, param_dtype, parameter_kinds(config))
+            return assembled(config, weights, dtype, mesh)
 
     return integrity.in_training(steps_of(path), load)
 

@@ -212,6 +212,7 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
         concat_proj="routed" if _read(values, "moe_concat_proj", bool, False) else "none",
         experts_across=_read(values, "experts_across", int, 1),
         pooled_as=values.get("pooled_as", "copies"),
+        selection_bias=_read(values, "selection_bias", bool, False),
         decoder_sparse_step=_read(values, "decoder_sparse_step", int, 1),
         mlp_only_layers=typed(layers, (tuple[int, ...],), "mlp_only_layers"),
     )
@@ -228,9 +229,10 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
-    A FineRMoE with q/k norm has the additional key "qk_norm"; layers that share their experts have
-    "experts_across" and "pooled_as", which only the exported code reads. Raises InputError for
-    variants that neither the published HF model nor a dense family can express.
+    A FineRMoE with q/k norm has the additional key "qk_norm", one with selection biases
+    "selection_bias". Layers that share their experts have "experts_across" and "pooled_as", which
+    only the exported code reads. Raises InputError for variants that neither the published HF model
+    nor a dense family can express.
     """
     values: dict[str, Any] = {
         "hidden_act": "silu",
@@ -256,6 +258,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         values["qk_norm"] = True
     if moe.experts_across > 1:
         values |= {"experts_across": moe.experts_across, "pooled_as": moe.pooled_as}
+    if moe.selection_bias:
+        values["selection_bias"] = True
     return {
         "architectures": [FINERMOE_ARCHITECTURE],
         "auto_map": AUTO_MAP,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -67,7 +68,11 @@ _MOE = (
     Rule("moe/shared/down", "mlp.shared_expert.down_proj.weight"),
     Rule("moe/shared_gate", "mlp.shared_expert_gate.weight", lambda w: w[None]),
     Rule("moe/concat_proj", "mlp.concat_proj.weight"),
+    Rule("moe/expert_bias", "mlp.gate.expert_bias"),
+    Rule("moe/group_bias", "mlp.gate.group_bias"),
 )
+# The tensors of parameters that are model state (Kind.state), float32 in every file.
+STATE = re.compile(r"\.mlp\.gate\.(expert|group)_bias$")
 _TOP = (
     Rule("embed/weight", "model.embed_tokens.weight"),
     Rule("final_norm/scale", "model.norm.weight"),

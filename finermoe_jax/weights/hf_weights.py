@@ -29,14 +29,20 @@ from finermoe_jax.data.tokenizers import (
     write_files,
 )
 from finermoe_jax.errors import InputError
-from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder, parameter_shapes, with_params
+from finermoe_jax.model.decoder import (
+    LOAD_A_MODEL,
+    Decoder,
+    parameter_kinds,
+    parameter_shapes,
+    with_params,
+)
 from finermoe_jax.runtime.files import find, new_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
-from finermoe_jax.weights.hf_names import Parts, parts
+from finermoe_jax.weights.hf_names import STATE, Parts, parts
 from finermoe_jax.weights.lazy import LazyArray, Weights
 from finermoe_jax.weights.safetensors_files import (
     DTYPES,
@@ -94,16 +100,18 @@ def open_hf(directory: Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
     table = parts(config, list(shapes))
     files = TensorFiles(directory)
     _check_tensors(files, table, shapes, config)
-    stored = jnp.dtype(dtype or DTYPES[files.dtype(_EMBEDDING)])
+    stored, kinds = jnp.dtype(dtype or DTYPES[files.dtype(_EMBEDDING)]), parameter_kinds(config)
     return config, {
-        path: _stored(files, table[path], shape, stored) for path, shape in shapes.items()
+        path: _stored(files, table[path], shape, kinds[path].stored_as(stored))
+        for path, shape in shapes.items()
     }
 
 
 def stored_dtypes(directory: Path) -> list[str]:
-    """Returns the dtypes of the weights stored in a HF directory."""
+    """Returns the dtypes of the weights stored in a HF directory, without model state."""
     files = TensorFiles(directory)
-    found = {files.dtype(name) for name in files.where if not _IGNORED.search(name)}
+    other = re.compile(f"{_IGNORED.pattern}|{STATE.pattern}")
+    found = {files.dtype(name) for name in files.where if not other.search(name)}
     return sorted(DTYPES.get(name, name) for name in found)
 
 

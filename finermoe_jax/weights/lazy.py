@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.layers.parameters import Kind
 
 # One slice, with start, stop and step 1, per axis.
 Index = tuple[slice, ...]
@@ -122,12 +123,17 @@ def of_params(params: dict) -> Weights:
     return {path: of_array(array) for path, array in flat.items()}
 
 
-def cast(weights: Weights, dtype: DTypeLike | None) -> Weights:
-    """Casts the weights lazily, block by block; dtype None returns them unchanged."""
+def cast(weights: Weights, dtype: DTypeLike | None, kinds: Mapping[ParamPath, Kind]) -> Weights:
+    """Casts the weights lazily, block by block; dtype None returns them unchanged.
+
+    `kinds` are those of the parameters: model state keeps its own dtype (Kind.stored_as).
+    """
     if dtype is None:
         return weights
-    wanted = jnp.dtype(dtype)
-    return {path: dataclasses.replace(array, dtype=wanted) for path, array in weights.items()}
+    return {
+        path: dataclasses.replace(array, dtype=kinds[path].stored_as(dtype))
+        for path, array in weights.items()
+    }
 
 
 def in_memory(weights: Weights) -> dict:

@@ -15,7 +15,7 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.data.tokenizers import end_tokens, open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import cpu
-from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import State, find, state
 from finermoe_jax.runtime.json_files import read_json
@@ -111,7 +111,7 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
         with readable(step):
             states = {file: state(file) for file in files if file.is_file()}
         config, weights, computed, stored = open_checkpoint(step)
-        weights = lazy.cast(weights, dtype)
+        weights = lazy.cast(weights, dtype, parameter_kinds(config))
         return ModelSource(config, weights, jnp.dtype(computed), [stored], step / TOKENIZER, states)
 
     return in_training(steps_of(place), load)

@@ -131,6 +131,8 @@ def upcycle_weights(
             return _experts(config, rows, groups, shape, name[1], upcycling, drop_key)
         if name[1] == "depth_vector":
             return _zeros(shape, dtype)
+        if kinds[path].state:
+            return _zeros(shape, kinds[path].stored_as("float32"))
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
@@ -184,6 +186,10 @@ def pooled_weights(
             # Keys differ from those of a dense start, and between the two routers.
             own = [jax.random.fold_in(keys[layer], ROUTERS.index(name[-1])) for layer in layers]
             return _with_foreign(owned, own, _pool_place(config, path), across, upcycling)
+        if name[-1] in ("expert_bias", "group_bias"):
+            across = router_layers(moe, "group_router" if name[-1] == "group_bias" else "router")
+            zero = UpcycleConfig(reuse_start="zero")
+            return _with_foreign(owned, [], _pool_place(config, path), across, zero)
         return owned
 
     return config, {path: make(path, shape) for path, shape in parameter_shapes(config).items()}
@@ -212,8 +218,12 @@ def upcycled(
     if moe is not None and stated and adds_pools(config, moe):
         only = dataclasses.replace(PUBLISHED_UPCYCLING, reuse_start=upcycling.reuse_start)
         _refuse_without_effect(source, upcycling, only)
+        assert config.moe is not None
+        moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
         return pooled_weights(config, weights, moe, key, upcycling)
     if moe is not None and stated:
+        # Biases belong to the weights: the source's are kept, missing ones are not an error.
+        moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
         refuse_differences(
             f"{source} already has experts, which differ from config.moe",
             dataclasses.asdict(config),
@@ -224,12 +234,19 @@ def upcycled(
     return config, weights
 
 
+# Fields of MoEConfig that may differ when a trained model's experts are shared.
+_NEW_IN_POOLS = ("pooled_as", "depth_vector", "selection_bias")
+
+
 def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
     """Returns True if `moe` is the model's experts, pooled across layers that had their own."""
     if config.moe is None or config.moe.experts_across > 1 or moe.experts_across == 1:
         return False
-    pools = dict(experts_across=1, pooled_as=config.moe.pooled_as)
-    alone = dataclasses.replace(moe, **pools, depth_vector=config.moe.depth_vector)
+    alone = dataclasses.replace(
+        moe,
+        experts_across=1,
+        **{name: getattr(config.moe, name) for name in _NEW_IN_POOLS},
+    )
     given, wanted = (upcycled_config(config, each) for each in (config.moe, alone))
     sizes = given.shared_expert_size, wanted.shared_expert_size
     width = dict(shared_expert_intermediate_size=None)
@@ -244,6 +261,17 @@ def _refuse_without_effect(source: str, upcycling: UpcycleConfig, effective: Upc
             f"{source} already has experts, so {upcycling} would have no effect: do not set "
             "config.upcycle, or start from a dense model"
         )
+
+
+def with_selection_bias(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Returns a FineRMoE with selection biases: its own, or zeros if it has none."""
+    assert config.moe is not None
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, selection_bias=True))
+    kinds = parameter_kinds(config)
+    return config, {
+        path: weights[path] if path in weights else _zeros(shape, kinds[path].stored_as("float32"))
+        for path, shape in parameter_shapes(config).items()
+    }
 
 
 # Randomly drawn parameters, in the order of a layer's keys.
@@ -320,23 +348,23 @@ def _with_foreign(
 ) -> LazyArray:
     """Returns routers [L, r * N, D] of layers at `place` of their groups, in the pool's order.
 
-    `owned` [L, N, D] are the rows of their own experts. The other layers' rows are drawn, each
+    `owned` [L, N, D] are the rows of their own experts ([L, N]: biases). The other layers' rows are drawn, each
     layer's with its own key, or zero (upcycling.reuse_start).
     """
-    _, own, width = owned.shape
+    _, own, *width = owned.shape
     draw = normal(NEW_WEIGHT_STD)
 
     def one(i: int, rest: Index) -> np.ndarray:
-        made = np.zeros((own, across, width), owned.dtype)
+        made = np.zeros((own, across, *width), owned.dtype)
         for other in range(across):
             if other == place:
                 made[:, other] = owned[i : i + 1][0]
             elif upcycling.reuse_start == "random":
                 key = jax.random.fold_in(keys[i], FOREIGN_KEY + other)
-                made[:, other] = np.asarray(draw(key, (own, width), owned.dtype))
-        return made.reshape(own * across, width)[rest]
+                made[:, other] = np.asarray(draw(key, (own, *width), owned.dtype))
+        return made.reshape(own * across, *width)[rest]
 
-    return lazy.stacked((owned.shape[0], own * across, width), owned.dtype, 1, one)
+    return lazy.stacked((owned.shape[0], own * across, *width), owned.dtype, 1, one)
 
 
 def _experts(

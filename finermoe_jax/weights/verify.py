@@ -134,7 +134,7 @@ def _compared(
         for path, array in made.weights.items():
             drawn = new_experts and path[-1] in new_names
             expected = None
-            if new_experts and (recomputed or (drawn and draws)):
+            if new_experts and (recomputed or (drawn and draws) or kinds[path].state):
                 expected = again[path]
             elif not drawn:
                 expected = _expected(given, made.config, path, array.shape)

@@ -16,7 +16,7 @@ import finermoe_jax as fm
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import default_config, run_config
 from finermoe_jax.config.presets import ARCHITECTURES, architecture
-from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.run import BalanceConfig, MeshConfig
 from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
@@ -199,7 +199,8 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
         config,
         data=dataclasses.replace(config.data, global_batch_size=4, sequence_length=16),
         optimizer=dataclasses.replace(config.optimizer, warmup_fraction=0.0),
-        train=dataclasses.replace(config.train, remat="none", aux_loss_weight=0.0),
+        train=dataclasses.replace(config.train, remat="none"),
+        balance=BalanceConfig(weight=0.0),
     )
     model = _upcycled(name, dense)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])

@@ -1,6 +1,8 @@
 """Validation and derived sizes of configs; the preset files."""
 
 import dataclasses
+import json
+import math
 import sys
 
 import pytest
@@ -9,9 +11,9 @@ from finermoe_jax.cli.flags import Flags
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import default_config, preset, run_config
 from finermoe_jax.config.presets import QWEN2P5
-from finermoe_jax.config.run import PARTS
+from finermoe_jax.config.run import PARTS, BalanceConfig
 from finermoe_jax.errors import InputError
-from tests.support import SMALL, load_preset
+from tests.support import SMALL, command, load_preset
 
 
 @pytest.mark.parametrize("size", ["0.5B", "1.5B", "7B"])
@@ -27,7 +29,7 @@ def test_published_presets_state_the_papers_recipe(size):
     o = config.optimizer
     assert (o.learning_rate, o.final_learning_rate, o.warmup_fraction) == (1e-5, 1e-7, 0.01)
     assert (o.beta1, o.beta2, o.weight_decay, o.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert config.train.aux_loss_weight == 0.001 and config.train.compute_dtype == "bfloat16"
+    assert config.balance.weight == 0.001 and config.train.compute_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["demo", "qwen0p5b", "qwen7b"])
@@ -119,6 +121,14 @@ def test_sizes_that_do_not_fit_are_named(changes, values):
         ("data.eval_fraction", 1.5, ["1.5"]),
         ("train.grad_accumulation", 3, ["2048", "3"]),
         ("init_from", "", ["init_from", "dense"]),
+        ("balance.kind", "sequnce", ["balance.kind='sequnce'", "'sequence', 'batch', 'bias'"]),
+        ("balance.weight", -0.1, ["balance.weight=-0.1 must be between 0"]),
+        ("balance.z_loss", -1.0, ["balance.z_loss=-1.0"]),
+        ("balance.bias_rate", -0.001, ["balance.bias_rate=-0.001"]),
+        ("balance.bias_rate", math.nan, ["balance.bias_rate=nan"]),
+        ("balance.wieght", 0.1, ["balance has no field 'wieght'", "Did you mean weight?"]),
+        ("train.aux_loss_weight", -0.1, ["balance.weight=-0.1 must be between 0"]),
+        ("train.aux_loss_weight", "a", ["balance.weight='a' must be a number"]),
         ("train.freeze", ["norms", "rooter"], ["no part 'rooter'", "Did you mean router?"]),
         ("train.freeze", PARTS, ["train.freeze names all parts"]),
         ("train.freeze", "router", ["train.freeze='router'", "list"]),
@@ -164,6 +174,44 @@ def test_presets_by_name():
     assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"
     with pytest.raises(InputError, match=r"configs/dmo\.py does not exist"):
         preset("configs/dmo.py")
+
+
+def test_the_former_weight_of_the_balancing_loss_is_read(tmp_path):
+    values = default_config().to_dict() | {"init_from": "x"}
+    assert run_config(values).balance == BalanceConfig(weight=0.001)
+    assert "aux_loss_weight" not in values["train"]
+    former = {"init_from": "x", "train": {"aux_loss_weight": 0.5, "steps": 3}}
+    config = run_config(former)
+    assert config.balance.weight == 0.5 and config.train.steps == 3
+    assert former["train"] == {"aux_loss_weight": 0.5, "steps": 3}  # not changed in place
+    config = run_config(former | {"balance": {"kind": "batch"}})
+    assert config.balance == BalanceConfig(kind="batch", weight=0.5)
+    with pytest.raises(InputError, match=r"aux_loss_weight is the former name of config\.balance"):
+        run_config(former | {"balance": {"weight": 0.25}})
+    path = tmp_path / "run.py"
+    path.write_text(
+        "import finermoe_jax as fm\n"
+        "def get_config():\n"
+        "    config = fm.default_config()\n"
+        "    config.init_from = 'x'\n"
+        "    config.train.aux_loss_weight = 0.25\n"
+        "    return config\n"
+    )
+    assert preset(str(path)).balance.weight == 0.25
+    flag = "--config.train.aux_loss_weight=0.125"
+    result = command("train", f"--config={path}", flag, "--print_config")
+    assert result.returncode == 0 and json.loads(result.stdout)["balance"]["weight"] == 0.125
+
+
+def test_a_run_with_biases_has_them_in_its_model():
+    values = {"init_from": "x", "balance": {"kind": "bias"}}
+    assert run_config(values | {"moe": {}}).moe.selection_bias
+    assert run_config(values | {"moe": None}).moe is None
+    assert not run_config({"init_from": "x", "moe": {}}).moe.selection_bias
+    frozen = {"train": {"freeze": ["router", "norms"]}}
+    with pytest.raises(InputError, match=r"train\.freeze=norms,router freezes it: remove router"):
+        run_config(values | frozen)
+    assert run_config({"init_from": "x", **frozen}).train.freeze == ("norms", "router")
 
 
 def test_the_former_name_of_dense_is_read(tmp_path):

@@ -76,6 +76,20 @@ def models():
             param_dtype="float32",
             rngs=nnx.Rngs(0),
         ),
+        "biased_pool": biased(
+            fm.upcycle_model(
+                qwen,
+                fm.MoEConfig(
+                    4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates", selection_bias=True
+                ),
+                key,
+            )
+        ),
+        "biased_experts": biased(
+            fm.upcycle_model(
+                qwen, fm.MoEConfig(4, 2, 2, 2, 2, decoder_sparse_step=2, selection_bias=True), key
+            )
+        ),
         # As a run from scratch with the shape of a tied model.
         "tied_experts": fm.Decoder(
             dataclasses.replace(LLAMA, moe=projected, tie_word_embeddings=True),
@@ -84,6 +98,17 @@ def models():
             rngs=nnx.Rngs(0),
         ),
     }
+
+
+def biased(model):
+    """The model with random selection biases."""
+    rng = np.random.default_rng(0)
+    for run_ in model.runs:
+        for block in run_:
+            if hasattr(block, "moe"):
+                for bias in (block.moe.expert_bias, block.moe.group_bias):
+                    bias[...] = jnp.asarray(rng.standard_normal(bias.shape), jnp.float32)
+    return model
 
 
 def ours(model):

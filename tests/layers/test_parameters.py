@@ -34,6 +34,9 @@ MODELS = {
         BASE, moe=dataclasses.replace(MOE, separate_routers=True)
     ),
     "concat_proj": dataclasses.replace(BASE, moe=dataclasses.replace(MOE, concat_proj="all")),
+    "selection biases": dataclasses.replace(
+        BASE, moe=dataclasses.replace(MOE, selection_bias=True)
+    ),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
@@ -56,7 +59,8 @@ def _flat(tree):
 # What each part of the model is called in a parameter's path.
 PART_NAMES = {
     "embedding": ("embed",), "attention": ("attention",), "norms": ("scale",),
-    "dense_ffn": ("mlp",), "router": ("router", "group_router"), "experts": ("gate_up",),
+    "dense_ffn": ("mlp",), "experts": ("gate_up",),
+    "router": ("router", "group_router", "expert_bias", "group_bias"),
     "shared_expert": ("shared",), "shared_gate": ("shared_gate",),
     "concat_proj": ("concat_proj",), "lm_head": ("lm_head",),
 }  # fmt: skip
@@ -72,18 +76,24 @@ def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_na
     found, flat = kinds(model), _flat(params)
     assert found.keys() == flat.keys()
     flags = _flat(decayed(params, found))
-    biases = ("scale", "query_bias", "key_bias", "value_bias")
+    state = {path for path in flat if path[-1] in ("expert_bias", "group_bias")}
+    assert bool(state) == bool(config.moe and config.moe.selection_bias)
+    biases = ("scale", "query_bias", "key_bias", "value_bias", "expert_bias", "group_bias")
     assert flags == {path: path[-1] not in biases for path in flat}
     backbone = trained_kinds(model, ("attention", "dense_ffn", "lm_head"))
     free = _flat(trained(params, backbone))
     by_name = {"attention", "mlp", "lm_head"}
-    assert free.keys() == {p for p in flat if p[-1] == "scale" or not {*p} & by_name}
-    assert _flat(trained(params, trained_kinds(model))).keys() == flat.keys()
+    kept = {p for p in flat if p[-1] == "scale" or not {*p} & by_name}
+    assert free.keys() == kept - state
+    assert _flat(trained(params, trained_kinds(model))).keys() == flat.keys() - state
     for path, leaf in flat.items():
         of_experts = path[-2:] == ("moe", "down")
         summed = (-2,) if of_experts else SUMMED.get(path[-1], ())
         assert found[path].summed == summed, path
         assert found[path].bank == _bank(path, leaf), path
+        assert found[path].state == (path in state), path
+        of_state = jnp.float32 if path in state else jnp.bfloat16
+        assert found[path].stored_as("bfloat16") == of_state, path
 
 
 @every_model
@@ -153,7 +163,11 @@ def test_a_parameters_kind_comes_from_its_axes_alone(axes):
     assert _flat(decayed(params, kinds(Made(axes)))) == {path: KINDS[axes].decayed}
     assert KINDS[axes].part in PARTS
     others = tuple(part for part in PARTS if part != KINDS[axes].part)
-    assert _flat(trained(params, trained_kinds(Made(axes), others))).keys() == {path}
+    if KINDS[axes].state:
+        with pytest.raises(InputError, match="leaves nothing"):
+            trained_kinds(Made(axes), others)
+    else:
+        assert _flat(trained(params, trained_kinds(Made(axes), others))).keys() == {path}
     with pytest.raises(InputError, match=f"leaves nothing .* its parts are {KINDS[axes].part}"):
         trained_kinds(Made(axes), (KINDS[axes].part,))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])

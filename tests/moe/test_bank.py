@@ -65,7 +65,7 @@ def gradients(sizes=(1, 1, 1, 1), settings=None, stored="float32", model=None):
     params = jax.tree.map(lambda p: p.astype(stored), jax.device_get(nnx.to_pure_dict(state)))
     params = jax.device_put(params, shardings)
     batch = jax.device_put(Batch(random_tokens(ROWS)), sharding.batch_sharding(mesh))
-    config = small_run(ROWS, aux_loss_weight=0.1, **(settings or {}))
+    config = small_run(ROWS, balance=dict(weight=0.1), **(settings or {}))
     run = functools.partial(train_step, graphdef, config, kept())
     _, (_, grads), _ = jax.jit(run)(params, kept().init(params), batch)
     flat = nnx.traversals.flatten_mapping(jax.device_get(grads))

@@ -117,13 +117,14 @@ def _ffn(x, gate, up, down):
     return down @ (_silu(gate @ x) * (up @ x))
 
 
-def route(logits_1d, settings, group_logits_1d=None):
+def route(logits_1d, settings, group_logits_1d=None, biases=None):
     """Route one token.
 
     logits_1d [N]; group_logits_1d [G_O * R_O], the second router's, with separate routers only.
     Returns (experts, weights, slot_scale): A expert numbers by falling logit, their weights [A]
     in the same order, and the factor of each slot's output [G_O]. The weights are not multiplied
-    by slot_scale, which is 1 with a single router.
+    by slot_scale, which is 1 with a single router. biases: those of the experts [N] and of the
+    groups [G_O * R_O], which only the choice sees.
     """
     s = settings
     logits = np.asarray(logits_1d, np.float64)
@@ -133,8 +134,10 @@ def route(logits_1d, settings, group_logits_1d=None):
         raise ValueError("group logits go with separate routers, and only with them")
 
     slot_scale = np.ones(s.G_O)
+    expert_bias, group_bias = biases or (np.zeros(s.N), np.zeros(s.G_O * s.R_O))
+    compared = logits + np.asarray(expert_bias, np.float64)
     if s.plain_top_k:
-        selected = _falling(range(s.N), logits)[: s.A]
+        selected = _falling(range(s.N), compared)[: s.A]
     else:
         selected = []
         group_size = s.R_I * s.G_I
@@ -144,13 +147,13 @@ def route(logits_1d, settings, group_logits_1d=None):
             for r in range(s.R_O):
                 start = (o * s.R_O + r) * group_size
                 group = range(start, start + group_size)
-                marked.append(_falling(group, logits)[: s.T_I])
+                marked.append(_falling(group, compared)[: s.T_I])
                 # The raw logits of all experts of the group count, marked or not.
                 scores.append(sum(logits[e] for e in group))
             # Sparse concatenation layer: one candidate of the slot stays.
             if s.separate_routers:
                 scores = np.asarray(group_logits_1d, np.float64)[o * s.R_O : (o + 1) * s.R_O]
-            kept = _first_argmax(scores)
+            kept = _first_argmax([scores[r] + group_bias[o * s.R_O + r] for r in range(s.R_O)])
             if s.separate_routers:
                 # Through the arg-max alone the second router would get no gradient.
                 slot_scale[o] = _softmax(scores)[kept]
@@ -243,6 +246,46 @@ def aux_loss(logits, experts, mask, settings):
         f = s.N / (s.G_O * s.T_I * len(real)) * count
         losses.append(sum(f[i] * P[i] for i in range(s.N)))
     return float(sum(losses) / len(losses)) if losses else 0.0
+
+
+def batch_aux_loss(logits, experts, mask, settings):
+    """Eq. 11 over the real tokens of the whole batch, as if they were one sequence."""
+    real = np.asarray(mask, bool)
+    one = np.ones((1, int(real.sum())), bool)
+    logits, experts = np.asarray(logits)[real][None], np.asarray(experts)[real][None]
+    return aux_loss(logits, experts, one, settings)
+
+
+def moved_biases(expert_bias, group_bias, tokens, settings, rate):
+    """Selection biases after a step in which tokens[e] real tokens chose expert e.
+
+    An expert's bias goes up by the rate if fewer than the mean of its group chose it, down if more
+    did; then the mean of the group's biases is taken off. A group's bias does the same inside its
+    slot, by the rate times the root of the experts of a group. With plain_top_k all experts are
+    one group, and there is no slot.
+    """
+    s = settings
+    expert_bias, tokens = np.array(expert_bias, np.float64), [int(n) for n in tokens]
+
+    def moved(bias, counts, step):
+        after = []
+        for b, n in zip(bias, counts, strict=True):
+            error = sum(counts) - n * len(counts)  # of the load, times the number of rivals
+            after.append(b + step * ((error > 0) - (error < 0)))
+        return np.array(after) - sum(after) / len(after)
+
+    if s.plain_top_k:
+        return moved(expert_bias, tokens, rate), None
+    group_bias, size = np.array(group_bias, np.float64), s.R_I * s.G_I
+    sums = []
+    for g in range(s.G_O * s.R_O):
+        group = slice(g * size, (g + 1) * size)
+        sums.append(sum(tokens[group]))
+        expert_bias[group] = moved(expert_bias[group], tokens[group], rate)
+    for o in range(s.G_O):
+        slot = slice(o * s.R_O, (o + 1) * s.R_O)
+        group_bias[slot] = moved(group_bias[slot], sums[slot], rate * size**0.5)
+    return expert_bias, group_bias
 
 
 def upcycle_ffn(gate, up, down, settings):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import RunConfig
+from finermoe_jax.config.run import BalanceConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import trained_kinds
@@ -36,13 +36,14 @@ def random_tokens(rows, length=17):
     return jnp.asarray(np.random.default_rng(0).integers(0, 64, (rows, length)), jnp.int32)
 
 
-def small_run(rows, **train_settings):
+def small_run(rows, balance=None, **train_settings):
     values = dict(dense=dataclasses.asdict(SMALL), moe=None)
     config = run_config(values)
     settings = dict(steps=10, compute_dtype="float32", remat="none", loss_chunk_tokens=16)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, **(settings | train_settings)),
+        balance=BalanceConfig(**(balance or {})),
         data=dataclasses.replace(config.data, global_batch_size=rows, sequence_length=16),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_fraction=0.0),
     )

@@ -36,6 +36,12 @@ def test_load_of_known_counts():
     np.testing.assert_allclose(load.max_over_mean, [1.0, 4.0])
     np.testing.assert_array_equal(load.dead, [0, 4])
     np.testing.assert_allclose(load.candidates[1], [[1.0, 0.0], [8 / 12, 4 / 12]])
+    # Of groups: [12, 0], [0, 0] (without a token), [6, 2] and [4, 0].
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
+    np.testing.assert_allclose(load.group_entropy[1], [[0, 0], [entropy, 0]], atol=1e-12)
+    np.testing.assert_allclose(load.group_max_over_mean[1], [[2, 0], [1.5, 2]])
+    np.testing.assert_array_equal(load.group_dead[1], [[1, 2], [0, 1]])
+    np.testing.assert_allclose(load.group_entropy[0], 1.0)
 
 
 def test_load_of_a_pool():

@@ -27,22 +27,26 @@ from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.runtime.files import find
+from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.monitor import MEASURED
 from finermoe_jax.training.optimizer import decayed, learning_rate
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, rebuild, train_step
-from finermoe_jax.weights.checkpoint import load_checkpoint
+from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from tests.support import SMALL, load_preset
 from tests.support.training import (
     MOE,
+    TINY,
     assert_same_steps,
     demo_run,
     mixture_model,
     random_tokens,
     relative_distances,
+    silent,
     small_run,
     take_steps,
+    tiny_run,
 )
 
 
@@ -139,7 +143,7 @@ def _eight(batch):
 def _packed_gradient(params, batch, parts=1):
     """Loss and gradient as train_step takes them."""
     graphdef = nnx.split(mixture_model())[0]
-    config = small_run(len(batch.tokens), aux_loss_weight=0.0, grad_accumulation=parts)
+    config = small_run(len(batch.tokens), balance=dict(weight=0.0), grad_accumulation=parts)
     take = optax.GradientTransformation(
         lambda params: (optax.ScaleByScheduleState(jnp.int32(0)), None),
         lambda grads, state, params: (jax.tree.map(lambda g: -g, grads), state),
@@ -355,6 +359,82 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+BIASED = TINY | {
+    "moe": dict(intermediate_granularity=4),
+    "balance": dict(kind="bias", bias_rate=0.01),
+}
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "biased"
+    train(tiny_run(BIASED), workdir, say=silent)
+    return workdir
+
+
+def _flat_state(model):
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+@pytest.mark.slow
+def test_selection_biases_resume_to_the_bit(biased, tmp_path):
+    workdir = tmp_path / "resumed"
+    shutil.copytree(biased, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    train(tiny_run(BIASED), workdir, say=silent)
+    ours, theirs = (_flat_state(load_checkpoint(each)) for each in (workdir, biased))
+    assert ours.keys() == theirs.keys()
+    for path, variable in ours.items():
+        np.testing.assert_array_equal(variable[...], theirs[path][...], err_msg=str(path))
+    moved = theirs["runs", 0, 0, "moe", "expert_bias"][...]
+    # Four steps of 0.01, with each group's mean taken off.
+    assert 0.01 < np.abs(moved).max() < 0.08
+    lines = [read_lines(each / "metrics.jsonl") for each in (workdir, biased)]
+    for line in [*lines[0], *lines[1]]:
+        for name in MEASURED:
+            del line[name]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_runs_from_a_checkpoint_with_and_without_selection_biases(biased, tmp_path):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def started(source, balance):
+        # Weights of another dtype than the checkpoint's, to see that the biases keep theirs.
+        values = {"init_from": str(source), "moe": None, "balance": balance}
+        initial = initial_model(tiny_run(TINY | values | {"dense": None}, param_dtype="bfloat16"))
+        shapes = nnx.to_pure_dict(nnx.state(initial.model))
+        params = initial.place(jax.tree.map(lambda _: place, shapes))
+        flat = nnx.traversals.flatten_mapping(params)
+        assert initial.dense is None
+        return initial.model.config.moe, {path[-1]: leaf for path, leaf in flat.items()}
+
+    moe, kept = started(biased, dict(kind="sequence"))
+    trained = {path[-1]: leaf[...] for path, leaf in _flat_state(load_checkpoint(biased)).items()}
+    for name in ("expert_bias", "group_bias"):
+        assert moe.selection_bias and kept[name].dtype == jnp.float32
+        np.testing.assert_array_equal(kept[name], trained[name])
+    assert kept["router"].dtype == jnp.bfloat16
+
+    plain = dataclasses.replace(MOE, num_hidden_layers=1)
+    save_checkpoint(mixture_model(plain), tmp_path / "plain")
+    moe, made = started(tmp_path / "plain", dict(kind="bias"))
+    assert moe.selection_bias and made["expert_bias"].dtype == jnp.float32
+    assert not made["expert_bias"].any() and not made["group_bias"].any()
+    assert not started(tmp_path / "plain", dict(kind="batch"))[0].selection_bias
+
+
+@pytest.mark.slow
+def test_a_run_without_selection_biases_cannot_resume_with_them(biased, tmp_path):
+    dense = tiny_run(TINY | {"balance": dict(kind="bias")})
+    with pytest.raises(InputError, match=r"balance\.kind=bias .* the model has none: set moe"):
+        train(dense, tmp_path / "dense", say=silent)
+    with pytest.raises(InputError, match=r"moe\.selection_bias: True in the run, False in the"):
+        changed = BIASED | {"balance": dict(kind="none")}
+        train(tiny_run(changed), biased, say=silent, allow_changes=["balance"])
 
 
 @pytest.mark.slow

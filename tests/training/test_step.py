@@ -7,22 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
+from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.model.decoder import parameter_shapes, with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import batch_loss, rebuild, train_step
+from tests.oracles import naive
 from tests.support import SMALL
-from tests.support.training import (
-    MOE,
-    mixture_model,
-    random_tokens,
-    relative_distances,
-    small_run,
-)
+from tests.support.training import MOE, mixture_model, random_tokens, relative_distances, small_run
+
+ONE_LAYER = dataclasses.replace(MOE, num_hidden_layers=1)
 
 
 def _taking(updates):
@@ -50,13 +49,101 @@ def _dense(value=None):
 
 def test_every_layers_balancing_loss_counts():
     graphdef, state = nnx.split(mixture_model())
-    config = small_run(4, aux_loss_weight=0.5)
+    config = small_run(4, balance=dict(weight=0.5))
     total, told = jax.jit(lambda p, b: batch_loss(graphdef, config, p, b))(
         nnx.to_pure_dict(state), Batch(random_tokens(4))
     )
     layers = np.asarray(told["layer_aux_loss"])
     assert len(layers) == 2 and layers.min() > 0.5
     np.testing.assert_allclose(total, told["loss"] + 0.5 * layers.sum(), rtol=1e-6)
+
+
+def test_only_the_kinds_with_a_loss_add_it():
+    graphdef, state = nnx.split(mixture_model(ONE_LAYER))
+
+    @jax.jit
+    def losses(params):
+        balance = dict(weight=0.5, z_loss=0.25)
+        runs = [small_run(2, balance=dict(kind=kind, **balance)) for kind in ("none", "bias")]
+        return [batch_loss(graphdef, run, params, Batch(random_tokens(2))) for run in runs]
+
+    for total, told in losses(nnx.to_pure_dict(state)):
+        assert told["layer_aux_loss"].min() > 0.5  # logged all the same
+        np.testing.assert_allclose(total, told["loss"] + 0.25 * told["z_loss"].sum(), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_batch_balancing_of_microbatches_is_their_mean():
+    graphdef, state = nnx.split(mixture_model(ONE_LAYER))
+    balance = dict(kind="batch", weight=0.5, z_loss=0.01)
+    config = small_run(4, balance=balance, grad_accumulation=2)
+    tokens, tx = random_tokens(4), _taking(0.0)
+
+    @jax.jit
+    def both(params):
+        step = train_step(graphdef, config, tx, params, tx.init(params), Batch(tokens))
+        halves = [
+            jax.value_and_grad(batch_loss, argnums=2, has_aux=True)(
+                graphdef, config, params, Batch(tokens[part::2])
+            )
+            for part in range(2)
+        ]
+        return step[1][1], step[2], halves
+
+    grads, metrics, (one, other) = both(nnx.to_pure_dict(state))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one[1], other[1])
+    assert max(relative_distances(grads, mean).values()) < 1e-5
+    for name, total in (("layer_aux_loss", "aux_loss"), ("z_loss", "z_loss")):
+        parts = [np.asarray(half[0][1][name]) for half in (one, other)]
+        np.testing.assert_allclose(metrics[total], np.mean(parts, axis=0).sum(), rtol=1e-6)
+        assert np.abs(parts[0] - parts[1]).max() > 1e-3
+    np.testing.assert_array_equal(
+        metrics["expert_tokens"], one[0][1]["expert_tokens"] + other[0][1]["expert_tokens"]
+    )
+
+
+@pytest.mark.slow
+def test_selection_biases_move_after_the_step_and_outside_of_the_optimizer():
+    """In layers of several runs; a step that is not finite moves none."""
+    moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2,), selection_bias=True)
+    model = mixture_model(dataclasses.replace(SMALL, moe=moe))
+    graphdef, state = nnx.split(model)
+    config = small_run(4, balance=dict(kind="bias", bias_rate=0.1), grad_accumulation=2)
+    tx = optimizer(config.optimizer, 10, kinds(model))
+    flat = nnx.traversals.flatten_mapping
+    state_paths = {path for path, kind in kinds(model).items() if kind.state}
+    assert len(state_paths) == 4  # experts and groups of two runs: layers 0 and 1, and layer 3
+
+    params = flat(nnx.to_pure_dict(state))
+    rng = np.random.default_rng(0)
+    for path in state_paths:
+        params[path] = jnp.asarray(0.3 * rng.standard_normal(params[path].shape), jnp.float32)
+    params = nnx.traversals.unflatten_mapping(params)
+    opt_state = tx.init(params)
+    moments = flat(optax.tree.get(opt_state, "mu"))
+    assert moments.keys() == flat(params).keys() - state_paths
+
+    step = jax.jit(lambda p, o, b: train_step(graphdef, config, tx, p, o, b))
+    batch = Batch(random_tokens(4))
+    after, _, metrics = step(params, opt_state, batch)
+    before, after = flat(params), flat(after)
+    s = naive.Settings(hidden_size=32, intermediate_size=64, G_I=4, G_O=2, R_I=1, R_O=2, T_I=1)
+    places = [(0, 0), (0, 1), (2, 0)]  # run and repeat of each MoE layer
+    for layer, (run, repeat) in enumerate(places):
+        paths = [("runs", run, 0, "moe", f"{name}_bias") for name in ("expert", "group")]
+        wanted = naive.moved_biases(
+            *(before[path][repeat] for path in paths), metrics["expert_tokens"][layer], s, 0.1
+        )
+        for path, biases in zip(paths, wanted, strict=True):
+            assert after[path].dtype == jnp.float32
+            np.testing.assert_allclose(after[path][repeat], biases, atol=1e-6)
+
+    spoilt = jax.tree.map(lambda leaf: leaf, params)
+    spoilt["final_norm"]["scale"] = spoilt["final_norm"]["scale"] * jnp.nan
+    after, _, metrics = step(spoilt, opt_state, batch)
+    assert metrics["skipped"] == 1
+    for path in state_paths:
+        np.testing.assert_array_equal(flat(after)[path], before[path])
 
 
 def test_bfloat16_gradients_of_many_microbatches_are_summed_in_float32():

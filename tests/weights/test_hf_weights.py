@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save, save_file
 
 import finermoe_jax as fm
 from finermoe_jax.weights import safetensors_files as tensor_files
-from finermoe_jax.weights.hf_weights import read_config
+from finermoe_jax.weights.hf_weights import read_config, stored_dtypes
+from tests.oracles import naive
 from tests.support import GOLDEN
 from tests.support.hub import hub
 from tests.support.models import config_of, weights, write_tokenizer
@@ -229,6 +230,64 @@ def test_dense_and_moe_layers_side_by_side(tmp_path, settings):
     for layer, kind in enumerate(model.config.layer_kinds):
         assert (f"model.layers.{layer}.mlp.up_proj.weight" in names) == (kind == "dense")
         assert (f"model.layers.{layer}.mlp.experts.15.up_proj.weight" in names) == (kind == "moe")
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """A bfloat16 model with random selection biases."""
+    moe = fm.MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(0,), selection_bias=True)
+    model = fm.upcycle_model(fm.load_hf(TIED, dtype="bfloat16"), moe, jax.random.key(0))
+    layer, rng = model.runs[1][0].moe, np.random.default_rng(0)
+    for bias in (layer.expert_bias, layer.group_bias):
+        assert bias[...].dtype == jnp.float32 and not bias[...].any()
+        bias[...] = jnp.asarray(rng.standard_normal(bias.shape), jnp.float32)
+    return model
+
+
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_selection_biases_there_and_back(tmp_path, biased, form):
+    save, load = {
+        "hf": (fm.save_hf, fm.load_hf),
+        "orbax": (fm.save_checkpoint, fm.load_checkpoint),
+    }[form]
+    save(biased, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again.config.moe.selection_bias
+    assert_same(again, biased)
+    layer = again.runs[1][0].moe
+    assert layer.expert_bias[...].dtype == layer.group_bias[...].dtype == jnp.float32
+    assert layer.router[...].dtype == jnp.bfloat16
+    if form == "hf":
+        assert read_config(tmp_path / "out").moe.selection_bias
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["selection_bias"] is True
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        bias = stored["model.layers.1.mlp.gate.group_bias"]
+        np.testing.assert_array_equal(bias, biased.runs[1][0].moe.group_bias[...][0])
+        assert stored_dtypes(tmp_path / "out") == ["bfloat16"]
+        assert load(tmp_path / "out", dtype="float16").runs[1][0].moe.expert_bias[...].dtype == (
+            jnp.float32
+        )
+
+
+def test_evaluation_and_generation_choose_with_the_biases(biased):
+    ids = jnp.arange(1, 9, dtype=jnp.int32)[None]
+    out = biased(ids)
+    (routing,) = out.routing
+    layer = biased.runs[1][0].moe
+    biases = [
+        np.asarray(bias[...][0], np.float64) for bias in (layer.expert_bias, layer.group_bias)
+    ]
+    s = naive.Settings(hidden_size=8, intermediate_size=8, G_I=4, G_O=2, R_I=1, R_O=2, T_I=1)
+    logits = np.asarray(routing.logits[0], np.float64)
+    chosen = [naive.route(token, s, None, biases)[0] for token in logits]
+    assert routing.experts[0].tolist() == chosen
+    assert chosen != [naive.route(token, s)[0] for token in logits]
+    # Decoding, with its own form of the weights, gives the same tokens.
+    made = fm.generate(biased, ids, max_new_tokens=3)
+    for length in range(8, 11):
+        row = jnp.pad(made[:, :length], ((0, 0), (0, 11 - length)))
+        logits = biased(row, attention_mask=(jnp.arange(11) < length)[None]).logits
+        assert int(logits[0, length - 1].argmax()) == int(made[0, length])
 
 
 def test_export_into_an_empty_directory_and_with_a_tokenizer(tmp_path):

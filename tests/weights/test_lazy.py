@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import finermoe_jax as fm
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.layers import sharding
+from finermoe_jax.layers.parameters import Kind
 from finermoe_jax.model.decoder import Decoder, parameter_shapes, with_shapes
 from finermoe_jax.weights import integrity, lazy
 from finermoe_jax.weights import orbax_files as lazy_checkpoint
@@ -88,7 +89,7 @@ def test_indexing_is_numpys(shape, data):
     if shape:
         place = data.draw(st.integers(0, shape[0] - 1))
         np.testing.assert_array_equal(array.row(place)[index[1:]], values[place][index[1:]])
-    narrow = lazy.cast({("a",): array}, "bfloat16")["a",]
+    narrow = lazy.cast({("a",): array}, "bfloat16", {("a",): Kind()})["a",]
     assert narrow[index].dtype == ml_dtypes.bfloat16 and narrow.nbytes == array.nbytes // 2
     np.testing.assert_array_equal(narrow[index], values[index].astype(ml_dtypes.bfloat16))
 

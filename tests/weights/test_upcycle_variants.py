@@ -45,6 +45,23 @@ def _tokens(rows=4, length=16):
     return jnp.asarray(np.random.default_rng(0).integers(0, 64, (rows, length)), jnp.int32)
 
 
+def test_selection_biases_start_at_zero_and_change_nothing_else():
+    dense, key = _dense("bfloat16"), jax.random.key(0)
+    plain = MoEConfig(4, 2, 1, 2, 1)
+    with_biases = dataclasses.replace(plain, selection_bias=True)
+    ours, theirs = (
+        nnx.traversals.flatten_mapping(_params(fm.upcycle_model(dense, moe, key)))
+        for moe in (with_biases, plain)
+    )
+    names = {("moe", "expert_bias"): (2, 16), ("moe", "group_bias"): (2, 4)}
+    assert ours.keys() - theirs.keys() == names.keys()
+    for path, shape in names.items():
+        assert ours[path].shape == shape and ours[path].dtype == jnp.float32
+        assert not ours[path].any()
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_drop_upcycling_redraws_one_set_of_channels_per_expert(dtype):
     rng = np.random.default_rng(0)

@@ -36,6 +36,7 @@ _DEFAULTS = {
     "pooled_as": "copies",
     "moe_concat_proj": False,
     "norm_topk_prob": False,
+    "selection_bias": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": (),
     "output_router_logits": False,
@@ -66,6 +67,7 @@ class FineRMoeConfig(PretrainedConfig):
       num_experts_per_tok: active experts of a token, the same number in each of the G_O slots.
       shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
       moe_concat_proj: a projection [h, h] after the concatenation.
+      selection_bias: the routers hold biases that change which experts are chosen.
       norm_topk_prob: divides the weights of a token's experts by their sum once more.
       decoder_sparse_step, mlp_only_layers: layer i has experts if i is not in mlp_only_layers and
         i + 1 is a multiple of decoder_sparse_step; the others have a dense FFN of width H.

@@ -229,7 +229,7 @@ def pool_groups(values, config):
     return apart.reshape(-1, config.G_O, config.R_O * across, members)
 
 
-def route(logits, config):
+def route(logits, config, expert_bias=None, group_bias=None):
     """Returns the experts of every token and their weights (paper, Algorithm 1).
 
     logits [T, P], float32, of the P = N · r experts of the r = experts_across layers that share
@@ -238,10 +238,17 @@ def route(logits, config):
     pooled_as="candidates". Each slot keeps the candidate with the largest sum of logits and
     that group's best experts; ties go to the lowest index. One softmax spans all slots. Returns
     experts and float32 weights, both [T, A], in slot order.
+
+    expert_bias [P] is added to the logits to choose experts inside a group, group_bias to the
+    sums. Neither changes the weights.
     """
     number = pool_groups(torch.arange(logits.shape[-1], device=logits.device)[None], config)
     groups = pool_groups(logits, config)
-    candidate = groups.sum(-1).argmax(-1)[..., None, None]
+    sums = groups.sum(-1)
+    if group_bias is not None:
+        sums = sums + group_bias.view(sums.shape[1:])
+        groups = groups + pool_groups(expert_bias[None], config)
+    candidate = sums.argmax(-1)[..., None, None]
     group = groups.take_along_dim(candidate, dim=2).squeeze(2)
     inside = group.sort(dim=-1, descending=True, stable=True).indices
     inside = inside[..., : config.num_experts_per_tok // config.G_O]
@@ -257,13 +264,28 @@ def route(logits, config):
 class FineRMoeRouter(nn.Linear):
     """x W_r in float32, for every model dtype and under autocast.
 
-    In bfloat16 some tokens would choose other experts.
+    In bfloat16 some tokens would choose other experts. With config.selection_bias it holds the
+    float32 buffers expert_bias and group_bias (`route`), which training here leaves as they are.
     """
 
+    def __init__(self, config):
+        pool = config.num_experts * config.experts_across
+        super().__init__(config.hidden_size, pool, bias=False)
+        self.config = config
+        more = config.experts_across if config.pooled_as == "candidates" else 1
+        sizes = (pool, config.G_O * config.R_O * more)
+        for name, size in zip(("expert_bias", "group_bias"), sizes, strict=True):
+            zeros = torch.zeros(size, dtype=torch.float32) if config.selection_bias else None
+            self.register_buffer(name, zeros)
+
     def forward(self, rows):
-        """Maps rows [tokens, D] to logits [tokens, N], float32."""
+        """Maps rows [tokens, D] to logits [tokens, P], float32."""
         with torch.autocast(rows.device.type, enabled=False):
             return F.linear(rows.float(), self.weight.float())
+
+    def route(self, logits):
+        """Returns the experts and weights of logits [tokens, P], chosen with the biases."""
+        return route(logits, self.config, self.expert_bias, self.group_bias)
 
 
 class FineRMoeLayer(nn.Module):
@@ -276,7 +298,7 @@ class FineRMoeLayer(nn.Module):
         super().__init__()
         self.config = config
         width, out = config.hidden_size, config.hidden_size // config.G_O
-        self.gate = FineRMoeRouter(width, config.num_experts * config.experts_across, bias=False)
+        self.gate = FineRMoeRouter(config)
         self.experts = nn.ModuleList(
             FineRMoeMLP(width, config.moe_intermediate_size, out) for _ in range(config.num_experts)
         )
@@ -291,7 +313,7 @@ class FineRMoeLayer(nn.Module):
         """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32."""
         rows = x.flatten(0, 1)
         logits = self.gate(rows)
-        experts, weights = route(logits, self.config)
+        experts, weights = self.gate.route(logits)
 
         # Rows are sorted by expert: experts without tokens are not computed.
         order = experts.flatten().argsort(stable=True)
@@ -316,22 +338,23 @@ class FineRMoeLayer(nn.Module):
         return y, logits
 
 
-def load_balancing_loss(logits, config, real):
+def load_balancing_loss(logits, gate, real):
     """Paper Eq. 11 of one layer, weight not applied: logits [B·T, P], real [B, T] 1 at real tokens.
 
-    Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean probability of expert e
-    over all P, f_e its share of the routed tokens times P. Padding is excluded.
+    gate: the layer's router. Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean
+    probability of expert e over all P, f_e its share of the routed tokens times P. Padding is
+    excluded.
     """
-    experts, _ = route(logits, config)
-    batch, active, pool = len(real), experts.shape[1], logits.shape[-1]
+    experts, _ = gate.route(logits)
+    batch, active = len(real), experts.shape[1]
     real = real.float()
     length = real.sum(1, keepdim=True).clamp(min=1)
-    probabilities = logits.softmax(-1).view(batch, -1, pool)
+    probabilities = logits.softmax(-1).view(batch, -1, logits.shape[-1])
     mean = (probabilities * real[..., None]).sum(1) / length
     tokens = torch.zeros_like(mean).scatter_add_(
         1, experts.view(batch, -1), real.repeat_interleave(active, dim=1)
     )
-    per_sequence = (tokens * pool / (active * length) * mean).sum(1)
+    per_sequence = (tokens * logits.shape[-1] / (active * length) * mean).sum(1)
     return per_sequence.sum() / real.any(1).sum().clamp(min=1)
 
 
@@ -369,6 +392,8 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
+    # Buffers that keep their dtype in models of another one (transformers 4, transformers 5).
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -548,7 +573,11 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             real = torch.ones(shape, device=logits.device)
             if attention_mask is not None and attention_mask.ndim == 2:
                 real = attention_mask[:, -shape[1] :]
-            aux_loss = sum(load_balancing_loss(r, self.config, real) for r in out.router_logits)
+            gates = [m for m in self.model.modules() if isinstance(m, FineRMoeRouter)]
+            aux_loss = sum(
+                load_balancing_loss(logits, gate, real)
+                for logits, gate in zip(out.router_logits, gates, strict=True)
+            )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         out = MoeCausalLMOutputWithPast(
