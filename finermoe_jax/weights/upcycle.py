@@ -348,8 +348,8 @@ def _with_foreign(
 ) -> LazyArray:
     """Returns routers [L, r * N, D] of layers at `place` of their groups, in the pool's order.
 
-    `owned` [L, N, D] are the rows of their own experts ([L, N]: biases). The other layers' rows are drawn, each
-    layer's with its own key, or zero (upcycling.reuse_start).
+    `owned` [L, N, D] are the rows of their own experts ([L, N]: biases). The other layers' rows are
+    drawn, each layer's with its own key, or zero (upcycling.reuse_start).
     """
     _, own, *width = owned.shape
     draw = normal(NEW_WEIGHT_STD)
