@@ -55,8 +55,5 @@ class Block(nnx.Module):
         if not hasattr(self, "moe"):
             return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
-        return (
-            x + y,
-            written,
-            (routing, measure(routing, aux_loss, real, balance, self.moe.allowed)),
-        )
+        load = measure(routing, aux_loss, real, balance, self.moe.allowed)
+        return x + y, written, (routing, load)

@@ -242,17 +242,12 @@ def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
     """Returns True if `moe` is the model's experts, pooled across layers that had their own."""
     if config.moe is None or config.moe.experts_across > 1 or moe.experts_across == 1:
         return False
-    alone = dataclasses.replace(
-        moe,
-        experts_across=1,
-        **{name: getattr(config.moe, name) for name in _NEW_IN_POOLS},
-    )
-    given, wanted = (upcycled_config(config, each) for each in (config.moe, alone))
-    sizes = given.shared_expert_size, wanted.shared_expert_size
+    own = {name: getattr(config.moe, name) for name in _NEW_IN_POOLS}
+    alone = dataclasses.replace(moe, **own, experts_across=1)
     width = dict(shared_expert_intermediate_size=None)
-    return sizes[0] == sizes[1] and dataclasses.replace(alone, **width) == dataclasses.replace(
-        config.moe, **width
-    )
+    if dataclasses.replace(alone, **width) != dataclasses.replace(config.moe, **width):
+        return False
+    return dataclasses.replace(config, moe=alone).shared_expert_size == config.shared_expert_size
 
 
 def _refuse_without_effect(source: str, upcycling: UpcycleConfig, effective: UpcycleConfig) -> None:

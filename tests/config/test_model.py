@@ -169,6 +169,23 @@ def test_masks_that_do_not_fit_the_experts_are_refused(train, moe, words):
     assert [word for word in words if word not in str(error.value)] == [], error.value
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"balance": {"kind": "bias", "over": "pool"}}, ["over=pool", "kind=bias"]),
+        ({"balance": {"kind": "bias"}, "train": {"psr": "linear"}}, ["kind=bias", "psr=linear"]),
+    ],
+)
+def test_balancings_that_do_not_fit_pools_are_refused(changes, words):
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["moe"]["experts_across"] = 2
+    for group, fields in changes.items():
+        values[group] |= fields
+    with pytest.raises(InputError) as error:
+        run_config(values)
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
 def test_presets_by_name():
     assert run_config(preset("configs/demo.py:ct").to_dict()).moe is None
     assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"
