@@ -255,7 +255,7 @@ def test_biases_of_a_pool_move_inside_its_groups(pooled_as):
     grouped = in_groups(pool, moe)
     np.testing.assert_array_equal(out_of_groups(grouped, moe), pool)
     # p = 2 e + j; e runs over 2 slots, 2 candidates, 2 slices.
-    slot, candidate, piece, layer = np.unravel_index(np.asarray(grouped), (2, 2, 2, 2))
+    slot, candidate, _, layer = np.unravel_index(np.asarray(grouped), (2, 2, 2, 2))
     assert (slot == np.arange(2).reshape(2, 1, 1)).all()
     one_layer = (layer == layer[..., :1]).all()
     assert one_layer == (pooled_as == "candidates") and (candidate == candidate[..., :1]).all()
