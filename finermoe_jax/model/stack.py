@@ -167,8 +167,6 @@ def _mask(blocks: Any, psr: Reuse, first: int, layer: Array | int) -> None:
 
 
 def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
-    if not hasattr(block, "moe"):
-        return None
     gate_up, down = block.moe.gate_up[...], block.moe.down[...]
     return bank_of_run(gate_up, down, shared.placement, shared.frozen_experts or not differentiated)
 
