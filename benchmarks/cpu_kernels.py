@@ -34,9 +34,9 @@ def by_ragged_dot(
     rows: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """expert_ffn through XLA's ragged products, gate and up joined in one."""
-    h = jax.lax.ragged_dot(rows, gate_up.swapaxes(1, 2), sizes)
-    active = jax.nn.silu(h[:, :F]) * h[:, F:] * weights[:, None]
-    return jax.lax.ragged_dot(active, down, sizes)
+    h, f = jax.lax.ragged_dot(rows, gate_up.swapaxes(1, 2), sizes), down.shape[1]
+    active = jax.nn.silu(h[:, :f]) * h[:, f:] * weights[:, None]
+    return jax.lax.ragged_dot(active.astype(rows.dtype), down, sizes)
 
 
 def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

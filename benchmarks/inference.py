@@ -37,6 +37,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from finermoe_jax.config.flops import forward_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.presets import ARCHITECTURES, QWEN2P5
 from finermoe_jax.generation.decode import (
@@ -99,7 +100,9 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 # --- models ---------------------------------------------------------------------------------
 
 
-def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]) -> Decoder:
+def random_model(
+    config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array], compute: str = "float32"
+) -> Decoder:
     """A decoder of repeated random weights; reuses those in `shared` and adds new ones to it."""
     piece = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02
     piece = piece.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
@@ -116,7 +119,7 @@ def random_model(config: ModelConfig, dtype: str, shared: dict[tuple, jax.Array]
         for key in path[:-1]:
             place = place.setdefault(key, {})
         place[path[-1]] = shared[path]
-    return with_params(config, params, dtype="float32")
+    return with_params(config, params, dtype=compute)
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
@@ -127,23 +130,32 @@ def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
 
 
 class Served:
-    """A model with a running request of `batch` rows."""
+    """A model with a running request of `batch` rows, with a prompt of `prompt` tokens each."""
 
-    def __init__(self, config: ModelConfig, dtype: str, batch: int, shared: dict | None = None):
-        self.config, self.batch = config, batch
-        model = random_model(config, dtype, {} if shared is None else shared)
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        batch: int,
+        shared: dict | None = None,
+        compute: str = "float32",
+        prompt: int = PROMPT,
+    ):
+        self.config, self.batch, self.compute = config, batch, compute
+        model = random_model(config, dtype, {} if shared is None else shared, compute)
         self.graphdef, self.stacked = nnx.split(model)
         self.state = layers_apart(self.stacked)
         self.itemsize = 2 if dtype == "bfloat16" else 4
         rng = np.random.default_rng(1)
-        self.prompt = rng.integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32)
+        self.prompt = rng.integers(0, config.vocab_size, (batch, prompt)).astype(np.int32)
         self.token, self.running = self.prefill()
 
     def prefill(self) -> tuple[jax.Array, _Running]:
         """Prefills a new cache with the prompt and returns the first token."""
-        cache = init_cache(self.config, self.batch, bucket(PROMPT + NEW), "float32")
+        length = self.prompt.shape[1]
+        cache = init_cache(self.config, self.batch, bucket(length + NEW), self.compute)
         jax.block_until_ready(cache)
-        lengths = np.full(self.batch, PROMPT, np.int32)
+        lengths = np.full(self.batch, length, np.int32)
         return prefill(self.graphdef, self.stacked, self.prompt, lengths, cache, GREEDY)
 
     def decode(self) -> jax.Array:
@@ -175,18 +187,10 @@ class Served:
         return total, needed
 
     def prefill_flops(self) -> float:
-        """FLOPs of the matrix products of a prefill, attention included."""
-        config, moe, total = self.config, self.config.moe, 0.0
-        kinds = parameter_kinds(config)
-        for path, shape in parameter_shapes(config).items():
-            size = float(np.prod(shape))
-            if kinds[path].bank:
-                assert moe is not None
-                size *= moe.num_active / moe.num_experts
-            total += 2 * size * self.batch * (PROMPT if path[0] == "runs" else 0)
-        total += 2 * self.batch * config.vocab_size * config.hidden_size
-        width = config.num_attention_heads * config.attention_head_dim
-        return total + 2 * self.batch * config.num_hidden_layers * PROMPT**2 * width
+        """FLOPs of a prefill: logits are computed for the last token of each row only."""
+        length = self.prompt.shape[1]
+        token = forward_flops(self.config, length)
+        return self.batch * (length * (sum(token.values()) - token["lm_head"]) + token["lm_head"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -58,7 +58,12 @@ def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
         )
     remat = arguments.remat or run.train.remat
     train = dataclasses.replace(
-        run.train, steps=1000, remat=remat, scan_unroll=arguments.unroll or run.train.scan_unroll
+        run.train,
+        steps=1000,
+        remat=remat,
+        scan_unroll=arguments.unroll or run.train.scan_unroll,
+        compute_dtype="float32",
+        param_dtype="float32",
     )
     shape = dataclasses.replace(
         shape, num_hidden_layers=arguments.layers or shape.num_hidden_layers, initializer_range=0.02
@@ -75,9 +80,10 @@ class Stepper:
     """
 
     def __init__(self, shape: ModelConfig, config: RunConfig):
-        model = nnx.jit(
-            lambda: Decoder(shape, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
-        )()
+        dtypes = {
+            "dtype": config.train.compute_dtype, "param_dtype": config.train.param_dtype
+        }  # fmt: skip
+        model = nnx.jit(lambda: Decoder(shape, **dtypes, rngs=nnx.Rngs(0)))()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         model.placement = Placement(mesh)
         shardings, _ = sharding.param_shardings(model, mesh)

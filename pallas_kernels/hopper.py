@@ -420,7 +420,7 @@ def store_partial(
     rows = jnp.maximum(own[1] - own[0], 0)
     for at in range(0, values.shape[1], columns):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.store(stage, values[:, at : at + columns].astype(stage.dtype), optimized=False)
+        _store_untiled(stage, values[:, at : at + columns].astype(stage.dtype))
         plgpu.commit_smem()
         size = WARPGROUP_ROWS
         while size:
@@ -431,3 +431,11 @@ def store_partial(
                 plgpu.copy_smem_to_gmem(stage.at[pl.ds(row, size)], target(row, size, at, columns))
 
             size //= 2
+
+
+def _store_untiled(stage: Any, values: Array) -> None:
+    """Stores values to untiled shared memory, where bank conflicts cannot be avoided."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(stage, values, optimized=False)
+    else:  # before JAX 0.12, which rejects this assignment because of the conflicts
+        stage[...] = values

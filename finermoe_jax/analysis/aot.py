@@ -26,7 +26,7 @@ from finermoe_jax.analysis.expert_traffic import expert_traffic, expert_weights
 from finermoe_jax.analysis.hlo_costs import analyse
 from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import Target
-from finermoe_jax.config.flops import forward_flops, training_flops
+from finermoe_jax.config.flops import forward_flops, newton_schulz_flops, training_flops
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import Placement
@@ -88,6 +88,9 @@ def compile_program(
     length = program.config.data.sequence_length
     if program.trains:
         needed = training_flops(program.model, length, program.config.train.freeze)
+        if program.config.optimizer.name == "muon":
+            orthogonal = newton_schulz_flops(program.model, program.config.train.freeze)
+            figures["newton_schulz_flops"] = orthogonal
     else:
         needed = sum(forward_flops(program.model, length).values())
     figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)

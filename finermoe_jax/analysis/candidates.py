@@ -43,7 +43,7 @@ def _loss(config: RunConfig, target: Target) -> RunConfig | None:
 
 
 def _moments(config: RunConfig, target: Target) -> RunConfig | None:
-    if config.optimizer.name != "adamw" or config.optimizer.moment_dtype == "bfloat16":
+    if config.optimizer.name == "adafactor" or config.optimizer.moment_dtype == "bfloat16":
         return None
     changed = dataclasses.replace(config.optimizer, moment_dtype="bfloat16")
     return dataclasses.replace(config, optimizer=changed)

@@ -67,6 +67,34 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     return flops
 
 
+def newton_schulz_flops(model: ModelConfig, freeze: Sequence[str] = ()) -> float:
+    """Returns FLOPs of Muon's orthogonalization per optimizer step, for all matrices once.
+
+    Five iterations, each of 4 m^2 n + 2 m^3 for a matrix [m, n] with m <= n. They are the
+    optimizer's and no part of the model FLOPs.
+    """
+    d, head = model.hidden_size, model.attention_head_dim
+    heads, kv_heads = model.num_attention_heads * head, model.num_key_value_heads * head
+    layers, moe_layers = model.num_hidden_layers, model.layer_kinds.count("moe")
+    # Part in train.freeze → (number of matrices, their sides).
+    matrices: dict[str, list[tuple[int, int, int]]] = {
+        "attention": [(2 * layers, heads, d), (2 * layers, kv_heads, d)],
+        "dense_ffn": [(3 * (layers - moe_layers), model.intermediate_size, d)],
+    }
+    if moe := model.moe if moe_layers else None:
+        f, w = model.expert_intermediate_size, model.expert_output_size
+        count = moe_layers * moe.num_experts
+        matrices["experts"] = [(2 * count, f, d), (count, f, w)]
+        matrices["shared_expert"] = [(3 * moe_layers, model.shared_expert_size, d)]
+        matrices["concat_proj"] = [(moe_layers * (moe.concat_proj != "none"), d, d)]
+    return 5.0 * sum(
+        count * (4 * min(sides) ** 2 * max(sides) + 2 * min(sides) ** 3)
+        for part, found in matrices.items()
+        if part not in freeze
+        for count, *sides in found
+    )
+
+
 def training_flops(model: ModelConfig, sequence_length: int, freeze: Sequence[str] = ()) -> float:
     """Returns FLOPs per token of the forward and the backward pass; `freeze`: train.freeze."""
     forward = forward_flops(model, sequence_length)

@@ -64,11 +64,36 @@ PEAKS: dict[str, float] = {
     "NVIDIA H200": CHIPS["h100"].flops,
     "NVIDIA B200": 2250e12,
 }
-# Chips without a known peak that share a prefix with one above.
+# Published HBM bandwidth of one JAX device, bytes/s, in the same way.
+BANDWIDTHS: dict[str, float] = {
+    "TPU v5 lite": CHIPS["v5e"].bandwidth,
+    "TPU v5e": CHIPS["v5e"].bandwidth,
+    "TPU v5": CHIPS["v5p"].bandwidth,
+    "TPU v5p": CHIPS["v5p"].bandwidth,
+    "TPU v6 lite": CHIPS["v6e"].bandwidth,
+    "TPU v6e": CHIPS["v6e"].bandwidth,
+    "TPU7x": CHIPS["tpu7x"].bandwidth,
+    "TPU v7x": CHIPS["tpu7x"].bandwidth,
+    "NVIDIA H100": CHIPS["h100"].bandwidth,
+    "NVIDIA H100 PCIe": 2000e9,
+    "NVIDIA H100 NVL": 3900e9,
+    "NVIDIA H200": 4800e9,
+    "NVIDIA B200": 8000e9,
+}
+# Chips without known figures that share a prefix with one above.
 _OTHERS = ("TPU v4 lite", "TPU v4i")
 
 
 def peak_flops(kind: str) -> float | None:
     """Returns a device kind's peak in bfloat16, FLOP/s; None if unknown, as for any CPU."""
-    found = [name for name in (*PEAKS, *_OTHERS) if kind.startswith(name)]
-    return PEAKS.get(max(found, key=len)) if found else None
+    return _of_kind(PEAKS, kind)
+
+
+def peak_bandwidth(kind: str) -> float | None:
+    """Returns a device kind's HBM bandwidth, bytes/s; None if unknown, as for any CPU."""
+    return _of_kind(BANDWIDTHS, kind)
+
+
+def _of_kind(table: Mapping[str, float], kind: str) -> float | None:
+    found = [name for name in (*table, *_OTHERS) if kind.startswith(name)]
+    return table.get(max(found, key=len)) if found else None

@@ -46,18 +46,42 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
 
-    # "adafactor": factored second moments (unfactored for small arrays), no first moment; same
-    # schedule, clipping and decay. beta1, beta2 and moment_dtype apply to AdamW only.
-    name: Literal["adamw", "adafactor"] = "adamw"
-    # Dtype of AdamW's first moment. The second moment has the weights' dtype.
+    # "adafactor": factored second moments (unfactored for small arrays), no first moment. "muon":
+    # orthogonalized momentum for the matrices of attention, FFNs and experts, AdamW for the rest.
+    # Schedule, clipping and decay are the same for all.
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    # Dtype of AdamW's first moment and of Muon's momentum. The second moment has the weights'
+    # dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 1e-5  # after warm-up
     final_learning_rate: float = 1e-7  # at the last step
+    # After warm-up, "cosine" decays until the last step. "wsd" (warmup-stable-decay) keeps the
+    # rate, then decays it linearly.
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_fraction: float = 0.01  # share of the steps
-    beta1: float = 0.9  # AdamW only
-    beta2: float = 0.95  # AdamW only
+    decay_fraction: float = 0.1  # share of the steps in which "wsd" decays
+    beta1: float = 0.9  # AdamW, also beside Muon
+    beta2: float = 0.95  # AdamW, also beside Muon
     weight_decay: float = 0.1  # not on norms and biases
     clip_norm: float = 1.0  # largest norm of the whole gradient
+
+    def check(self) -> None:
+        """Raises InputError for fields that contradict each other."""
+        if self.name == "adafactor" and self.moment_dtype != "float32":
+            raise InputError(
+                f"optimizer.moment_dtype={self.moment_dtype} applies to AdamW and Muon only, but "
+                f"optimizer.name={self.name}: set moment_dtype to float32"
+            )
+        if self.schedule == "cosine" and self.decay_fraction != OptimizerConfig.decay_fraction:
+            raise InputError(
+                f"optimizer.decay_fraction={self.decay_fraction} applies to the schedule wsd only, "
+                "but optimizer.schedule=cosine: set schedule to wsd, or remove decay_fraction"
+            )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise InputError(
+                f"optimizer.warmup_fraction={self.warmup_fraction} and optimizer.decay_fraction="
+                f"{self.decay_fraction} together exceed the whole run: lower one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +231,7 @@ class RunConfig:
     # New tokens per prompt.
     prompt_tokens: int = 48
     data: DataConfig = DataConfig()  # text and batches
-    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW or Adafactor, and the schedule
+    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW, Adafactor or Muon; the schedule
     balance: BalanceConfig = PUBLISHED_BALANCE  # load of the experts
     mesh: MeshConfig = MeshConfig()  # devices
     train: TrainConfig = TrainConfig()  # steps, precision, memory, logs, checkpoints
@@ -291,11 +315,7 @@ class RunConfig:
             )
         self._check_psr()
         data, train, optimizer = self.data, self.train, self.optimizer
-        if optimizer.name != "adamw" and optimizer.moment_dtype != "float32":
-            raise InputError(
-                f"optimizer.moment_dtype={optimizer.moment_dtype} applies to AdamW only, but "
-                f"optimizer.name={optimizer.name}: set moment_dtype to float32"
-            )
+        optimizer.check()
         if train.keep_best and not (data.eval_fraction or data.eval_path):
             raise InputError(
                 f"train.keep_best={train.keep_best} needs held-out data, but data.eval_fraction="
@@ -350,6 +370,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.
     "train.psr_start": (0, 1),
     "train.psr_end": (0, 1),
     "optimizer.warmup_fraction": (0, 1),
+    "optimizer.decay_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
     "optimizer.weight_decay": (0, 1e6),

@@ -30,6 +30,9 @@ class Kind:
       decayed: weight decay applies.
       summed: axes, from the end, that its product sums over; int8 weights have one scale per index
         of the other axes. Empty: never quantized.
+      outputs: output axes, from the end, of a matrix that Muon orthogonalizes. The matrix maps
+        `summed` to them; other axes count matrices. Empty: Muon leaves the parameter to AdamW.
+      joined: matrices that are stored as one, each after the other along the output axis.
       bank: the weights of all experts of a layer. Stored row-major, one expert after the other, and
         sharded over the mesh's expert axis.
       state: set by a rule outside of the gradient (moe/balance.py). Never in gradients or in the
@@ -39,6 +42,8 @@ class Kind:
     part: str
     decayed: bool = True
     summed: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    joined: int = 1
     bank: bool = False
     state: bool = False
 
@@ -52,23 +57,26 @@ KINDS: dict[tuple[str, ...], Kind] = {
     ("vocab", "embed"): Kind("embedding", summed=(-1,)),
     ("scored_vocab", "width"): Kind("lm_head", summed=(-1,)),
     ("norm",): Kind("norms", decayed=False),
-    ("heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
-    ("kv_heads", "head_dim", "embed"): Kind("attention", summed=(-1,)),
-    ("embed", "heads", "head_dim"): Kind("attention", summed=(-2, -1)),
+    ("heads", "head_dim", "embed"): Kind("attention", summed=(-1,), outputs=(-3, -2)),
+    ("kv_heads", "head_dim", "embed"): Kind("attention", summed=(-1,), outputs=(-3, -2)),
+    ("embed", "heads", "head_dim"): Kind("attention", summed=(-2, -1), outputs=(-3,)),
     ("heads", "head_dim"): Kind("attention", decayed=False),  # biases
     ("kv_heads", "head_dim"): Kind("attention", decayed=False),
-    ("mlp", "embed"): Kind("dense_ffn", summed=(-1,)),
-    ("embed", "mlp"): Kind("dense_ffn", summed=(-1,)),
+    ("mlp", "embed"): Kind("dense_ffn", summed=(-1,), outputs=(-2,)),
+    ("embed", "mlp"): Kind("dense_ffn", summed=(-1,), outputs=(-2,)),
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind("router"),
     ("depth",): Kind("router", decayed=False),  # a bias of router and experts
     ("router",): Kind("router", decayed=False, state=True),  # selection biases
     ("gate_in",): Kind("shared_gate"),
-    ("expert", "expert_mlp", "expert_in"): Kind("experts", summed=(-1,), bank=True),
-    ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), bank=True),
-    ("shared_mlp", "embed"): Kind("shared_expert", summed=(-1,)),
-    ("embed", "shared_mlp"): Kind("shared_expert", summed=(-1,)),
-    ("concat", "embed"): Kind("concat_proj", summed=(-1,)),
+    # Gate and up.
+    ("expert", "expert_mlp", "expert_in"): Kind(
+        "experts", summed=(-1,), outputs=(-2,), joined=2, bank=True
+    ),
+    ("expert", "expert_mlp", "expert_out"): Kind("experts", summed=(-2,), outputs=(-1,), bank=True),
+    ("shared_mlp", "embed"): Kind("shared_expert", summed=(-1,), outputs=(-2,)),
+    ("embed", "shared_mlp"): Kind("shared_expert", summed=(-1,), outputs=(-2,)),
+    ("concat", "embed"): Kind("concat_proj", summed=(-1,), outputs=(-2,)),
 }
 
 

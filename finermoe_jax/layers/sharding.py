@@ -93,7 +93,7 @@ def exchange_named(name: ExchangeKind) -> ExchangeKind:
     if name == "ragged" and platform() == "cpu":
         raise InputError(
             "train.exchange='ragged' needs an accelerator, but the devices here are cpu. XLA has "
-            'ragged exchange on a CPU. Set train.exchange="auto"'
+            'no ragged exchange on a CPU. Set train.exchange="auto"'
         )
     return name
 

@@ -170,8 +170,8 @@ def _select_in_groups(
     slots, candidates, group = moe.output_granularity, moe.pool_candidates, moe.pool_group_size
     tokens = logits.shape[:-1]
     grouped = in_groups(logits, moe)
-    marking = in_groups(_biased(logits, bias), moe)
-    _, marked = jax.lax.top_k(marking, moe.active_per_group)
+    biased = grouped if bias is None else in_groups(_biased(logits, bias), moe)
+    _, marked = jax.lax.top_k(biased, moe.active_per_group)
     # The sum is over all raw logits of a group, selected or not, as in the published model. Ties:
     # top_k and argmax both take the lowest index.
     scores = (

@@ -1,17 +1,20 @@
-"""AdamW with the paper's schedule, and Adafactor to save memory, from Optax."""
+"""AdamW with the paper's schedule, Adafactor to save memory, and Muon, from Optax."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from finermoe_jax.config.run import OptimizerConfig
-from finermoe_jax.layers.parameters import Kind, Path
+from finermoe_jax.errors import InputError
+from finermoe_jax.layers.parameters import KINDS, Kind, Path
 
 # Kind of every trained parameter (parameters.trained_kinds).
 type Kinds = Mapping[Path, Kind]
@@ -21,8 +24,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of previous updates (Table 5).
 
     Linear from 0 during warm-up, then a cosine decay that reaches the final rate after `steps`.
+    "wsd" (arXiv 2404.06395) keeps the rate until the last decay_fraction of the steps, and then
+    decays it linearly.
     """
     warmup = max(1, round(config.warmup_fraction * steps)) if config.warmup_fraction else 0
+    if config.schedule == "wsd":
+        return _warmup_stable_decay(config, steps, warmup)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
         peak_value=config.learning_rate,
@@ -32,11 +39,27 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
+def _warmup_stable_decay(config: OptimizerConfig, steps: int, warmup: int) -> optax.Schedule:
+    rate, final = config.learning_rate, config.final_learning_rate
+    decay = min(round(config.decay_fraction * steps), max(steps - warmup, 0))
+    phases = [
+        (warmup, optax.linear_schedule(0.0, rate, max(warmup, 1))),
+        (steps - decay, optax.constant_schedule(rate)),
+        (steps, optax.linear_schedule(rate, final, max(decay, 1))),
+    ]
+    if not warmup:
+        phases = phases[1:]
+    ends, schedules = zip(*phases, strict=True)
+    return optax.join_schedules(schedules, ends[:-1])
+
+
 def decayed(params: Any, kinds: Kinds) -> Any:
     """Returns True for every parameter with weight decay: all but norms and biases."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: kinds[tuple(key.key for key in path)].decayed, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: _kind_at(path, kinds).decayed, params)
+
+
+def _kind_at(path: tuple, kinds: Kinds) -> Kind:
+    return kinds[tuple(key.key for key in path)]
 
 
 def trained(params: dict, kinds: Kinds) -> dict:
@@ -54,14 +77,16 @@ def completed(params: dict, part: dict) -> dict:
 
 
 def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.GradientTransformation:
-    """Clips by global norm, then applies AdamW (Table 5) or Adafactor.
+    """Clips by global norm, then applies AdamW (Table 5), Adafactor or Muon.
 
     Weight decay is multiplied by the learning rate. Gradients and state cover the parameters in
-    `kinds` only.
+    `kinds` only. Raises InputError if `kinds` has no matrix for Muon.
     """
     mask = functools.partial(decayed, kinds=kinds)
     if config.name == "adafactor":
         second = _adafactor(config, steps, mask)
+    elif config.name == "muon":
+        second = _muon(config, steps, mask, kinds)
     else:
         second = optax.adamw(
             learning_rate(config, steps),
@@ -93,6 +118,81 @@ def _adafactor(
         optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def _muon(
+    config: OptimizerConfig, steps: int, mask: Callable[[Any], Any], kinds: Kinds
+) -> optax.GradientTransformation:
+    """Muon for matrices (Kind.outputs), AdamW for all other parameters; one rate for both."""
+    if not any(kind.outputs for kind in kinds.values()):
+        parts = dict.fromkeys(kind.part for kind in KINDS.values() if kind.outputs)
+        raise InputError(
+            "optimizer.name=muon, but no matrix is left to Muon: remove one of "
+            f"{', '.join(parts)} from train.freeze, or set optimizer.name to adamw"
+        )
+
+    def matrices(params: Any, orthogonal: bool = True) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: bool(_kind_at(path, kinds).outputs) == orthogonal, params
+        )
+
+    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+    return optax.chain(
+        optax.masked(scale_by_muon(config.moment_dtype, kinds), matrices),
+        optax.masked(adam, functools.partial(matrices, orthogonal=False)),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def scale_by_muon(moment_dtype: str, kinds: Kinds) -> optax.GradientTransformation:
+    """Orthogonalizes the momentum of every matrix by itself (optax.contrib.scale_by_muon).
+
+    Optax's Nesterov momentum of decay 0.95 and five Newton-Schulz iterations. A matrix is one
+    expert's gate, up or down, or one layer's projection with all its heads. Its update is scaled
+    by 0.2 sqrt(max(in, out)), so that its root mean square is close to AdamW's (arXiv 2502.16982).
+
+    Optax flattens all leading axes of a stack into one, which would gather experts that are sharded
+    along the second axis. The loop over layers leaves the sharded axis in front, and holds the
+    intermediate products of one layer at a time.
+    """
+
+    def init(params: Any) -> optax.contrib.MuonState:
+        return optax.contrib.scale_by_muon(mu_dtype=moment_dtype).init(params)
+
+    def update(updates: Any, state: optax.contrib.MuonState, params: Any = None) -> tuple[Any, Any]:
+        def of_parameter(path: tuple, gradient: Array, momentum: Array) -> tuple[Array, Array]:
+            kind = _kind_at(path, kinds)
+            numbers = optax.contrib.MuonDimensionNumbers(kind.summed, kind.outputs)
+            muon = optax.contrib.scale_by_muon(
+                mu_dtype=moment_dtype, weight_dimension_numbers=numbers
+            )
+
+            def of_layer(arrays: tuple[Array, Array]) -> tuple[Array, Array]:
+                gradient, momentum = (_apart(x, kind.joined) for x in arrays)
+                x, new = muon.update(gradient, state._replace(mu=momentum))
+                sides = (kind.summed, kind.outputs)
+                width = max(math.prod(x.shape[axis] for axis in side) for side in sides)
+                x = 0.2 * math.sqrt(width) * x
+                return x.reshape(arrays[0].shape), new.mu.reshape(arrays[0].shape)
+
+            with jax.named_scope("newton_schulz"):
+                if gradient.ndim == kind.bank + len(kind.summed) + len(kind.outputs):
+                    return of_layer((gradient, momentum))
+                return jax.lax.map(of_layer, (gradient, momentum))
+
+        both = jax.tree_util.tree_map_with_path(of_parameter, updates, state.mu)
+        first, second = (
+            jax.tree.map(lambda _, pair, n=n: pair[n], updates, both) for n in range(2)
+        )
+        return first, state._replace(count=optax.safe_increment(state.count), mu=second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _apart(x: Float[Array, "..."], count: int) -> Float[Array, "..."]:
+    """Separates `count` matrices that are joined along their output axis, the last but one."""
+    return x if count == 1 else x.reshape(*x.shape[:-2], count, -1, x.shape[-1])
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -216,8 +216,11 @@ def check_run(
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:
-    """Names parts in train.freeze that the model lacks. Raises InputError if nothing is trained."""
-    trained_kinds(model, config.train.freeze)
+    """Names parts in train.freeze that the model lacks.
+
+    Raises InputError if nothing is left to train, or to Muon.
+    """
+    optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     absent = {*config.train.freeze} - {kind.part for kind in kinds(model).values()}
     if absent:
         say(f"train.freeze: this model has no {' and no '.join(sorted(absent))}")

@@ -30,9 +30,9 @@ W).
 
 **Backward.** The forward pass stores nothing of size M x F. One kernel recomputes gate and up,
 multiplies the cotangent with the down weights, and writes the gradients of gate and up, the
-activated intermediate times the routing weight, and the gradient of the routing weight. Three
-grouped matmuls turn these into the gradients of rows, gate_up and down. An item of the kernel is a
-tile of 128 rows, 64 per warpgroup. Its stages, for each block of 64 columns of F:
+activated intermediate times the routing weight, and the gradient of the routing weight. Grouped
+matmuls turn these into the gradients of gate_up and down. An item of the kernel is a tile of 128
+rows, 64 per warpgroup. Its stages, for each block of 64 columns of F:
 
     copies                                       multiply
     1 for each 64 of D:                          acc  += x ring · (w ring)^T: gate and up
@@ -42,27 +42,35 @@ tile of 128 rows, 64 per warpgroup. Its stages, for each block of 64 columns of 
       x ring ◀── dy [128 rows, 64]               before the routing weight
       w ring ◀── down [64, 64]
     3 (copies the next block)                    in registers: the three results of the block
-                                                 ──▶ dhidden, dhidden, active, through the stage;
+                                                 ──▶ dhidden, dhidden, active, through the stage,
+                                                 and dhidden ──▶ hidden [.., 2F'] in shared memory;
                                                  sums active · gradient over F for each row
     after the last block                         that sum, the routing weight's gradient
                                                  ──▶ dweights, through a separate stage
+    4 for each tile of 128 columns of D,         acc += hidden [.., 64 of 2F'] · w ring
+      for each 64 of gate, then of up:           after the tile's last step:
+      w ring ◀── gate or up [64, 128]            acc ──▶ dx, the gradient of rows, through the stage
+
+`hidden` and stage 4 exist only if [128, 2F'] leaves room for the ring (F' up to 192: keeps_hidden).
+Otherwise a grouped matmul computes the gradient of rows from dhidden.
 
 **Bytes.** With T tiles = sum over experts of ceil((rows + o) / R), o < 8 (see grouped_matmul), and
 elements of two bytes, the copies read, in elements,
 
     forward:                T (ceil(F / 128) R D + 2 F' D + F' W)
-    fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W),   here R = 128
+    fused backward kernel:  T (F' / 64) (R (D + W) + 128 D + 64 W) + T 2 F' D,   here R = 128
 
-and write M W and 3 M F'. HBM traffic is lower: one multiprocessor reads a tile's rows repeatedly,
-and several read an expert's weights at the same time, so both come from the L2 cache after the
-first read. The best case is
+(the last term for stage 4 only) and write M W and 3 M F'. HBM traffic is lower: one multiprocessor
+reads a tile's rows repeatedly, and several read an expert's weights at the same time, so both come
+from the L2 cache after the first read. The best case is
 
     forward:   M D + X + M W                             X = touched experts' 3 matrices
-    backward:  M (3 D + 2 W) + 8 M F' + X + Y + gradients         Y = their gate and up
+    backward:  M (3 D + 2 W) + 6 M F' + X + gradients        with stage 4
+               M (3 D + 2 W) + 8 M F' + X + Y + gradients    without; Y = their gate and up
 
 The forward pass thus reaches its lower bound. That of the backward pass is M (2 D + W) + X +
-gradients. The difference, two reads of rows, cotangent, gate and up and the intermediates' round
-trips, is the price of matrix products that accumulate in registers.
+gradients. The difference is the price of weight gradients that do not fit in shared memory: other
+kernels sum them, and read rows, cotangent and intermediates again.
 """
 
 import dataclasses
@@ -96,6 +104,8 @@ W_BLOCKS = 2
 # Most shared memory for the activated intermediate of 128 rows; the ring has the rest.
 _ACTIVE_BYTES = 96 * 1024
 _RING_AND_ACTIVE_BYTES = 200 * 1024
+# Most shared memory for the gradients of gate and up of 128 rows; the ring has the rest.
+_HIDDEN_BYTES = 96 * 1024
 MAX_FUSED_F = 896
 
 
@@ -157,11 +167,14 @@ def backward(
         rows, gate_up, down, group_sizes, row_weights, first_expert
     )
     dy = padded(dy)
-    dhidden, active, dweights = _backward_kernel(
+    dhidden, active, dweights, *fused = _backward_kernel(
         x, w_in, w_out, dy, group_sizes, weights, first, interpret
     )
-    by_half = w_in.reshape(-1, 2, *w_in.shape[1:])
-    dx = matmul.product(dhidden, by_half, group_sizes, rows.dtype, False, interpret, first)
+    if fused:
+        (dx,) = fused
+    else:
+        by_half = w_in.reshape(-1, 2, *w_in.shape[1:])
+        dx = matmul.product(dhidden, by_half, group_sizes, rows.dtype, False, interpret, first)
     dw_in = matmul.sum_of_products(dhidden, x, group_sizes, (2, f), gate_up.dtype, interpret)
     dw_out = matmul.sum_of_products(active, dy, group_sizes, (1, f), down.dtype, interpret)
     return (
@@ -383,7 +396,9 @@ def _multiply_forward(
     def tile(w_tile: Array, step: Array) -> Array:
         blocks = W_BLOCKS // 2 if plan.split else W_BLOCKS
         first_block = half.warpgroup * blocks if plan.split else 0
-        for b, values in enumerate(_down(plan, refs, half, first_block, blocks, step)):
+        active = refs.active.at[half.rows]
+        sums = _times_weights(refs, active, first_block, blocks, step, plan.f_blocks)
+        for b, values in enumerate(sums):
             column = (w_tile * W_BLOCKS + first_block + b) * BLOCK
 
             @pl.when(column < plan.width)
@@ -425,19 +440,27 @@ def _activate(
     return step + plan.d_steps
 
 
-def _down(
-    plan: _Forward, refs: _ForwardRefs, half: _Half, first: Array | int, blocks: int, step: Array
+def _times_weights(
+    refs: "_ForwardRefs | _BackwardRefs",
+    left: Any,
+    first: Array | int,
+    blocks: int,
+    step: Array,
+    steps: int,
 ) -> list[Array]:
-    """Active times down, [64, BLOCK] each: `blocks` blocks of a tile of W, from `first` on."""
+    """left [64, 64 steps] times weights in the ring, [64, BLOCK] for each of `blocks` blocks.
+
+    Step i multiplies 64 columns of left with the blocks from `first` on of its slot.
+    """
 
     def accumulate(*accs: Any) -> None:
         def multiply(i: Array, slot: Array) -> None:
-            active = refs.active.at[half.rows, pl.ds(i * BLOCK, BLOCK)]
             for b, acc in enumerate(accs):
                 block = pl.ds((first + b) * BLOCK, BLOCK)
-                plgpu.wgmma(acc, active, refs.w_ring.at[slot].at[block])
+                columns = left.at[:, pl.ds(i * BLOCK, BLOCK)]
+                plgpu.wgmma(acc, columns, refs.w_ring.at[slot].at[block])
 
-        hopper.drain(refs.ring, step, plan.f_blocks, multiply, products=blocks)
+        hopper.drain(refs.ring, step, steps, multiply, products=blocks)
 
     return hopper.sums(accumulate, *[BLOCK] * blocks)
 
@@ -452,6 +475,11 @@ def _sync(plan: _Forward, refs: _ForwardRefs) -> None:
 # --- backward -----------------------------------------------------------------------------------
 
 
+def keeps_hidden(f: int) -> bool:
+    """True if the backward kernel computes the rows' gradient: one tile's dhidden fits."""
+    return TILE_ROWS * 2 * -(-f // BLOCK) * BLOCK * 2 <= _HIDDEN_BYTES
+
+
 def _backward_kernel(
     x: Array,
     w_in: Array,
@@ -461,14 +489,26 @@ def _backward_kernel(
     weights: Array,
     first_expert: Array | int,
     interpret: Interpret,
-) -> tuple[Array, Array, Array]:
+) -> list[Array]:
     """Returns [M, 2F'] gradients of gate and up, [M, F'] weighted active, float32 [M, 8] dweight.
 
     Columns past F are zero. All eight columns of dweight are equal: TMA writes no fewer bytes.
+    If keeps_hidden(F), the gradient of x is the fourth result.
     """
     (m, d), (_, f, width), dtype = x.shape, w_out.shape, x.dtype
-    plan = _Backward(f_blocks=-(-f // BLOCK), d_steps=d // STEP, w_steps=width // STEP)
-    slots = hopper.RING_BYTES // ((TILE_ROWS + 2 * BLOCK) * STEP * 2)
+    plan = _Backward(
+        f_blocks=-(-f // BLOCK),
+        d_steps=d // STEP,
+        w_steps=width // STEP,
+        d_tiles=-(-d // (W_BLOCKS * BLOCK)) if keeps_hidden(f) else 0,
+        width=d,
+    )
+    ring_bytes, fused = hopper.RING_BYTES, {}
+    if plan.d_tiles:
+        shape = (TILE_ROWS, 2 * plan.f_padded)
+        fused = {"hidden": plgpu.SMEM(shape, dtype, transforms=hopper.swizzled(dtype))}
+        ring_bytes -= _HIDDEN_BYTES
+    slots = ring_bytes // ((TILE_ROWS + 2 * BLOCK) * STEP * 2)
     table, count = hopper.work(group_sizes, m, TILE_ROWS, first_expert)
     x_shape, w_shape = (TILE_ROWS, STEP), (2 * BLOCK, STEP)
     return hopper.run(
@@ -479,8 +519,10 @@ def _backward_kernel(
             jax.ShapeDtypeStruct((m, 2 * plan.f_padded), dtype),
             jax.ShapeDtypeStruct((m, plan.f_padded), dtype),
             jax.ShapeDtypeStruct((m, 8), jnp.float32),
+            *[jax.ShapeDtypeStruct((m, d), dtype)] * bool(fused),
         ],
-        {"stage_dweights": plgpu.SMEM((2, WARPGROUP_ROWS, 8), jnp.float32)}
+        fused
+        | {"stage_dweights": plgpu.SMEM((2, WARPGROUP_ROWS, 8), jnp.float32)}
         | hopper.ring_scratch(slots, dtype, arrivals=3, x_ring=x_shape, w_ring=w_shape)
         | hopper.stage_scratch(dtype),
         interpret,
@@ -494,6 +536,8 @@ class _Backward:
     f_blocks: int  # blocks of F
     d_steps: int  # steps of D
     w_steps: int  # steps of W
+    d_tiles: int  # tiles of the gradient of x, of two blocks of D; 0: not computed
+    width: int  # D, padded
 
     @property
     def f_padded(self) -> int:
@@ -518,9 +562,11 @@ class _BackwardRefs(Scratch):
     dhidden: Any  # [M, 2F']
     active: Any  # [M, F']
     dweights: Any  # float32 [M, 8]
+    dx: Any = None  # [M, D]
     _: dataclasses.KW_ONLY
     w_ring: Any
     stage_dweights: Any  # float32 [2 warpgroups, 64, 8]
+    hidden: Any = None  # [128, 2F'], dhidden of a tile
 
     @property
     def ring(self) -> Ring:
@@ -561,7 +607,26 @@ def _copy_backward(plan: _Backward, refs: _BackwardRefs, index: Array, step: Arr
         step = hopper.fill(refs.ring, step, plan.d_steps, hidden)
         return hopper.fill(refs.ring, step, plan.w_steps, cotangent)
 
-    return lax.fori_loop(0, plan.f_blocks, block, step)
+    def rows_gradient(tile: Array, step: Array) -> Array:
+        for half in range(2):
+
+            def copies(i: Array, half: int = half) -> list[tuple[Any, Any, Any]]:
+                some_f, column = pl.ds(i * BLOCK, BLOCK), tile * (W_BLOCKS * BLOCK)
+                return [
+                    (
+                        refs.w_in.at[2 * expert + half, some_f, pl.ds(column + b * BLOCK, BLOCK)],
+                        refs.w_ring,
+                        pl.ds(b * BLOCK, BLOCK),
+                    )
+                    for b in range(W_BLOCKS)
+                ]
+
+            # There is no copy of x.
+            step = hopper.fill(refs.ring, step, plan.f_blocks, copies, missing=1)
+        return step
+
+    step = lax.fori_loop(0, plan.f_blocks, block, step)
+    return lax.fori_loop(0, plan.d_tiles, rows_gradient, step)
 
 
 def _multiply_backward(
@@ -594,6 +659,9 @@ def _multiply_backward(
             (refs.dhidden, column + plan.f_padded, dactive * silu),
             (refs.active, column, active * scale),
         ):
+            if plan.d_tiles and out is refs.dhidden:
+                mine = pl.ds(offset, WARPGROUP_ROWS), pl.ds(at, BLOCK)
+                refs.hidden[mine] = result.astype(refs.hidden.dtype)
             target = hopper.window(out, first, at)
             hopper.store_rows(result, refs.stage, warpgroup, own, target)
         return step + plan.block_steps, dweight
@@ -608,7 +676,36 @@ def _multiply_backward(
         own,
         lambda row, rows, _, __: refs.dweights.at[pl.ds(first + row, rows)],
     )
+    if plan.d_tiles:
+        plgpu.commit_smem()
+        step = _multiply_rows_gradient(plan, refs, warpgroup, offset, (first, own), step)
     return step
+
+
+def _multiply_rows_gradient(
+    plan: _Backward,
+    refs: _BackwardRefs,
+    warpgroup: Array,
+    offset: Array,
+    place: tuple[Array, tuple[Array, Array]],
+    step: Array,
+) -> Array:
+    """Multiplies 64 rows of `hidden` with gate and up, and stores the gradient of x."""
+    (first, own), steps = place, 2 * plan.f_blocks
+    hidden = refs.hidden.at[pl.ds(offset, WARPGROUP_ROWS)]
+
+    def tile(d_tile: Array, step: Array) -> Array:
+        for b, values in enumerate(_times_weights(refs, hidden, 0, W_BLOCKS, step, steps)):
+            column = (d_tile * W_BLOCKS + b) * BLOCK
+
+            @pl.when(column < plan.width)
+            def _store(values: Array = values, column: Array = column) -> None:
+                target = hopper.window(refs.dx, first, column)
+                hopper.store_rows(values, refs.stage, warpgroup, own, target)
+
+        return step + steps
+
+    return lax.fori_loop(0, plan.d_tiles, tile, step)
 
 
 def _products(

@@ -11,14 +11,16 @@ from flax import nnx
 
 from finermoe_jax.analysis.hlo_costs import analyse
 from finermoe_jax.analysis.params import true_counts
-from finermoe_jax.config.flops import forward_flops, training_flops
-from finermoe_jax.config.hardware import CHIPS, peak_flops
+from finermoe_jax.config.flops import forward_flops, newton_schulz_flops, training_flops
+from finermoe_jax.config.hardware import BANDWIDTHS, CHIPS, PEAKS, peak_bandwidth, peak_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.presets import QWEN2P5
-from finermoe_jax.config.run import PARTS, RunConfig, TrainConfig
+from finermoe_jax.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
 from finermoe_jax.data.packing import Batch
+from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import batch_loss
 from finermoe_jax.weights.checkpoint import abstract_params
 from finermoe_jax.weights.upcycle import upcycled_config
@@ -59,6 +61,23 @@ def test_the_compiled_program_has_as_many(moe):
     assert found == pytest.approx(wanted, rel=0.02)
 
 
+def test_a_compiled_update_of_muon_has_as_many():
+    """Every product of the update is one of Newton-Schulz. The experts' are counted elsewhere."""
+    config = dataclasses.replace(SMALL, num_hidden_layers=1)
+    params, trained = abstract_params(config, "float32"), trained_kinds(with_shapes(config))
+    trained = {path: kind for path, kind in trained.items() if kind.part == "attention"}
+    tx = optimizer(OptimizerConfig(name="muon"), 10, trained)
+    grads = nnx.traversals.unflatten_mapping(
+        {p: x for p, x in nnx.traversals.flatten_mapping(params).items() if p in trained}
+    )
+    update = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, params), params)
+    found = analyse(update.compile().as_text()).flops
+    assert found == newton_schulz_flops(config, ("dense_ffn",))
+    small, large = sorted((config.hidden_size, config.intermediate_size))
+    others = 3 * 5 * (4 * small**2 * large + 2 * small**3)
+    assert newton_schulz_flops(config) == found + others
+
+
 @pytest.mark.parametrize("size", ["0.5B", "7B"])
 def test_published_models_need_two_for_each_active_weight(size):
     model = upcycled_config(QWEN2P5[size], MoEConfig())
@@ -96,3 +115,10 @@ def test_published_models_need_two_for_each_active_weight(size):
 )
 def test_peaks_go_by_the_devices_name(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_bandwidths_go_by_the_devices_name():
+    assert peak_bandwidth("NVIDIA H100 80GB HBM3") == CHIPS["h100"].bandwidth
+    assert peak_bandwidth("NVIDIA H100 PCIe") < peak_bandwidth("NVIDIA H200") == 4800e9
+    assert peak_bandwidth("cpu") is peak_bandwidth("TPU v4 lite") is None
+    assert set(BANDWIDTHS) <= set(PEAKS)

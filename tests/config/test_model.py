@@ -41,11 +41,32 @@ def test_lean_variant_is_for_one_small_device(name):
     assert config.moe is not None
 
 
-def test_moment_dtype_is_adamws():
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ({"name": "adafactor", "moment_dtype": "bfloat16"}, "set moment_dtype to float32"),
+        ({"decay_fraction": 0.2}, "decay_fraction=0.2 applies to the schedule wsd only"),
+        (
+            {"schedule": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.5},
+            "warmup_fraction=0.6 and optimizer.decay_fraction=0.5 together exceed",
+        ),
+        ({"schedule": "wsd", "decay_fraction": -0.1}, "decay_fraction=-0.1 must be between 0"),
+        ({"name": "muon", "learning_rate": -1.0}, "learning_rate=-1.0 must be between 0"),
+        ({"final_learning_rate": -1.0}, "final_learning_rate=-1.0 must be between 0"),
+        ({"schedule": "linear"}, "'cosine', 'wsd'"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_refused(optimizer, words):
     values = default_config().to_dict() | {"init_from": "somewhere"}
-    values["optimizer"] |= {"name": "adafactor", "moment_dtype": "bfloat16"}
-    with pytest.raises(InputError, match="set moment_dtype to float32"):
+    values["optimizer"] |= optimizer
+    with pytest.raises(InputError, match=words):
         run_config(values)
+
+
+def test_moments_of_muon_may_be_narrow():
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["optimizer"] |= {"name": "muon", "moment_dtype": "bfloat16"}
+    assert run_config(values).optimizer.moment_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2_135m", "qwen0p5b", "qwen1p5b", "qwen7b"])

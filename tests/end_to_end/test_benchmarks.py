@@ -1,11 +1,15 @@
 """Every benchmark is imported; each runs in its smallest form, where that needs nothing special."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 
+from benchmarks.kernels import gpu_first_hour, gpu_shapes
 from tests.support import ROOT
 
 CONFIG = """
@@ -25,6 +29,7 @@ def get_config():
 SMALLEST = {
     "cpu_kernels": ["--repeats=1", "--rows=128"],
     "exchange": ["--tokens=16", "--sizes=0.5B"],
+    "kernels.gpu_first_hour": ["--smallest", "--minutes=30", "--output={out}/gpu.json"],
     "input_pipeline": ["--tokens=2097152", "--batches=1"],
     "outside_step": ["--config={config}", "--steps=3"],
     "overlap": ["tests/recorded/tpu.hlo"],
@@ -38,8 +43,10 @@ ELSEWHERE = {
     "convert": "writes gigabytes",
     "demo_against_dense": "trains for minutes",
     "function_preserving": "trains for minutes",
-    "gpu_kernels": "needs a compiler for GPUs",
     "inference": "takes minutes at Qwen2.5-0.5B's width",
+    "kernels.gpu_compiled": "needs a compiler for GPUs",
+    "kernels.gpu_jobs": "is no command",
+    "kernels.gpu_shapes": "is no command",
     "kill_campaign": "takes minutes",
     "pods": "needs a compiler for TPUs",
     "power_cuts": "needs root",
@@ -81,3 +88,105 @@ def test_every_benchmark_in_its_smallest_form(tmp_path):
     parts = done.stdout.split("== ")[1:]
     assert [part.split()[0] for part in parts] == [name for name in names if name in SMALLEST]
     assert [part for part in parts if len(part.splitlines()) < 2] == []
+    gpu = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"device", "jax", "jaxlib", "peak_flops"} < set(gpu["device"])
+    jobs = {name: figures for name, figures in gpu.items() if name != "device"}
+    assert all({"errors", "samples"} & set(figures) for figures in jobs.values()), jobs
+
+
+# A process of benchmarks/kernels/gpu_first_hour.py's jobs.
+CHILD = """
+import json, sys, time
+for name in sys.argv[1:]:
+    if name == "crashes":
+        sys.exit("illegal address")
+    if name == "hangs":
+        time.sleep(60)
+    figures = {"seconds": 0.0}
+    if name == "raises":
+        figures["error"] = broken = "CUDA error"
+    elif "broken" in globals():
+        sys.exit("a process must not go on after a CUDA error")
+    print("a library's line", flush=True)
+    print("first-hour-result " + json.dumps([name, figures]), flush=True)
+"""
+
+
+def test_jobs_after_an_error_a_crash_and_a_hang_are_still_run():
+    command = [sys.executable, "-c", CHILD]
+    planned = [
+        ("check a", "good", 1),
+        ("crashes", "bad", 1),
+        ("needs bad", "bad", 1),
+        ("check b", "good", 1),
+        ("raises", "good", 1),
+        ("hangs", "", 0.02),
+        ("check c", "good", 1),
+    ]
+    results = gpu_first_hour.Supervisor(command, time.monotonic() + 60).run(planned)
+    done = {"seconds": 0.0}
+    assert results == {
+        "check a": done,
+        "crashes": {"error": "the process ended: illegal address"},
+        "needs bad": {"omitted": "bad crashed or hung before"},
+        "check b": done,
+        "raises": done | {"error": "CUDA error"},
+        "hangs": {"error": "no result after 0.02 minutes"},
+        "check c": done,
+    }
+    late = gpu_first_hour.Supervisor(command, time.monotonic()).run(planned[:1])
+    assert late == {"check a": {"omitted": "no time left"}}
+
+
+def test_a_wrong_kernel_and_a_failed_job_have_their_own_exit_codes():
+    right, wrong = ({"wrong": names} for names in ([], ["y"]))
+    codes = [
+        gpu_first_hour.exit_code({"device": {}, "check a": check, "time b": timing})
+        for check in (right, wrong, {"error": "it hung"})
+        for timing in ({}, {"error": "out of memory"})
+    ]
+    assert codes == [0, 2, 1, 1, 1, 1]
+
+
+def test_nan_is_wrong():
+    from benchmarks.kernels import gpu_jobs
+
+    one, nan = {"y": np.ones(3)}, {"y": np.array([1.0, np.nan, 1.0])}
+    assert gpu_jobs.compared(one, one, "bfloat16")["wrong"] == []
+    assert gpu_jobs.compared(nan, one, "bfloat16", "even: ")["wrong"] == ["even: y"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "message"),
+    [
+        ("cpu", "", "no GPU: JAX finds 'this' (platform cpu)"),
+        ("gpu", "8.0", "compute capability 8.0, but the kernels need 9.0"),
+        ("gpu", "9.0", ""),
+    ],
+)
+def test_the_device_of_the_first_hour(platform, capability, message):
+    found = {"platform": platform, "device": "this", "compute_capability": capability}
+    assert message in gpu_first_hour.not_hopper(found)
+    assert bool(message) == bool(gpu_first_hour.not_hopper(found))
+
+
+def test_bytes_of_the_gpu_kernels_by_cause():
+    """In megabytes, worked out by hand for 0.5B with 512 rows per expert."""
+    shape = gpu_shapes.SIZES["0.5B"]
+    rows, cotangent, weights = 65536 * 896 * 2, 65536 * 448 * 2, 128 * 152 * (2 * 896 + 448) * 2
+    assert gpu_shapes.bound(shape, 512) == {
+        "forward": rows + weights + cotangent,
+        "backward": 2 * (rows + weights) + cotangent,
+    }
+    padded = 65536 * 192 * 2
+    assert list(gpu_shapes.excess(shape, 512).values()) == [
+        rows + cotangent,
+        3 * padded,
+        3 * padded,
+        0,
+    ]
+    large = gpu_shapes.SIZES["7B"]
+    assert list(gpu_shapes.excess(large, 16).values())[2:] == [
+        5 * 2048 * 640 * 2,
+        128 * 2 * 592 * 3584 * 2,
+    ]

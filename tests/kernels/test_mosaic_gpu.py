@@ -111,8 +111,11 @@ def test_both_tilings_of_the_forward_kernel_are_free_of_races(f):
 
 
 @pytest.mark.slow
-def test_gradients_are_free_of_races_and_weights_may_have_another_dtype():
-    arguments, cotangent = wide(152)
+@pytest.mark.parametrize("f", [152, 200], ids=["one kernel for rows", "its own product"])
+def test_gradients_are_free_of_races_and_weights_may_have_another_dtype(f):
+    """The gradient of the rows comes from the fused kernel, or from a product of its own."""
+    assert ffn.keeps_hidden(f) == (f == 152)
+    arguments, cotangent = wide(f)
     arguments["down"] = arguments["down"].astype(jnp.float32)
     got = compute(arguments, cotangent, RACES)
     assert got["down"].dtype == got["row_weights"].dtype == jnp.float32
@@ -261,7 +264,13 @@ def test_no_gpu_is_an_error_that_names_the_device():
 def test_compiles_for_hopper_without_spills_and_for_blackwell():
     """In a process of its own: some failures of the compiler end it."""
     python = interpreter("MOSAIC_GPU_TEST_PYTHON", "jax_cuda13_plugin", "compile-cuda")
-    command = [python, "benchmarks/gpu_kernels.py", "--sizes=0.5B", "--rows=16", "--blackwell"]
+    command = [
+        python,
+        "benchmarks/kernels/gpu_compiled.py",
+        "--sizes=0.5B",
+        "--rows=16",
+        "--blackwell",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "fallback compiles" in done.stdout

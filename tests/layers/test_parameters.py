@@ -130,7 +130,7 @@ def test_formats_of_weights_and_of_optimizer_states(config):
             assert order == (tuple(range(leaf.ndim)) if _bank(keys, leaf) else None), path
 
     check(params, shardings)
-    for name in ("adamw", "adafactor"):
+    for name in ("adamw", "adafactor", "muon"):
         state = optimizer(OptimizerConfig(name=name), 10, kinds(model)).init(params)
         check(state, sharding.like_params(state, params, shardings, mesh))
 

@@ -219,6 +219,8 @@ def test_the_exchange_by_platform(platform, kind, devices, padded, monkeypatch):
 
 
 def test_a_ragged_exchange_is_refused_on_a_cpu():
-    with pytest.raises(InputError, match=r"train\.exchange='ragged' needs an accelerator"):
+    with pytest.raises(
+        InputError, match=r"train\.exchange='ragged' needs an accelerator.*has no ragged"
+    ):
         sharding.exchange_named("ragged")
     assert [sharding.exchange_named(name) for name in ("auto", "padded")] == ["auto", "padded"]

@@ -1,6 +1,7 @@
-"""Adafactor beside AdamW: its state's shardings, its arithmetic, and bfloat16 weights."""
+"""Adafactor and Muon beside AdamW: their states, shardings and arithmetic; schedules."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -8,22 +9,41 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from finermoe_jax.analysis.hlo import parse
+from finermoe_jax.analysis.hlo_costs import COLLECTIVES, analyse
 from finermoe_jax.analysis.params import run_model
+from finermoe_jax.config.flops import newton_schulz_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kind_of, kinds
+from finermoe_jax.layers.parameters import kind_of, kinds, trained_kinds
 from finermoe_jax.model.decoder import with_shapes
-from finermoe_jax.training.optimizer import apply_updates, in_float32, optimizer, stochastic_round
+from finermoe_jax.training.optimizer import (
+    apply_updates,
+    in_float32,
+    learning_rate,
+    optimizer,
+    stochastic_round,
+)
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import abstract_optimizer
-from finermoe_jax.weights.checkpoint import abstract_params
+from finermoe_jax.weights.checkpoint import abstract_params, load_checkpoint
 from tests.support import load_preset
-from tests.support.training import TINY, assert_same_steps, silent, small_run, take_steps, tiny_run
+from tests.support.training import (
+    TINY,
+    assert_same_steps,
+    mixture_model,
+    relative_distances,
+    silent,
+    small_run,
+    take_steps,
+    tiny_run,
+)
 
 ADAFACTOR = OptimizerConfig(name="adafactor", learning_rate=1e-2, warmup_fraction=0.0)
 KINDS = {("weight",): kind_of(("vocab", "embed")), ("scale",): kind_of(("norm",))}
@@ -151,12 +171,15 @@ def test_the_first_moment_in_bfloat16():
 
 
 @pytest.mark.slow
-def test_a_lean_run_resumes(tmp_path):
-    """bfloat16 weights, Adafactor's state and the rounding's keys go on where they were."""
+@pytest.mark.parametrize(
+    "chosen", [{"name": "adafactor"}, {"name": "muon", "moment_dtype": "bfloat16"}]
+)
+def test_a_lean_run_resumes(tmp_path, chosen):
+    """bfloat16 weights, the optimizer's state and the rounding's keys go on where they were."""
 
     values = TINY | {
         "moe": dataclasses.asdict(MoEConfig(4, 2, 1, 2, 1)),
-        "optimizer": TINY["optimizer"] | {"name": "adafactor"},
+        "optimizer": TINY["optimizer"] | chosen,
     }
     config = tiny_run(values, param_dtype="bfloat16")
     train(config, tmp_path / "straight", silent)
@@ -169,6 +192,186 @@ def test_a_lean_run_resumes(tmp_path):
     ours, theirs = (read_lines(tmp_path / n / "metrics.jsonl") for n in ("resumed", "straight"))
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    ours, theirs = (
+        jax.tree.leaves(nnx.state(load_checkpoint(tmp_path / name)))
+        for name in ("resumed", "straight")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# --- Muon -----------------------------------------------------------------------------------
+
+MUON = OptimizerConfig(
+    name="muon", learning_rate=1e-2, warmup_fraction=0.0, weight_decay=0.1, clip_norm=1e12
+)
+# Axes and shape of each parameter, stacked over two layers except for the table.
+STACKED = {
+    "gate_up": (("expert", "expert_mlp", "expert_in"), (3, 8, 6)),
+    "down": (("expert", "expert_mlp", "expert_out"), (3, 4, 5)),
+    "query": (("heads", "head_dim", "embed"), (3, 2, 6)),
+    "out": (("embed", "heads", "head_dim"), (6, 3, 2)),
+    "ffn": (("mlp", "embed"), (8, 6)),
+    "bias": (("heads", "head_dim"), (3, 2)),
+    "router": (("router", "embed"), (3, 6)),
+}
+MUON_KINDS = {(name,): kind_of(axes) for name, (axes, _) in STACKED.items()} | KINDS
+
+
+def _arrays(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {name: (2, *shape) for name, (_, shape) in STACKED.items()}
+    shapes |= {"weight": (9, 6), "scale": (6,)}
+    return {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+
+
+@functools.cache
+def _muon():
+    """Muon's initial state on _arrays, and its compiled update."""
+    tx = optimizer(MUON, 10, MUON_KINDS)
+    return tx.init(_arrays(0)), jax.jit(tx.update)
+
+
+def _matrices(name, x):
+    """The matrices [out, in] of a stack, as views that write to it."""
+    for layer in x:
+        if name == "gate_up":
+            yield from (expert[rows] for expert in layer for rows in (slice(4), slice(4, 8)))
+        elif name == "down":
+            yield from (expert.T for expert in layer)
+        else:
+            yield layer.reshape({"query": (6, 6), "out": (6, 6), "ffn": (8, 6)}[name])
+
+
+def _newton_schulz(x):
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_each_matrix_is_orthogonalized_by_itself():
+    """Two steps against NumPy: momentum, Newton-Schulz, scale, rate and decay."""
+    state, update = _muon()
+    params, momentum = _arrays(0), {}
+    for step in (1, 2):
+        grads = _arrays(step)
+        updates, state = update(grads, state, params)
+        rate = learning_rate(MUON, 10)(step - 1)
+        for name in ("gate_up", "down", "query", "out", "ffn"):
+            grad = grads[name].astype(np.float64)
+            momentum[name] = 0.95 * momentum.get(name, 0.0) + 0.05 * grad
+            ahead = 0.95 * momentum[name] / (1 - 0.95 ** (step + 1))
+            ahead = ahead + 0.05 * grad / (1 - 0.95**step)
+            for x in _matrices(name, ahead):
+                x[:] = 0.2 * np.sqrt(max(x.shape)) * _newton_schulz(x.copy())
+            wanted = -rate * (ahead + 0.1 * params[name])
+            np.testing.assert_allclose(updates[name], wanted, rtol=1e-3, atol=2e-6, err_msg=name)
+
+
+def test_all_other_parameters_get_adamws_update():
+    state, update = _muon()
+    adamw = optimizer(dataclasses.replace(MUON, name="adamw"), 10, MUON_KINDS)
+    theirs = adamw.init(_arrays(0))
+    for step in (1, 2):
+        ours, state = update(_arrays(step), state, _arrays(0))
+        wanted, theirs = jax.jit(adamw.update)(_arrays(step), theirs, _arrays(0))
+        for name in ("bias", "router", "weight", "scale"):
+            np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
+        assert not np.allclose(ours["ffn"], wanted["ffn"], rtol=0.1)
+
+
+def test_an_experts_gradient_moves_no_other_matrix():
+    state, update = _muon()
+    grads = _arrays(1)
+    before, _ = update(grads, state, _arrays(0))
+    grads = _arrays(1)  # a new array: JAX may still be reading the other one
+    grads["gate_up"][1, 2, :4] *= -3.0  # the gate of one expert
+    after, _ = update(grads, state, _arrays(0))
+    for name in before:
+        same = np.asarray(before[name]) == np.asarray(after[name])
+        if name == "gate_up":
+            assert not same[1, 2, :4].any()
+            same[1, 2, :4] = True
+        assert same.all(), name
+
+
+def test_experts_are_orthogonalized_where_they_are():
+    """The program of eight devices moves no expert, and gives one device's update."""
+    model = mixture_model()
+    freeze = ("embedding", "attention", "shared_expert", "lm_head")
+    trained = trained_kinds(model, freeze)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(model)))
+    rng = np.random.default_rng(0)
+    flat = {p: rng.standard_normal(np.shape(x)).astype(np.float32) for p, x in _flat(params)}
+    grads = nnx.traversals.unflatten_mapping({path: flat[path] for path in trained})
+    tx = optimizer(MUON, 10, trained)
+    results, programs = [], []
+    for mesh_config in (MeshConfig(1, 1, 1, 1), MeshConfig(1, 2, 4, 1)):
+        size = np.prod(dataclasses.astuple(mesh_config))
+        mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
+        places, _ = sharding.param_shardings(model, mesh)
+        of_state = sharding.like_params(tx.init(params), params, places, mesh)
+        of_grads = nnx.traversals.unflatten_mapping(
+            {path: place for path, place in _flat(places) if path in trained}
+        )
+        compiled = (
+            jax.jit(tx.update, in_shardings=(of_grads, of_state, places))
+            .lower(grads, tx.init(params), params)
+            .compile()
+        )
+        programs.append(compiled.as_text())
+        results.append(compiled(*jax.device_put(
+            (grads, tx.init(params), params), (of_grads, of_state, places)
+        ))[0])  # fmt: skip
+    assert results[1]["runs"][0][0]["moe"]["down"].sharding.spec[1] == ("expert", "fsdp")
+    distances = relative_distances(jax.device_get(results[1]), jax.device_get(results[0]))
+    assert max(distances.values()) < 1e-5, distances
+    sent = _collectives(programs[1])
+    assert all(leaf.dims == () for leaf in sent), sent  # sums of the gradient's norm
+    one, eight = (analyse(program).flops for program in programs)
+    assert one == 8 * eight == newton_schulz_flops(model.config, freeze)
+
+
+def _flat(tree):
+    return nnx.traversals.flatten_mapping(tree).items()
+
+
+def _collectives(text):
+    """The results of all collectives of a program."""
+    return [
+        leaf
+        for computation in parse(text).computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES
+        for leaf in instruction.leaves
+    ]
+
+
+def test_muon_without_a_matrix_is_refused():
+    left = {path: kind for path, kind in MUON_KINDS.items() if not kind.outputs}
+    with pytest.raises(InputError, match=r"no matrix is left to Muon: remove one of attention, "):
+        optimizer(MUON, 10, left)
+
+
+# --- schedules ------------------------------------------------------------------------------
+
+
+def test_warmup_stable_decay():
+    config = OptimizerConfig(
+        learning_rate=8.0, final_learning_rate=2.0, schedule="wsd", warmup_fraction=0.2,
+        decay_fraction=0.3,
+    )  # fmt: skip
+    rates = [float(learning_rate(config, 10)(step)) for step in range(12)]
+    assert rates == [0.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0, 2.0]
+    # A longer run has the same rates until its own decay.
+    longer = [float(learning_rate(config, 20)(step)) for step in (4, 5, 13, 14, 17, 20)]
+    assert longer == [8.0, 8.0, 8.0, 8.0, 5.0, 2.0]
+    flat = dataclasses.replace(config, warmup_fraction=0.0, decay_fraction=0.0)
+    assert [float(learning_rate(flat, 5)(step)) for step in (0, 1, 4)] == [8.0] * 3
+    whole = dataclasses.replace(config, warmup_fraction=0.0, decay_fraction=1.0)
+    assert [float(learning_rate(whole, 3)(step)) for step in range(4)] == [8.0, 6.0, 4.0, 2.0]
 
 
 def test_unknown_optimizers_are_refused():
@@ -176,5 +379,5 @@ def test_unknown_optimizers_are_refused():
 
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["optimizer"]["name"] = "sgd"
-    with pytest.raises(InputError, match="'adamw', 'adafactor'"):
+    with pytest.raises(InputError, match="'adamw', 'adafactor', 'muon'"):
         run_config(values)

@@ -1,16 +1,19 @@
 """Compiles the GPU kernels for an H100 and tabulates the compiler's report. Needs no GPU.
 
-    python benchmarks/gpu_kernels.py [--sizes=0.5B,1.5B,7B] [--rows=16,128,512,2048] [--blackwell]
+    python benchmarks/kernels/gpu_compiled.py [--sizes=0.5B,1.5B,7B] [--rows=16,128,512,2048]
+        [--blackwell]
 
 Nothing runs on a GPU. Registers, spills, shared memory and temporaries are the compiler's; bytes
-are counted from the kernels' tiles. The script fails if a kernel spills registers or exceeds the
-shared memory. --blackwell also compiles for a B200, where plain JAX replaces the kernels.
+are counted from the kernels' tiles (gpu_shapes.py). The script fails if a kernel spills registers
+or exceeds the shared memory. --blackwell also compiles for a B200, where plain JAX replaces the
+kernels.
 
 Takes about half a minute per size and number of rows. Needs the extra `compile-cuda` (plugin, pjrt
 and ptxas). Each compilation has its own process, because a compiler failure can end the process.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -19,11 +22,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.kernels import gpu_shapes
+from benchmarks.kernels.gpu_shapes import PASSES, SIZES
+
+ROOT = Path(__file__).parents[2]
 TARGETS = ROOT / "finermoe_jax" / "analysis" / "targets"
-EXPERTS = 128
-# D and F of the published sizes; W = D / 2.
-SIZES = {"0.5B": (896, 152), "1.5B": (1536, 280), "7B": (3584, 592)}
 
 
 def main() -> None:
@@ -55,19 +60,7 @@ def main() -> None:
             registers, spills, shared = (max(column) for column in zip(*figures, strict=True))
             spilled += spills
             print(f"| {size} | {name} | {registers} | {spills} | {shared / 1024:.0f} |")
-    print(
-        "\n| size | rows per expert | pass | bound, MB | HBM at best, MB | ratio | TMA copies, MB "
-        "| temporaries, MB |\n|---|---|---|---|---|---|---|---|"
-    )
-    for size in sizes:
-        for r in rows:
-            for which in ("forward", "backward"):
-                figures = results[size, r][which]
-                bound, hbm, copies, temporaries = (figures[k] / 1e6 for k in FIGURES)
-                print(
-                    f"| {size} | {r} | {which} | {bound:.0f} | {hbm:.0f} | {hbm / bound:.2f} "
-                    f"| {copies:.0f} | {temporaries:.1f} |"
-                )
+    print_bytes(sizes, rows, results)
     if options.blackwell:
         for size in sizes:
             in_process("b200", size, rows[0])
@@ -101,8 +94,31 @@ def in_process(target: str, size: str, rows: int) -> dict:
     return result
 
 
+def print_bytes(sizes: list[str], rows: list[int], results: dict) -> None:
+    """Prints the bytes of each pass, and those of the backward pass above its bound, by cause."""
+    print(
+        "\n| size | rows per expert | pass | bound, MB | HBM at best, MB | ratio | TMA copies, MB "
+        "| temporaries, MB |\n|---|---|---|---|---|---|---|---|"
+    )
+    cases = list(itertools.product(sizes, rows))
+    for (size, r), which in itertools.product(cases, PASSES):
+        shape = SIZES[size]
+        bound = gpu_shapes.bound(shape, r)[which]
+        hbm = bound + (which == "backward") * sum(gpu_shapes.excess(shape, r).values())
+        copies, temporaries = gpu_shapes.copies(shape, r)[which], results[size, r][which]
+        print(
+            f"| {size} | {r} | {which} | {bound / 1e6:.0f} | {hbm / 1e6:.0f} | {hbm / bound:.2f} "
+            f"| {copies / 1e6:.0f} | {temporaries / 1e6:.1f} |"
+        )
+    causes = list(gpu_shapes.excess(SIZES[sizes[0]], rows[0]))
+    print("\n| size | rows per expert | " + " | ".join(f"{cause}, MB" for cause in causes) + " |")
+    print("|---|---" + "|---" * len(causes) + "|")
+    for size, r in cases:
+        each = gpu_shapes.excess(SIZES[size], r).values()
+        print(f"| {size} | {r} | " + " | ".join(f"{count / 1e6:.0f}" for count in each) + " |")
+
+
 KERNELS = {"expert_ffn", "expert_ffn_backward", "grouped_matmul", "weight_gradient"}
-FIGURES = ("bound", "hbm", "copies", "temporaries")
 
 
 def kernels(dump: Path) -> list[tuple[str, int, int, int]]:
@@ -129,7 +145,7 @@ def kernels(dump: Path) -> list[tuple[str, int, int, int]]:
 
 
 def compile_one(target: str, size: str, rows: int) -> dict:
-    """Compiles forward, and forward with gradients, at one size; returns bytes and temporaries."""
+    """Compiles forward, and forward with gradients; returns the bytes of temporaries of each."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -137,9 +153,10 @@ def compile_one(target: str, size: str, rows: int) -> dict:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from pallas_kernels.expert_ffn import expert_ffn
+    from pallas_kernels.grouped_matmul import grouped_matmul
 
-    (d, f), m = SIZES[size], EXPERTS * rows
-    w = d // 2
+    d, f, w, experts = SIZES[size]
+    m = experts * rows
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
@@ -152,11 +169,11 @@ def compile_one(target: str, size: str, rows: int) -> dict:
     def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    bf16, sizes = jnp.bfloat16, array(jnp.int32, EXPERTS)
+    bf16, sizes = jnp.bfloat16, array(jnp.int32, experts)
     arrays = (
         array(bf16, m, d),
-        array(bf16, EXPERTS, 2 * f, d),
-        array(bf16, EXPERTS, f, w),
+        array(bf16, experts, 2 * f, d),
+        array(bf16, experts, f, w),
         array(jnp.float32, m),
     )
 
@@ -173,64 +190,12 @@ def compile_one(target: str, size: str, rows: int) -> dict:
             compiled = traced.lower(lowering_platforms=("cuda",)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    result = {
-        "forward": {"temporaries": temporaries(forward, sizes, *arrays)},
-        "backward": {"temporaries": temporaries(gradients, sizes, array(bf16, m, w), *arrays)},
+    # The backward pass of small experts does not use it.
+    temporaries(lambda x, w, sizes: grouped_matmul(x, w, sizes, True, "gpu"), *arrays[:2], sizes)
+    return {
+        "forward": temporaries(forward, sizes, *arrays),
+        "backward": temporaries(gradients, sizes, array(bf16, m, w), *arrays),
     }
-    for which, counts in zip(("forward", "backward"), count_bytes(d, f, w, rows), strict=True):
-        result[which] |= dict(zip(FIGURES, counts, strict=False))
-    return result
-
-
-def count_bytes(d: int, f: int, w: int, rows: int) -> list[tuple[int, int, int]]:
-    """Bytes of each pass: the lower bound, HBM if L2 serves repeated reads, and all TMA copies.
-
-    For balanced groups of a multiple of eight rows and two-byte elements. The bound reads rows,
-    cotangent and weights once and writes output and gradients once.
-    """
-    from pallas_kernels import hopper
-    from pallas_kernels.expert_ffn import mosaic_gpu as ffn
-    from pallas_kernels.grouped_matmul import mosaic_gpu as matmul
-
-    m, weights = EXPERTS * rows, EXPERTS * 3 * f * d - EXPERTS * f * (d - w)
-    f_blocks = -(-f // ffn.BLOCK)
-    f_padded = f_blocks * ffn.BLOCK
-
-    bound = m * d + weights + m * w
-    tile = ffn.tile_rows(f)
-    w_tiles = -(-w // (ffn.W_BLOCKS * ffn.BLOCK))
-    w_wide = w_tiles * ffn.W_BLOCKS * ffn.BLOCK
-    each = -(-f_blocks // 2) * tile * d + 2 * f_padded * d + f_padded * w_wide
-    tiles = EXPERTS * -(-rows // tile)
-    forward = (bound, bound, tiles * each + m * w)
-
-    def product(k: int, n: int) -> tuple[int, int]:
-        columns = matmul.tile_columns(n)
-        tiles = EXPERTS * -(-rows // hopper.TILE_ROWS) * -(-n // columns)
-        weights_k = k  # with the rows' padding: TMA fills it, and copies nothing for it
-        return m * k + EXPERTS * weights_k * n + m * n, tiles * k * (hopper.TILE_ROWS + columns)
-
-    def gradient(k: int, k_wide: int, n: int) -> tuple[int, int]:
-        columns = matmul.tile_columns(n)
-        tiles = -(-k_wide // hopper.TILE_ROWS) * -(-n // columns) * EXPERTS
-        depth = -(-rows // hopper.STEP) * hopper.STEP
-        return m * (k_wide + n) + EXPERTS * k * n, tiles * depth * (hopper.TILE_ROWS + columns)
-
-    bound = 2 * (m * d + weights) + m * w
-    tiles = EXPERTS * -(-rows // hopper.TILE_ROWS)
-    fused_hbm = m * (d + w) + weights + 3 * m * f_padded
-    fused_copies = f_blocks * (hopper.TILE_ROWS + 2 * ffn.BLOCK) * d
-    fused_copies += f_blocks * (hopper.TILE_ROWS + ffn.BLOCK) * w
-    others = (
-        product(2 * f_padded, d),
-        gradient(2 * f, 2 * f_padded, d),
-        gradient(f, f_padded, w),
-    )
-    hbm = fused_hbm + sum(h for h, _ in others) - EXPERTS * 2 * (f_padded - f) * d
-    written = 3 * m * f_padded + m * d + weights
-    copies = tiles * fused_copies + sum(c for _, c in others) + written
-    backward = (bound, hbm, copies)
-    return [tuple(2 * count for count in counts) for counts in (forward, backward)]  # type: ignore[misc]
 
 
 if __name__ == "__main__":
