@@ -145,14 +145,14 @@ class FineRMoE(nnx.Module):
         dtype = jnp.dtype(self.moe.router_dtype)
 
         def logits(weight: nnx.Param, across: int) -> Float[Array, "B T E"]:
+            tokens, rows = x.astype(dtype), weight[...].astype(dtype)
+            if across == 1:
+                return _product(tokens, rows)
             # The rows of each layer's experts apart: the last bits of a product depend on its
             # number of columns, and without other layers' experts a layer is that of
             # experts_across=1 to the last bit.
-            rows, tokens = weight[...].astype(dtype), x.astype(dtype)
             apart = rows.reshape(-1, across, rows.shape[1])
-            each = [_product(tokens, apart[:, j] if across > 1 else rows) for j in range(across)]
-            if across == 1:
-                return each[0]
+            each = [_product(tokens, apart[:, j]) for j in range(across)]
             return jnp.stack(each, axis=-1).reshape(*x.shape[:2], -1)
 
         moe, candidates = self.moe, None

@@ -208,9 +208,13 @@ def _group_scores(
     """
     if allowed is not None:
         grouped = where_allowed(allowed, grouped, 0.0)
-    apart = grouped.reshape(*grouped.shape[:-1], moe.group_size, -1)
-    sums = [apart[..., j].sum(axis=-1) for j in range(apart.shape[-1])]
-    scores = functools.reduce(operator.add, sums)
+    layers = moe.pool_group_size // moe.group_size
+    if layers == 1:
+        scores = grouped.sum(axis=-1)
+    else:
+        apart = grouped.reshape(*grouped.shape[:-1], moe.group_size, layers)
+        sums = [apart[..., j].sum(axis=-1) for j in range(layers)]
+        scores = functools.reduce(operator.add, sums)
     return scores if allowed is None else where_allowed(allowed.any(axis=-1), scores, -jnp.inf)
 
 
