@@ -392,8 +392,9 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
-    # Buffers that keep their dtype in models of another one (transformers 4, transformers 5).
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
+    # Buffers that keep their dtype in models of another one. Transformers 4 would cast them to
+    # bfloat16; its _keep_in_fp32_modules takes parameters only.
+    _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
