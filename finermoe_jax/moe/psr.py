@@ -88,8 +88,9 @@ def reuse_at(step: Int[Array, ""], train: TrainConfig, moe: MoEConfig | None) ->
     begin, end = (round(share * train.steps) for share in (train.psr_start, train.psr_end))
     first = first_kept(moe)
     more = _units(moe)[1] - first
+    at: np.ndarray  # the step from which one more unit is kept
     if train.psr == "linear":
-        # The step from which one more unit is kept; in integers, so without rounding.
+        # In integers, so without rounding.
         at = begin - (-np.arange(1, more + 1) * (end - begin) // more)
     else:
         times = max(moe.experts_across - 1, 1)
