@@ -654,14 +654,16 @@ def _multiply_backward(
         dactive *= scale
         dgate = dactive * up * (sigmoid + silu * (1.0 - sigmoid))
         column = number * BLOCK
-        for out, at, result in (
-            (refs.dhidden, column, dgate),
-            (refs.dhidden, column + plan.f_padded, dactive * silu),
-            (refs.active, column, active * scale),
-        ):
-            if plan.d_tiles and out is refs.dhidden:
-                mine = pl.ds(offset, WARPGROUP_ROWS), pl.ds(at, BLOCK)
-                refs.hidden[mine] = result.astype(refs.hidden.dtype)
+        # Narrowed before the first store: three float32 results overflow the registers.
+        results = [
+            (refs.dhidden, column, dgate.astype(refs.dhidden.dtype)),
+            (refs.dhidden, column + plan.f_padded, (dactive * silu).astype(refs.dhidden.dtype)),
+            (refs.active, column, (active * scale).astype(refs.active.dtype)),
+        ]
+        if plan.d_tiles:
+            for _, at, result in results[:2]:
+                refs.hidden[pl.ds(offset, WARPGROUP_ROWS), pl.ds(at, BLOCK)] = result
+        for out, at, result in results:
             target = hopper.window(out, first, at)
             hopper.store_rows(result, refs.stage, warpgroup, own, target)
         return step + plan.block_steps, dweight

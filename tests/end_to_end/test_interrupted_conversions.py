@@ -303,6 +303,7 @@ def write_in_place(path):
         file.write(bytes([last[0] ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [grow, cut, write_in_place, Path.unlink])
 @pytest.mark.parametrize(("form", "to"), [("hf", "orbax"), ("orbax", "hf"), ("orbax", "orbax")])
 def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch, form, to, change):

@@ -160,6 +160,7 @@ def _flip_config(step):
     return path, "has checksum"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [_flip, _truncate, _delete, _delete_checksums, _flip_config])
 def test_readers_take_the_one_before_a_damaged_checkpoint(harm, finished, tmp_path, capfd):
     workdir = shutil.copytree(finished, tmp_path / "run")
@@ -178,6 +179,7 @@ def test_readers_take_the_one_before_a_damaged_checkpoint(harm, finished, tmp_pa
     assert saved_steps(workdir / "checkpoints") == [0, 2, 4]  # a reader changes nothing
 
 
+@pytest.mark.slow
 def test_damage_to_the_optimizer_is_the_runs_alone(finished, tmp_path, capfd):
     workdir = shutil.copytree(finished, tmp_path / "run")
     _largest(workdir / "checkpoints" / "4", "optimizer").write_bytes(b"")
@@ -186,6 +188,7 @@ def test_damage_to_the_optimizer_is_the_runs_alone(finished, tmp_path, capfd):
     assert damage(workdir / "checkpoints" / "4")
 
 
+@pytest.mark.slow
 def test_checkpoints_from_before_checksums_are_read(finished, tmp_path):
     step = shutil.copytree(finished, tmp_path / "run") / "checkpoints" / "4"
     values = json.loads((step / "config" / "metadata").read_text())
@@ -259,6 +262,7 @@ def test_ranking_needs_scored_saves():
 # --- whose workdir it is ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_busy_workdir_is_refused(finished):
     holder = Lock(finished, "--workdir")
     holder.take()

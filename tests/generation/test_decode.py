@@ -255,6 +255,7 @@ def test_logits_that_are_not_finite(model, value):
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_rows_differ(model):
     ids = np.tile(prompts([5])[0], (4, 1))
     sampling = Sampling(temperature=2.0, seed=5)

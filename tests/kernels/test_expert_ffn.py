@@ -24,6 +24,8 @@ IMPLEMENTATIONS = ["cpu", "reference", "tpu", "gpu"]
 # Interpreted GPU kernels take ten seconds each; the rest of theirs is in test_mosaic_gpu.py.
 ON_GPU = [("ragged", jnp.bfloat16), ("odd widths", jnp.bfloat16), ("no rows", jnp.float32)]
 
+QUICK = {"tpu": ("ragged", "one row", "no rows"), "gpu": ("no rows",)}
+
 
 @functools.partial(jax.jit, static_argnames=("implementation", "strict"))
 def compute(arguments, cotangent, implementation, strict=None):
@@ -43,7 +45,7 @@ def compute(arguments, cotangent, implementation, strict=None):
     [
         pytest.param(
             name, dtype, implementation, id=f"{name}-{dtype.__name__}-{implementation}",
-            marks=[pytest.mark.slow] * (implementation == "gpu" and name != "no rows"),
+            marks=[pytest.mark.slow] * (name not in QUICK.get(implementation, GROUPS)),
         )
         for implementation in IMPLEMENTATIONS
         for name in GROUPS

@@ -75,7 +75,7 @@ def compare(layers, results, sums=None, tolerance=1e-5):
 KEPT = [
     pytest.param(F32, F32, id="float32"),
     pytest.param(BF16, BF16, id="bfloat16"),
-    pytest.param(BF16, F32, id="float32 gradients of bfloat16"),
+    pytest.param(BF16, F32, id="float32 gradients of bfloat16", marks=pytest.mark.slow),
 ]
 
 
@@ -96,6 +96,7 @@ def test_a_run_is_read_and_written_in_place(implementation, stored, kept):
     compare(layers, results, tolerance=TOLERANCE[stored])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "tpu"])
 def test_float32_weights_under_bfloat16_rows(implementation):
     layers, stacks = run_of(F32)
@@ -157,6 +158,7 @@ def test_hopper_reads_a_run_in_place():
     compare(layers, jax.jit(run)(stacks, before), tolerance=TOLERANCE[BF16])
 
 
+@pytest.mark.slow
 def test_experts_larger_than_the_chip(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "plan_call", lambda *_, **__: None)
     layers, stacks = run_of(F32)

@@ -47,14 +47,14 @@ def compute(arguments, cotangent, interpret=True):
 @pytest.mark.parametrize(
     "name",
     [
-        "empty groups",
-        "all rows on the last",
+        pytest.param("empty groups", marks=pytest.mark.slow),
+        pytest.param("all rows on the last", marks=pytest.mark.slow),
         "ragged",
         "one row",
         "no rows",
-        "fewer rows than experts",
-        "width one",
-        "not a multiple of any block",
+        pytest.param("fewer rows than experts", marks=pytest.mark.slow),
+        pytest.param("width one", marks=pytest.mark.slow),
+        pytest.param("not a multiple of any block", marks=pytest.mark.slow),
     ],
 )
 def test_output(name):
@@ -101,6 +101,7 @@ def wide(f, sizes=(70, 0, 9)):
     return arguments, draw(m, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("f", [152, 424], ids=["rows shared", "columns shared"])
 def test_both_tilings_of_the_forward_kernel_are_free_of_races(f):
     """The tiles of 128 and of 64 rows, with an odd and an even number of blocks of F."""

@@ -87,7 +87,13 @@ def handed_out():
         return {dtype: gradients(stored=dtype) for dtype in ("float32", "bfloat16")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (each not in ("one device", "pieces")))
+        for each in CASES
+    ],
+)
 def test_gradients_are_those_of_layers_handed_out(case, handed_out):
     sizes, settings, stored = CASES[case]
     got, wanted = gradients(sizes, settings, stored), handed_out[stored]

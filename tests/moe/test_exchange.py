@@ -58,6 +58,7 @@ def one_device():
     return _value_and_grads(ONE_DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 8, 1), (1, 1, 2, 4), (2, 1, 4, 1), (1, 2, 4, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
 )

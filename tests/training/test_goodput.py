@@ -1,6 +1,5 @@
 """The shares of a run's wall time, over its restarts."""
 
-import dataclasses
 import json
 import time
 
@@ -54,27 +53,17 @@ def test_steps_that_a_resumed_run_makes_again_are_lost(tmp_path):
     assert goodput.wall_seconds(tmp_path)["lost"] == 6.0  # once
 
 
-def test_a_run_and_its_second_half(tmp_path):
-    config, run, said = tiny_run(), tmp_path / "run", []
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run, what it said, and its seconds."""
+    run, said = tmp_path_factory.mktemp("goodput") / "run", []
     began = time.perf_counter()
-    train(config, run, said.append)
-    more = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6))
-    train(more, run, said.append, allow_changes=["train.steps"])
-    both = time.perf_counter() - began
-    kinds = [record["kind"] for record in read_lines(run / goodput.LOG)]
-    assert kinds.count("starting") == kinds.count("compiling") == 2
-    assert {"evaluating", "saving"} <= set(kinds)
-    seconds = goodput.wall_seconds(run)
-    # Drawing, and what no record covers, is little.
-    assert 0.25 * both < sum(seconds.values()) < both
-    assert seconds["lost"] == 0 and min(seconds["steps"], seconds["compiling"]) > 0
-    assert said[-1] == goodput.report(run) and "goodput" in said[-1]
-    assert command("plot", run).stdout.splitlines()[-1] == goodput.report(run)
+    train(tiny_run(), run, said.append)
+    return run, said, time.perf_counter() - began
 
 
-def test_what_takes_long_is_announced(tmp_path):
-    said = []
-    train(tiny_run(), tmp_path / "run", said.append)
+def test_what_takes_long_is_announced(half):
+    _, said, _ = half
     announced = [line for line in said if line.endswith("…")]
     assert announced == [
         "drawing random weights …",
@@ -84,6 +73,22 @@ def test_what_takes_long_is_announced(tmp_path):
     assert said.index(announced[-1]) == said.index(
         next(line for line in said if line.startswith("compiled the step"))
     ) - 1  # fmt: skip
+
+
+def test_a_run_and_its_second_half(half):
+    run, said, first = half
+    began = time.perf_counter()
+    train(tiny_run(steps=6), run, said.append, allow_changes=["train.steps"])
+    both = first + time.perf_counter() - began
+    kinds = [record["kind"] for record in read_lines(run / goodput.LOG)]
+    assert kinds.count("starting") == kinds.count("compiling") == 2
+    assert {"evaluating", "saving"} <= set(kinds)
+    seconds = goodput.wall_seconds(run)
+    # Drawing, and what no record covers, is little.
+    assert 0.25 * both < sum(seconds.values()) < both
+    assert seconds["lost"] == 0 and min(seconds["steps"], seconds["compiling"]) > 0
+    assert said[-1] == goodput.report(run) and "goodput" in said[-1]
+    assert command("plot", run).stdout.splitlines()[-1] == goodput.report(run)
 
 
 @pytest.mark.parametrize(("before", "words"), [(None, "compiles first"), (8.4, "about 8 s")])

@@ -22,7 +22,7 @@ from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
 from finermoe_jax.weights.source import load_model
 from tests.support import load_preset
-from tests.support.training import demo_run, silent, tiny_run
+from tests.support.training import silent, tiny_run
 
 MOE = MoEConfig(2, 2, 1, 2, 1)  # 8 experts: groups of 2, two candidates in each of two slots
 
@@ -277,12 +277,12 @@ def test_the_profile_holds_the_steps_that_were_asked_for(run):
     assert sorted(map(int, steps)) == [3, 4]
 
 
-def test_forced_balance_is_even_and_marked_in_every_line(tmp_path):
-    config = demo_run(2, force_balance=True)
-    train(config, tmp_path / "run", silent)
+@pytest.mark.slow
+def test_forced_balance_is_even_and_marked_in_every_line(run, tmp_path):
+    settings = dataclasses.replace(run.config.train, steps=2, force_balance=True)
+    train(dataclasses.replace(run.config, train=settings, prompts=()), tmp_path / "run", silent)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["force_balance"] for line in lines] == [True, True]
     for record in read_lines(tmp_path / "run" / "expert_load.jsonl"):
-        assert {count for layer in record["tokens"] for count in layer} == {16}  # 256 · 2 / 32
-    train(demo_run(2), tmp_path / "free", silent)
-    assert "force_balance" not in read_lines(tmp_path / "free" / "metrics.jsonl")[0]
+        assert {count for layer in record["tokens"] for count in layer} == {32}  # 256 · 2 / 16
+    assert "force_balance" not in read_lines(run.workdir / "metrics.jsonl")[0]

@@ -172,16 +172,21 @@ def test_the_first_moment_in_bfloat16():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "chosen", [{"name": "adafactor"}, {"name": "muon", "moment_dtype": "bfloat16"}]
+    ("chosen", "freeze"),
+    [
+        ({"name": "adafactor"}, ()),
+        ({"name": "muon", "moment_dtype": "bfloat16"}, ("attention", "shared_expert")),
+    ],
+    ids=["adafactor", "muon"],
 )
-def test_a_lean_run_resumes(tmp_path, chosen):
+def test_a_lean_run_resumes(tmp_path, chosen, freeze):
     """bfloat16 weights, the optimizer's state and the rounding's keys go on where they were."""
 
     values = TINY | {
         "moe": dataclasses.asdict(MoEConfig(4, 2, 1, 2, 1)),
         "optimizer": TINY["optimizer"] | chosen,
     }
-    config = tiny_run(values, param_dtype="bfloat16")
+    config = tiny_run(values, param_dtype="bfloat16", freeze=freeze)
     train(config, tmp_path / "straight", silent)
     # As if it had been broken off after step 2.
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")

@@ -12,7 +12,7 @@ from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.data.packing import Batch
-from finermoe_jax.layers.parameters import kinds
+from finermoe_jax.layers.parameters import kinds, trained_kinds
 from finermoe_jax.model.decoder import parameter_shapes, with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.training.optimizer import optimizer
@@ -109,7 +109,7 @@ def test_selection_biases_move_after_the_step_and_outside_of_the_optimizer():
     model = mixture_model(dataclasses.replace(SMALL, moe=moe))
     graphdef, state = nnx.split(model)
     config = small_run(4, balance=dict(kind="bias", bias_rate=0.1), grad_accumulation=2)
-    tx = optimizer(config.optimizer, 10, kinds(model))
+    tx = optimizer(config.optimizer, 10, trained_kinds(model))
     flat = nnx.traversals.flatten_mapping
     state_paths = {path for path, kind in kinds(model).items() if kind.state}
     assert len(state_paths) == 4  # experts and groups of two runs: layers 0 and 1, and layer 3

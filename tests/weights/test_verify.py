@@ -209,6 +209,7 @@ def assert_refused_at_the_end(result, *words):
     assert_refused(result, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(1, 2, 1, 2, 1), (4, 2, 2, 1, 2)])
 def test_there_and_back_in_small_blocks(tmp_path, monkeypatch, numbers):
     """Blocks that cut tables, matrices and experts: the same bits as in large ones."""
