@@ -1,4 +1,7 @@
-"""Draws docs/cut.svg, routing.svg, upcycling.svg and layer.svg: python docs/draw_pictures.py"""
+"""Draws cut.svg, routing.svg, upcycling.svg, layer.svg and pooling.svg in docs/.
+
+python docs/draw_pictures.py
+"""
 
 import math
 from pathlib import Path
@@ -264,7 +267,57 @@ def _sum_of_layer() -> list[str]:
     ]
 
 
-DRAWN = {"cut": cut, "routing": routing, "upcycling": upcycling, "layer": layer}
+def pooling() -> str:
+    """Four layers with four experts each: alone, and in groups of two that share them."""
+    cell, left, right, pool = 44, 134, 370, 520
+    parts = [
+        text(170, 26, "experts_across = 1", 15, font_weight="bold"),
+        text(640, 26, "experts_across = 2", 15, font_weight="bold"),
+        text(170, 47, "each layer routes to its own experts", 13, fill=QUIET),
+        text(640, 47, "two layers route to the experts of both", 13, fill=QUIET),
+    ]
+    for o in range(2):
+        parts += [
+            text(left + (1 + 2 * o) * cell, 76, f"slot {o}", 13, fill=QUIET),
+            text(pool + (2 + 4 * o) * cell, 76, f"slot {o}", 13, fill=QUIET),
+        ]
+    for number in range(4):
+        dark, light = SLOTS[number % 2]
+        y = 90 + 66 * number
+        for x in (20, right):
+            parts += [
+                box(x, y, 88, 40, PLAIN, dark, 1.6),
+                text(x + 44, y + 25, f"layer {number}", 14, fill=dark),
+            ]
+        parts.append(arrow([(109, y + 20), (left - 3, y + 20)], dark))
+        parts += _experts(left, y, [(e, dark, light) for e in range(4)])
+        if number % 2:
+            continue
+        middle = y + 53
+        for j, (strong, _) in enumerate(SLOTS):
+            ends = (right + 89, y + 20 + 66 * j), (pool - 3, middle - 8 + 16 * j)
+            parts.append(arrow([*ends], strong))
+        parts += _experts(pool, middle - 20, [(p // 2, *SLOTS[p % 2]) for p in range(8)])
+        for p in range(8):
+            parts.append(text(pool + (p + 0.5) * cell, middle + 38, f"{p}", 12, fill=QUIET))
+        parts.append(text(pool - 12, middle + 38, "p =", 12, "end", fill=QUIET))
+    return picture(900, 358, "The experts that each layer reads", parts)
+
+
+def _experts(x: float, y: float, experts: list[tuple[int, str, str]]) -> list[str]:
+    """A row of boxes with experts' numbers, in the colours of their layers."""
+    parts = []
+    for place, (number, dark, light) in enumerate(experts):
+        parts += [
+            box(x + 44 * place + 2, y, 40, 40, light, dark),
+            text(x + 44 * place + 22, y + 25, f"{number}", 14, fill=dark),
+        ]
+    return parts
+
+
+DRAWN = {
+    "cut": cut, "routing": routing, "upcycling": upcycling, "layer": layer, "pooling": pooling,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for name, drawn in DRAWN.items():

@@ -12,6 +12,7 @@ from .model.decoder import Decoder as Decoder
 from .model.decoder import Output as Output
 from .model.decoder import with_layer as with_layer
 from .moe.layer import FineRMoE as FineRMoE
+from .moe.routing import home as home
 from .weights.checkpoint import load_checkpoint as load_checkpoint
 from .weights.checkpoint import save_checkpoint as save_checkpoint
 from .weights.hf_weights import load_hf as load_hf
@@ -32,6 +33,7 @@ __all__ = [
     "complete",
     "default_config",
     "generate",
+    "home",
     "load_checkpoint",
     "load_hf",
     "load_tokenizer",

@@ -53,6 +53,7 @@ UPCYCLE = "finermoe_jax/weights/upcycle.py"
 VARIANTS = "finermoe_jax/weights/upcycle_variants.py"
 EXCHANGE = "finermoe_jax/moe/exchange.py"
 LOSSES = "finermoe_jax/model/losses.py"
+STACK = "finermoe_jax/model/stack.py"
 STEP = "finermoe_jax/training/step.py"
 OPTIM = "finermoe_jax/training/optimizer.py"
 DATA = "finermoe_jax/data/batches.py"
@@ -77,9 +78,21 @@ MUTATIONS = (
     # --- routing ---------------------------------------------------------------------------
     Mutation(
         "a group's score sums its marked logits alone", ROUTING,
-        "grouped.sum(axis=-1)",
+        "_group_scores(grouped, moe, None if allowed is None else in_groups(allowed, moe))",
         "jnp.take_along_axis(grouped, marked, axis=-1).sum(axis=-1)",
         "tests/moe/test_routing.py", OF_ROUTING,
+    ),
+    Mutation(
+        "masked experts stay in a group's score", ROUTING,
+        "grouped = where_allowed(allowed, grouped, 0.0)",
+        "pass",
+        "tests/moe/test_pools.py -k loop", OF_ROUTING,
+    ),
+    Mutation(
+        "layers that share experts overwrite each other's gradients", STACK,
+        "adds = pool in pools[place + 1 :]",
+        "adds = False",
+        "tests/moe/test_pools.py -k gradient", OF_ROUTING,
     ),
     Mutation(
         "weights are a softmax in the activations' dtype", ROUTING,
@@ -101,8 +114,8 @@ MUTATIONS = (
     ),
     Mutation(
         "Eq. 11 counts a token once per expert, not per active expert", BALANCE,
-        "num_experts / (active * length)",
-        "num_experts / length",
+        "choices / (active * length)",
+        "choices / length",
         "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(
@@ -157,8 +170,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a run of layers begins with the first ones", UPCYCLE,
-        "stack.row(layers[i])[rest]",
-        "stack.row(i)[rest]",
+        "rows[layers[i]][rest]",
+        "rows[i][rest]",
         "tests/weights/test_upcycle_variants.py -k some_layers", OF_UPCYCLING,
     ),
     Mutation(

@@ -100,7 +100,7 @@ def compile_program(
 def _experts(program: Program, text: str) -> dict[str, Any]:
     """Returns HBM bytes of the experts' weights and gradients, and their minimum."""
     assert program.model.moe is not None
-    train, total = program.config.train, program.model.moe.num_experts
+    train, total = program.config.train, program.model.moe.pool_size
     places = Places.of(total, Placement(program.mesh))
     local = total // math.prod(program.mesh.shape[a] for a in places.experts if a == "expert")
     stored = jnp.dtype(program.stored).itemsize
@@ -112,7 +112,15 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
         least = 2 * stored + stored if program.trains else stored
     adds = parts > 1 and not places.pieces
     traffic = expert_traffic(text, program.model, local, adds)
+    across = program.model.moe.experts_across
+    notes = list(program.notes)
+    if across > 1 and places.pieces:
+        notes.append(
+            f"experts_across={across}: each of a group's {across} layers gathers its {total} "
+            "experts over fsdp"
+        )
     return {
+        "notes": notes,
         "expert_bytes": traffic.total,
         "expert_bound_bytes": least * expert_weights(program.model, local),
         "expert_bytes_in_loops": traffic.in_loops,

@@ -15,7 +15,7 @@ from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.decoder import parameter_kinds, parameter_shapes, with_shapes
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights.hf_weights import read_config, resolve_source
-from finermoe_jax.weights.upcycle import upcycled_config
+from finermoe_jax.weights.upcycle import adds_pools, upcycled_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ def run_model(config: RunConfig) -> ModelConfig:
     model = config.dense or read_config(resolve_source(find(config.init_from)))
     if config.moe and model.moe is None:
         model = upcycled_config(model, config.moe)
+    elif config.moe and adds_pools(model, config.moe):
+        model = dataclasses.replace(model, moe=config.moe)
     return model
 
 
@@ -105,7 +107,7 @@ def paper_counts(config: ModelConfig) -> Counts:
     width = config.expert_intermediate_size
 
     def experts(n: int) -> float:
-        return n * width / h + n * width / (2 * h * moe.output_granularity) + moe.num_experts / h
+        return n * width / h + n * width / (2 * h * moe.output_granularity) + moe.pool_size / h
 
     shared = config.shared_expert_size
     return Counts(

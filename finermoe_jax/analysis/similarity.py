@@ -7,6 +7,10 @@ matrices as one vector. The mean is also split by what the two experts of a pair
     same slice    the same slice of the intermediate width, other slots
     other slices  all other pairs
 
+If neighbouring layers share their experts (experts_across), "layer" is a group of them, named after
+its first layer, and the pairs are those of its pool. Experts of two layers that have the same slice
+and slot then count as copies, though they come from different FFNs.
+
 The mean over all pairs hides whether copies part: in a published layer 1 pair in 127 is a copy.
 
 Pairs are not formed. With û the unit vectors of n experts, the cosines of their ordered pairs add
@@ -29,7 +33,7 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.training.compare import aligned
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import steps_of
-from finermoe_jax.weights.hf_names import run_layers
+from finermoe_jax.weights.hf_names import bank_layers
 from finermoe_jax.weights.integrity import saved_steps
 from finermoe_jax.weights.lazy import LazyArray, ParamPath
 from finermoe_jax.weights.source import ModelSource, open_model
@@ -41,7 +45,7 @@ _LAYER_BYTES = 1 << 30  # a layer's experts are read at once up to this size
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """One model's experts per layer, MoE layer indices in order, and mean similarities per layer.
+    """One model's experts per layer (or pool), layer indices, and mean similarities per layer.
 
     A mean over no pairs is None: a layer may have no copies.
     """
@@ -86,7 +90,7 @@ def _open(source: str) -> ModelSource:
     model = open_model(source)
     if model.config.moe is None:
         raise InputError(f"{source} is a dense model without experts: give an MoE model")
-    if model.config.moe.num_experts < 2:
+    if model.config.moe.pool_size < 2:
         raise InputError(f"{source} has one expert per layer; at least 2 are needed")
     return model
 
@@ -97,13 +101,13 @@ def _model_similarity(model: ModelSource, name: str, read: Callable[[int], None]
     found: dict[int, tuple] = {}
     for (_, run, place), banks in itertools.groupby(_banks(model), lambda path: path[:3]):
         arrays = [model.weights[path] for path in banks]
-        for repeat, layer in enumerate(run_layers(model.config, run, place)):
+        for repeat, (layer, *_) in enumerate(bank_layers(model.config, run, place)):
             layer_banks = [array.row(repeat) for array in arrays]
             where = f"{name}: layer {layer}"
             found[layer] = _layer_similarity(layer_banks, model.config.moe, where, read)
     layers = tuple(sorted(found))
     means = zip(*(found[layer] for layer in layers), strict=True)
-    return Similarity(model.config.moe.num_experts, layers, *map(tuple, means))
+    return Similarity(model.config.moe.pool_size, layers, *map(tuple, means))
 
 
 def _banks(model: ModelSource) -> list[ParamPath]:
@@ -121,8 +125,8 @@ def _layer_similarity(
     if sum(array.nbytes for array in banks) <= _LAYER_BYTES:  # then no block is read twice
         banks = [lazy.of_array(array[:]) for array in banks]
     members: dict[int, dict[int, list[int]]] = {}
-    for expert in range(moe.num_experts):
-        place, slot = slice_and_slot(moe, expert)
+    for expert in range(moe.pool_size):
+        place, slot = slice_and_slot(moe, expert // moe.experts_across)
         members.setdefault(place, {}).setdefault(slot, []).append(expert)
     pairs, cosines = np.zeros(3), np.zeros(3)  # ordered pairs: copies, same slice, all
     total = _zeros(banks)
@@ -133,7 +137,7 @@ def _layer_similarity(
             of_slot = _zeros(banks)
             for expert in experts:
                 _add_unit_vector(of_slot, banks, expert, name)
-                read(sum(array.nbytes // moe.num_experts for array in banks))
+                read(sum(array.nbytes // moe.pool_size for array in banks))
             inside += _pairs(of_slot, len(experts))
             _add(of_slice, of_slot)
         together = _pairs(of_slice, sum(map(len, slots.values())))
@@ -141,7 +145,7 @@ def _layer_similarity(
             pairs[part] += count
             cosines[part] += value
         _add(total, of_slice)
-    pairs[2], cosines[2] = _pairs(total, moe.num_experts)
+    pairs[2], cosines[2] = _pairs(total, moe.pool_size)
     other = pairs[2] - pairs[:2].sum(), cosines[2] - cosines[:2].sum()
     copies, same, rest = (
         float(value / count) if count else None

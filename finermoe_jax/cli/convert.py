@@ -68,6 +68,12 @@ def main(flags: Flags) -> None:
                 "upcycle, first convert with --to=orbax, then export that checkpoint with --to=hf",
                 file=sys.stderr,
             )
+        if flags.to == "hf" and written.moe is not None and written.moe.experts_across > 1:
+            print(
+                f"{target} has experts_across={written.moe.experts_across}: only its own code "
+                "(trust_remote_code) and this project read such a model, not the authors' code",
+                file=sys.stderr,
+            )
     if flags.verify:
         form = flags.to if flags.given("to") or not there else None
         print(verify(source, target, form, **asked))

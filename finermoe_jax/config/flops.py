@@ -54,8 +54,9 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     if moe := model.moe if moe_layers else None:
         f, w = model.expert_intermediate_size, model.expert_output_size
         shared = model.shared_expert_size
+        second = moe.output_granularity * moe.pool_candidates
         part = {
-            "router": 2 * d * (moe.num_experts + moe.separate_routers * moe.num_groups),
+            "router": 2 * d * (moe.pool_size + moe.separate_routers * second),
             "shared expert": 6 * d * shared,
             "shared gate": 2 * d * (shared > 0),
             "routed experts": moe.num_active * (4 * d * f + 2 * f * w),

@@ -10,6 +10,7 @@ Symbols of the paper (arXiv 2603.13364):
     R_O  output_expansion             candidate groups per slot
     T_I  active_per_group             experts active in the chosen group
     N    num_experts                  G_O * R_O * R_I * G_I
+    r    experts_across               neighbouring MoE layers that share their experts
     H_e  expert_intermediate_size     H / G_I
     h_e  expert_output_size           h / G_O
 
@@ -22,6 +23,7 @@ Letters of array axes, in einsums and shape annotations:
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 import typing
@@ -135,9 +137,22 @@ class MoEConfig:
     decoder_sparse_step: int = 1
     # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
+    # Neighbouring MoE layers that share their experts: each layer routes to the experts of all of
+    # them (ReXMoE, docs/pooling.md). 1: only to its own.
+    experts_across: int = 1
+    # "copies": the other layers' experts are further copies of each slice, in the same groups.
+    # "candidates": they are further candidate groups of each slot. No effect at 1.
+    pooled_as: Literal["copies", "candidates"] = "copies"
+    # Adds a learnt vector of each layer, initially zero, to the input of router and routed experts.
+    depth_vector: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.experts_across < 1:
+            raise InputError(
+                f"experts_across={self.experts_across} must be at least 1; 1 means that no layers "
+                "share their experts"
+            )
         for name in GRANULARITIES.values():
             value = getattr(self, name)
             if value < 1:
@@ -155,6 +170,11 @@ class MoEConfig:
             raise InputError(
                 f"plain_top_k=True needs output_granularity=1, not {self.output_granularity}: it "
                 "selects from all experts of a single slot"
+            )
+        if self.plain_top_k and self._more_candidates:
+            raise InputError(
+                "plain_top_k=True ignores the candidate groups that pooled_as=candidates adds; "
+                "set plain_top_k=False or pooled_as=copies"
             )
         if self.plain_top_k and self.active_per_group > self.num_experts:
             raise InputError(
@@ -194,6 +214,25 @@ class MoEConfig:
     def num_experts(self) -> int:
         """Routed experts of a layer: N = G_O * R_O * R_I * G_I."""
         return self.num_groups * self.group_size
+
+    @property
+    def pool_size(self) -> int:
+        """Experts that a layer's router scores, those of all r layers that share them: r * N."""
+        return self.experts_across * self.num_experts
+
+    @property
+    def pool_candidates(self) -> int:
+        """Candidate groups of a slot among the pool's experts."""
+        return self.output_expansion * (self.experts_across if self._more_candidates else 1)
+
+    @property
+    def pool_group_size(self) -> int:
+        """Experts of one of these candidate groups."""
+        return self.group_size * (1 if self._more_candidates else self.experts_across)
+
+    @property
+    def _more_candidates(self) -> bool:
+        return self.pooled_as == "candidates"
 
     @property
     def num_active(self) -> int:
@@ -375,6 +414,23 @@ class ModelConfig:
                         f"mlp_only_layers contains {layer}, but layers are 0 … "
                         f"{self.num_hidden_layers - 1} (num_hidden_layers={self.num_hidden_layers})"
                     )
+            self._check_pools(self.moe.experts_across)
+
+    def _check_pools(self, across: int) -> None:
+        """Raises InputError unless every run's MoE layers fall into groups of `across`."""
+        counts = [pattern.count("moe") * repeats for pattern, repeats in self._kind_runs]
+        counts = [count for count in counts if count]
+        if all(count % across == 0 for count in counts) and (counts or across == 1):
+            return
+        largest = math.gcd(*counts)
+        fit = [str(n) for n in range(2, largest + 1) if largest % n == 0]
+        runs = " and ".join(map(str, counts)) or "no"
+        raise InputError(
+            f"experts_across={across} must divide the number of MoE layers in each run of "
+            f"neighbours, but the model has {runs} (num_hidden_layers={self.num_hidden_layers}, "
+            f"decoder_sparse_step, mlp_only_layers): use {', '.join(['1', *fit])}, or change the "
+            "layers that stay dense"
+        )
 
     @property
     def attention_head_dim(self) -> int:
@@ -429,7 +485,26 @@ class ModelConfig:
         """The layers as runs (pattern, repeats). Each run is compiled once and scanned.
 
         An all-MoE model is one run of a one-layer pattern; decoder_sparse_step=2 is one run of
-        (dense, moe). Greedy: each run takes the repeating pattern that covers most layers.
+        (dense, moe). With experts_across=r a pattern is as many of these as hold a multiple of r
+        MoE layers, so that layers that share experts are in one pattern.
+        """
+        across = self.moe.experts_across if self.moe else 1
+        runs = []
+        for pattern, repeats in self._kind_runs:
+            times = across // math.gcd(pattern.count("moe"), across)  # 1 if all are dense
+            runs.append((pattern * times, repeats // times))
+        return tuple(runs)
+
+    def pool_places(self, pattern: tuple[LayerKind, ...]) -> tuple[int | None, ...]:
+        """Returns each MoE layer's place among the r layers that share experts; dense: None."""
+        across, moe = self.moe.experts_across if self.moe else 1, itertools.count()
+        return tuple(next(moe) % across if kind == "moe" else None for kind in pattern)
+
+    @property
+    def _kind_runs(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+        """The layers as runs of a pattern of kinds.
+
+        Greedy: each run takes the repeating pattern that covers most layers.
         """
         kinds, runs, start = self.layer_kinds, [], 0
         while start < len(kinds):

@@ -2,7 +2,8 @@
 
 `--config=configs/NAME.py:VARIANT` selects an architecture: a name, or the numbers
 G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). "+" adds an upcycling variant or a training recipe, as in
-`c32a2+lean`; either may also stand alone. docs/architectures.md describes all of them.
+`c32a2+lean`; either may also stand alone. So do rex2 and rex4: 2 or 4 neighbouring layers share
+their experts. docs/architectures.md describes all of them.
 """
 
 import dataclasses
@@ -80,6 +81,12 @@ UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "function_preserving": dict(function_preserving=True)
 }
 
+# Changes of config.moe for every architecture with experts (docs/pooling.md).
+POOL_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "rex2": dict(experts_across=2),
+    "rex4": dict(experts_across=4),
+}
+
 # Smallest memory per weight: bfloat16, with Adafactor's factored second moments.
 LEAN_STATE: Mapping[str, Mapping[str, Any]] = {
     "optimizer": dict(name="adafactor", moment_dtype="float32"),
@@ -114,11 +121,11 @@ def architecture(name: str) -> Architecture:
                 "G_I,G_O,R_I,R_O[,T_I]"
             )
         return Architecture("", _moe(*numbers))
-    known = (*ARCHITECTURES, *UPCYCLE_VARIANTS, *RECIPES)
+    additions = (*UPCYCLE_VARIANTS, *POOL_VARIANTS, *RECIPES)
+    known = (*ARCHITECTURES, *additions)
     raise InputError(
         f"unknown variant {name!r}. {near_misses(name, known)} Or give the numbers "
-        "G_I,G_O,R_I,R_O[,T_I]; + adds "
-        f"{' or '.join((*UPCYCLE_VARIANTS, *RECIPES))}."
+        f"G_I,G_O,R_I,R_O[,T_I]; + adds {', '.join(additions[:-1])} or {additions[-1]}."
     )
 
 
@@ -126,15 +133,18 @@ def apply_variant(config: Any, variant: str) -> None:
     """Applies VARIANT of `--config=configs/NAME.py:VARIANT` to a preset in place; "" is a no-op.
 
     An architecture replaces config.moe and config.upcycle entirely. Raises InputError for unknown
-    or empty names, and for two architectures in one variant.
+    or empty names, for two architectures in one variant, and for pools of a dense model.
     """
     chosen: list[str] = []
+    pools: list[str] = []
     changes: list[Mapping[str, Any]] = []
     for name in variant.split("+") if variant else ():
         if name in RECIPES:
             RECIPES[name](config)
         elif name in UPCYCLE_VARIANTS:
             changes.append(UPCYCLE_VARIANTS[name])
+        elif name in POOL_VARIANTS:
+            pools.append(name)
         else:
             architecture(name)
             chosen.append(name)
@@ -148,6 +158,11 @@ def apply_variant(config: Any, variant: str) -> None:
         config.upcycle.update(dataclasses.asdict(one.upcycle))
     for change in changes:
         config.upcycle.update(change)
+    if len(pools) > 1 or (pools and config.moe is None):
+        reason = "choose one" if config.moe is not None else "the architecture has no experts"
+        raise InputError(f"variant {variant!r} asks for {' and '.join(pools)}: {reason}")
+    for name in pools:
+        config.moe.update(POOL_VARIANTS[name])
 
 
 # --- dense models and the paper's recipe ----------------------------------------------------

@@ -100,6 +100,9 @@ class BalanceConfig:
     z_loss: float = 0.0
     # Step of an expert's bias, for "bias" only. A candidate group's is sqrt(G_I * R_I) times this.
     bias_rate: float = 0.001
+    # Of layers that share their experts (moe.experts_across), for "sequence" and "batch": "layer"
+    # balances each layer's choices, "pool" those of all its layers together.
+    over: Literal["layer", "pool"] = "layer"
 
 
 PUBLISHED_BALANCE = BalanceConfig()
@@ -182,8 +185,17 @@ class TrainConfig:
     # experts, shared_expert, shared_gate, concat_proj, lm_head. They have neither gradients nor
     # optimizer state. On the command line, separate names by commas.
     freeze: tuple[str, ...] = ()
-    # Seed of initial weights, upcycling and stochastic rounding.
+    # Seed of initial weights, upcycling, stochastic rounding and psr's masks.
     seed: int = 0
+    # Progressive scaling of routing (ReXMoE, docs/pooling.md): masks some experts of each layer,
+    # fewer and fewer, and none from psr_end on. "linear" or "stepwise" is the schedule. Never in
+    # evaluation and generation.
+    psr: Literal["none", "linear", "stepwise"] = "none"
+    # Shares of `steps` at which psr begins to unmask experts and at which none is masked.
+    psr_start: float = 0.2
+    psr_end: float = 0.6
+    # "random" masks any expert (the paper); "foreign" only those of other layers.
+    psr_mask: Literal["random", "foreign"] = "random"
 
     def __post_init__(self) -> None:
         if isinstance(self.freeze, tuple) and all(isinstance(name, str) for name in self.freeze):
@@ -254,6 +266,40 @@ class RunConfig:
         self._check_parts()
         self._check_contradictions()
 
+    def _check_psr(self) -> None:
+        """Raises InputError if train.psr does not fit the experts."""
+        train, moe = self.train, self.moe
+        if train.psr_start > train.psr_end:
+            raise InputError(
+                f"train.psr_start={train.psr_start} must be at most train.psr_end={train.psr_end}"
+            )
+        if train.psr == "none":
+            return
+        if moe is None:
+            raise InputError(
+                f"train.psr={train.psr} masks experts, but config.moe is None: set config.moe, or "
+                "train.psr=none"
+            )
+        if self.balance.kind == "bias":
+            raise InputError(
+                f"balance.kind=bias would raise the biases of experts that train.psr={train.psr} "
+                "masks: set balance.kind=sequence or batch, or train.psr=none"
+            )
+        if moe.experts_across > 1:
+            return
+        if train.psr_mask == "foreign":
+            raise InputError(
+                "train.psr_mask=foreign masks the experts of other layers, but with "
+                "moe.experts_across=1 there are none: set psr_mask=random or experts_across"
+            )
+        half = (moe.num_experts if moe.plain_top_k else moe.group_size) // 2
+        if half < moe.active_per_group:
+            raise InputError(
+                f"train.psr={train.psr} with moe.experts_across=1 begins with {half} experts of "
+                f"each group, fewer than moe.active_per_group={moe.active_per_group}: set "
+                "train.psr=none or experts_across"
+            )
+
     def _check_parts(self) -> None:
         """Raises InputError for an unknown part in train.freeze, or if it names all parts."""
         for name in self.train.freeze:
@@ -266,6 +312,12 @@ class RunConfig:
 
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""
+        if self.balance.over == "pool" and self.balance.kind not in ("sequence", "batch"):
+            raise InputError(
+                f"balance.over=pool has no effect with balance.kind={self.balance.kind}: set "
+                "balance.over=layer, or balance.kind=sequence or batch"
+            )
+        self._check_psr()
         data, train, optimizer = self.data, self.train, self.optimizer
         optimizer.check()
         if train.keep_best and not (data.eval_fraction or data.eval_path):
@@ -319,6 +371,8 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(_AT_LEAST_ONE, (1, math.
     "balance.weight": (0, 1e6),
     "balance.z_loss": (0, 1e6),
     "balance.bias_rate": (0, 1e6),
+    "train.psr_start": (0, 1),
+    "train.psr_end": (0, 1),
     "optimizer.warmup_fraction": (0, 1),
     "optimizer.decay_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),

@@ -1,6 +1,7 @@
 """The config of upcycling, and checks that it fits an architecture."""
 
 import dataclasses
+from typing import Literal
 
 from finermoe_jax.config.model import MoEConfig, check_fields
 from finermoe_jax.errors import InputError
@@ -35,6 +36,9 @@ class UpcycleConfig:
     function_preserving: bool = False
     # Standard deviation of concat_proj; 0 gives zeros.
     concat_proj_std: float = 0.02
+    # Router rows of other layers' experts (moe.experts_across): drawn like a layer's own, or zero.
+    # Masked at first with train.psr_mask=foreign.
+    reuse_start: Literal["random", "zero"] = "random"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,6 +74,7 @@ def _conflicts(moe: MoEConfig | None) -> list[tuple[str, str]]:
         dense = "moe=None, a dense model"
         return [(field.name, dense) for field in dataclasses.fields(UpcycleConfig)]
     shared, slots = moe.shared_expert_intermediate_size, moe.output_granularity
+    across = moe.experts_across
     slices, active = moe.intermediate_granularity, moe.active_per_group
     found = (
         ("virtual_groups", shared != 0, f"shared_expert_intermediate_size={shared}; it needs 0"),
@@ -78,6 +83,9 @@ def _conflicts(moe: MoEConfig | None) -> list[tuple[str, str]]:
          f"moe.intermediate_granularity={slices}"),
         ("virtual_groups", moe.pre_softmax, "pre_softmax=True; it needs False"),
         ("virtual_groups", moe.separate_routers, "separate_routers=True; it needs False"),
+        ("virtual_groups", across > 1, f"experts_across={across}; it needs 1, since every slice "
+         "of a copy must be a layer's own"),
+        ("reuse_start", across == 1, "experts_across=1; no layers share their experts"),
         ("function_preserving", moe.concat_proj == "all", "concat_proj=all, which also projects "
          "the shared expert's output"),
         ("function_preserving", shared == 0,

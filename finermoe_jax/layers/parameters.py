@@ -66,6 +66,7 @@ KINDS: dict[tuple[str, ...], Kind] = {
     ("embed", "mlp"): Kind("dense_ffn", summed=(-1,), outputs=(-2,)),
     # Never int8: they are small, and router errors change the choice of experts.
     ("router", "embed"): Kind("router"),
+    ("depth",): Kind("router", decayed=False),  # a bias of router and experts
     ("router",): Kind("router", decayed=False, state=True),  # selection biases
     ("gate_in",): Kind("shared_gate"),
     # Gate and up.

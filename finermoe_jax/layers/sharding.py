@@ -40,6 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "shared_mlp": ("tensor",),
     "gate_in": (),
+    "depth": (),
     "router": (),
     "expert": ("expert", "fsdp"),
     "expert_mlp": (),

@@ -22,13 +22,21 @@ from finermoe_jax.moe.routing import Routing
 class Block(nnx.Module):
     """Pre-norm attention and FFN, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        place: int | None = None,
+    ):
+        """`place`: of an MoE layer among those that share its experts (`FineRMoE`)."""
         d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
         self.input_norm = RMSNorm(d, eps, dtype, rngs)
         self.attention = Attention(config, dtype, rngs)
         self.post_norm = RMSNorm(d, eps, dtype, rngs)
         if kind == "moe":
-            self.moe = FineRMoE(config, dtype, rngs)
+            self.moe = FineRMoE(config, dtype, rngs, place or 0)
         else:
             self.mlp = MLP(d, config.intermediate_size, std, dtype, rngs)
 
@@ -55,6 +63,6 @@ class Block(nnx.Module):
                 return x + self.mlp(normed, placement), written, None
         y, routing, aux_loss = self.moe(normed, real, placement)
         with jax.named_scope("router"):
-            measured = measure(routing, aux_loss, real, balance)
+            load = measure(routing, aux_loss, real, balance, self.moe.allowed)
         with jax.named_scope("norms"):
-            return x + y, written, (routing, measured)
+            return x + y, written, (routing, load)

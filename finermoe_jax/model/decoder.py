@@ -24,6 +24,7 @@ from finermoe_jax.layers.parameters import Kind, Path, kinds
 from finermoe_jax.layers.sharding import ONE_DEVICE
 from finermoe_jax.model.stack import Pass, Traces, run_layers, stacked_blocks
 from finermoe_jax.moe.layer import FineRMoE
+from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
 
 
@@ -87,8 +88,9 @@ class Decoder(nnx.Module):
     `load_hf`, `load_checkpoint` and `upcycle` return one. Layers are stacked and scanned, so that
     compile time does not grow with depth. A run is a series of layers in which a pattern repeats,
     such as (dense, MoE); `ModelConfig.layer_runs` lists the runs. `runs[r][p]` has the layers at
-    position p of run r's pattern, stacked over the repeats. `lm_head` is None if it is tied to the
-    embedding.
+    position p of run r's pattern, stacked over the repeats. Of layers that share their experts
+    (experts_across) the first has the parameters, [repeats, pool, ...]. `lm_head` is None if it is
+    tied to the embedding.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -116,7 +118,10 @@ class Decoder(nnx.Module):
         std, d = config.initializer_range, config.hidden_size
         self.embed = Embedding(config.vocab_size, d, std, param_dtype, rngs)
         self.runs = nnx.List(
-            nnx.List(stacked_blocks(config, kind, repeats, param_dtype, rngs) for kind in pattern)
+            nnx.List(
+                stacked_blocks(config, kind, repeats, param_dtype, rngs, place)
+                for kind, place in zip(pattern, config.pool_places(pattern), strict=True)
+            )
             for pattern, repeats in config.layer_runs
         )
         self.final_norm = RMSNorm(d, config.rms_norm_eps, param_dtype, rngs)
@@ -173,6 +178,7 @@ class Decoder(nnx.Module):
         unroll: int = 1,
         frozen_experts: bool = False,
         balance: BalanceConfig = PUBLISHED_BALANCE,
+        psr: Reuse | None = None,
     ) -> Features:
         """Returns the final hidden states, [B, T, D] in `dtype`, and the routing of each MoE layer.
 
@@ -184,6 +190,7 @@ class Decoder(nnx.Module):
           unroll: layers (or repeats of their pattern) per iteration of the scan.
           frozen_experts: omits the gradient of the routed experts' weights.
           balance: chooses Eq. 11 per sequence or per batch, and the z-loss. No weight is applied.
+          psr: masks experts of the pools, in training only.
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
@@ -199,7 +206,7 @@ class Decoder(nnx.Module):
 
         shared = Pass(
             angles, segment_ids, real, self.placement, slot, visible, remat, unroll,
-            frozen_experts, balance,
+            frozen_experts, balance, psr,
         )  # fmt: skip
         with jax.named_scope("embedding"):
             x = self.embed(input_ids, self.dtype, self.placement)
@@ -207,7 +214,8 @@ class Decoder(nnx.Module):
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
             of_run = None if cache is None else cache.layers[index]
-            x, written, of_moe = run_layers(run, x, of_run, shared)
+            first = sum(len(each.routing) for each in traces)
+            x, written, of_moe = run_layers(run, x, of_run, shared, first)
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)

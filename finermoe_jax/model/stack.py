@@ -1,7 +1,8 @@
 """The loop over layers, for training, evaluation, prefill and decoding.
 
 Layers that repeat a pattern form a run. Their parameters are stacked over the repeats, so compile
-time does not grow with depth (ModelConfig.layer_runs). Axis letters: config/model.py.
+time does not grow with depth (ModelConfig.layer_runs). MoE layers that share their experts are in
+one pattern; the first of them has the bank. Axis letters: config/model.py.
 """
 
 import functools
@@ -23,7 +24,9 @@ from finermoe_jax.layers.parameters import axes_of, kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.block import Block
+from finermoe_jax.moe.balance import pool_balancing_loss
 from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
+from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
 
 # Values stored for the backward pass, which recomputes the rest of a layer.
@@ -38,7 +41,8 @@ class Pass(NamedTuple):
 
     With a cache, slot is the next free slot and visible marks the slots that a single token sees.
     remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
-    frozen_experts get no gradient. balance chooses the MoE layers' losses.
+    frozen_experts get no gradient. balance chooses the MoE layers' losses. psr masks experts of the
+    pools.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -51,6 +55,7 @@ class Pass(NamedTuple):
     unroll: int = 1
     frozen_experts: bool = False
     balance: BalanceConfig = PUBLISHED_BALANCE
+    psr: Reuse | None = None
 
 
 class Traces(NamedTuple):
@@ -63,14 +68,19 @@ class Traces(NamedTuple):
 
 
 def stacked_blocks(
-    config: ModelConfig, kind: LayerKind, repeats: int, dtype: DTypeLike, rngs: nnx.Rngs
+    config: ModelConfig,
+    kind: LayerKind,
+    repeats: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    place: int | None = None,
 ) -> Block:
     """Returns one Block whose parameters have a leading axis "layer" of size repeats."""
 
     @nnx.split_rngs(splits=repeats)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
     def build(rngs: nnx.Rngs) -> Block:
-        return Block(config, kind, dtype, rngs)
+        return Block(config, kind, dtype, rngs, place)
 
     return build(rngs)
 
@@ -80,6 +90,7 @@ def run_layers(
     x: Float[Array, "B T D"],
     caches: tuple[LayerCache, ...] | None,
     shared: Pass,
+    first: int = 0,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...] | None, Traces | None]:
     """Applies a run of layers to the residual stream.
 
@@ -88,12 +99,17 @@ def run_layers(
       x: the residual stream.
       caches: keys and values of each position of the pattern, stacked over the repeats, or None.
       shared: all other inputs.
+      first: MoE layers before the run.
 
     Returns:
       x, the caches with the new keys and values, and the MoE layers' records (None without MoE
       layers).
     """
-    banks = [_bank(block, caches is None, shared) for block in run]
+    pools = _pools(run)
+    banks = [
+        _bank(block, caches is None, shared) if pool == place else None
+        for place, (block, pool) in enumerate(zip(run, pools, strict=True))
+    ]
     # Banks are read in place; the loop slices a layer's other parameters.
     in_place = [bank is not None for bank in banks]
     graphdef, state = nnx.split(run)
@@ -107,11 +123,9 @@ def run_layers(
         with jax.named_scope("weights"):
             state = sharding.gather_dense(state, x.dtype, shared.placement)
         blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
-        for block, carried, handed_on in zip(blocks, banks, gradients, strict=True):
-            if carried is not None:
-                block.moe.bank = carried.bank.at(layer, handed_on)
-        (x, caches), traces = _apply(blocks, x, caches, layer, shared)
-        return (x, caches, _handed_on(blocks, gradients)), traces
+        if shared.psr is not None:
+            _mask(blocks, shared.psr, first, layer)
+        return _apply(blocks, pools, banks, (x, caches, gradients), layer, shared)
 
     if shared.remat != "none":
         # A loop cannot share results between the two passes; unrolled code would.
@@ -133,9 +147,27 @@ def run_layers(
     return x, caches, _in_order(traces, repeats)
 
 
+def _pools(run: Any) -> list[int | None]:
+    """Returns, for each block, the position of the block with its experts; dense: None."""
+    pools: list[int | None] = []
+    for position, block in enumerate(run):
+        place = block.moe.place if hasattr(block, "moe") else None
+        pools.append(position if place == 0 else None if place is None else _last(pools))
+    return pools
+
+
+def _last(pools: list[int | None]) -> int:
+    return next(pool for pool in reversed(pools) if pool is not None)
+
+
+def _mask(blocks: Any, psr: Reuse, first: int, layer: Array | int) -> None:
+    """Sets the experts that each MoE layer of a repeat may choose; `first` as in `run_layers`."""
+    layers = [block.moe for block in blocks if hasattr(block, "moe")]
+    for index, moe in enumerate(layers):
+        moe.allowed = psr.allowed(moe.moe, first + layer * len(layers) + index, moe.place)
+
+
 def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
-    if not hasattr(block, "moe"):
-        return None
     gate_up, down = block.moe.gate_up[...], block.moe.down[...]
     return bank_of_run(gate_up, down, shared.placement, shared.frozen_experts or not differentiated)
 
@@ -144,33 +176,55 @@ def _of_bank(in_place: list[bool], path: tuple, variable: nnx.Variable) -> bool:
     return in_place[path[0]] and kind_of(axes_of(variable, path)).bank
 
 
-def _handed_on(blocks: Any, before: tuple) -> tuple:
-    """Returns the gradients that the blocks' banks pass on, given `before`."""
-    after = []
-    for block, given in zip(blocks, before, strict=True):
-        if given:
-            check_used(given, block.moe.bank)
-            given = block.moe.bank.gradients
-        after.append(given)
-    return tuple(after)
-
-
 def _apply(
-    blocks: Any, x: Array, caches: tuple[LayerCache, ...] | None, layer: Array | int, shared: Pass
-) -> tuple:
-    """Applies one repeat of the pattern: ((x, caches), the trace of each block)."""
+    blocks: Any,
+    pools: list[int | None],
+    banks: list[CarriedBank | None],
+    carry: tuple,
+    layer: Array | int,
+    shared: Pass,
+) -> tuple[tuple, tuple]:
+    """Applies one repeat of the pattern: the carry (x, caches, gradients), each block's trace."""
+    x, caches, gradients = carry
+    gradients = list(gradients)
     x = sharding.constrain(x, ("batch", "sequence", "width"), shared.placement, "residual stream")
     written, traces = [], []
-    for place, block in enumerate(blocks):
+    for place, (block, pool) in enumerate(zip(blocks, pools, strict=True)):
         use = None
         if caches is not None:
             use = CacheUse(caches[place], jnp.int32(layer), shared.slot, shared.visible)
+        carried = None if pool is None else banks[pool]
+        if carried is not None:
+            # The last use is the first on the way back: it writes the gradients, the others add.
+            adds = pool in pools[place + 1 :]
+            block.moe.bank = carried.bank.at(layer, gradients[pool], adds)
+        elif pool not in (None, place):
+            block.moe.bank = blocks[pool].moe.experts(shared.placement)
         x, cache, trace = block(
             x, shared.angles, shared.segment_ids, shared.real, use, shared.placement, shared.balance
         )
+        if carried is not None:
+            check_used(gradients[pool], block.moe.bank)
+            gradients[pool] = block.moe.bank.gradients
         written.append(cache)
         traces.append(trace)
-    return (x, None if caches is None else tuple(written)), tuple(traces)
+    if shared.balance.over == "pool":
+        traces = _balanced_over_pools(blocks, pools, traces, shared)
+    caches = None if caches is None else tuple(written)
+    return (x, caches, tuple(gradients)), tuple(traces)
+
+
+def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, shared: Pass) -> list:
+    """Replaces each MoE layer's balancing loss by that of its pool."""
+    losses = {}
+    for pool in {*pools} - {None}:
+        members = [place for place, of in enumerate(pools) if of == pool]
+        layers = [(traces[place][0], blocks[place].moe.allowed) for place in members]
+        losses[pool] = pool_balancing_loss(layers, shared.real, shared.balance.kind)
+    return [
+        trace if pool is None else (trace[0], trace[1]._replace(aux_loss=losses[pool]))
+        for pool, trace in zip(pools, traces, strict=True)
+    ]
 
 
 def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:

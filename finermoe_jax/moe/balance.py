@@ -5,7 +5,7 @@ Letters: config/model.py.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import BalanceConfig
-from finermoe_jax.moe.routing import Routing, SelectionBias
+from finermoe_jax.moe.routing import Routing, SelectionBias, in_groups, out_of_groups, where_allowed
 
 
 class Balance(NamedTuple):
@@ -29,16 +29,18 @@ def measure(
     aux_loss: Float[Array, ""],
     mask: Bool[Array, "B T"],
     config: BalanceConfig,
+    allowed: Bool[Array, " E"] | None = None,
 ) -> Balance:
     """Returns the losses and the load that `config` asks for.
 
-    aux_loss is the layer's Eq. 11 per sequence. kind="batch" replaces it.
+    aux_loss is the layer's Eq. 11 per sequence. kind="batch" replaces it. `allowed` as in `route`.
     """
     # The losses count the tokens too; XLA merges the computations.
     tokens = expert_tokens(routing.experts, mask, routing.logits.shape[-1])
     if config.kind == "batch":
-        aux_loss = batch_load_balancing_loss(routing.logits, routing.experts, mask)
-    return Balance(aux_loss, tokens, router_z_loss(routing.logits, mask) if config.z_loss else None)
+        aux_loss = batch_load_balancing_loss(routing.logits, routing.experts, mask, allowed)
+    z_loss = router_z_loss(routing.logits, mask, allowed) if config.z_loss else None
+    return Balance(aux_loss, tokens, z_loss)
 
 
 def expert_tokens(
@@ -54,55 +56,126 @@ def expert_tokens(
 
 
 def load_balancing_loss(
-    logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
+    logits: Float[Array, "B T E"],
+    experts: Int[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Returns the sequence-level load-balancing loss, weight not applied (paper Eq. 11).
 
     Per sequence of L real tokens: the sum over experts of f_i * P_i, P_i the mean over tokens of
     the softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
     sequences with a real token. A sequence is a row of the batch, even if it packs several
-    documents. f has no gradient.
+    documents. f has no gradient. `allowed`: experts that tokens may choose (`route`); the softmax
+    and N are those of these experts alone.
     """
-    num_experts, active = logits.shape[-1], experts.shape[-1]
-    real = mask.astype(jnp.float32)
-    length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
-    fraction = expert_tokens(experts, mask, num_experts) * num_experts / (active * length)
-    per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
-    holds_token = mask.any(axis=1)
-    return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)
+    return _over_sequences(*_sequence_shares(logits, experts, mask, allowed), mask)
 
 
 def batch_load_balancing_loss(
-    logits: Float[Array, "B T E"], experts: Int[Array, "B T A"], mask: Bool[Array, "B T"]
+    logits: Float[Array, "B T E"],
+    experts: Int[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Returns Eq. 11 over the whole batch as one sequence, weight not applied (arXiv 2501.11873).
 
     The sum over experts of f_i * P_i: P_i is the mean over the batch's real tokens of the softmax
     over all experts, f_i = N / (A * real tokens) * (tokens that selected i). So only the batch must
     be balanced, not each sequence. The sums run over the global arrays: on a mesh XLA adds the
-    counts of all devices, for any sharding. f has no gradient.
+    counts of all devices, for any sharding. f has no gradient. `allowed` as in
+    `load_balancing_loss`.
 
     With gradient accumulation the batch is a microbatch, and a step's loss is the mean over its
     microbatches. (The paper accumulates the counts over the microbatches instead.)
     """
+    fraction, mean_probability = _batch_shares(logits, experts, mask, allowed)
+    return (fraction * mean_probability).sum()
+
+
+def pool_balancing_loss(
+    layers: list[tuple[Routing, Bool[Array, " E"] | None]],
+    mask: Bool[Array, "B T"],
+    kind: Literal["sequence", "batch", "bias", "none"],
+) -> Float[Array, ""]:
+    """Returns the balancing loss of layers that share their experts (balance.over="pool").
+
+    f and P are means over the r layers: the devices that hold the pool, and its weights, see the
+    sum of the layers' tokens. `layers` has each layer's routing and its `allowed` (`route`).
+    """
+    shares_of = _batch_shares if kind == "batch" else _sequence_shares
+    shares = [shares_of(each.logits, each.experts, mask, allowed) for each, allowed in layers]
+    fraction, mean_probability = (sum(values) / len(layers) for values in zip(*shares, strict=True))
+    if kind == "batch":
+        return (fraction * mean_probability).sum()
+    return _over_sequences(fraction, mean_probability, mask)
+
+
+def _open(
+    logits: Float[Array, "B T E"], allowed: Bool[Array, " E"] | None
+) -> tuple[Float[Array, "B T E"], Array | int]:
+    """Returns the logits, -inf where not allowed, and the number of allowed experts."""
+    if allowed is None:
+        return logits, logits.shape[-1]
+    return where_allowed(allowed, logits, -jnp.inf), allowed.sum()
+
+
+def _sequence_shares(
+    logits: Float[Array, "B T E"],
+    experts: Int[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None,
+) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
+    """Returns f and P of each sequence."""
     num_experts, active = logits.shape[-1], experts.shape[-1]
+    logits, choices = _open(logits, allowed)
+    real = mask.astype(jnp.float32)
+    length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
+    fraction = expert_tokens(experts, mask, num_experts) * choices / (active * length)
+    return fraction, mean_probability
+
+
+def _batch_shares(
+    logits: Float[Array, "B T E"],
+    experts: Int[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None,
+) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
+    """Returns f and P of the batch."""
+    num_experts, active = logits.shape[-1], experts.shape[-1]
+    logits, choices = _open(logits, allowed)
     real = mask.astype(jnp.float32)
     total = jnp.maximum(real.sum(), 1.0)
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     mean_probability = jnp.einsum("BTE,BT->E", probabilities, real) / total
-    fraction = expert_tokens(experts, mask, num_experts).sum(axis=0) * num_experts
-    return (fraction / (active * total) * mean_probability).sum()
+    fraction = expert_tokens(experts, mask, num_experts).sum(axis=0) * choices
+    return fraction / (active * total), mean_probability
 
 
-def router_z_loss(logits: Float[Array, "B T E"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+def _over_sequences(
+    fraction: Float[Array, "B E"], mean_probability: Float[Array, "B E"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Returns the sum over experts of f_i * P_i, averaged over sequences with a real token."""
+    per_sequence = jnp.einsum("BE,BE->B", fraction, mean_probability)
+    holds_token = mask.any(axis=1)
+    return jnp.where(holds_token, per_sequence, 0.0).sum() / jnp.maximum(holds_token.sum(), 1)
+
+
+def router_z_loss(
+    logits: Float[Array, "B T E"],
+    mask: Bool[Array, "B T"],
+    allowed: Bool[Array, " E"] | None = None,
+) -> Float[Array, ""]:
     """Returns the router z-loss, weight not applied (ST-MoE, arXiv 2202.08906, Eq. 5).
 
     The mean over the batch's real tokens of (log sum exp of all experts' logits)^2. It keeps logits
-    small. With separate_routers it applies to the experts' router.
+    small. With separate_routers it applies to the experts' router. `allowed` as in
+    `load_balancing_loss`.
     """
     real = mask.astype(jnp.float32)
+    logits, _ = _open(logits, allowed)
     squares = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
     return (squares * real).sum() / jnp.maximum(real.sum(), 1.0)
 
@@ -121,7 +194,7 @@ def updated_bias(
     load is compared with the mean of that group, and the biases of a group have zero mean. A group
     competes with the other candidates of its slot: its own bias is added to its sum of raw logits,
     and its load is compared with the mean of the slot. That sum has G_I * R_I terms, so the bias of
-    a group moves by rate * sqrt(G_I * R_I).
+    a group moves by rate * sqrt(G_I * R_I); in a pool of copies, r times as many terms.
 
     Args:
       bias: the layer's biases, float32.
@@ -131,12 +204,12 @@ def updated_bias(
     """
     if bias.groups is None:
         return SelectionBias(_moved(bias.experts, tokens, rate), None)
-    per_group = tokens.reshape(moe.num_groups, moe.group_size)
-    experts = _moved(bias.experts.reshape(per_group.shape), per_group, rate)
-    per_slot = per_group.sum(axis=1).reshape(moe.output_granularity, moe.output_expansion)
-    rate_of_groups = rate * math.sqrt(moe.group_size)
+    per_group = in_groups(tokens, moe)
+    experts = _moved(in_groups(bias.experts, moe), per_group, rate)
+    per_slot = per_group.sum(axis=-1)
+    rate_of_groups = rate * math.sqrt(moe.pool_group_size)
     groups = _moved(bias.groups.reshape(per_slot.shape), per_slot, rate_of_groups)
-    return SelectionBias(experts.reshape(bias.experts.shape), groups.reshape(bias.groups.shape))
+    return SelectionBias(out_of_groups(experts, moe), groups.reshape(bias.groups.shape))
 
 
 def _moved(bias: Float[Array, "*G E"], tokens: Int[Array, "*G E"], rate: float) -> Array:

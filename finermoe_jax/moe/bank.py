@@ -9,6 +9,11 @@ On a mesh a device's bank has its own E / P experts of each layer. If several de
 experts (axes data and tensor), each accumulates the gradients of its own tokens in its own stack,
 [R, L, E, ...] split over these axes; the stacks are summed once after the loop. Experts sharded
 over fsdp are gathered layer by layer; the gathered layer is a bank of one layer.
+
+If r neighbouring layers share their experts (experts_across), "layer" above is a group of r layers
+and E their r * N experts: [L / r, r * N, ...]. The group's layers use the bank in turn. In the
+backward pass the last of them writes the gradients, and the others add to them. Experts sharded
+over fsdp are gathered by each of the r layers.
 """
 
 import dataclasses
@@ -80,9 +85,11 @@ class ExpertBank:
             )  # fmt: skip
         return y
 
-    def at(self, layer: Array | int, gradients: tuple[Array, ...]) -> "ExpertBank":
-        """Returns the bank at another layer, with the gradients to pass on."""
-        return dataclasses.replace(self, layer=layer, gradients=gradients)
+    def at(
+        self, layer: Array | int, gradients: tuple[Array, ...], adds: bool = False
+    ) -> "ExpertBank":
+        """Returns the bank at another layer, with the gradients to pass on and to add to."""
+        return dataclasses.replace(self, layer=layer, gradients=gradients, adds=self.adds or adds)
 
 
 @jax.tree_util.register_dataclass

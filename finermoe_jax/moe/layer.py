@@ -38,23 +38,33 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    bank: ExpertBank | None = None  # set by model/stack.py for each layer
+    # Set by model/stack.py for each layer: its experts, and those that tokens may choose.
+    bank: ExpertBank | None = None
+    allowed: Bool[Array, " E"] | None = None
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, place: int = 0):
+        """Draws random weights.
+
+        Args:
+          config: the architecture, with experts.
+          dtype: of the weights.
+          rngs: source of the random keys.
+          place: of the layer among the experts_across layers that share experts. Layer 0 has the
+            parameters of them all; the others need `bank`.
+        """
         assert config.moe is not None
         self.moe = moe = config.moe
-        d, e = config.hidden_size, moe.num_experts
-        f, w = config.expert_intermediate_size, config.expert_output_size
+        self.place = place
+        d, e = config.hidden_size, moe.pool_size
         init = normal(config.initializer_range)
         self.router = param(rngs, (e, d), ("router", "embed"), dtype, init)
         if moe.separate_routers:
-            self.group_router = param(rngs, (moe.num_groups, d), ("router", "embed"), dtype, init)
-        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
-        # copy of all experts at every call on a TPU.
-        self.gate_up = param(
-            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
-        )
-        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
+            groups = moe.output_granularity * moe.pool_candidates
+            self.group_router = param(rngs, (groups, d), ("router", "embed"), dtype, init)
+        if moe.depth_vector:
+            self.depth_vector = param(rngs, (d,), ("depth",), dtype, nnx.initializers.zeros)
+        if place == 0:
+            self._draw_experts(config, dtype, rngs)
         if config.shared_expert_size:
             std, width = config.initializer_range, config.shared_expert_size
             self.shared = MLP(d, width, std, dtype, rngs, hidden_axis="shared_mlp")
@@ -65,7 +75,19 @@ class FineRMoE(nnx.Module):
             zeros = nnx.initializers.zeros
             self.expert_bias = param(rngs, (e,), ("router",), jnp.float32, zeros)
             if not moe.plain_top_k:
-                self.group_bias = param(rngs, (moe.num_groups,), ("router",), jnp.float32, zeros)
+                groups = moe.output_granularity * moe.pool_candidates
+                self.group_bias = param(rngs, (groups,), ("router",), jnp.float32, zeros)
+
+    def _draw_experts(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        d, e = config.hidden_size, self.moe.pool_size
+        f, w = config.expert_intermediate_size, config.expert_output_size
+        init = normal(config.initializer_range)
+        # Gate rows first, then up rows. The model width is the minor axis: otherwise XLA pads a
+        # copy of all experts at every call on a TPU.
+        self.gate_up = param(
+            rngs, (e, 2 * f, d), ("expert", "expert_mlp", "expert_in"), dtype, init
+        )
+        self.down = param(rngs, (e, f, w), ("expert", "expert_mlp", "expert_out"), dtype, init)
 
     def __call__(
         self,
@@ -85,16 +107,21 @@ class FineRMoE(nnx.Module):
           of Eq. 11, weight not applied.
         """
         with jax.named_scope("router"):
-            routing, slot_order = self.route(x)  # Algorithm 1
+            routed = x
+            if self.moe.depth_vector:
+                routed = x + self.depth_vector[...].astype(x.dtype)[None, None]
+            routing, slot_order = self.route(routed)  # Algorithm 1
             if placement.force_balance:
                 routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
-            aux_loss = load_balancing_loss(routing.logits, routing.experts, mask)  # Eq. 11
+            aux_loss = load_balancing_loss(  # Eq. 11
+                routing.logits, routing.experts, mask, self.allowed
+            )
             experts, weights = (
                 jnp.take_along_axis(chosen, slot_order, axis=-1)
                 for chosen in (routing.experts, routing.weights)
             )
         with jax.named_scope("exchange"):
-            y = routed_experts(x, experts, weights, self.experts(placement), placement)
+            y = routed_experts(routed, experts, weights, self.experts(placement), placement)
             y = self._combine(y)  # Eq. 7, [B, T, A, W] to [B, T, D]
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -108,7 +135,8 @@ class FineRMoE(nnx.Module):
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose in another way. Each slot must get T_I of its own experts.
+        A subclass may choose in another way. Each slot must get T_I of its own experts, and while
+        `self.allowed` is set (train.psr), only experts for which it is True.
 
         Args:
           x: [B, T, D].
@@ -119,18 +147,23 @@ class FineRMoE(nnx.Module):
         """
         dtype = jnp.dtype(self.moe.router_dtype)
 
-        def logits(weight: nnx.Param) -> Float[Array, "B T E"]:
-            # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other
-            # experts.
-            return jnp.einsum(
-                "BTD,ED->BTE",
-                x.astype(dtype),
-                weight[...].astype(dtype),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+        def logits(weight: nnx.Param, across: int) -> Float[Array, "B T E"]:
+            tokens, rows = x.astype(dtype), weight[...].astype(dtype)
+            if across == 1:
+                return _product(tokens, rows)
+            # The rows of each layer's experts apart: the last bits of a product depend on its
+            # number of columns, and without other layers' experts a layer is that of
+            # experts_across=1 to the last bit.
+            apart = rows.reshape(-1, across, rows.shape[1])
+            each = [_product(tokens, apart[:, j]) for j in range(across)]
+            return jnp.stack(each, axis=-1).reshape(*x.shape[:2], -1)
 
-        candidates = logits(self.group_router) if self.moe.separate_routers else None
-        return route(logits(self.router), self.moe, x.dtype, candidates, bias=self.selection_bias())
+        moe, candidates = self.moe, None
+        if moe.separate_routers:
+            candidates = logits(self.group_router, moe.pool_candidates // moe.output_expansion)
+        chosen = logits(self.router, moe.experts_across)
+        bias = self.selection_bias()
+        return route(chosen, moe, x.dtype, candidates, bias=bias, allowed=self.allowed)
 
     def selection_bias(self) -> SelectionBias | None:
         """Returns the biases of the choice of experts, or None if the model has none."""
@@ -140,7 +173,7 @@ class FineRMoE(nnx.Module):
         return SelectionBias(self.expert_bias[...].astype(jnp.float32), groups)
 
     def experts(self, placement: Placement) -> ExpertBank:
-        """Returns the layer's experts, read in place if the loop over layers set `bank`."""
+        """Returns the pool's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank
         return bank_of_layer(self.gate_up[...], self.down[...], placement)
@@ -159,3 +192,8 @@ class FineRMoE(nnx.Module):
 
     def _project(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return project("BTC,DC->BTD", y, self.concat_proj[...])
+
+
+def _product(x: Float[Array, "B T D"], weight: Float[Array, "E D"]) -> Float[Array, "B T E"]:
+    # HIGHEST: with a TPU's default, bfloat16 operands, 0.08 % of the tokens choose other experts.
+    return jnp.einsum("BTD,ED->BTE", x, weight, precision=jax.lax.Precision.HIGHEST)

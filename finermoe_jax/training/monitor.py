@@ -102,16 +102,25 @@ class Load(NamedTuple):
     group_entropy: Float[np.ndarray, "L O R"]
     group_max_over_mean: Float[np.ndarray, "L O R"]
     group_dead: Int[np.ndarray, "L O R"]
+    # Only of layers that share their experts.
+    starved: Float[np.ndarray, " L"] | None = None  # share of experts below a tenth of the mean
+    foreign: Float[np.ndarray, " L"] | None = None  # share of choices of other layers' experts
 
 
 def load_of(
     tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
 ) -> Load:
-    """Computes the load from the number of tokens that selected each expert."""
-    slots, candidates = moe.output_granularity, moe.output_expansion
-    per_group = tokens.reshape(-1, slots, candidates, moe.group_size)
+    """Computes the load from the number of tokens that selected each expert of the pool."""
+    slots, candidates, across = moe.output_granularity, moe.output_expansion, moe.experts_across
+    per_group = tokens.reshape(-1, slots, candidates, moe.group_size * across)
     groups = per_group.sum(axis=3)
     entropy, max_over_mean, dead = _evenness(tokens)
+    starved = foreign = None
+    if across > 1:
+        starved = (tokens < tokens.mean(axis=1, keepdims=True) / 10).mean(axis=1)
+        layer = np.arange(len(tokens))
+        own = tokens.reshape(len(tokens), -1, across)[layer, :, layer % across].sum(axis=1)
+        foreign = (tokens.sum(axis=1) - own) / np.maximum(tokens.sum(axis=1), 1)
     return Load(
         aux_loss=aux_loss,
         tokens=tokens,
@@ -120,6 +129,8 @@ def load_of(
         dead=dead,
         candidates=groups / np.maximum(groups.sum(axis=2, keepdims=True), 1),
         **dict(zip(_OF_GROUPS, _evenness(per_group), strict=True)),
+        starved=starved,
+        foreign=foreign,
     )
 
 
@@ -308,6 +319,8 @@ class Monitor:
                 "load_max_over_mean": float(load.max_over_mean.max()),
                 "dead_experts": int(load.dead.sum()),
             }
+            if load.foreign is not None:
+                line["foreign_share"] = float(load.foreign.mean())
         self.begin(step)
         self.log.append("metrics.jsonl", {"step": step, **line})
         self._write(step, {f"train/{k}": v for k, v in line.items() if v is not None})
@@ -369,6 +382,7 @@ def _plain(load: Load) -> dict[str, Any]:
     return {
         name: value.tolist() if value.dtype.kind in "iu" else np.round(value, 4).tolist()
         for name, value in load._asdict().items()
+        if value is not None
     }
 
 
@@ -376,8 +390,9 @@ def _load_scalars(load: Load) -> dict[str, float]:
     """Returns each layer's figures under separate names. Layers count MoE layers only."""
     scalars = {}
     for layer in range(len(load.tokens)):
-        for name in ("aux_loss", "entropy", "max_over_mean", "dead"):
-            scalars[f"load_{name}/layer_{layer:02}"] = float(getattr(load, name)[layer])
+        for name in ("aux_loss", "entropy", "max_over_mean", "dead", "starved", "foreign"):
+            if (values := getattr(load, name)) is not None:
+                scalars[f"load_{name}/layer_{layer:02}"] = float(values[layer])
         for (slot, candidate), share in np.ndenumerate(load.candidates[layer]):
             group = f"load_slot_{slot}_candidate_{candidate}"
             scalars[f"{group}/layer_{layer:02}"] = float(share)

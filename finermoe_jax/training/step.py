@@ -19,6 +19,7 @@ from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.balance import updated_bias
 from finermoe_jax.moe.bank import Places, Summed
+from finermoe_jax.moe.psr import Reuse, reuse_at
 from finermoe_jax.moe.routing import SelectionBias
 from finermoe_jax.training.optimizer import apply_updates, completed, learning_rate, trained
 from finermoe_jax.weights.hf_names import run_layers
@@ -54,7 +55,9 @@ def train_step(
     """
     model = rebuild(graphdef, params)
     free = trained(params, trained_kinds(model, config.train.freeze))
-    metrics, grads = _gradients(graphdef, config, params, free, batch)
+    # Derived from the optimizer's count, like the key below.
+    psr = reuse_at(updates_made(opt_state), config.train, model.config.moe)
+    metrics, grads = _gradients(graphdef, config, params, free, batch, psr)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     if "z_loss" in metrics:
         metrics["z_loss"] = metrics["z_loss"].sum()
@@ -115,25 +118,25 @@ def _with_moved_biases(
 
 
 def _gradients(
-    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch, psr: Reuse | None
 ) -> tuple[dict[str, Array], dict]:
     """Returns `batch_loss`'s metrics of a global batch, and its gradients by `free`."""
     parts = config.train.grad_accumulation
     if parts > 1:
-        return _accumulated(graphdef, config, params, free, batch)
+        return _accumulated(graphdef, config, params, free, batch, psr)
 
     def loss(free: dict) -> tuple[Array, dict[str, Array]]:
         targets = None
         if batch.segment_ids is not None:
             targets = jnp.maximum(counted(batch).sum(dtype=jnp.float32), 1.0)
-        return batch_loss(graphdef, config, completed(params, free), batch, targets)
+        return batch_loss(graphdef, config, completed(params, free), batch, targets, psr)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(free)
     return metrics, grads
 
 
 def _accumulated(
-    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch
+    graphdef: Any, config: RunConfig, params: dict, free: dict, batch: Batch, psr: Reuse | None
 ) -> tuple[dict[str, Array], dict]:
     """`_gradients` in microbatches, summed in float32; for experts by the kernels (Summed)."""
     parts, model = config.train.grad_accumulation, rebuild(graphdef, params)
@@ -149,7 +152,7 @@ def _accumulated(
     def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
         summed = {path: Summed(weights[path], sums[path], by[path]) for path in banks}
         whole = nnx.traversals.unflatten_mapping(by | summed)
-        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets)
+        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets, psr)
         return total / parts, metrics
 
     def body(carry: Any, part: Batch) -> tuple[Any, Array]:
@@ -208,19 +211,20 @@ def batch_loss(
     params: dict,
     batch: Batch,
     count: Float[Array, ""] | None = None,
+    psr: Reuse | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the total training loss of a microbatch and its metrics.
 
-    The cross-entropy sum is divided by `count`; None: by the number of targets. Metrics: `loss`
-    (cross-entropy, []), `layer_aux_loss` [L], `expert_tokens` [L, E] and, if asked for, `z_loss`
-    [L].
+    The cross-entropy sum is divided by `count`; None: by the number of targets. `psr` masks experts
+    (moe/psr.py). Metrics: `loss` (cross-entropy, []), `layer_aux_loss` [L], `expert_tokens` [L, E]
+    and, if asked for, `z_loss` [L].
     """
     model, balance = rebuild(graphdef, params), config.balance
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
         inputs, remat=settings.remat, unroll=settings.scan_unroll,
-        frozen_experts="experts" in settings.freeze, balance=balance, **masks(batch),
+        frozen_experts="experts" in settings.freeze, balance=balance, psr=psr, **masks(batch),
     )  # fmt: skip
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens

@@ -210,6 +210,8 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
         shared_expert_intermediate_size=_read(values, "shared_expert_intermediate_size", int, 0),
         norm_topk_prob=_read(values, "norm_topk_prob", bool, False),
         concat_proj="routed" if _read(values, "moe_concat_proj", bool, False) else "none",
+        experts_across=_read(values, "experts_across", int, 1),
+        pooled_as=values.get("pooled_as", "copies"),
         selection_bias=_read(values, "selection_bias", bool, False),
         decoder_sparse_step=_read(values, "decoder_sparse_step", int, 1),
         mlp_only_layers=typed(layers, (tuple[int, ...],), "mlp_only_layers"),
@@ -228,8 +230,9 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
     A FineRMoE with q/k norm has the additional key "qk_norm", one with selection biases
-    "selection_bias". Raises InputError for variants that
-    neither the published HF model nor a dense family can express.
+    "selection_bias". Layers that share their experts have "experts_across" and "pooled_as", which
+    only the exported code reads. Raises InputError for variants that neither the published HF model
+    nor a dense family can express.
     """
     values: dict[str, Any] = {
         "hidden_act": "silu",
@@ -253,6 +256,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         values["qkv_bias"] = False
     if config.qk_norm:
         values["qk_norm"] = True
+    if moe.experts_across > 1:
+        values |= {"experts_across": moe.experts_across, "pooled_as": moe.pooled_as}
     if moe.selection_bias:
         values["selection_bias"] = True
     return {
@@ -283,6 +288,7 @@ def _refuse_inexpressible(moe: MoEConfig) -> None:
             ("separate_routers", (False,)),
             ("concat_proj", ("none", "routed")),
             ("router_dtype", ("float32",)),
+            ("depth_vector", (False,)),
         )
         if getattr(moe, name) not in hf
     ]

@@ -84,12 +84,13 @@ _TOP = (
 class Parts:
     """The HF tensors that make up one parameter of the decoder.
 
-    `layers` holds the layer number of each index of the leading axis; empty without such an axis.
-    `experts` is the size of the second axis, 0 without one.
+    `layers` holds, for each index of the leading axis, the layers whose tensors it contains (more
+    than one in a bank that they share); empty without such an axis. `experts` is the size of the
+    second axis, 0 without one. Experts of several layers alternate (moe/routing.py `home`).
     """
 
     rules: tuple[Rule, ...]
-    layers: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...]
     experts: int
 
     @property
@@ -106,8 +107,10 @@ class Parts:
         """Returns the HF tensor's name for one rule at one place of the leading axes."""
         if not place:
             return rule.name
-        name = f"model.layers.{self.layers[place[0]]}.{rule.name}"
-        return name.replace("{e}", str(place[1])) if self.experts else name
+        layers = self.layers[place[0]]
+        expert, of_layer = divmod(place[1], len(layers)) if self.experts else (0, 0)
+        name = f"model.layers.{layers[of_layer]}.{rule.name}"
+        return name.replace("{e}", str(expert)) if self.experts else name
 
     def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yields name and shape of every tensor, given the parameter's shape."""
@@ -135,8 +138,12 @@ def parts(config: ModelConfig, paths: Iterator[ParamPath] | list[ParamPath]) -> 
             continue
         _, run, place, *rest = path
         mine = rules[tuple(rest)]
-        experts = config.moe.num_experts if config.moe and "{e}" in mine[0].name else 0
-        table[path] = Parts(mine, run_layers(config, run, place), experts)
+        if config.moe and "{e}" in mine[0].name:
+            layers = bank_layers(config, run, place)
+            table[path] = Parts(mine, layers, config.moe.pool_size)
+        else:
+            layers = tuple((layer,) for layer in run_layers(config, run, place))
+            table[path] = Parts(mine, layers, 0)
     return table
 
 
@@ -145,3 +152,13 @@ def run_layers(config: ModelConfig, run: int, place: int) -> tuple[int, ...]:
     before = sum(len(pattern) * repeats for pattern, repeats in config.layer_runs[:run])
     pattern, repeats = config.layer_runs[run]
     return tuple(before + repeat * len(pattern) + place for repeat in range(repeats))
+
+
+def bank_layers(config: ModelConfig, run: int, place: int) -> tuple[tuple[int, ...], ...]:
+    """Returns, for each index of the bank in `runs[run][place]`, the layers that share it."""
+    pattern, _ = config.layer_runs[run]
+    assert config.moe is not None
+    moe = [each for each, kind in enumerate(pattern) if kind == "moe"]
+    first = moe.index(place)
+    group = moe[first : first + config.moe.experts_across]
+    return tuple(zip(*(run_layers(config, run, each) for each in group), strict=True))

@@ -23,11 +23,13 @@ from finermoe_jax.model.decoder import (
     with_params,
 )
 from finermoe_jax.weights import lazy, upcycle_variants
-from finermoe_jax.weights.hf_names import run_layers
+from finermoe_jax.weights.hf_names import bank_layers, run_layers
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Standard deviation of router, shared-expert gate and concat_proj (paper §3.3).
 NEW_WEIGHT_STD = 0.02
+# Makes the keys of router rows for other layers' experts differ from all others.
+FOREIGN_KEY = 2**30
 
 
 def slice_and_slot(moe: MoEConfig, expert: int) -> tuple[int, int]:
@@ -103,8 +105,7 @@ def upcycle_weights(
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
     shapes, kinds = parameter_shapes(config), parameter_kinds(config)
-    # A dense model has one stack of all layers.
-    stacks = {path[3:]: array for path, array in weights.items() if path[0] == "runs"}
+    rows = by_layer(dense, weights)
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
     drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
@@ -114,32 +115,84 @@ def upcycle_weights(
         if path[0] != "runs":
             return weights.get(path, weights["embed", "weight"])
         layers, name = run_layers(config, path[1], path[2]), path[3:]
-        if name in stacks:
-            return _restacked(stacks[name], layers)
+        if name in rows:
+            return _restacked(rows[name], layers)
         if name[:2] == ("moe", "shared"):
-            whole = _restacked(stacks["mlp", name[2]], layers)
+            whole = _restacked(rows["mlp", name[2]], layers)
             if not upcycling.function_preserving or name[2] != "down":
                 return whole
             scale = upcycle_variants.SHARED_SCALE
             return dataclasses.replace(whole, read=lambda at: lazy.scaled(whole[at], scale))
-        if kinds[path].bank and name[1] == "down" and upcycling.function_preserving:
-            return _zeros(shape, stacks["mlp", "down"].dtype)
+        dtype = weights["embed", "weight"].dtype
         if kinds[path].bank:
-            return _experts(config, stacks, layers, shape, name[1], upcycling, drop_key)
+            if name[1] == "down" and upcycling.function_preserving:
+                return _zeros(shape, rows["mlp", "down"][0].dtype)
+            groups = bank_layers(config, path[1], path[2])
+            return _experts(config, rows, groups, shape, name[1], upcycling, drop_key)
+        if name[1] == "depth_vector":
+            return _zeros(shape, dtype)
         if kinds[path].state:
             return _zeros(shape, kinds[path].stored_as("float32"))
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
-        dtype = weights["embed", "weight"].dtype
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
         if not std or (name[1] == "shared_gate" and upcycling.function_preserving):
             return _zeros(shape, dtype)
-        rows = np.arange(shape[1])
+        if name[1] in ROUTERS and (across := router_layers(moe, name[1])) > 1:
+            own = (shape[0], shape[1] // across, shape[2])
+            owned = _drawn(of_layers, own, dtype, std)
+            return _with_foreign(owned, of_layers, _pool_place(config, path), across, upcycling)
         if upcycling.virtual_groups and name[1] == "router":
-            rows = upcycle_variants.virtual_group_rows(moe)
-        return _drawn(of_layers, shape, dtype, std, rows)
+            return _drawn(of_layers, shape, dtype, std, upcycle_variants.virtual_group_rows(moe))
+        return _drawn(of_layers, shape, dtype, std)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
+
+
+def pooled_weights(
+    source: ModelConfig,
+    weights: Weights,
+    moe: MoEConfig,
+    key: Array,
+    upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
+) -> tuple[ModelConfig, Weights]:
+    """Returns a FineRMoE whose neighbouring layers share the experts of a trained one.
+
+    `moe` differs from the source's only in experts_across, pooled_as and depth_vector. All weights
+    are the source's. Router rows of other layers' experts are drawn from normal(0, 0.02), or zero
+    with upcycling.reuse_start=zero; the depth vectors are zero. While foreign experts are masked
+    (train.psr_mask=foreign), the model computes what the source does.
+    """
+    upcycling.check(moe)
+    config = dataclasses.replace(source, moe=moe)
+    rows = by_layer(source, weights)
+    keys = jax.random.split(key, config.num_hidden_layers)
+
+    def make(path: ParamPath, shape: tuple[int, ...]) -> LazyArray:
+        if path[0] != "runs":
+            return weights[path]
+        name, layers = path[3:], run_layers(config, path[1], path[2])
+        if name[-1] == "depth_vector" and name not in rows:
+            return _zeros(shape, weights["embed", "weight"].dtype)
+        of_layers = rows[name]
+        if parameter_kinds(config)[path].bank:
+            groups = bank_layers(config, path[1], path[2])
+            return lazy.stacked(
+                shape, of_layers[layers[0]].dtype, 2,
+                lambda i, p, rest: _of_pool(of_layers, groups[i], p)[rest],
+            )  # fmt: skip
+        owned = _restacked(of_layers, layers)
+        if name[-1] in ROUTERS and (across := router_layers(moe, name[-1])) > 1:
+            # Keys differ from those of a dense start, and between the two routers.
+            own = [jax.random.fold_in(keys[layer], ROUTERS.index(name[-1])) for layer in layers]
+            return _with_foreign(owned, own, _pool_place(config, path), across, upcycling)
+        if name[-1] in ("expert_bias", "group_bias"):
+            across = router_layers(moe, "group_router" if name[-1] == "group_bias" else "router")
+            zero = UpcycleConfig(reuse_start="zero")
+            return _with_foreign(owned, [], _pool_place(config, path), across, zero)
+        return owned
+
+    return config, {path: make(path, shape) for path, shape in parameter_shapes(config).items()}
 
 
 def upcycled(
@@ -153,13 +206,21 @@ def upcycled(
 ) -> tuple[ModelConfig, Weights]:
     """Upcycles a dense model (`upcycle_weights`). Models with experts, or moe None, stay unchanged.
 
-    If `stated` (the user chose `moe`), a model with experts must have exactly these, and
-    `upcycling` must be the default, since it would have no effect.
+    A model whose layers have their own experts gets pools of them (`pooled_weights`) if `moe` sets
+    experts_across and otherwise equals the model's. In all other cases, if `stated` (the user chose
+    `moe`), a model with experts must have exactly these, and `upcycling` must be the default, since
+    it would have no effect.
 
     Raises InputError otherwise, and as `upcycle_weights`.
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
+    if moe is not None and stated and adds_pools(config, moe):
+        only = dataclasses.replace(PUBLISHED_UPCYCLING, reuse_start=upcycling.reuse_start)
+        _refuse_without_effect(source, upcycling, only)
+        assert config.moe is not None
+        moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
+        return pooled_weights(config, weights, moe, key, upcycling)
     if moe is not None and config.moe is not None and stated:
         # Biases belong to the weights: the source's are kept, missing ones are not an error.
         moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
@@ -169,12 +230,32 @@ def upcycled(
             dataclasses.asdict(upcycled_config(config, moe)),
             "change config.moe, or start from a dense model",
         )
-        if upcycling != PUBLISHED_UPCYCLING:
-            raise InputError(
-                f"{source} already has experts, so {upcycling} would have no effect: do not set "
-                "config.upcycle, or start from a dense model"
-            )
+        _refuse_without_effect(source, upcycling, PUBLISHED_UPCYCLING)
     return config, weights
+
+
+# Fields of MoEConfig that may differ when a trained model's experts are shared.
+_NEW_IN_POOLS = ("pooled_as", "depth_vector", "selection_bias")
+
+
+def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
+    """Returns True if `moe` is the model's experts, pooled across layers that had their own."""
+    if config.moe is None or config.moe.experts_across > 1 or moe.experts_across == 1:
+        return False
+    own = {name: getattr(config.moe, name) for name in _NEW_IN_POOLS}
+    alone = dataclasses.replace(moe, **own, experts_across=1)
+    width = dict(shared_expert_intermediate_size=None)
+    if dataclasses.replace(alone, **width) != dataclasses.replace(config.moe, **width):
+        return False
+    return dataclasses.replace(config, moe=alone).shared_expert_size == config.shared_expert_size
+
+
+def _refuse_without_effect(source: str, upcycling: UpcycleConfig, effective: UpcycleConfig) -> None:
+    if upcycling != effective:
+        raise InputError(
+            f"{source} already has experts, so {upcycling} would have no effect: do not set "
+            "config.upcycle, or start from a dense model"
+        )
 
 
 def with_selection_bias(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
@@ -190,11 +271,50 @@ def with_selection_bias(config: ModelConfig, weights: Weights) -> tuple[ModelCon
 
 # Randomly drawn parameters, in the order of a layer's keys.
 DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
+# Those with rows for other layers' experts.
+ROUTERS = ("router", "group_router")
 
 
-def _restacked(stack: LazyArray, layers: tuple[int, ...]) -> LazyArray:
-    shape = (len(layers), *stack.shape[1:])
-    return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
+def router_layers(moe: MoEConfig, name: str) -> int:
+    """Returns the number of layers for whose experts or candidate groups a router has rows."""
+    return (
+        moe.pool_candidates // moe.output_expansion
+        if name == "group_router"
+        else (moe.experts_across)
+    )
+
+
+def _pool_place(config: ModelConfig, path: ParamPath) -> int:
+    """Returns the place of the layers at `path` among those that share their experts."""
+    place = config.pool_places(config.layer_runs[path[1]][0])[path[2]]
+    assert place is not None
+    return place
+
+
+type Rows = dict[ParamPath, dict[int, LazyArray]]
+
+
+def by_layer(config: ModelConfig, weights: Weights) -> Rows:
+    """Returns the arrays of every layer, by name in the layer and layer number."""
+    rows: Rows = {}
+    for path, array in weights.items():
+        if path[0] == "runs":
+            for place, layer in enumerate(run_layers(config, path[1], path[2])):
+                rows.setdefault(path[3:], {})[layer] = array.row(place)
+    return rows
+
+
+def _restacked(rows: dict[int, LazyArray], layers: tuple[int, ...]) -> LazyArray:
+    one = rows[layers[0]]
+    return lazy.stacked(
+        (len(layers), *one.shape), one.dtype, 1, lambda i, rest: rows[layers[i]][rest]
+    )
+
+
+def _of_pool(rows: dict[int, LazyArray], group: tuple[int, ...], expert: int) -> LazyArray:
+    """Returns expert e * r + j of the pool of r layers: expert e of layer j."""
+    own, place = divmod(expert, len(group))
+    return rows[group[place]].row(own)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
@@ -206,19 +326,46 @@ def _drawn(
     shape: tuple[int, ...],
     dtype: np.dtype,
     std: float,
-    rows: Int[np.ndarray, " E"],
+    rows: Int[np.ndarray, " E"] | None = None,
 ) -> LazyArray:
-    """Draws each layer with its key; row e is the draw for rows[e]."""
+    """Draws each layer with its key; with `rows`, row e is the draw for rows[e]."""
     draw = normal(std)
-    return lazy.stacked(
-        shape, dtype, 1, lambda i, rest: np.asarray(draw(keys[i], shape[1:], dtype))[rows][rest]
-    )
+
+    def one(i: int, rest: Index) -> np.ndarray:
+        drawn = np.asarray(draw(keys[i], shape[1:], dtype))
+        return (drawn if rows is None else drawn[rows])[rest]
+
+    return lazy.stacked(shape, dtype, 1, one)
+
+
+def _with_foreign(
+    owned: LazyArray, keys: list[Array], place: int, across: int, upcycling: UpcycleConfig
+) -> LazyArray:
+    """Returns routers [L, r * N, D] of layers at `place` of their groups, in the pool's order.
+
+    `owned` [L, N, D] are the rows of their own experts ([L, N]: biases). The other layers' rows are
+    drawn, each layer's with its own key, or zero (upcycling.reuse_start).
+    """
+    _, own, *width = owned.shape
+    draw = normal(NEW_WEIGHT_STD)
+
+    def one(i: int, rest: Index) -> np.ndarray:
+        made = np.zeros((own, across, *width), owned.dtype)
+        for other in range(across):
+            if other == place:
+                made[:, other] = owned[i : i + 1][0]
+            elif upcycling.reuse_start == "random":
+                key = jax.random.fold_in(keys[i], FOREIGN_KEY + other)
+                made[:, other] = np.asarray(draw(key, (own, *width), owned.dtype))
+        return made.reshape(own * across, *width)[rest]
+
+    return lazy.stacked((owned.shape[0], own * across, *width), owned.dtype, 1, one)
 
 
 def _experts(
     config: ModelConfig,
-    stacks: dict[ParamPath, LazyArray],
-    layers: tuple[int, ...],
+    rows: Rows,
+    groups: tuple[tuple[int, ...], ...],
     shape: tuple[int, ...],
     name: str,
     upcycling: UpcycleConfig,
@@ -226,13 +373,13 @@ def _experts(
 ) -> LazyArray:
     moe, shared = config.moe, config.shared_expert_size > 0
     assert moe is not None
-    gate, up, down = (stacks["mlp", part] for part in ("gate", "up", "down"))
+    gate, up, down = (rows["mlp", part] for part in ("gate", "up", "down"))
 
     def make(layer: int, expert: int) -> np.ndarray:
         if name == "gate_up":
-            made = expert_gate_up(gate.row(layer), up.row(layer), moe, expert)
+            made = expert_gate_up(gate[layer], up[layer], moe, expert)
         else:
-            made = expert_down(down.row(layer), moe, expert, shared)
+            made = expert_down(down[layer], moe, expert, shared)
         if upcycling.drop_ratio:
             own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
             made = upcycle_variants.drop(name, made, upcycling.drop_ratio, own)
@@ -241,11 +388,12 @@ def _experts(
     # Any block of an expert needs the whole expert computed.
     kept = lazy.cache_last(make)
 
-    def read(i: int, expert: int, rest: Index) -> np.ndarray:
+    def read(i: int, pooled: int, rest: Index) -> np.ndarray:
         one = make if lazy.is_whole(rest, shape[2:]) else kept
-        return one(layers[i], expert)[rest]
+        expert, place = divmod(pooled, len(groups[i]))
+        return one(groups[i][place], expert)[rest]
 
-    return lazy.stacked(shape, down.dtype, 2, read)
+    return lazy.stacked(shape, down[0].dtype, 2, read)
 
 
 def upcycle_model(

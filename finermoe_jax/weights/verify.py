@@ -22,12 +22,12 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import parameter_kinds
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.hf_names import Parts, parts, run_layers
+from finermoe_jax.weights.hf_names import Parts, bank_layers, parts, run_layers
 from finermoe_jax.weights.hf_weights import json_files, model_code
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 from finermoe_jax.weights.safetensors_files import listing
 from finermoe_jax.weights.source import ModelSource, open_model
-from finermoe_jax.weights.upcycle import DRAWN, upcycled
+from finermoe_jax.weights.upcycle import DRAWN, ROUTERS, by_layer, upcycled
 
 
 @dataclasses.dataclass
@@ -122,6 +122,8 @@ def _compared(
 ) -> Report:
     """Compares all blocks of `made` with the source or `again`, the weights upcycled again."""
     new_experts = again is not given.weights
+    # A trained model whose layers now share their experts has new rows in its routers only.
+    new_names = DRAWN if given.config.moe is None else ROUTERS
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:
         stored = made.weights["embed", "weight"].dtype
@@ -130,7 +132,7 @@ def _compared(
     size = sum(array.nbytes for array in made.weights.values())
     with tqdm(total=size, desc=title, unit="B", unit_scale=True) as bar:
         for path, array in made.weights.items():
-            drawn = new_experts and path[-1] in DRAWN
+            drawn = new_experts and path[-1] in new_names
             expected = None
             if new_experts and (recomputed or (drawn and draws) or kinds[path].state):
                 expected = again[path]
@@ -144,7 +146,8 @@ def _compared(
                 bar.update(values.nbytes)
             kind = "copied"
             if new_experts:
-                compared = "slices" if kinds[path].bank else "copied"
+                slices = kinds[path].bank and given.config.moe is None
+                compared = "slices" if slices else "copied"
                 kind = "drawn" if drawn else "recomputed" if recomputed else compared
             setattr(report, kind, getattr(report, kind) + table[path].count)
     report.digest = digest.hexdigest()
@@ -205,23 +208,35 @@ def _expected(
 ) -> LazyArray:
     """Returns the values that the source implies for a parameter that is not drawn at random."""
     weights = given.weights
-    if given.config.moe is not None or made.moe is None:
+    if given.config == made or made.moe is None or (path in weights and path[0] != "runs"):
         return weights[path]
     if path[0] != "runs":
-        return weights.get(path, weights["embed", "weight"])
+        return weights["embed", "weight"]
     layers, name = run_layers(made, path[1], path[2]), path[3:]
+    rows = by_layer(given.config, weights)
+    if name[-1] == "depth_vector" and name not in rows:
+        return lazy.of_array(np.zeros(shape, weights["embed", "weight"].dtype))
     if parameter_kinds(made)[path].bank:
-        return _slices(given, made, layers, name[1], shape)
-    # A dense model has one stack of all layers. Its FFN is the shared expert.
-    stack = weights["runs", 0, 0, *(("mlp", name[2]) if name[:2] == ("moe", "shared") else name)]
+        groups = bank_layers(made, path[1], path[2])
+        if given.config.moe is None:
+            return _slices(given, made, groups, name[1], shape)
+        of_layers = rows[name]
+        across = made.moe.experts_across
 
-    return lazy.stacked(shape, stack.dtype, 1, lambda i, rest: stack.row(layers[i])[rest])
+        def expert(i: int, pooled: int, rest: Index) -> np.ndarray:
+            return of_layers[groups[i][pooled % across]].row(pooled // across)[rest]
+
+        return lazy.stacked(shape, of_layers[layers[0]].dtype, 2, expert)
+    if given.config.moe is None and name[:2] == ("moe", "shared"):
+        name = ("mlp", name[2])  # the dense FFN is the shared expert
+    same = rows[name]
+    return lazy.stacked(shape, same[layers[0]].dtype, 1, lambda i, rest: same[layers[i]][rest])
 
 
 def _slices(
     given: ModelSource,
     made: ModelConfig,
-    layers: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...],
     name: str,
     shape: tuple[int, ...],
 ) -> LazyArray:
@@ -238,8 +253,9 @@ def _slices(
     dense = {part: given.weights["runs", 0, 0, "mlp", part] for part in ("gate", "up", "down")}
     scale = 1 if made.shared_expert_size else moe.intermediate_granularity
 
-    def one(i: int, expert: int, rest: Index) -> np.ndarray:
-        layer = layers[i]
+    def one(i: int, pooled: int, rest: Index) -> np.ndarray:
+        expert, of_layer = divmod(pooled, moe.experts_across)
+        layer = groups[i][of_layer]
         slot, _, _, place = map(int, np.unravel_index(expert, numbers))
         channels = slice(place * wide, (place + 1) * wide)
         if name == "gate_up":

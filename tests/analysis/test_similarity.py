@@ -69,6 +69,28 @@ def naive(model):
     return values
 
 
+def test_a_pool_is_compared_as_a_whole(tmp_path):
+    """Its experts as one layer's: twice the copies of a slice."""
+    pooled = dataclasses.replace(SMALL, moe=fm.MoEConfig(4, 2, 1, 2, 1, experts_across=2))
+    saved(tmp_path / "pooled", pooled)
+    found = expert_similarity(str(tmp_path / "pooled"))
+    assert (found.experts, found.layers) == (32, (0, 2))
+    model = fm.load_checkpoint(tmp_path / "pooled")
+    moe = nnx.to_pure_dict(nnx.state(model))["runs"][0][0]["moe"]
+    for place, of_pool in enumerate(zip(found.values, found.copies, strict=True)):
+        flat = np.concatenate(
+            [np.asarray(moe[n][place], np.float64).reshape(32, -1) for n in ("gate_up", "down")], 1
+        )
+        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        cosines = unit @ unit.T
+        # Pool expert 2 e + j; e runs over 2 slots, 2 candidates, 4 slices.
+        slot, _, piece, _ = np.unravel_index(np.arange(32), (2, 2, 4, 2))
+        same = (slot == slot[:, None]) & (piece == piece[:, None])
+        others = ~np.eye(32, dtype=bool)
+        wanted = [cosines[others].mean(), cosines[others & same].mean()]
+        np.testing.assert_allclose(of_pool, wanted, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mean_over_all_pairs(tmp_path, monkeypatch, dtype):

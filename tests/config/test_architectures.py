@@ -80,6 +80,40 @@ def test_numbers_are_architectures_and_variants_combine():
     demo = load_preset("demo", "function_preserving")
     assert demo.upcycle.function_preserving and demo.moe == load_preset("demo").moe
     assert _numbers(demo.moe) == (8, 2, 1, 2, 1)
+    pooled = load_preset("demo", "16,1,1,1,4+rex4").moe
+    assert _numbers(pooled) == (16, 1, 1, 1, 4) and pooled.experts_across == 4
+    assert load_preset("demo", "rex2") == dataclasses.replace(
+        load_preset("demo"), moe=dataclasses.replace(load_preset("demo").moe, experts_across=2)
+    )
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "",
+        "rex2",
+        "rex4+psr",
+        "psr",
+        "wide",
+        "rex2+depth",
+        "fine+rex2+candidates",
+        "upcycled+rex2+foreign",
+    ],
+)
+def test_every_arm_of_the_study_of_pools(arm):
+    """All arms of a form share data, steps, active experts and, except wide, expert parameters."""
+    form = next((name for name in ("fine", "upcycled") if name in arm), "")
+    base, got = (load_preset("studies/rex_arms", name) for name in (form, arm))
+    assert got.data == base.data and got.optimizer == base.optimizer
+    assert got.train.steps == base.train.steps and got.moe.num_active == base.moe.num_active
+    assert got.moe.num_experts == base.moe.num_experts * (2 if arm == "wide" else 1)
+    assert got.moe.experts_across == (4 if "rex4" in arm else 2 if "rex2" in arm else 1)
+    assert got.train.psr == ("linear" if "psr" in arm or "foreign" in arm else "none")
+
+
+def test_arms_that_are_none_are_named():
+    with pytest.raises(InputError, match=r"rex5.*rex2, rex4"):
+        load_preset("studies/rex_arms", "rex5")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +128,8 @@ def test_numbers_are_architectures_and_variants_combine():
         ("32,2,0,2", ["intermediate_expansion=0"]),
         ("ct+function_preserving", ["function_preserving=True", "moe=None"]),
         ("c32a2+function_preserving", ["function_preserving=True", "size=0"]),
+        ("ct+rex2", ["rex2", "no experts"]),
+        ("rex2+rex4", ["rex2 and rex4", "choose one"]),
     ],
 )
 def test_variants_that_cannot_be_are_named(variant, words):

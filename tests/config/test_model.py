@@ -167,6 +167,46 @@ def test_bad_fields_are_named(path, value, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    ("train", "moe", "words"),
+    [
+        (dict(psr_start=0.9), {}, ["psr_start=0.9", "psr_end=0.6"]),
+        (dict(psr_end=1.5), {}, ["psr_end=1.5", "between 0 and 1"]),
+        (dict(psr="linear"), None, ["psr=linear", "config.moe is None"]),
+        (dict(psr="linear", psr_mask="foreign"), {}, ["psr_mask=foreign", "experts_across=1"]),
+        (
+            dict(psr="stepwise"),
+            dict(intermediate_granularity=4, active_per_group=3),
+            ["begins with 2 experts", "active_per_group=3"],
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_the_experts_are_refused(train, moe, words):
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["train"] |= train
+    values["moe"] = moe if moe is None else values["moe"] | moe
+    with pytest.raises(InputError) as error:
+        run_config(values)
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"balance": {"kind": "bias", "over": "pool"}}, ["over=pool", "kind=bias"]),
+        ({"balance": {"kind": "bias"}, "train": {"psr": "linear"}}, ["kind=bias", "psr=linear"]),
+    ],
+)
+def test_balancings_that_do_not_fit_pools_are_refused(changes, words):
+    values = default_config().to_dict() | {"init_from": "somewhere"}
+    values["moe"]["experts_across"] = 2
+    for group, fields in changes.items():
+        values[group] |= fields
+    with pytest.raises(InputError) as error:
+        run_config(values)
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
 def test_presets_by_name():
     assert run_config(preset("configs/demo.py:ct").to_dict()).moe is None
     assert preset("configs/qwen0p5b.py:lean").optimizer.name == "adafactor"

@@ -392,8 +392,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
 def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
     """The first token of a batch says which of the three is infinite; the others are finite."""
 
-    def spoilt(graphdef, config, params, batch, count=None):
-        total, told = batch_loss(graphdef, config, params, batch, count)
+    def spoilt(graphdef, config, params, batch, count=None, psr=None):
+        total, told = batch_loss(graphdef, config, params, batch, count, psr)
         spoils = [jnp.where(batch.tokens[0, 0] == place, jnp.inf, 0.0) for place in range(3)]
         told["loss"] += spoils[0]
         told["layer_aux_loss"] += spoils[1]

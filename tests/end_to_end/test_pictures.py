@@ -15,7 +15,7 @@ from finermoe_jax.moe.routing import route
 from tests.support import ROOT
 from tests.support.pictures import recorded
 
-NAMES = ("cut", "routing", "upcycling", "layer", "architecture")
+NAMES = ("cut", "routing", "upcycling", "layer", "pooling", "architecture")
 DOCS = ROOT / "docs"
 
 

@@ -65,6 +65,26 @@ def models():
         "linear_experts": fm.upcycle_model(
             fm.load_hf(DENSE / "llama_linear"), fm.MoEConfig(4, 2, 1, 2, 1), key
         ),
+        # Experts shared by two layers, in both ways.
+        "qwen_pool": fm.upcycle_model(qwen, fm.MoEConfig(4, 2, 1, 2, 2, experts_across=2), key),
+        "llama_pool": fm.Decoder(
+            dataclasses.replace(
+                LLAMA,
+                moe=fm.MoEConfig(4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates"),
+            ),
+            dtype="float32",
+            param_dtype="float32",
+            rngs=nnx.Rngs(0),
+        ),
+        "biased_pool": biased(
+            fm.upcycle_model(
+                qwen,
+                fm.MoEConfig(
+                    4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates", selection_bias=True
+                ),
+                key,
+            )
+        ),
         "biased_experts": biased(
             fm.upcycle_model(
                 qwen, fm.MoEConfig(4, 2, 2, 2, 2, decoder_sparse_step=2, selection_bias=True), key

@@ -16,10 +16,11 @@ from finermoe_jax.moe.balance import (
     batch_load_balancing_loss,
     expert_tokens,
     load_balancing_loss,
+    pool_balancing_loss,
     router_z_loss,
     updated_bias,
 )
-from finermoe_jax.moe.routing import SelectionBias, route
+from finermoe_jax.moe.routing import SelectionBias, in_groups, out_of_groups, route
 from tests.oracles import naive
 
 MOE = MoEConfig(4, 2, 1, 2, 1, selection_bias=True)
@@ -203,3 +204,70 @@ def test_the_bias_evens_out_a_skewed_router():
         bias, tokens = step(bias)
     assert np.max(before) / np.mean(before) > 2.5
     assert np.max(tokens) / np.mean(tokens) < 1.3
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "some masked"])
+def test_losses_of_a_pool_against_numpy(masked):
+    """Of one layer over the allowed experts, and of two layers together."""
+    rng = np.random.default_rng(0)
+    moe = MoEConfig(4, 1, 1, 1, 2, experts_across=2)
+    mask = np.arange(5)[None] < np.array([[5], [3], [0]])
+    logits = rng.standard_normal((2, 3, 5, 8))
+    allowed = np.ones((2, 8), bool)
+    if masked:
+        allowed[0, [1, 4]] = allowed[1, [0, 7]] = False
+    layers, shares = [], {"sequence": [], "batch": []}
+    for layer in range(2):
+        open_to = jnp.asarray(allowed[layer]) if masked else None
+        routing, _ = route(jnp.asarray(logits[layer]), moe, jnp.float32, allowed=open_to)
+        layers.append((routing, open_to))
+        experts, choices = np.asarray(routing.experts), allowed[layer].sum()
+        assert allowed[layer][experts].all()
+        odds = np.where(allowed[layer], np.exp(logits[layer]), 0)
+        odds = odds / odds.sum(-1, keepdims=True)
+        for kind, rows in (("sequence", [[0], [1]]), ("batch", [[0, 1]])):
+            found = []
+            for these in rows:
+                real = mask[these]
+                count = np.bincount(experts[these][real].ravel(), minlength=8)
+                f = choices / (2 * real.sum()) * count
+                found.append((f, odds[these][real].mean(0)))
+            shares[kind].append(found)
+        for kind, loss in (("sequence", load_balancing_loss), ("batch", batch_load_balancing_loss)):
+            wanted = np.mean([f @ p for f, p in shares[kind][-1]])
+            got = loss(routing.logits, routing.experts, jnp.asarray(mask), open_to)
+            np.testing.assert_allclose(got, wanted, rtol=1e-5)
+        squares = np.log(np.where(allowed[layer], np.exp(logits[layer]), 0).sum(-1)) ** 2
+        got = router_z_loss(routing.logits, jnp.asarray(mask), open_to)
+        np.testing.assert_allclose(got, squares[mask].mean(), rtol=1e-5)
+    for kind, (one, other) in shares.items():
+        wanted = np.mean(
+            [((f + g) / 2) @ ((p + q) / 2) for (f, p), (g, q) in zip(one, other, strict=True)]
+        )
+        got = pool_balancing_loss(layers, jnp.asarray(mask), kind)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
+def test_biases_of_a_pool_move_inside_its_groups(pooled_as):
+    moe = MoEConfig(2, 2, 1, 2, 1, experts_across=2, pooled_as=pooled_as, selection_bias=True)
+    pool = jnp.arange(moe.pool_size)
+    grouped = in_groups(pool, moe)
+    np.testing.assert_array_equal(out_of_groups(grouped, moe), pool)
+    # p = 2 e + j; e runs over 2 slots, 2 candidates, 2 slices.
+    slot, candidate, _, layer = np.unravel_index(np.asarray(grouped), (2, 2, 2, 2))
+    assert (slot == np.arange(2).reshape(2, 1, 1)).all()
+    one_layer = (layer == layer[..., :1]).all()
+    assert one_layer == (pooled_as == "candidates") and (candidate == candidate[..., :1]).all()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, 16))
+    zeros = SelectionBias(jnp.zeros(16), jnp.zeros(moe.output_granularity * moe.pool_candidates))
+    moved = updated_bias(zeros, tokens, moe, 0.5)
+    for place in np.ndindex(grouped.shape[:2]):
+        load = np.asarray(tokens)[np.asarray(grouped)[place]]
+        steps = 0.5 * np.sign(load.mean() - load)
+        got = np.asarray(moved.experts)[np.asarray(grouped)[place]]
+        np.testing.assert_allclose(got, steps - steps.mean(), atol=1e-6)
+    loads = np.asarray(tokens)[np.asarray(grouped)].sum(-1)
+    steps = np.sign(loads.mean(1, keepdims=True) - loads) * 0.5 * np.sqrt(moe.pool_group_size)
+    got = np.asarray(moved.groups).reshape(loads.shape)
+    np.testing.assert_allclose(got, steps - steps.mean(1, keepdims=True), atol=1e-6)

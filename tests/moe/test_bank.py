@@ -22,6 +22,10 @@ from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.training.step import rebuild, train_step
 from tests.support.training import MOE, mixture_model, random_tokens, small_run
 
+# Two groups of two layers that share their experts.
+SHARED = dataclasses.replace(
+    MOE, num_hidden_layers=4, moe=dataclasses.replace(MOE.moe, experts_across=2)
+)
 THREE = dataclasses.replace(MOE, num_hidden_layers=3)
 ROWS = 8
 # data, fsdp, expert, tensor; what is changed in the settings; dtype of the weights.
@@ -68,6 +72,13 @@ def gradients(sizes=(1, 1, 1, 1), settings=None, stored="float32", model=None):
     return {path: np.asarray(g, np.float64) for path, g in flat.items()}
 
 
+SHARED_CASES = {
+    "one device": ((1, 1, 1, 1), {"remat": "full"}),
+    "copies in microbatches": ((2, 1, 4, 1), {"grad_accumulation": 2}),
+    "pieces": ((1, 2, 2, 2), {}),
+}
+
+
 @pytest.fixture(scope="module")
 def handed_out():
     """Of weights in each dtype, on one device, without a bank."""
@@ -90,6 +101,22 @@ def test_gradients_are_those_of_layers_handed_out(case, handed_out):
     for path, want in wanted.items():
         error = np.linalg.norm(got[path] - want) / np.linalg.norm(want)
         assert error < tolerance, (path, error)
+
+
+@pytest.fixture(scope="module")
+def shared_handed_out():
+    """Of layers that share their experts, each given a copy of them: JAX adds the gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack, "_bank", lambda *_: None)
+        return gradients(model=mixture_model(SHARED))
+
+
+@pytest.mark.parametrize("case", SHARED_CASES)
+def test_gradients_of_shared_experts_add_up(case, shared_handed_out):
+    got = gradients(*SHARED_CASES[case], model=mixture_model(SHARED))
+    for path, want in shared_handed_out.items():
+        error = np.linalg.norm(got[path] - want) / np.linalg.norm(want)
+        assert error < 1e-5, (path, error)
 
 
 def test_the_bank_is_what_computes_them(monkeypatch, handed_out):

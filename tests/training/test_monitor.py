@@ -44,6 +44,17 @@ def test_load_of_known_counts():
     np.testing.assert_allclose(load.group_entropy[0], 1.0)
 
 
+def test_load_of_a_pool():
+    """Layers 0 and 1 share 2 experts each: p = 2 e + j."""
+    moe = MoEConfig(2, 1, 1, 1, 1, experts_across=2)
+    tokens = np.array([[30, 5, 65, 0], [30, 5, 65, 0]])
+    load = load_of(tokens, np.zeros(2), moe)
+    np.testing.assert_allclose(load.foreign, [0.05, 0.95])
+    np.testing.assert_allclose(load.starved, [0.25, 0.25])
+    assert load_of(tokens, np.zeros(2), MoEConfig(4, 1, 1, 1, 1)).foreign is None
+    np.testing.assert_array_equal(load_of(0 * tokens, np.zeros(2), moe).foreign, 0)
+
+
 def test_load_of_one_expert_and_of_no_token():
     one = load_of(np.array([[5], [0]]), np.zeros(2), MoEConfig(1, 1, 1, 1, 1))
     np.testing.assert_array_equal(one.entropy, [1.0, 0.0])

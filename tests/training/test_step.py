@@ -1,6 +1,7 @@
 """The sums of one optimizer step, their dtype and the draws."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +211,34 @@ def test_the_loss_of_bfloat16_activations_is_summed_in_float32():
     # Each entry is rounded once at the end, to 8 binary digits, and each product's factor before.
     error = np.abs(np.asarray(gradient, np.float64) - wanted)[:2] / np.abs(wanted[:2])
     assert error.max() < 2**-8
+
+
+def test_masked_experts_return_and_a_resumed_run_masks_the_same():
+    """psr in the middle of its schedule; one program serves all of its steps."""
+    moe = dataclasses.replace(MOE.moe, experts_across=2)
+    model = mixture_model(dataclasses.replace(MOE, moe=moe))
+    config = dataclasses.replace(small_run(8), moe=moe)
+    settings = dict(psr="linear", psr_start=0.1, psr_end=0.5, psr_mask="foreign")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    tx = optimizer(config.optimizer, config.train.steps, kinds(model))
+    batch = Batch(random_tokens(8))
+    step = jax.jit(functools.partial(train_step, graphdef, config, tx))
+
+    def steps(params, opt_state, count):
+        tokens = []
+        for _ in range(count):
+            params, opt_state, metrics = step(params, opt_state, batch)
+            tokens.append(np.asarray(metrics["expert_tokens"]).reshape(2, -1, 2))
+        return params, opt_state, tokens
+
+    whole = steps(params, tx.init(params), 6)
+    half = steps(params, tx.init(params), 3)
+    resumed = steps(*jax.tree.map(jnp.asarray, jax.device_get(half[:2])), 3)
+    for a, b in zip(jax.tree.leaves(whole[:2]), jax.tree.leaves(resumed[:2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(whole[2], half[2] + resumed[2])
+    foreign = [np.mean([t[0, :, 1].sum(), t[1, :, 0].sum()]) for t in whole[2]]
+    assert foreign[0] == foreign[1] == 0 < foreign[3] < foreign[5]
+    assert step._cache_size() == 1

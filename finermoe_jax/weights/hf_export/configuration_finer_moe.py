@@ -32,6 +32,8 @@ _DEFAULTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": None,
     "shared_expert_intermediate_size": 0,
+    "experts_across": 1,
+    "pooled_as": "copies",
     "moe_concat_proj": False,
     "norm_topk_prob": False,
     "selection_bias": False,
@@ -58,6 +60,10 @@ class FineRMoeConfig(PretrainedConfig):
       R_I: copies of every slice inside a group of G_I * R_I experts.
       R_O: candidate groups for each slot; the router picks one.
       num_experts: G_O * R_O * R_I * G_I.
+      experts_across: neighbouring layers with experts that share them (ReXMoE, arXiv 2510.17483):
+        each routes to the num_experts of every one of them. No released model sets it.
+      pooled_as: "copies": the other layers' experts are further members of each group;
+        "candidates": further candidate groups of each slot.
       num_experts_per_tok: active experts of a token, the same number in each of the G_O slots.
       shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
       moe_concat_proj: a projection [h, h] after the concatenation.
@@ -124,6 +130,13 @@ class FineRMoeConfig(PretrainedConfig):
             if getattr(self, key) not in (None, derived):
                 raise ValueError(f"{key}={getattr(self, key)}, but the other keys make {derived}")
             setattr(self, key, derived)
+        layers = sum(map(self.has_experts, range(self.num_hidden_layers)))
+        if self.experts_across < 1 or layers % self.experts_across:
+            raise ValueError(
+                f"experts_across={self.experts_across} must divide the {layers} layers with experts"
+            )
+        if self.pooled_as not in ("copies", "candidates"):
+            raise ValueError(f"pooled_as={self.pooled_as!r} must be 'copies' or 'candidates'")
         self.mlp_only_layers = list(self.mlp_only_layers or ())
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

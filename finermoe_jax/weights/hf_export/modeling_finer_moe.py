@@ -220,29 +220,41 @@ def check_mask(attention_mask, batch, tokens, past):
         )
 
 
+def pool_groups(values, config):
+    """Sorts values [T, P] of a pool's experts into slots, candidate groups and members."""
+    members, across = config.R_I * config.G_I, config.experts_across
+    if config.pooled_as == "copies":
+        return values.view(-1, config.G_O, config.R_O, members * across)
+    apart = values.view(-1, config.G_O, config.R_O, members, across).transpose(3, 4)
+    return apart.reshape(-1, config.G_O, config.R_O * across, members)
+
+
 def route(logits, config, expert_bias=None, group_bias=None):
     """Returns the experts of every token and their weights (paper, Algorithm 1).
 
-    logits [T, N], float32. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice; a
-    group is one (slot, candidate). Each slot keeps the candidate with the largest sum of logits and
+    logits [T, P], float32, of the P = N · r experts of the r = experts_across layers that share
+    them. Expert e = ((slot · R_O + candidate) · R_I + copy) · G_I + slice of layer j of these is
+    p = e · r + j; a group is one (slot, candidate), or (slot, candidate, j) if
+    pooled_as="candidates". Each slot keeps the candidate with the largest sum of logits and
     that group's best experts; ties go to the lowest index. One softmax spans all slots. Returns
     experts and float32 weights, both [T, A], in slot order.
 
-    expert_bias [N] is added to the logits to choose experts inside a group, group_bias [G_O · R_O]
-    to the sums. Neither changes the weights.
+    expert_bias [P] is added to the logits to choose experts inside a group, group_bias to the
+    sums. Neither changes the weights.
     """
-    groups = logits.view(-1, config.G_O, config.R_O, config.R_I * config.G_I)
+    number = pool_groups(torch.arange(logits.shape[-1], device=logits.device)[None], config)
+    groups = pool_groups(logits, config)
     sums = groups.sum(-1)
     if group_bias is not None:
-        sums = sums + group_bias.view(config.G_O, config.R_O)
-        groups = groups + expert_bias.view(groups.shape[1:])
+        sums = sums + group_bias.view(sums.shape[1:])
+        groups = groups + pool_groups(expert_bias[None], config)
     candidate = sums.argmax(-1)[..., None, None]
     group = groups.take_along_dim(candidate, dim=2).squeeze(2)
     inside = group.sort(dim=-1, descending=True, stable=True).indices
     inside = inside[..., : config.num_experts_per_tok // config.G_O]
     slot = torch.arange(config.G_O, device=logits.device)[:, None]
-    experts = (slot * config.R_O + candidate.squeeze(3)) * groups.shape[3] + inside
-    experts = experts.flatten(1)
+    experts = (slot * groups.shape[2] + candidate.squeeze(3)) * groups.shape[3] + inside
+    experts = number.flatten()[experts.flatten(1)]
     weights = logits.gather(1, experts).softmax(-1)
     if config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -257,20 +269,22 @@ class FineRMoeRouter(nn.Linear):
     """
 
     def __init__(self, config):
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        pool = config.num_experts * config.experts_across
+        super().__init__(config.hidden_size, pool, bias=False)
         self.config = config
-        sizes = (config.num_experts, config.G_O * config.R_O)
+        more = config.experts_across if config.pooled_as == "candidates" else 1
+        sizes = (pool, config.G_O * config.R_O * more)
         for name, size in zip(("expert_bias", "group_bias"), sizes, strict=True):
             zeros = torch.zeros(size, dtype=torch.float32) if config.selection_bias else None
             self.register_buffer(name, zeros)
 
     def forward(self, rows):
-        """Maps rows [tokens, D] to logits [tokens, N], float32."""
+        """Maps rows [tokens, D] to logits [tokens, P], float32."""
         with torch.autocast(rows.device.type, enabled=False):
             return F.linear(rows.float(), self.weight.float())
 
     def route(self, logits):
-        """Returns the experts and weights of logits [tokens, N], chosen with the biases."""
+        """Returns the experts and weights of logits [tokens, P], chosen with the biases."""
         return route(logits, self.config, self.expert_bias, self.group_bias)
 
 
@@ -288,6 +302,7 @@ class FineRMoeLayer(nn.Module):
         self.experts = nn.ModuleList(
             FineRMoeMLP(width, config.moe_intermediate_size, out) for _ in range(config.num_experts)
         )
+        self.pool = (self,)  # the layers that share experts; a tuple, so not registered twice
         if config.moe_concat_proj:
             self.concat_proj = nn.Linear(width, width, bias=False)
         if config.shared_expert_intermediate_size:
@@ -302,9 +317,16 @@ class FineRMoeLayer(nn.Module):
 
         # Rows are sorted by expert: experts without tokens are not computed.
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = experts.flatten().bincount(minlength=logits.shape[-1]).tolist()
         parts = rows[order // experts.shape[1]].split(counts)
-        y = torch.cat([self.experts[e](part) for e, part in enumerate(parts) if counts[e]])
+        across = len(self.pool)
+        y = torch.cat(
+            [
+                self.pool[p % across].experts[p // across](part).to(x.device)
+                for p, part in enumerate(parts)
+                if counts[p]
+            ]
+        )
         y = y[order.argsort()] * weights.flatten()[:, None].to(y.dtype)
         # [tokens, slots, experts of a slot, D / slots]: summed within a slot, slots concatenated.
         y = y.view(len(rows), self.config.G_O, -1, y.shape[-1]).sum(2).view(x.shape)
@@ -317,10 +339,10 @@ class FineRMoeLayer(nn.Module):
 
 
 def load_balancing_loss(logits, gate, real):
-    """Paper Eq. 11 of one layer, weight not applied: logits [B·T, N], real [B, T] 1 at real tokens.
+    """Paper Eq. 11 of one layer, weight not applied: logits [B·T, P], real [B, T] 1 at real tokens.
 
     gate: the layer's router. Per sequence Σ_e f_e · P_e, averaged over sequences: P_e is the mean
-    probability of expert e over all N, f_e its share of the routed tokens times N. Padding is
+    probability of expert e over all P, f_e its share of the routed tokens times P. Padding is
     excluded.
     """
     experts, _ = gate.route(logits)
@@ -370,8 +392,9 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
-    # Buffers that keep their dtype in models of another one (transformers 4, transformers 5).
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
+    # Buffers that keep their dtype in models of another one. Transformers 4 would cast them to
+    # bfloat16; its _keep_in_fp32_modules takes parameters only.
+    _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -407,6 +430,10 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         self.layers = nn.ModuleList(
             FineRMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
+        mixtures = [each.mlp for each in self.layers if isinstance(each.mlp, FineRMoeLayer)]
+        for index, mixture in enumerate(mixtures):
+            first = index - index % config.experts_across
+            mixture.pool = tuple(mixtures[first : first + config.experts_across])
         self.norm = FineRMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

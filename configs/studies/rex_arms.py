@@ -1,0 +1,104 @@
+"""Studies of experts shared by neighbouring layers (docs/pooling.md#studies).
+
+    python benchmarks/studies/python_text.py build/python_text.txt
+    finermoe sweep --config=configs/studies/rex_arms.py --config=configs/studies/rex_arms.py:rex2 \
+        --seeds=3 --workdir=runs/rex
+
+A variant is a list of names joined by "+". All arms of a form train on the same tokens in the same
+order with the same active experts; all but wide have the same expert parameters.
+
+    plain         the form of ReXMoE, the default: from scratch, 16 experts, 2 active, no shared one
+    fine          from scratch in FineRMoE's form (8, 2, 1, 2)
+    upcycled      the demo: upcycled from its dense base
+    rex2, rex4    2 or 4 layers share their experts
+    candidates    as further candidate groups (fine and upcycled)
+    psr           masks any expert at first; without rex2 or rex4: of the layer's own
+    foreign       masks other layers' experts at first
+    depth         a depth vector
+    wide          twice the experts of its own, the upper bound for rex2
+"""
+
+from ml_collections import ConfigDict
+
+from finermoe_jax import default_config
+from finermoe_jax.errors import InputError
+
+FORMS = ("plain", "fine", "upcycled")
+MOE = {
+    "rex2": dict(experts_across=2),
+    "rex4": dict(experts_across=4),
+    "candidates": dict(pooled_as="candidates"),
+    "depth": dict(depth_vector=True),
+    "wide": dict(intermediate_expansion=2),
+}
+TRAIN = {
+    "psr": dict(psr="linear", psr_mask="random"),
+    "foreign": dict(psr="linear", psr_mask="foreign"),
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    names = variant.split("+") if variant else []
+    unknown = [name for name in names if name not in (*FORMS, *MOE, *TRAIN)]
+    forms = [name for name in names if name in FORMS] or ["plain"]
+    if unknown or len(forms) > 1:
+        raise InputError(
+            f"variant {variant!r}: use at most one of {', '.join(FORMS)}, and any of "
+            f"{', '.join((*MOE, *TRAIN))}"
+        )
+    config = default_config()
+    config.data.update(
+        path="build/python_text.txt",
+        tokenizer="demo/model",
+        sequence_length=256,
+        global_batch_size=16,
+        eval_windows=128,
+    )
+    if forms == ["upcycled"]:
+        _upcycled(config)
+    else:
+        _from_scratch(config, forms[0])
+    for name in names:
+        config.moe.update(MOE.get(name, {}))
+        config.train.update(TRAIN.get(name, {}))
+    return config
+
+
+def _upcycled(config: ConfigDict) -> None:
+    config.init_from = "demo/model"
+    config.data.update(path="demo/pydoc_small.txt", tokenizer="", eval_windows=64)
+    config.moe.update(intermediate_granularity=8, output_granularity=2)
+    config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_fraction=0.05)
+    config.train.update(steps=150, compute_dtype="float32", remat="dots", eval_every=50)
+
+
+def _from_scratch(config: ConfigDict, form: str) -> None:
+    config.dense = ConfigDict(
+        dict(
+            vocab_size=2048,
+            hidden_size=128,
+            intermediate_size=1024 if form == "plain" else 512,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.02,
+        )
+    )
+    if form == "plain":
+        config.moe.update(
+            intermediate_granularity=16,
+            output_granularity=1,
+            output_expansion=1,
+            active_per_group=2,
+            shared_expert_intermediate_size=0,
+        )
+    else:
+        config.moe.update(intermediate_granularity=8, output_granularity=2)
+    config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_fraction=0.05)
+    config.train.update(
+        steps=600, compute_dtype="float32", remat="dots", eval_every=100, checkpoint_every=200
+    )
