@@ -208,10 +208,13 @@ def _expected(
 ) -> LazyArray:
     """Returns the values that the source implies for a parameter that is not drawn at random."""
     weights = given.weights
-    if given.config == made or made.moe is None or (path in weights and path[0] != "runs"):
+    source = given.config.moe
+    if made.moe is None or (
+        source is not None and source.experts_across == made.moe.experts_across
+    ):
         return weights[path]
     if path[0] != "runs":
-        return weights["embed", "weight"]
+        return weights.get(path, weights["embed", "weight"])
     layers, name = run_layers(made, path[1], path[2]), path[3:]
     rows = by_layer(given.config, weights)
     if name[-1] == "depth_vector" and name not in rows:
