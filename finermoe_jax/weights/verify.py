@@ -224,7 +224,7 @@ def _expected(
         if given.config.moe is None:
             return _slices(given, made, groups, name[1], shape)
         of_layers = rows[name]
-        across = made.moe.experts_across
+        across = moe.experts_across
 
         def expert(i: int, pooled: int, rest: Index) -> np.ndarray:
             return of_layers[groups[i][pooled % across]].row(pooled // across)[rest]
