@@ -208,10 +208,8 @@ def _expected(
 ) -> LazyArray:
     """Returns the values that the source implies for a parameter that is not drawn at random."""
     weights = given.weights
-    source = given.config.moe
-    if made.moe is None or (
-        source is not None and source.experts_across == made.moe.experts_across
-    ):
+    moe, source = made.moe, given.config.moe
+    if moe is None or (source is not None and source.experts_across == moe.experts_across):
         return weights[path]
     if path[0] != "runs":
         return weights.get(path, weights["embed", "weight"])
