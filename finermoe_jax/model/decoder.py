@@ -214,8 +214,8 @@ class Decoder(nnx.Module):
         caches: list[Any] = []
         for index, run in enumerate(self.runs):
             of_run = None if cache is None else cache.layers[index]
-            first = sum(len(each.routing) for each in traces)
-            x, written, of_moe = run_layers(run, x, of_run, shared, first)
+            before = sum(len(each.routing) for each in traces)
+            x, written, of_moe = run_layers(run, x, of_run, shared, before)
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)

@@ -194,16 +194,16 @@ def _apply(
         if caches is not None:
             use = CacheUse(caches[place], jnp.int32(layer), shared.slot, shared.visible)
         carried = None if pool is None else banks[pool]
-        if carried is not None:
+        if pool is not None and carried is not None:
             # The last use is the first on the way back: it writes the gradients, the others add.
             adds = pool in pools[place + 1 :]
             block.moe.bank = carried.bank.at(layer, gradients[pool], adds)
-        elif pool not in (None, place):
+        elif pool is not None and pool != place:
             block.moe.bank = blocks[pool].moe.experts(shared.placement)
         x, cache, trace = block(
             x, shared.angles, shared.segment_ids, shared.real, use, shared.placement, shared.balance
         )
-        if carried is not None:
+        if pool is not None and carried is not None:
             check_used(gradients[pool], block.moe.bank)
             gradients[pool] = block.moe.bank.gradients
         written.append(cache)

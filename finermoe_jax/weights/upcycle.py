@@ -244,8 +244,11 @@ def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
         return False
     own = {name: getattr(config.moe, name) for name in _NEW_IN_POOLS}
     alone = dataclasses.replace(moe, **own, experts_across=1)
-    width = dict(shared_expert_intermediate_size=None)
-    if dataclasses.replace(alone, **width) != dataclasses.replace(config.moe, **width):
+    one, other = (
+        dataclasses.replace(each, shared_expert_intermediate_size=None)
+        for each in (alone, config.moe)
+    )
+    if one != other:
         return False
     return dataclasses.replace(config, moe=alone).shared_expert_size == config.shared_expert_size
 

@@ -208,10 +208,11 @@ def _expected(
 ) -> LazyArray:
     """Returns the values that the source implies for a parameter that is not drawn at random."""
     weights = given.weights
-    if given.config == made or made.moe is None or (path in weights and path[0] != "runs"):
+    moe, source = made.moe, given.config.moe
+    if moe is None or (source is not None and source.experts_across == moe.experts_across):
         return weights[path]
     if path[0] != "runs":
-        return weights["embed", "weight"]
+        return weights.get(path, weights["embed", "weight"])
     layers, name = run_layers(made, path[1], path[2]), path[3:]
     rows = by_layer(given.config, weights)
     if name[-1] == "depth_vector" and name not in rows:
@@ -221,7 +222,7 @@ def _expected(
         if given.config.moe is None:
             return _slices(given, made, groups, name[1], shape)
         of_layers = rows[name]
-        across = made.moe.experts_across
+        across = moe.experts_across
 
         def expert(i: int, pooled: int, rest: Index) -> np.ndarray:
             return of_layers[groups[i][pooled % across]].row(pooled // across)[rest]
