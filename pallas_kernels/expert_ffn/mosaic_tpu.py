@@ -284,7 +284,7 @@ def _clear_others(start: Array, stop: Array, first: Scalar, count: int, refs: An
     unit = 2 * ROWS
 
     def clear(i: Scalar, _: None) -> None:
-        tile = pl.multiple_of(i * unit, unit)
+        tile = pl.multiple_of(jnp.asarray(i) * unit, unit)
         row = tile + lax.broadcasted_iota(jnp.int32, (unit, 1), 0)
         for ref in refs:
             values = ref[pl.ds(tile, unit), :]
