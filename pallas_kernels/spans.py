@@ -1,8 +1,8 @@
 """Spans of rows: the rows of one expert that a TPU kernel moves and computes in one visit.
 
 Rows are sorted by expert. An expert's first span begins at its first row, rounded down to a
-multiple of 8, because the TPU's DMA moves whole tiles. Each further span begins where the previous
-one ends. An expert with g rows therefore needs ceil((g + its first row % 8) / span rows) visits,
+multiple of 16, because the TPU's DMA moves whole tiles. Each further span begins where the previous
+one ends. An expert with g rows therefore needs ceil((g + its first row % 16) / span rows) visits,
 wherever it begins. Letters: E experts, M rows, V visits.
 
 A kernel calls `Streams.visit` with its computation. Reads and writes are double-buffered: the next
@@ -20,7 +20,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-ROWS = 8  # of a tile in HBM, for float32 and bfloat16: DMA moves whole tiles
+# Of a bfloat16 tile in HBM, and of two float32 tiles: DMA moves whole tiles.
+ROWS = 16
 LANES = 128
 
 
@@ -29,7 +30,7 @@ class Spans(NamedTuple):
 
     expert: Array  # int32, whose rows and weight gradient the visit computes
     weights: Array  # int32, whose weights are on chip: `expert`, except that idle experts load none
-    first: Array  # int32, first row moved, a multiple of 8
+    first: Array  # int32, first row moved, a multiple of ROWS
     start: Array  # int32, first own row
     stop: Array  # int32, one past the last own row
     used: Array  # int32 [1], number of real visits
@@ -78,7 +79,7 @@ class Stream:
 
     array: Any  # in HBM: [M, C], or [1, lane_length(M, span rows)] with rows along lanes
     buffer: Any  # in VMEM: [2, span rows, C], or [2, 1, span rows + 128]
-    edge: Any = None  # in VMEM, of an array that is written: one tile, [8, C] or [1, 128]
+    edge: Any = None  # in VMEM, of an array that is written: one tile, [ROWS, C] or [1, 128]
 
     @property
     def axis(self) -> int:

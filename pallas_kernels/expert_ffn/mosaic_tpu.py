@@ -51,7 +51,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Shapes, dtypes and tiles of one kernel call. M is a multiple of 8."""
+    """Shapes, dtypes and tiles of one kernel call. M is a multiple of 16."""
 
     kind: str  # "forward" or "backward"
     m: int
@@ -281,22 +281,21 @@ def _forward_kernel(
 
 def _clear_others(start: Array, stop: Array, first: Scalar, count: int, refs: Any) -> None:
     """Writes zeros to the rows of a step that are not in start ... stop - 1."""
-    unit = 2 * ROWS
 
     def clear(i: Scalar, _: None) -> None:
-        tile = pl.multiple_of(jnp.asarray(i) * unit, unit)
-        row = tile + lax.broadcasted_iota(jnp.int32, (unit, 1), 0)
+        tile = pl.multiple_of(jnp.asarray(i) * ROWS, ROWS)
+        row = tile + lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
         for ref in refs:
-            values = ref[pl.ds(tile, unit), :]
+            values = ref[pl.ds(tile, ROWS), :]
             own = jnp.where((row >= start) & (row < stop), values, jnp.zeros_like(values))
-            ref[pl.ds(tile, unit), :] = own
+            ref[pl.ds(tile, ROWS), :] = own
 
     if isinstance(first, int):
         clear(0, None)
     else:
         pl.when(first == 0)(lambda: clear(0, None))
     end = first + count
-    lax.fori_loop(jnp.minimum(stop, end) // unit, end // unit, clear, None)
+    lax.fori_loop(jnp.minimum(stop, end) // ROWS, end // ROWS, clear, None)
     for ref in refs:
         past = _up(count, LANES) - count
         if past:

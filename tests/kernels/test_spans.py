@@ -29,7 +29,7 @@ def walk(sizes, span_rows, visit_idle):
 
 
 @pytest.mark.parametrize("visit_idle", [False, True])
-@pytest.mark.parametrize(("span_rows", "experts", "rows"), [(8, 8, 60), (40, 5, 200), (16, 1, 9)])
+@pytest.mark.parametrize(("span_rows", "experts", "rows"), [(16, 8, 60), (48, 5, 200), (16, 1, 9)])
 def test_visits_are_a_walk_over_the_rows(span_rows, experts, rows, visit_idle):
     rng = np.random.default_rng(span_rows)
     schedule = jax.jit(lambda sizes: spans(sizes, rows, span_rows, visit_idle))
@@ -48,14 +48,16 @@ def test_visits_are_a_walk_over_the_rows(span_rows, experts, rows, visit_idle):
 
 # Rows of each expert: starts at every offset in a tile, single rows, empty groups, and spans of
 # each kind: small, with a tail of 32 or 64 rows, whole, and more than one.
-SIZES = [0, 1, 42, 146, 0, 185, 241, 267, 394, 4, 0]
+SIZES = [0, 2, 2, 9, 1, 42, 146, 18, 0, 185, 241, 267, 9, 5, 394, 2, 8, 4, 8, 0]
 PAST = 5  # rows of no expert
 
 
 def test_groups_begin_anywhere(monkeypatch):
     """Output and gradients of spans of at most 256 rows, under the race detector."""
     starts = np.cumsum(SIZES) - SIZES
-    assert {int(s) % ROWS for s, size in zip(starts, SIZES, strict=True) if size} == set(range(8))
+    assert {int(s) % ROWS for s, size in zip(starts, SIZES, strict=True) if size} == set(
+        range(ROWS)
+    )
     monkeypatch.setattr(tiles_tpu, "choices", lambda *_: iter([(256, 128, 2)]))
     # Drawn with one more expert, which takes the last rows.
     monkeypatch.setitem(GROUPS, "anywhere", ((8, 8, 8), [*SIZES, PAST]))
