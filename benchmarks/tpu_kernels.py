@@ -319,12 +319,12 @@ def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def jobs_of(chips: Any, loads: Any = LOADS, **extra: Any) -> list[dict[str, Any]]:
-    """Jobs for all sizes, directions and loads of the chips."""
+    """Jobs for the sizes, all directions, and the loads of the chips."""
     return [
         dict(chip=chip, size=size, d=SIZES[size][0], f=SIZES[size][1], kind=kind, load=load)
         | {"experts": EXPERTS, "cycles": False}
         | extra
-        for chip, size, kind, load in itertools.product(chips, SIZES, KINDS, loads)
+        for chip, size, kind, load in itertools.product(chips, ARGS.sizes, KINDS, loads)
     ]
 
 
@@ -571,6 +571,9 @@ if __name__ == "__main__":
         "--quick", action="store_true", help="with --compile: only 128 rows per expert and bfloat16"
     )
     parser.add_argument("--chips", nargs="+", default=list(PEAKS), help="of --cycles")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of --cycles, --compile"
+    )
     parser.add_argument(
         "--loads", nargs="+", type=int, default=LOADS, help="rows per expert of --cycles, --bytes"
     )
