@@ -86,7 +86,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """How the experts' load is balanced (docs/howto/balance.md)."""
+    """Balancing of the experts' load (docs/howto/balance.md)."""
 
     # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or
     # over each microbatch with train.grad_accumulation. "bias": no loss; biases that are used only
