@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Of a bfloat16 tile in HBM, and of two float32 tiles: DMA moves whole tiles.
+# Rows of one bfloat16 tile, or of two float32 tiles, in HBM. DMA moves whole tiles.
 ROWS = 16
 LANES = 128
 
@@ -94,7 +94,7 @@ class Stream:
     def extent(self, plan: Spans, visit: Any) -> tuple[Any, Any]:
         """Returns the first row of a visit's tiles, and their number of rows.
 
-        Numbers along lanes are few, and move as the whole buffer: a size that is known at compile
+        An array along lanes is small and moves as the whole buffer: a size that is known at compile
         time saves scalar work.
         """
         unit = self.unit

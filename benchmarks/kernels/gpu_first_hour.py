@@ -5,7 +5,8 @@
 
 Needs a Hopper GPU (H100, H200) and `pip install -e '.[cuda]'`. The most important jobs run first;
 jobs that do not fit in --minutes are listed as omitted. The file has all samples, the device's name
-and the versions. Times are medians. Rivals take turns in one process.
+and the versions. Times are medians. Compared programs take turns in one
+process.
 
 The jobs run in a second process. After an error, a crash or a hang, a new process does the rest,
 without the jobs of a kernel that crashed or hung. Exit codes: 1, a kernel is wrong; 2, another

@@ -322,7 +322,7 @@ def check_attention(dtype: str, segments: bool, smallest: bool) -> Figures:
 def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
     """Jits `times` calls in a row, each of which waits for the one before.
 
-    One call takes about as long as its dispatch from Python, which would be timed with it.
+    The dispatch from Python takes about as long as one call and would be part of its time.
     """
 
     def one(_: Any, carry: tuple[Any, Any], rest: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -436,7 +436,7 @@ def time_step(smallest: bool) -> Figures:
     stepper = train_step.Stepper(model, config)
     metrics = stepper.step()
     loss = float(metrics["loss"])
-    # At random weights the loss is close to that of an even guess.
+    # With random weights, the loss is close to log(vocabulary).
     if metrics["skipped"] or not abs(loss - math.log(model.vocab_size)) < 2:
         raise ValueError(f"loss {loss:g}, but log(vocabulary) is {math.log(model.vocab_size):g}")
     times = train_step.timed({"train step": stepper.step}, ROUNDS)
@@ -461,7 +461,7 @@ def time_generation(batch: int, smallest: bool) -> Figures:
     flops = sum(forward_flops(model, 2 * prompt).values()) * batch
     programs = {
         "prefill": {"tokens": batch * prompt} | limits(0, served.prefill_flops()),
-        # A token after the prompt: about as many keys as the mean of twice its length.
+        # A token after the prompt sees as many keys as the mean token of a text twice as long.
         "decode": {"tokens": batch} | limits(served.bytes()[1], flops),
     }
     return {"programs": programs, "samples": times}

@@ -2,7 +2,7 @@
 
 python benchmarks/studies/python_text.py FILE.txt [MEGABYTES]
 
-Needs no network. The text depends on the version of Python, which the last line printed names.
+Needs no network. The text depends on the version of Python. The script prints it.
 """
 
 import importlib.util

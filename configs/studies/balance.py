@@ -1,9 +1,9 @@
-"""Study: the four balancings of the experts' load, on the demo.
+"""Study: the four kinds of balancing, on the demo.
 
     finermoe sweep --config=configs/studies/balance.py:{sequence,batch,bias,none} --seeds=3 \\
         --workdir=runs/balance
 
-docs/results.md has the figures, docs/howto/balance.md what each kind does.
+docs/results.md has the figures. docs/howto/balance.md describes the kinds.
 """
 
 from ml_collections import ConfigDict

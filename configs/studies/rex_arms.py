@@ -1,21 +1,21 @@
-"""Studies of experts shared by neighbouring layers (docs/pooling.md#studies).
+"""Studies of pools: experts shared by neighbouring layers (docs/pooling.md#studies).
 
     python benchmarks/studies/python_text.py build/python_text.txt
-    finermoe sweep --config=configs/studies/rex_arms.py --config=configs/studies/rex_arms.py:rex2 \
+    finermoe sweep --config=configs/studies/rex_arms.py --config=configs/studies/rex_arms.py:rex2 \\
         --seeds=3 --workdir=runs/rex
 
 A variant is a list of names joined by "+". All arms of a form train on the same tokens in the same
-order with the same active experts; all but wide have the same expert parameters.
+order, with the same number of active experts. All but wide have the same expert parameters.
 
     plain         the form of ReXMoE, the default: from scratch, 16 experts, 2 active, no shared one
     fine          from scratch in FineRMoE's form (8, 2, 1, 2)
     upcycled      the demo: upcycled from its dense base
-    rex2, rex4    2 or 4 layers share their experts
-    candidates    as further candidate groups (fine and upcycled)
-    psr           masks any expert at first; without rex2 or rex4: of the layer's own
+    rex2, rex4    pools of 2 or 4 layers
+    candidates    moe.pooled_as=candidates (fine and upcycled)
+    psr           masks random experts at first; without rex2 or rex4, of the layer's own
     foreign       masks other layers' experts at first
-    depth         a depth vector
-    wide          twice the experts of its own, the upper bound for rex2
+    depth         moe.depth_vector
+    wide          no pools, but twice the experts per layer: the upper bound for rex2
 """
 
 from ml_collections import ConfigDict

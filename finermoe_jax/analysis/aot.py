@@ -116,7 +116,7 @@ def _experts(program: Program, text: str) -> dict[str, Any]:
     notes = list(program.notes)
     if across > 1 and places.pieces:
         notes.append(
-            f"experts_across={across}: each of a group's {across} layers gathers its {total} "
+            f"experts_across={across}: each of a pool's {across} layers gathers its {total} "
             "experts over fsdp"
         )
     return {

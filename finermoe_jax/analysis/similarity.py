@@ -7,9 +7,9 @@ matrices as one vector. The mean is also split by what the two experts of a pair
     same slice    the same slice of the intermediate width, other slots
     other slices  all other pairs
 
-If neighbouring layers share their experts (experts_across), "layer" is a group of them, named after
-its first layer, and the pairs are those of its pool. Experts of two layers that have the same slice
-and slot then count as copies, though they come from different FFNs.
+If neighbouring layers share a pool of experts (experts_across), the pairs are those of the pool,
+and "layer" is the pool's first layer. Experts of two layers that have the same slice and slot then
+count as copies, though they come from different FFNs.
 
 The mean over all pairs hides whether copies part: in a published layer 1 pair in 127 is a copy.
 

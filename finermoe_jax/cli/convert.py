@@ -70,8 +70,8 @@ def main(flags: Flags) -> None:
             )
         if flags.to == "hf" and written.moe is not None and written.moe.experts_across > 1:
             print(
-                f"{target} has experts_across={written.moe.experts_across}: only its own code "
-                "(trust_remote_code) and this project read such a model, not the authors' code",
+                f"{target} has experts_across={written.moe.experts_across}: only the code in it "
+                "(trust_remote_code) and this project can read it, not the authors' code",
                 file=sys.stderr,
             )
     if flags.verify:

@@ -229,7 +229,7 @@ def _add_former(config: ConfigDict, arguments: list[str]) -> None:
         if group and field not in config[group] and any(map(override.match, arguments)):
             with config.unlocked():
                 config[group][field] = former.default
-                # The argument overrides the file, also under the present name.
+                # The argument overrides the file, even if the file uses the present name.
                 now_group, _, now = former.now.rpartition(".")
                 config[now_group][now] = default_config()[now_group][now]
 

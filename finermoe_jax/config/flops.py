@@ -70,8 +70,8 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
 def newton_schulz_flops(model: ModelConfig, freeze: Sequence[str] = ()) -> float:
     """Returns FLOPs of Muon's orthogonalization per optimizer step, for all matrices once.
 
-    Five iterations, each of 4 m^2 n + 2 m^3 for a matrix [m, n] with m <= n. They are the
-    optimizer's and no part of the model FLOPs.
+    Five iterations, each of 4 m^2 n + 2 m^3 for a matrix [m, n] with m <= n. They do not count as
+    model FLOPs.
     """
     d, head = model.hidden_size, model.attention_head_dim
     heads, kv_heads = model.num_attention_heads * head, model.num_key_value_heads * head

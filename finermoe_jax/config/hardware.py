@@ -94,8 +94,8 @@ def peak_bandwidth(kind: str) -> float | None:
 def device_memory(kind: str, reported: int | None) -> float | None:
     """Returns the bytes of a device's memory; None if unknown, as on a CPU.
 
-    A known TPU's are those of CHIPS, the same on every process. `reported` is what the device
-    reports; it is rounded down to whole GiB.
+    For a known TPU, the figure in CHIPS, the same on every process. Otherwise `reported`, the bytes
+    that the device reports, rounded down to whole GiB.
     """
     known = _of_kind({kind: CHIPS[chip].memory for kind, chip in _TPUS.items()}, kind)
     return known or (float(reported // _GIB * _GIB) if reported else None)

@@ -10,7 +10,7 @@ Symbols of the paper (arXiv 2603.13364):
     R_O  output_expansion             candidate groups per slot
     T_I  active_per_group             experts active in the chosen group
     N    num_experts                  G_O * R_O * R_I * G_I
-    r    experts_across               neighbouring MoE layers that share their experts
+    r    experts_across               neighbouring MoE layers that share a pool of experts
     H_e  expert_intermediate_size     H / G_I
     h_e  expert_output_size           h / G_O
 
@@ -137,13 +137,13 @@ class MoEConfig:
     decoder_sparse_step: int = 1
     # Layers, from 0, that stay dense (HF key of the same name).
     mlp_only_layers: tuple[int, ...] = ()
-    # Neighbouring MoE layers that share their experts: each layer routes to the experts of all of
-    # them (ReXMoE, docs/pooling.md). 1: only to its own.
+    # Number of neighbouring MoE layers whose experts form a pool. Each of these layers routes to
+    # the whole pool (ReXMoE, docs/pooling.md). 1: each layer routes to its own experts.
     experts_across: int = 1
-    # "copies": the other layers' experts are further copies of each slice, in the same groups.
-    # "candidates": they are further candidate groups of each slot. No effect at 1.
+    # "copies": the other layers' experts are further members of each candidate group.
+    # "candidates": they are further candidate groups of each slot. No effect if experts_across=1.
     pooled_as: Literal["copies", "candidates"] = "copies"
-    # Adds a learnt vector of each layer, initially zero, to the input of router and routed experts.
+    # Adds a learned vector per layer, initially zero, to the input of router and routed experts.
     depth_vector: bool = False
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ class MoEConfig:
 
     @property
     def pool_size(self) -> int:
-        """Experts that a layer's router scores, those of all r layers that share them: r * N."""
+        """Experts that a layer's router scores: r * N, those of the pool."""
         return self.experts_across * self.num_experts
 
     @property
@@ -227,7 +227,7 @@ class MoEConfig:
 
     @property
     def pool_group_size(self) -> int:
-        """Experts of one of these candidate groups."""
+        """Experts in a candidate group of the pool."""
         return self.group_size * (1 if self._more_candidates else self.experts_across)
 
     @property
@@ -417,7 +417,7 @@ class ModelConfig:
             self._check_pools(self.moe.experts_across)
 
     def _check_pools(self, across: int) -> None:
-        """Raises InputError unless every run's MoE layers fall into groups of `across`."""
+        """Raises InputError unless `across` divides the MoE layers of every run of neighbours."""
         counts = [pattern.count("moe") * repeats for pattern, repeats in self._kind_runs]
         counts = [count for count in counts if count]
         if all(count % across == 0 for count in counts) and (counts or across == 1):
@@ -427,7 +427,7 @@ class ModelConfig:
         runs = " and ".join(map(str, counts)) or "no"
         raise InputError(
             f"experts_across={across} must divide the number of MoE layers in each run of "
-            f"neighbours, but the model has {runs} (num_hidden_layers={self.num_hidden_layers}, "
+            f"neighbours, but these have {runs} (num_hidden_layers={self.num_hidden_layers}, "
             f"decoder_sparse_step, mlp_only_layers): use {', '.join(['1', *fit])}, or change the "
             "layers that stay dense"
         )
@@ -485,8 +485,8 @@ class ModelConfig:
         """The layers as runs (pattern, repeats). Each run is compiled once and scanned.
 
         An all-MoE model is one run of a one-layer pattern; decoder_sparse_step=2 is one run of
-        (dense, moe). With experts_across=r a pattern is as many of these as hold a multiple of r
-        MoE layers, so that layers that share experts are in one pattern.
+        (dense, moe). With experts_across=r, a pattern is repeated until its number of MoE layers is
+        a multiple of r, so that all layers of a pool are in one pattern.
         """
         across = self.moe.experts_across if self.moe else 1
         runs = []
@@ -496,7 +496,7 @@ class ModelConfig:
         return tuple(runs)
 
     def pool_places(self, pattern: tuple[LayerKind, ...]) -> tuple[int | None, ...]:
-        """Returns each MoE layer's place among the r layers that share experts; dense: None."""
+        """Returns each MoE layer's place among the r layers of its pool; None for dense layers."""
         across, moe = self.moe.experts_across if self.moe else 1, itertools.count()
         return tuple(next(moe) % across if kind == "moe" else None for kind in pattern)
 

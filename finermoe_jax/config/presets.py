@@ -2,8 +2,8 @@
 
 `--config=configs/NAME.py:VARIANT` selects an architecture: a name, or the numbers
 G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). "+" adds an upcycling variant or a training recipe, as in
-`c32a2+lean`; either may also stand alone. So do rex2 and rex4: 2 or 4 neighbouring layers share
-their experts. docs/architectures.md describes all of them.
+`c32a2+lean`; either may also stand alone. "+" also adds rex2 or rex4: 2 or 4 neighbouring layers
+share a pool of experts. docs/architectures.md describes all of them.
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay. The defaults are the paper's Table 5."""
+    """The optimizer and its schedule. The defaults are the paper's Table 5: AdamW, cosine decay."""
 
     # "adafactor": factored second moments (unfactored for small arrays), no first moment. "muon":
     # orthogonalized momentum for the matrices of attention, FFNs and experts, AdamW for the rest.
@@ -55,8 +55,8 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 1e-5  # after warm-up
     final_learning_rate: float = 1e-7  # at the last step
-    # After warm-up, "cosine" decays until the last step. "wsd" (warmup-stable-decay) keeps the
-    # rate, then decays it linearly.
+    # After linear warm-up, "cosine" decays until the last step. "wsd" (warmup-stable-decay) keeps
+    # the rate, then decays it linearly.
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_fraction: float = 0.01  # share of the steps
     decay_fraction: float = 0.1  # share of the steps in which "wsd" decays
@@ -80,17 +80,17 @@ class OptimizerConfig:
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise InputError(
                 f"optimizer.warmup_fraction={self.warmup_fraction} and optimizer.decay_fraction="
-                f"{self.decay_fraction} together exceed the whole run: lower one of them"
+                f"{self.decay_fraction} add up to more than 1: lower one of them"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """The balancing of the experts' load (docs/howto/balance.md)."""
+    """Balancing of the experts' load (docs/howto/balance.md)."""
 
     # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or
-    # over each microbatch with train.grad_accumulation. "bias": no loss; a rule moves biases that
-    # only the choice of experts sees. "none": neither.
+    # over each microbatch with train.grad_accumulation. "bias": no loss; biases that are used only
+    # to choose experts move against the load error. "none": no balancing.
     kind: Literal["sequence", "batch", "bias", "none"] = "sequence"
     # Weight of the loss of "sequence" and "batch": total = mean cross-entropy + weight * sum over
     # layers. The published training code sums the cross-entropy over tokens instead, so its
@@ -100,8 +100,8 @@ class BalanceConfig:
     z_loss: float = 0.0
     # Step of an expert's bias, for "bias" only. A candidate group's is sqrt(G_I * R_I) times this.
     bias_rate: float = 0.001
-    # Of layers that share their experts (moe.experts_across), for "sequence" and "batch": "layer"
-    # balances each layer's choices, "pool" those of all its layers together.
+    # For layers that share a pool of experts (moe.experts_across), with "sequence" and "batch":
+    # "layer" balances each layer's choices, "pool" the choices of all its layers together.
     over: Literal["layer", "pool"] = "layer"
 
 
@@ -112,8 +112,8 @@ PUBLISHED_BALANCE = BalanceConfig()
 class MeshConfig:
     """Sizes of the mesh axes. One of them may be -1: all remaining devices.
 
-    If all are at their defaults, the run chooses a mesh that fits the memory of its devices, if
-    that is known (training/mesh.py). On a CPU and on one device they are used as they are.
+    If all are at their defaults, the run chooses a mesh that fits the memory of its devices
+    (training/mesh.py). On one device, or if the memory is unknown (CPUs), the defaults apply.
     """
 
     data: int = -1  # replicas
@@ -187,14 +187,13 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     # Seed of initial weights, upcycling, stochastic rounding and psr's masks.
     seed: int = 0
-    # Progressive scaling of routing (ReXMoE, docs/pooling.md): masks some experts of each layer,
-    # fewer and fewer, and none from psr_end on. "linear" or "stepwise" is the schedule. Never in
-    # evaluation and generation.
+    # Schedule of progressive scaling of routing (ReXMoE, docs/pooling.md). It masks some experts of
+    # each layer, fewer over time, and none from psr_end on. Evaluation and generation never mask.
     psr: Literal["none", "linear", "stepwise"] = "none"
-    # Shares of `steps` at which psr begins to unmask experts and at which none is masked.
+    # Shares of `steps` at which psr begins to unmask experts and at which all are unmasked.
     psr_start: float = 0.2
     psr_end: float = 0.6
-    # "random" masks any expert (the paper); "foreign" only those of other layers.
+    # "random" masks any expert (as ReXMoE); "foreign" only those of other layers.
     psr_mask: Literal["random", "foreign"] = "random"
 
     def __post_init__(self) -> None:
@@ -244,7 +243,7 @@ class RunConfig:
         for group in (self, self.data, self.optimizer, self.balance, self.mesh, self.train):
             check_fields(group)
         if self.balance.kind == "bias" and self.moe is not None:
-            # The biases are part of the model, so that its checkpoints say that they have them.
+            # The model config records the biases, so checkpoints with and without them differ.
             moe = dataclasses.replace(self.moe, selection_bias=True)
             object.__setattr__(self, "moe", moe)
         object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
@@ -290,14 +289,15 @@ class RunConfig:
         if train.psr_mask == "foreign":
             raise InputError(
                 "train.psr_mask=foreign masks the experts of other layers, but with "
-                "moe.experts_across=1 there are none: set psr_mask=random or experts_across"
+                "moe.experts_across=1 there are none: set psr_mask=random, or "
+                "experts_across to 2 or more"
             )
         half = (moe.num_experts if moe.plain_top_k else moe.group_size) // 2
         if half < moe.active_per_group:
             raise InputError(
                 f"train.psr={train.psr} with moe.experts_across=1 begins with {half} experts of "
                 f"each group, fewer than moe.active_per_group={moe.active_per_group}: set "
-                "train.psr=none or experts_across"
+                "train.psr=none, or experts_across to 2 or more"
             )
 
     def _check_parts(self) -> None:

@@ -37,7 +37,7 @@ class UpcycleConfig:
     # Standard deviation of concat_proj; 0 gives zeros.
     concat_proj_std: float = 0.02
     # Router rows of other layers' experts (moe.experts_across): drawn like a layer's own, or zero.
-    # Masked at first with train.psr_mask=foreign.
+    # train.psr_mask=foreign masks these experts at first.
     reuse_start: Literal["random", "zero"] = "random"
 
     def __post_init__(self) -> None:

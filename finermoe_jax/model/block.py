@@ -30,7 +30,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         place: int | None = None,
     ):
-        """`place`: of an MoE layer among those that share its experts (`FineRMoE`)."""
+        """`place`: index of an MoE layer in its pool (`FineRMoE`)."""
         d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
         self.input_norm = RMSNorm(d, eps, dtype, rngs)
         self.attention = Attention(config, dtype, rngs)

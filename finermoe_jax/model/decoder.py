@@ -88,9 +88,9 @@ class Decoder(nnx.Module):
     `load_hf`, `load_checkpoint` and `upcycle` return one. Layers are stacked and scanned, so that
     compile time does not grow with depth. A run is a series of layers in which a pattern repeats,
     such as (dense, MoE); `ModelConfig.layer_runs` lists the runs. `runs[r][p]` has the layers at
-    position p of run r's pattern, stacked over the repeats. Of layers that share their experts
-    (experts_across) the first has the parameters, [repeats, pool, ...]. `lm_head` is None if it is
-    tied to the embedding.
+    position p of run r's pattern, stacked over the repeats. Of the layers of a pool
+    (experts_across), the first has the parameters of the experts, [repeats, r * N, ...]. `lm_head`
+    is None if it is tied to the embedding.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """The loop over layers, for training, evaluation, prefill and decoding.
 
 Layers that repeat a pattern form a run. Their parameters are stacked over the repeats, so compile
-time does not grow with depth (ModelConfig.layer_runs). MoE layers that share their experts are in
-one pattern; the first of them has the bank. Axis letters: config/model.py.
+time does not grow with depth (ModelConfig.layer_runs). The MoE layers of a pool are in one
+pattern; the first of them has the bank. Axis letters: config/model.py.
 """
 
 import functools

@@ -82,8 +82,8 @@ def batch_load_balancing_loss(
 
     The sum over experts of f_i * P_i: P_i is the mean over the batch's real tokens of the softmax
     over all experts, f_i = N / (A * real tokens) * (tokens that selected i). So only the batch must
-    be balanced, not each sequence. The sums run over the global arrays: on a mesh XLA adds the
-    counts of all devices, for any sharding. f has no gradient. `allowed` as in
+    be balanced, not each sequence. On a mesh the sums cover the batches of all devices, for any
+    sharding. f has no gradient. `allowed` as in
     `load_balancing_loss`.
 
     With gradient accumulation the batch is a microbatch, and a step's loss is the mean over its
@@ -98,10 +98,10 @@ def pool_balancing_loss(
     mask: Bool[Array, "B T"],
     kind: Literal["sequence", "batch", "bias", "none"],
 ) -> Float[Array, ""]:
-    """Returns the balancing loss of layers that share their experts (balance.over="pool").
+    """Returns the balancing loss of a pool's layers together (balance.over="pool").
 
-    f and P are means over the r layers: the devices that hold the pool, and its weights, see the
-    sum of the layers' tokens. `layers` has each layer's routing and its `allowed` (`route`).
+    f and P of Eq. 11 are means over the r layers. `layers` has each layer's routing and its
+    `allowed` (`route`).
     """
     shares_of = _batch_shares if kind == "batch" else _sequence_shares
     shares = [shares_of(each.logits, each.experts, mask, allowed) for each, allowed in layers]
@@ -190,11 +190,11 @@ def updated_bias(
     the weights are those of the raw logits. The paper has one top-k over all experts, which is what
     plain_top_k does here.
 
-    Ours is the extension to two levels of selection. An expert competes inside its group, so its
-    load is compared with the mean of that group, and the biases of a group have zero mean. A group
-    competes with the other candidates of its slot: its own bias is added to its sum of raw logits,
-    and its load is compared with the mean of the slot. That sum has G_I * R_I terms, so the bias of
-    a group moves by rate * sqrt(G_I * R_I); in a pool of copies, r times as many terms.
+    This project extends the rule to two levels of selection. An expert competes inside its group,
+    so its load is compared with the mean of that group, and the biases of a group have zero mean. A
+    group competes with the other candidates of its slot: its own bias is added to its sum of raw
+    logits, and its load is compared with the mean of the slot. That sum has G_I * R_I terms (r
+    times as many in a pool of copies), so the bias of a group moves by rate * sqrt(terms).
 
     Args:
       bias: the layer's biases, float32.

@@ -10,8 +10,8 @@ experts (axes data and tensor), each accumulates the gradients of its own tokens
 [R, L, E, ...] split over these axes; the stacks are summed once after the loop. Experts sharded
 over fsdp are gathered layer by layer; the gathered layer is a bank of one layer.
 
-If r neighbouring layers share their experts (experts_across), "layer" above is a group of r layers
-and E their r * N experts: [L / r, r * N, ...]. The group's layers use the bank in turn. In the
+If r neighbouring layers share a pool of experts (experts_across), the stack has one entry per pool,
+[L / r, r * N, ...], and "layer" above means a pool. The pool's layers use its bank in turn. In the
 backward pass the last of them writes the gradients, and the others add to them. Experts sharded
 over fsdp are gathered by each of the r layers.
 """

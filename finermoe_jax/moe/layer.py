@@ -38,7 +38,7 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    # Set by model/stack.py for each layer: its experts, and those that tokens may choose.
+    # Set by model/stack.py for each layer: its pool's experts, and which of them tokens may choose.
     bank: ExpertBank | None = None
     allowed: Bool[Array, " E"] | None = None
 
@@ -49,8 +49,8 @@ class FineRMoE(nnx.Module):
           config: the architecture, with experts.
           dtype: of the weights.
           rngs: source of the random keys.
-          place: of the layer among the experts_across layers that share experts. Layer 0 has the
-            parameters of them all; the others need `bank`.
+          place: index of the layer in its pool of experts_across layers. The layer at 0 has the
+            parameters of all the pool's experts; the others need `bank`.
         """
         assert config.moe is not None
         self.moe = moe = config.moe
@@ -135,8 +135,8 @@ class FineRMoE(nnx.Module):
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
-        A subclass may choose in another way. Each slot must get T_I of its own experts, and while
-        `self.allowed` is set (train.psr), only experts for which it is True.
+        A subclass may choose in another way. Each slot must get T_I of its own experts. If
+        `self.allowed` is set (train.psr), all of them must be allowed.
 
         Args:
           x: [B, T, D].
@@ -151,9 +151,9 @@ class FineRMoE(nnx.Module):
             tokens, rows = x.astype(dtype), weight[...].astype(dtype)
             if across == 1:
                 return _product(tokens, rows)
-            # The rows of each layer's experts apart: the last bits of a product depend on its
-            # number of columns, and without other layers' experts a layer is that of
-            # experts_across=1 to the last bit.
+            # One product for each layer's experts, because the last bits of a product depend on
+            # its number of columns. If all other layers' experts are masked, the results equal
+            # those of experts_across=1 bit by bit.
             apart = rows.reshape(-1, across, rows.shape[1])
             each = [_product(tokens, apart[:, j]) for j in range(across)]
             return jnp.stack(each, axis=-1).reshape(*x.shape[:2], -1)

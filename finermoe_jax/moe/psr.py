@@ -1,21 +1,20 @@
 """Progressive scaling of routing (PSR, ReXMoE, arXiv 2510.17483, Eq. 6).
 
-During training a pool's experts are masked at random, and fewer and fewer of them: N_t of r * N
-experts may be chosen up to psr_start, all of them from psr_end on. Here the same number of experts
-is masked in every candidate group, so that the groups' scores stay comparable. A layer's experts
-that are masked or kept together (`_units`):
+During training, some of a pool's experts are masked at random, fewer over time: N_t of r * N
+experts may be chosen until psr_start, all of them from psr_end on. The same number of experts is
+masked in every candidate group, so that the groups' scores stay comparable. What is masked
+(`_units`):
 
     pooled_as=copies      single experts of each candidate group, r * G_I * R_I
     pooled_as=candidates  whole candidate groups of each slot, r * R_O
     plain_top_k           single experts of all r * N, as in the paper
 
 psr_mask=random draws among all of them. psr_mask=foreign (not in the paper) keeps the layer's own
-experts, so the first steps are those of a model without pools. The paper does not say whether one
-mask serves all layers; here each layer draws its own in each step, the same for all tokens, devices
-and microbatches.
+experts, so the first steps equal those of a model without pools. Each layer draws its own mask in
+each step, the same for all tokens, devices and microbatches. The paper does not specify this.
 
-With experts_across=1 N_t grows from half of the layer's own experts: the control that shows what
-PSR does without pools. docs/pooling.md. Letters: config/model.py.
+With experts_across=1, N_t grows from half of the layer's own experts to all of them. This control
+shows what PSR does without pools. docs/pooling.md. Letters: config/model.py.
 """
 
 from typing import Literal, NamedTuple
@@ -32,7 +31,7 @@ from finermoe_jax.config.run import TrainConfig
 class Reuse(NamedTuple):
     """The masks of one training step; `key` differs from step to step."""
 
-    kept: Int[Array, ""]  # units that each set keeps
+    kept: Int[Array, ""]  # units (`_units`) that each set keeps
     key: Array
     mask: Literal["random", "foreign"]
 
@@ -42,7 +41,7 @@ class Reuse(NamedTuple):
         Args:
           moe: the layer's config.
           layer: index among the MoE layers.
-          place: of the layer among those that share its experts.
+          place: index of the layer in its pool.
         """
         sets, units = _units(moe)
         draw = jax.random.uniform(jax.random.fold_in(self.key, layer), (sets, units))
@@ -62,7 +61,7 @@ def _masks_groups(moe: MoEConfig) -> bool:
 
 
 def _units(moe: MoEConfig) -> tuple[int, int]:
-    """Returns the number of sets of a layer's pool, and the units in each."""
+    """Returns the number of sets that are masked alike, and the units (experts, groups) in each."""
     if moe.plain_top_k:
         return 1, moe.pool_size
     if _masks_groups(moe):

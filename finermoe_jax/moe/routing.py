@@ -4,10 +4,10 @@ One router drives both levels (paper §3, Algorithm 1). The sparse sum layer sel
 experts in every group; the sparse concatenation layer keeps one group per output slot. Expert e =
 ((slot * R_O + candidate) * R_I + copy) * G_I + slice.
 
-If r neighbouring layers share their experts (experts_across, ReXMoE, arXiv 2510.17483), each routes
-to the pool of all r * N. Pool expert p = e * r + j is expert e of the group's layer j (`home`), so
-neighbours in the pool differ in their layer: every device of an expert-parallel mesh has experts of
-all r layers. docs/pooling.md. Letters: config/model.py.
+If r neighbouring layers share a pool of r * N experts (experts_across, ReXMoE, arXiv 2510.17483),
+each routes to the whole pool. Pool expert p = e * r + j is expert e of the pool's layer j (`home`).
+The layers alternate, so every device of an expert-parallel mesh has experts of all r layers.
+docs/pooling.md. Letters: config/model.py.
 """
 
 import functools
@@ -56,8 +56,8 @@ def route(
       candidate_logits: a second router's logits of the candidate groups, for separate_routers only.
       even: assigns tokens to experts in turn (`even_experts`), whatever the logits say.
       bias: added for the choice only; the weights are those of the raw logits.
-      allowed: False at experts that no token may choose (moe/psr.py); their logits also leave all
-        sums and softmaxes. None: all are allowed.
+      allowed: False at experts that no token may choose (moe/psr.py). Their logits are excluded
+        from all sums and softmaxes. None: all are allowed.
 
     Returns:
       The routing, and the order [*T, A] that sorts its experts by slot: applied to `experts` or
@@ -111,7 +111,7 @@ def home(
 
     Args:
       expert: numbers in the pool, such as `out.routing[layer].experts`.
-      experts_across: r, layers that share their experts; 1: every layer has its own.
+      experts_across: r, the layers of a pool; 1: every layer has its own experts.
       layer: index of the layer that chose the expert, counting MoE layers from 0.
 
     Returns:
@@ -119,7 +119,7 @@ def home(
 
     Examples:
       >>> import finermoe_jax as fm
-      >>> fm.home(7, experts_across=2, layer=4)  # layers 4 and 5 share their experts
+      >>> fm.home(7, experts_across=2, layer=4)  # layers 4 and 5 share a pool
       (5, 3)
     """
     return layer - layer % experts_across + expert % experts_across, expert // experts_across
@@ -203,8 +203,8 @@ def _group_scores(
 ) -> Float[Array, "*T O R"]:
     """Sums each group's allowed logits; -inf for groups without any.
 
-    Each layer's experts are summed alone: without the others' the sums are those of a single layer,
-    to the last bit.
+    Each layer's experts are summed alone. If all other layers' experts are masked, the sums equal
+    those of a single layer bit by bit.
     """
     if allowed is not None:
         grouped = where_allowed(allowed, grouped, 0.0)

@@ -144,7 +144,7 @@ class Loop:
         scores = step % settings.eval_every == 0 or last
         if saves or scores or step == monitor.profile[1]:
             self._drain()
-        # A step's buffers do not fit what others left behind: without this, a CPU's memory grows.
+        # Freed memory is fragmented and does not fit later buffers: without this, memory grows.
         if saves or scores or step % _STEPS_OF_KEPT_MEMORY == 0:
             host_memory.release_freed()
         if step == monitor.profile[1]:

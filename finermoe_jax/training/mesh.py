@@ -1,7 +1,7 @@
 """Chooses the mesh of a run that leaves `config.mesh` at its defaults (docs/scaling.md).
 
-The rule: experts first, then fsdp, and the remaining devices on data, with as little sharding as
-fits the memory of a device.
+The rule: shard over expert first, then over fsdp, only as far as the memory of a device requires.
+data gets the remaining devices.
 """
 
 import dataclasses
@@ -78,13 +78,13 @@ def choose_mesh(
     verdict = "" if needed <= memory else ", which is too much"
     sizes = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items())
     return mesh, (
-        f"chose the mesh {sizes}: about {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB per "
-        f"device{verdict}. Set config.mesh to use another one"
+        f"chose the mesh {sizes}: it needs about {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB "
+        f"per device{verdict}. Set config.mesh to use another one"
     )
 
 
 def estimated_bytes(config: RunConfig, model: ModelConfig, mesh: MeshConfig) -> int:
-    """Estimates a training step's bytes per device, an upper bound in most cases.
+    """Estimates a training step's bytes per device; docs/scaling.md compares with compiled steps.
 
     Counts weights, optimizer state, gradients and their float32 sums from shapes. Adds the layers'
     saved inputs, the gathered lm_head with its gradient, two chunks of logits, and one layer's

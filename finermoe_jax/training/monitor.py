@@ -102,7 +102,7 @@ class Load(NamedTuple):
     group_entropy: Float[np.ndarray, "L O R"]
     group_max_over_mean: Float[np.ndarray, "L O R"]
     group_dead: Int[np.ndarray, "L O R"]
-    # Only of layers that share their experts.
+    # Only for layers that share a pool.
     starved: Float[np.ndarray, " L"] | None = None  # share of experts below a tenth of the mean
     foreign: Float[np.ndarray, " L"] | None = None  # share of choices of other layers' experts
 

@@ -1,4 +1,4 @@
-"""AdamW with the paper's schedule, Adafactor to save memory, and Muon, from Optax."""
+"""Optimizers from Optax (AdamW, Adafactor, Muon) and their learning-rate schedules."""
 
 import functools
 import math
@@ -148,7 +148,7 @@ def _muon(
 def scale_by_muon(moment_dtype: str, kinds: Kinds) -> optax.GradientTransformation:
     """Orthogonalizes the momentum of every matrix by itself (optax.contrib.scale_by_muon).
 
-    Optax's Nesterov momentum of decay 0.95 and five Newton-Schulz iterations. A matrix is one
+    Uses Optax's Nesterov momentum of decay 0.95 and five Newton-Schulz iterations. A matrix is one
     expert's gate, up or down, or one layer's projection with all its heads. Its update is scaled
     by 0.2 sqrt(max(in, out)), so that its root mean square is close to AdamW's (arXiv 2502.16982).
 

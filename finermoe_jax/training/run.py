@@ -238,7 +238,8 @@ def _with_mesh(
         if is_automatic(kept):  # data parallel
             return config
         if sharding.least_devices(kept) == len(devices):
-            say(f"mesh of the run: {dataclasses.asdict(kept)}. Set config.mesh to use another one")
+            sizes = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(kept).items())
+            say(f"keeps the mesh {sizes} of the run. Set config.mesh to use another one")
             return dataclasses.replace(config, mesh=kept)
     slices = sharding.slice_count(devices)
     chosen, note = choose_mesh(config, model, len(devices), memory, slices)

@@ -108,7 +108,6 @@ def _with_moved_biases(
         layers = run_layers(model.config, path[1], path[2])
         of_run = tokens[jnp.asarray([moe_layers.index(layer) for layer in layers])]
         old = SelectionBias(flat[path], flat.get(of_groups))
-        # Layer by layer, each as the docstring of updated_bias says.
         new = jax.vmap(lambda bias, tokens: updated_bias(bias, tokens, moe, rate))(old, of_run)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         flat[path] = kept.experts

@@ -230,9 +230,9 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
     A FineRMoE with q/k norm has the additional key "qk_norm", one with selection biases
-    "selection_bias". Layers that share their experts have "experts_across" and "pooled_as", which
-    only the exported code reads. Raises InputError for variants that neither the published HF model
-    nor a dense family can express.
+    "selection_bias". A model with pools has "experts_across" and "pooled_as", which only the
+    exported code reads. Raises InputError for variants that neither the published HF model nor a
+    dense family can express.
     """
     values: dict[str, Any] = {
         "hidden_act": "silu",

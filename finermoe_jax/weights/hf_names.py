@@ -84,8 +84,8 @@ _TOP = (
 class Parts:
     """The HF tensors that make up one parameter of the decoder.
 
-    `layers` holds, for each index of the leading axis, the layers whose tensors it contains (more
-    than one in a bank that they share); empty without such an axis. `experts` is the size of the
+    `layers` has, for each index of the leading axis, the layers whose tensors it contains (more
+    than one in a bank of pools); empty without such an axis. `experts` is the size of the
     second axis, 0 without one. Experts of several layers alternate (moe/routing.py `home`).
     """
 

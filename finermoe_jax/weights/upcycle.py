@@ -156,7 +156,7 @@ def pooled_weights(
     key: Array,
     upcycling: UpcycleConfig = PUBLISHED_UPCYCLING,
 ) -> tuple[ModelConfig, Weights]:
-    """Returns a FineRMoE whose neighbouring layers share the experts of a trained one.
+    """Returns a trained FineRMoE with its experts in pools of neighbouring layers.
 
     `moe` differs from the source's only in experts_across, pooled_as and depth_vector. All weights
     are the source's. Router rows of other layers' experts are drawn from normal(0, 0.02), or zero
@@ -234,12 +234,12 @@ def upcycled(
     return config, weights
 
 
-# Fields of MoEConfig that may differ when a trained model's experts are shared.
+# Fields of MoEConfig that may differ when a trained model gets pools.
 _NEW_IN_POOLS = ("pooled_as", "depth_vector", "selection_bias")
 
 
 def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
-    """Returns True if `moe` is the model's experts, pooled across layers that had their own."""
+    """Returns True if `moe` adds pools to a FineRMoE without pools and changes nothing else."""
     if config.moe is None or config.moe.experts_across > 1 or moe.experts_across == 1:
         return False
     own = {name: getattr(config.moe, name) for name in _NEW_IN_POOLS}
@@ -274,7 +274,7 @@ def with_selection_bias(config: ModelConfig, weights: Weights) -> tuple[ModelCon
 
 # Randomly drawn parameters, in the order of a layer's keys.
 DRAWN = ("router", "group_router", "shared_gate", "concat_proj")
-# Those with rows for other layers' experts.
+# Routers with rows for other layers' experts.
 ROUTERS = ("router", "group_router")
 
 
@@ -288,7 +288,7 @@ def router_layers(moe: MoEConfig, name: str) -> int:
 
 
 def _pool_place(config: ModelConfig, path: ParamPath) -> int:
-    """Returns the place of the layers at `path` among those that share their experts."""
+    """Returns the place of the layers at `path` in their pools."""
     place = config.pool_places(config.layer_runs[path[1]][0])[path[2]]
     assert place is not None
     return place

@@ -122,7 +122,7 @@ def _compared(
 ) -> Report:
     """Compares all blocks of `made` with the source or `again`, the weights upcycled again."""
     new_experts = again is not given.weights
-    # A trained model whose layers now share their experts has new rows in its routers only.
+    # A trained FineRMoE that gets pools has new rows in its routers only.
     new_names = DRAWN if given.config.moe is None else ROUTERS
     report, digest = Report(), xxhash.xxh3_128()
     if given.stored != made.stored:

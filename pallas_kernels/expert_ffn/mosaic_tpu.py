@@ -229,7 +229,7 @@ def _columns(weights: Any, ref: Any, first: Scalar, count: int) -> Array:
     """Returns weights [N, K] times the transpose of `count` rows [M, K], in float32.
 
     The result has whole tiles of lanes, with zeros past `count`. The MXU holds 128 columns of its
-    right operand and streams the left one: less than 128 rows are cheaper on the left.
+    right operand and streams the left one: fewer than 128 rows are cheaper on the left.
     """
     whole = count // LANES * LANES
     parts = []
@@ -471,7 +471,7 @@ def pallas_call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=limit,
-            # They cost scalar work in every transfer; the interpreter checks in the tests.
+            # Checks cost scalar work in every transfer. In the tests, the interpreter checks.
             disable_bounds_checks=True,
         ),
         cost_estimate=call.cost(),

@@ -10,8 +10,8 @@ _MOST = {"forward": 1152, "backward": 640}
 def choices(chip: str, kind: str, mean_rows: int) -> Iterator[tuple[int, int, int]]:
     """Yields (rows, step, buffers), best first; the caller takes the first that fits on chip.
 
-    A span holds the rows of nearly every balanced expert, or an equal part of them: the mean, its
-    random deviation, and the rows before it in its first tile.
+    A span has room for the mean number of rows per expert, three standard deviations more, and the
+    rows before the expert in its first tile. If that is too long, for an equal part of them.
     """
     most = 640 if chip == "v5e" else _MOST[kind]
     needed = mean_rows + 3 * math.isqrt(mean_rows) + 16

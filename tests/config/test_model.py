@@ -197,7 +197,7 @@ def test_masks_that_do_not_fit_the_experts_are_refused(train, moe, words):
         ({"balance": {"kind": "bias"}, "train": {"psr": "linear"}}, ["kind=bias", "psr=linear"]),
     ],
 )
-def test_balancings_that_do_not_fit_pools_are_refused(changes, words):
+def test_balancing_that_does_not_fit_pools_is_refused(changes, words):
     values = default_config().to_dict() | {"init_from": "somewhere"}
     values["moe"]["experts_across"] = 2
     for group, fields in changes.items():

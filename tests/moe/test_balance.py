@@ -1,4 +1,4 @@
-"""The balancings against NumPy, on any sharding, with and without padding."""
+"""The kinds of balancing against NumPy, on any sharding, with and without padding."""
 
 import dataclasses
 import functools

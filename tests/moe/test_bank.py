@@ -22,7 +22,7 @@ from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.training.step import rebuild, train_step
 from tests.support.training import MOE, mixture_model, random_tokens, small_run
 
-# Two groups of two layers that share their experts.
+# Two pools of two layers each.
 SHARED = dataclasses.replace(
     MOE, num_hidden_layers=4, moe=dataclasses.replace(MOE.moe, experts_across=2)
 )

@@ -1,4 +1,4 @@
-"""Layers that share their experts: routing, the model, masks."""
+"""Pools, experts that neighbouring layers share: routing, the model, masks."""
 
 import dataclasses
 import functools

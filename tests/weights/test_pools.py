@@ -1,4 +1,4 @@
-"""Conversion to layers that share their experts: upcycled, from a trained model, to HF and back."""
+"""Conversion to pools: upcycled, from a trained model, to HF and back."""
 
 import dataclasses
 import json

@@ -60,8 +60,8 @@ class FineRMoeConfig(PretrainedConfig):
       R_I: copies of every slice inside a group of G_I * R_I experts.
       R_O: candidate groups for each slot; the router picks one.
       num_experts: G_O * R_O * R_I * G_I.
-      experts_across: neighbouring layers with experts that share them (ReXMoE, arXiv 2510.17483):
-        each routes to the num_experts of every one of them. No released model sets it.
+      experts_across: number of neighbouring MoE layers whose experts form a pool; each of these
+        layers routes to the whole pool (ReXMoE, arXiv 2510.17483). No released model sets it.
       pooled_as: "copies": the other layers' experts are further members of each group;
         "candidates": further candidate groups of each slot.
       num_experts_per_tok: active experts of a token, the same number in each of the G_O slots.
