@@ -1,16 +1,16 @@
 """Writes text for studies from this Python's own library: language reference and sources.
 
-python benchmarks/studies/python_text.py FILE.txt [MEGABYTES]
+    python benchmarks/studies/python_text.py FILE.txt [--megabytes=8]
 
 Needs no network. The text depends on the version of Python. The script prints it.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 from pydoc_data import topics
 
-MEGABYTES = 8.0
 _LEFT_OUT = {"antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"}
 
 
@@ -28,10 +28,9 @@ def parts():
                 yield file.read_text(encoding="utf-8", errors="replace")
 
 
-def main(target: str, megabytes: float = MEGABYTES) -> None:
+def main(place: Path, megabytes: float) -> None:
     """Writes at most so many megabytes; prints the size."""
     left = int(megabytes * 1e6)
-    place = Path(target)
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("w", encoding="utf-8") as out:
         for part in parts():
@@ -42,4 +41,10 @@ def main(target: str, megabytes: float = MEGABYTES) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(float, sys.argv[2:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="text file to write")
+    parser.add_argument("--megabytes", type=float, default=8.0, help="most text, in MB")
+    given = parser.parse_args()
+    main(given.file, given.megabytes)
