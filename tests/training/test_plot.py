@@ -30,7 +30,8 @@ def _loads(workdir, tokens, moe=MOE):
     records = []
     for step in (1, 10):
         load = load_of(tokens, np.ones(len(tokens)), moe)
-        records.append({"step": step, **{k: v.tolist() for k, v in load._asdict().items()}})
+        found = {k: v.tolist() for k, v in load._asdict().items() if v is not None}
+        records.append({"step": step, **found})
     _write(workdir, "expert_load.jsonl", records)
 
 
