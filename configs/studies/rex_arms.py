@@ -46,6 +46,9 @@ def get_config(variant: str = "") -> ConfigDict:
             f"variant {variant!r}: use at most one of {', '.join(FORMS)}, and any of "
             f"{', '.join((*MOE, *TRAIN))}"
         )
+    for one, other in (("rex2", "rex4"), ("psr", "foreign")):
+        if one in names and other in names:
+            raise InputError(f"variant {variant!r} has {one} and {other}: choose one")
     config = default_config()
     config.data.update(
         path="build/python_text.txt",

@@ -215,6 +215,12 @@ def _flag_message(error: Exception) -> str:
     message = str(error)
     if miss := re.search(r'Did you mean \W*"(\w+)\W*" instead of \W*"(\w+)', message):
         return f"--config has no field {miss[2]!r}. Did you mean {miss[1]!r}?"
+    if none := re.search(
+        r'Override ([\w.]+) can not be applied because field "(\w+)" is None', message
+    ):
+        return f"--config.{none[1]}: config.{none[2]} is None and has no fields; remove this flag"
+    if group := re.search(r"flag --([\w.]+)=(.*?): Failed to parse .* as a ConfigDict", message):
+        return f"--{group[1]}={group[2]}: this is a group of fields; set one, as --{group[1]}.FIELD"
     if isinstance(error, (KeyError, AttributeError)):
         name = message.strip("\"'\\")
         return f"--config has no field {name!r}; --print_config lists the fields"
@@ -227,6 +233,13 @@ def _add_former(config: ConfigDict, arguments: list[str]) -> None:
         group, _, field = name.rpartition(".")
         override = re.compile(rf"--?(no)?config\.{re.escape(name)}(=|$)")
         if group and field not in config[group] and any(map(override.match, arguments)):
+            if any(
+                re.match(rf"--?config\.{re.escape(former.now)}(=|$)", each) for each in arguments
+            ):
+                raise InputError(
+                    f"--config.{name} is the former name of --config.{former.now}, which is also "
+                    f"given: remove --config.{name}"
+                )
             with config.unlocked():
                 config[group][field] = former.default
                 # The argument overrides the file, even if the file uses the present name.

@@ -112,9 +112,14 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
         value = former.convert(_group(values, group)[name])
         now_group, _, now = former.now.rpartition(".")
         default = operator.attrgetter(former.now)(RunConfig(init_from="any"))
-        if differences({now: default}, {now: _group(values, now_group).get(now, default)}):
+        other = _group(values, now_group).get(now, default)
+        if differences({now: default}, {now: other}):
+            both = ""
+            if not isinstance(other, Mapping):
+                both = f" ({_group(values, group)[name]!r} and {other!r})"
             raise InputError(
-                f"config.{old} is the former name of config.{former.now}: remove config.{old}"
+                f"config.{old} is the former name of config.{former.now}, and both are set{both}: "
+                f"remove config.{old}"
             )
         values = _with(values, group, {k: v for k, v in _group(values, group).items() if k != name})
         values = _with(values, now_group, {**_group(values, now_group), now: value})

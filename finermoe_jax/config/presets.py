@@ -159,8 +159,10 @@ def apply_variant(config: Any, variant: str) -> None:
     for change in changes:
         config.upcycle.update(change)
     if len(pools) > 1 or (pools and config.moe is None):
-        reason = "choose one" if config.moe is not None else "the architecture has no experts"
-        raise InputError(f"variant {variant!r} asks for {' and '.join(pools)}: {reason}")
+        fix = "choose one"
+        if config.moe is None:
+            fix = "the model has no experts to share: remove it, or choose another architecture"
+        raise InputError(f"variant {variant!r} asks for {' and '.join(pools)}: {fix}")
     for name in pools:
         config.moe.update(POOL_VARIANTS[name])
 

@@ -17,10 +17,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from finermoe_jax.config.arguments import check_integer
 from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.errors import InputError
 
 
 class Routing(NamedTuple):
@@ -117,11 +120,21 @@ def home(
     Returns:
       The index of the owner among the MoE layers, and e = (slot, candidate, copy, slice) in it.
 
+    Raises:
+      InputError: a number that is not an integer or is too small.
+
     Examples:
       >>> import finermoe_jax as fm
       >>> fm.home(7, experts_across=2, layer=4)  # layers 4 and 5 share a pool
       (5, 3)
     """
+    check_integer("experts_across", experts_across, 1)
+    check_integer("layer", layer, 0)
+    if isinstance(expert, (np.ndarray, jax.Array)) and expert.ndim:
+        if not jnp.issubdtype(expert.dtype, jnp.integer):
+            raise InputError(f"expert is an array of {expert.dtype}; it must contain integers")
+    else:
+        check_integer("expert", expert, 0)
     return layer - layer % experts_across + expert % experts_across, expert // experts_across
 
 

@@ -27,6 +27,8 @@ _PARTIAL = ".config.json.partial"  # temporary file of files.write
 # Fields that determine a checkpoint's arrays and cannot change during a run, with reasons.
 _FIXED = {
     "dense": "the weights in the checkpoint have these shapes",
+    "moe.selection_bias": "balance.kind=bias adds biases to the model; start a new --workdir with "
+    "init_from set to this run",
     "moe": "the experts in the checkpoint have these shapes and were trained with this routing",
     "optimizer.name": "the checkpoint contains the other optimizer's state",
     "optimizer.moment_dtype": "the checkpoint's moments have this dtype",

@@ -242,6 +242,8 @@ def adds_pools(config: ModelConfig, moe: MoEConfig) -> bool:
     """Returns True if `moe` adds pools to a FineRMoE without pools and changes nothing else."""
     if config.moe is None or config.moe.experts_across > 1 or moe.experts_across == 1:
         return False
+    if config.moe.depth_vector and not moe.depth_vector:
+        return False  # the source's would be lost
     own = {name: getattr(config.moe, name) for name in _NEW_IN_POOLS}
     alone = dataclasses.replace(moe, **own, experts_across=1)
     one, other = (

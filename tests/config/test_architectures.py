@@ -114,6 +114,9 @@ def test_every_arm_of_the_study_of_pools(arm):
 def test_arms_that_are_none_are_named():
     with pytest.raises(InputError, match=r"rex5.*rex2, rex4"):
         load_preset("studies/rex_arms", "rex5")
+    for both, words in (("rex4+rex2", "rex2 and rex4"), ("foreign+psr", "psr and foreign")):
+        with pytest.raises(InputError, match=f"has {words}: choose one"):
+            load_preset("studies/rex_arms", both)
 
 
 @pytest.mark.parametrize(

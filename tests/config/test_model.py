@@ -224,7 +224,8 @@ def test_the_former_weight_of_the_balancing_loss_is_read(tmp_path):
     assert former["train"] == {"aux_loss_weight": 0.5, "steps": 3}  # not changed in place
     config = run_config(former | {"balance": {"kind": "batch"}})
     assert config.balance == BalanceConfig(kind="batch", weight=0.5)
-    with pytest.raises(InputError, match=r"aux_loss_weight is the former name of config\.balance"):
+    both = r"aux_loss_weight is the former name of config\.balance\.weight.*0\.5 and 0\.25.*remove"
+    with pytest.raises(InputError, match=both):
         run_config(former | {"balance": {"weight": 0.25}})
     path = tmp_path / "run.py"
     path.write_text(
@@ -239,6 +240,25 @@ def test_the_former_weight_of_the_balancing_loss_is_read(tmp_path):
     flag = "--config.train.aux_loss_weight=0.125"
     result = command("train", f"--config={path}", flag, "--print_config")
     assert result.returncode == 0 and json.loads(result.stdout)["balance"]["weight"] == 0.125
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.aux_loss_weight=0.1", "balance.weight=0.001"], "former name of.*also given"),
+        (["balance.weight=0.2", "train.aux_loss_weight=0.1"], "former name of.*also given"),
+        (["train.freeze=", "optimizer.freeze_backbone"], "former name of.*train.freeze.*also"),
+        (["balance=bias"], r"group of fields; set one, as --config\.balance\.FIELD"),
+        ([":ct", "moe.experts_across=2"], r"moe\.experts_across: config\.moe is None"),
+    ],
+)
+def test_overrides_that_contradict_each_other(monkeypatch, overrides, words):
+    """Also if one of them states a default."""
+    variant = "".join(each for each in overrides if each.startswith(":"))
+    given = [f"--config.{each}" for each in overrides if each != variant]
+    monkeypatch.setattr(sys, "argv", ["train", f"--config=demo{variant}", *given])
+    with pytest.raises(InputError, match=words):
+        Flags().read(lambda flags: flags.add_config())
 
 
 def test_a_run_with_biases_has_them_in_its_model():

@@ -432,7 +432,10 @@ def test_a_run_without_selection_biases_cannot_resume_with_them(biased, tmp_path
     dense = tiny_run(TINY | {"balance": dict(kind="bias")})
     with pytest.raises(InputError, match=r"balance\.kind=bias .* the model has none: set moe"):
         train(dense, tmp_path / "dense", say=silent)
-    with pytest.raises(InputError, match=r"moe\.selection_bias: True in the run, False in the"):
+    words = (
+        r"moe\.selection_bias: True in the run, False in the.*start a new --workdir with init_from"
+    )
+    with pytest.raises(InputError, match=words):
         changed = BIASED | {"balance": dict(kind="none")}
         train(tiny_run(changed), biased, say=silent, allow_changes=["balance"])
 

@@ -142,3 +142,8 @@ def test_what_does_not_fit_is_refused(dense, alone, tmp_path):
     depth = dataclasses.replace(POOLED, depth_vector=True)
     with pytest.raises(fm.InputError, match="depth_vector=True"):
         fm.save_hf(fm.upcycle_model(dense, depth, key), tmp_path / "c")
+    deep = fm.upcycle_model(dense, dataclasses.replace(ALONE, depth_vector=True), key)
+    fm.save_checkpoint(deep, tmp_path / "deep")
+    with pytest.raises(fm.InputError, match=r"moe\.depth_vector: True there, False"):
+        convert(str(tmp_path / "deep"), tmp_path / "d", "orbax", POOLED, seed=0, stated=True)
+    assert not (tmp_path / "d").exists()
