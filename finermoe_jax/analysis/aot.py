@@ -85,12 +85,11 @@ def compile_program(
     figures |= dataclasses.asdict(costs) | {"notes": program.notes, "counting_notes": costs.notes}
     if target.platform == "tpu" and program.model.moe:
         figures |= _experts(program, text)
-    length = program.config.data.sequence_length
+    length, freeze = program.config.data.sequence_length, program.config.train.freeze
     if program.trains:
-        needed = training_flops(program.model, length, program.config.train.freeze)
+        needed = training_flops(program.model, length, freeze)
         if program.config.optimizer.name == "muon":
-            orthogonal = newton_schulz_flops(program.model, program.config.train.freeze)
-            figures["newton_schulz_flops"] = orthogonal
+            figures["newton_schulz_flops"] = newton_schulz_flops(program.model, freeze)
     else:
         needed = sum(forward_flops(program.model, length).values())
     figures |= report.roofline(costs, target, figures["tokens_per_step"], needed)

@@ -55,15 +55,13 @@ def train_step(
     """
     model = rebuild(graphdef, params)
     free = trained(params, trained_kinds(model, config.train.freeze))
-    # Derived from the optimizer's count, like the key below.
-    psr = reuse_at(updates_made(opt_state), config.train, model.config.moe)
+    made = updates_made(opt_state)  # the masks and the rate derive from it, like the key below
+    psr = reuse_at(made, config.train, model.config.moe)
     metrics, grads = _gradients(graphdef, config, params, free, batch, psr)
     metrics["aux_loss"] = metrics["layer_aux_loss"].sum()
     if "z_loss" in metrics:
         metrics["z_loss"] = metrics["z_loss"].sum()
-    metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(
-        updates_made(opt_state)
-    )
+    metrics["learning_rate"] = learning_rate(config.optimizer, config.train.steps)(made)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"] + metrics["aux_loss"])
@@ -80,15 +78,18 @@ def train_step(
     # A branch rather than jnp.where: both sides reuse the donated buffers.
     with jax.named_scope("optimizer"):
         free, opt_state = jax.lax.cond(finite, update, keep, grads, opt_state, free)
-    segments, size = batch.segment_ids, batch.tokens[:, 1:].size
-    tokens = (
-        jnp.float32(size) if segments is None else (segments[:, :-1] != 0).sum(dtype=jnp.float32)
-    )
-    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": tokens}
+    metrics |= {"grad_norm": norm, "skipped": 1.0 - finite, "tokens": _input_tokens(batch)}
     params = completed(params, free)
     if config.balance.kind == "bias":
         params = _with_moved_biases(model, config, params, metrics["expert_tokens"], finite)
     return params, opt_state, metrics
+
+
+def _input_tokens(batch: Batch) -> Float[Array, ""]:
+    """Counts a batch's input tokens without padding."""
+    if batch.segment_ids is None:
+        return jnp.float32(batch.tokens[:, 1:].size)
+    return (batch.segment_ids[:, :-1] != 0).sum(dtype=jnp.float32)
 
 
 def _with_moved_biases(

@@ -119,10 +119,8 @@ def upcycle_weights(
             return _restacked(rows[name], layers)
         if name[:2] == ("moe", "shared"):
             whole = _restacked(rows["mlp", name[2]], layers)
-            if not upcycling.function_preserving or name[2] != "down":
-                return whole
-            scale = upcycle_variants.SHARED_SCALE
-            return dataclasses.replace(whole, read=lambda at: lazy.scaled(whole[at], scale))
+            scales = upcycling.function_preserving and name[2] == "down"
+            return _scaled(whole, upcycle_variants.SHARED_SCALE) if scales else whole
         dtype = weights["embed", "weight"].dtype
         if kinds[path].bank:
             if name[1] == "down" and upcycling.function_preserving:
@@ -147,6 +145,10 @@ def upcycle_weights(
         return _drawn(of_layers, shape, dtype, std)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
+
+
+def _scaled(array: LazyArray, factor: int) -> LazyArray:
+    return dataclasses.replace(array, read=lambda at: lazy.scaled(array[at], factor))
 
 
 def pooled_weights(
