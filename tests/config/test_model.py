@@ -48,7 +48,7 @@ def test_lean_variant_is_for_one_small_device(name):
         ({"decay_fraction": 0.2}, "decay_fraction=0.2 applies to the schedule wsd only"),
         (
             {"schedule": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.5},
-            "warmup_fraction=0.6 and optimizer.decay_fraction=0.5 together exceed",
+            "warmup_fraction=0.6 and optimizer.decay_fraction=0.5 add up to more than 1",
         ),
         ({"schedule": "wsd", "decay_fraction": -0.1}, "decay_fraction=-0.1 must be between 0"),
         ({"name": "muon", "learning_rate": -1.0}, "learning_rate=-1.0 must be between 0"),

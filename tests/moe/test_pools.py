@@ -296,7 +296,7 @@ SIZES = dict(intermediate_granularity=4, output_granularity=2, output_expansion=
         (5, dict(experts_across=2), ["experts_across=2", "5", "use 1, 5"]),
         (7, dict(experts_across=2, mlp_only_layers=(3,)), ["experts_across=2", "3", "use 1, 3"]),
         (4, dict(experts_across=0), ["experts_across=0"]),
-        (4, dict(experts_across=2, decoder_sparse_step=9), ["has no", "use 1"]),
+        (4, dict(experts_across=2, decoder_sparse_step=9), ["have no", "use 1"]),
         (
             4,
             dict(experts_across=2, pooled_as="candidates", plain_top_k=True, output_granularity=1),
