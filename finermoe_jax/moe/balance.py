@@ -69,7 +69,7 @@ def load_balancing_loss(
     documents. f has no gradient. `allowed`: experts that tokens may choose (`route`); the softmax
     and N are those of these experts alone.
     """
-    return _over_sequences(*_sequence_shares(logits, experts, mask, allowed), mask)
+    return _over_sequences(*_shares(logits, experts, mask, allowed), mask)
 
 
 def batch_load_balancing_loss(
@@ -83,13 +83,12 @@ def batch_load_balancing_loss(
     The sum over experts of f_i * P_i: P_i is the mean over the batch's real tokens of the softmax
     over all experts, f_i = N / (A * real tokens) * (tokens that selected i). So only the batch must
     be balanced, not each sequence. On a mesh the sums cover the batches of all devices, for any
-    sharding. f has no gradient. `allowed` as in
-    `load_balancing_loss`.
+    sharding. f has no gradient. `allowed` as in `load_balancing_loss`.
 
     With gradient accumulation the batch is a microbatch, and a step's loss is the mean over its
     microbatches. (The paper accumulates the counts over the microbatches instead.)
     """
-    fraction, mean_probability = _batch_shares(logits, experts, mask, allowed)
+    fraction, mean_probability = _shares(logits, experts, mask, allowed, whole_batch=True)
     return (fraction * mean_probability).sum()
 
 
@@ -103,8 +102,10 @@ def pool_balancing_loss(
     f and P of Eq. 11 are means over the r layers. `layers` has each layer's routing and its
     `allowed` (`route`).
     """
-    shares_of = _batch_shares if kind == "batch" else _sequence_shares
-    shares = [shares_of(each.logits, each.experts, mask, allowed) for each, allowed in layers]
+    shares = [
+        _shares(each.logits, each.experts, mask, allowed, whole_batch=kind == "batch")
+        for each, allowed in layers
+    ]
     fraction, mean_probability = (sum(values) / len(layers) for values in zip(*shares, strict=True))
     if kind == "batch":
         return (fraction * mean_probability).sum()
@@ -120,38 +121,27 @@ def _open(
     return where_allowed(allowed, logits, -jnp.inf), allowed.sum()
 
 
-def _sequence_shares(
+def _shares(
     logits: Float[Array, "B T E"],
     experts: Int[Array, "B T A"],
     mask: Bool[Array, "B T"],
     allowed: Bool[Array, " E"] | None,
-) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
-    """Returns f and P of each sequence."""
+    whole_batch: bool = False,
+) -> tuple[Float[Array, "S E"], Float[Array, "S E"]]:
+    """Returns f and P of every sequence, S = B, or of the whole batch as one, S = 1."""
     num_experts, active = logits.shape[-1], experts.shape[-1]
     logits, choices = _open(logits, allowed)
     real = mask.astype(jnp.float32)
-    length = jnp.maximum(real.sum(axis=1), 1.0)[:, None]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    mean_probability = jnp.einsum("BTE,BT->BE", probabilities, real) / length
-    fraction = expert_tokens(experts, mask, num_experts) * choices / (active * length)
-    return fraction, mean_probability
-
-
-def _batch_shares(
-    logits: Float[Array, "B T E"],
-    experts: Int[Array, "B T A"],
-    mask: Bool[Array, "B T"],
-    allowed: Bool[Array, " E"] | None,
-) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
-    """Returns f and P of the batch."""
-    num_experts, active = logits.shape[-1], experts.shape[-1]
-    logits, choices = _open(logits, allowed)
-    real = mask.astype(jnp.float32)
-    total = jnp.maximum(real.sum(), 1.0)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    mean_probability = jnp.einsum("BTE,BT->E", probabilities, real) / total
-    fraction = expert_tokens(experts, mask, num_experts).sum(axis=0) * choices
-    return fraction / (active * total), mean_probability
+    length = real.sum(axis=1)[:, None]
+    probability = jnp.einsum("BTE,BT->BE", probabilities, real)
+    tokens = expert_tokens(experts, mask, num_experts)
+    if whole_batch:
+        length, probability, tokens = (
+            each.sum(axis=0, keepdims=True) for each in (length, probability, tokens)
+        )
+    length = jnp.maximum(length, 1.0)
+    return tokens * choices / (active * length), probability / length
 
 
 def _over_sequences(

@@ -127,10 +127,8 @@ def upcycle_weights(
                 return _zeros(shape, rows["mlp", "down"][0].dtype)
             groups = bank_layers(config, path[1], path[2])
             return _experts(config, rows, groups, shape, name[1], upcycling, drop_key)
-        if name[1] == "depth_vector":
-            return _zeros(shape, dtype)
-        if kinds[path].state:
-            return _zeros(shape, kinds[path].stored_as("float32"))
+        if name[1] == "depth_vector" or kinds[path].state:
+            return _zeros(shape, kinds[path].stored_as(dtype))
         place = drawn.index(name[1])
         of_layers = [keys[moe_layers.index(layer) * len(drawn) + place] for layer in layers]
         std = upcycling.concat_proj_std if name[1] == "concat_proj" else NEW_WEIGHT_STD
