@@ -176,8 +176,8 @@ MUTATIONS = (
     ),
     Mutation(
         "function-preserving: the gate is doubled in place of the down-projection", UPCYCLE,
-        'upcycling.function_preserving or name[2] != "down"',
-        'upcycling.function_preserving or name[2] != "gate"',
+        'scales = upcycling.function_preserving and name[2] == "down"',
+        'scales = upcycling.function_preserving and name[2] == "gate"',
         "tests/weights/test_upcycle_variants.py -k preserving", OF_UPCYCLING,
     ),
     Mutation(

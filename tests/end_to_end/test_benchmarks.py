@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kernels import gpu_first_hour, gpu_shapes
+from benchmarks.studies import mutations
 from tests.support import ROOT
 
 CONFIG = """
@@ -65,6 +66,10 @@ for name, arguments in {forms!r}.items():
         except SystemExit as end:
             assert not end.code, (name, end.code)
 """
+
+
+def test_every_mutation_fits_the_code():
+    mutations.refuse_stale()
 
 
 @pytest.mark.slow
