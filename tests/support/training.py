@@ -10,7 +10,7 @@ from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import BalanceConfig, RunConfig
+from finermoe_jax.config.run import BalanceConfig, MeshConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import trained_kinds
@@ -117,6 +117,7 @@ def demo_run(steps, **settings):
         config,
         prompts=("Return the",),
         prompt_tokens=4,
+        mesh=MeshConfig(1, 8, 1, 1),  # eight whole models would be most of a worker's memory
         data=dataclasses.replace(
             config.data, sequence_length=32, global_batch_size=8, eval_windows=4
         ),
