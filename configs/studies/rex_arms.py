@@ -1,6 +1,6 @@
 """Studies of pools: experts shared by neighbouring layers (docs/pooling.md#studies).
 
-    python benchmarks/studies/python_text.py build/python_text.txt
+    python benchmarks/studies/python_text.py build/python_text.txt --megabytes=2
     finermoe sweep --config=configs/studies/rex_arms.py --config=configs/studies/rex_arms.py:rex2 \\
         --seeds=3 --workdir=runs/rex
 
@@ -109,5 +109,5 @@ def _from_scratch(config: ConfigDict, form: str) -> None:
         config.moe.update(intermediate_granularity=8, output_granularity=2)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_fraction=0.05)
     config.train.update(
-        steps=400, compute_dtype="float32", remat="dots", eval_every=200, checkpoint_every=200
+        steps=240, compute_dtype="float32", remat="dots", eval_every=120, checkpoint_every=240
     )
