@@ -50,7 +50,9 @@ ELSEWHERE = {
     "kernels.gpu_shapes": "is no command",
     "kill_campaign": "takes minutes",
     "pods": "needs a compiler for TPUs",
+    "pools": "compiles for minutes",
     "power_cuts": "needs root",
+    "studies.record": "needs a finished sweep; tests/end_to_end/test_results.py records one",
     "tpu_compiler": "is no command",
     "tpu_kernels": "needs a compiler for TPUs; .ci/run runs it",
 }
