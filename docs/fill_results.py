@@ -37,6 +37,12 @@ def loss(runs: Seeds, _: Seeds) -> str:
     return spread(list(losses(runs).values()))
 
 
+def halfway(runs: Seeds, _: Seeds) -> str:
+    """The held-out loss after half of the steps."""
+    halves = [run["curve"]["loss"][len(run["curve"]["loss"]) // 2] for run in runs.values()]
+    return spread(halves)
+
+
 def difference(runs: Seeds, base: Seeds) -> str:
     """The loss minus that of the study's first variant, seed by seed."""
     if runs is base:
@@ -90,6 +96,7 @@ def copies(runs: Seeds, _: Seeds) -> str:
 COLUMNS: dict[str, Callable[[Seeds, Seeds], str]] = {
     "seeds": seeds,
     "held-out loss": loss,
+    "halfway": halfway,
     "difference": difference,
     "parameters": total,
     "active": active,
@@ -143,7 +150,7 @@ STUDIES = {
     ),
     "muon": Study(
         "Muon beside AdamW on the demo, 60 steps",
-        ("seeds", "held-out loss", "difference"),
+        ("seeds", "halfway", "held-out loss", "difference"),
         {
             f"{optimizer}_lr{place}": f"{label}, {rate}"
             for optimizer, label in (("adamw", "AdamW"), ("muon", "Muon"))
@@ -216,12 +223,14 @@ def draw(name: str) -> None:
         values = list(losses(runs).values())
         colour = style.ORANGE if place == 0 else style.BLUE
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.8)
-        axes.plot([np.mean(values)], [place], "|", color=style.INK, markersize=14, mew=2)
+        if len(values) > 1:
+            axes.plot([np.mean(values)], [place], "|", color=style.INK, markersize=14, mew=2)
     axes.set_yticks(range(len(rows)), [label.replace("`", "") for label in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_title(STUDIES[name].title)
-    axes.set_xlabel("held-out loss, nats per token; a dot per seed, a bar at the mean")
+    several = "; a dot per seed, a bar at the mean" if len(next(iter(rows.values()))) > 1 else ""
+    axes.set_xlabel(f"held-out loss, nats per token{several}")
     picture.savefig(DOCS / "studies" / f"{name}.png")
 
 

@@ -10,7 +10,6 @@ then holds the runs that are.
 """
 
 import argparse
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -64,6 +63,18 @@ def load(lines: list[dict[str, Any]]) -> dict[str, float]:
     return found | {"larger_candidate": statistics.fmean(float(part.mean()) for part in largest)}
 
 
+def recorded(sweep: Path) -> dict[str, Any]:
+    """Returns the figures of a sweep's finished runs, by variant and seed."""
+    configs = read_json(sweep / "sweep.json")
+    variants = {name: run_config(values) for name, values in configs.items()}
+    seeds = 1 + max(int(path.name.removeprefix("seed")) for path in sweep.glob("*/seed*"))
+    runs: dict[str, Any] = {name: {} for name in variants}
+    for run, history in finished(plan(sweep, variants, seeds)).items():
+        runs[run.variant][str(run.seed)] = record(history)
+    about = {"jax": jax.__version__, "platform": jax.default_backend()}
+    return {"about": about, "runs": {name: done for name, done in runs.items() if done}}
+
+
 def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(
@@ -72,20 +83,10 @@ def main() -> None:
     parser.add_argument("sweep", type=Path, help="folder of finermoe sweep")
     parser.add_argument("output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    configs = read_json(arguments.sweep / "sweep.json")
-    variants = {name: run_config(values) for name, values in configs.items()}
-    seeds = 1 + max(int(path.name.removeprefix("seed")) for path in arguments.sweep.glob("*/seed*"))
-    runs: dict[str, Any] = {name: {} for name in variants}
-    for run, history in finished(plan(arguments.sweep, variants, seeds)).items():
-        runs[run.variant][str(run.seed)] = record(history)
-    done = {name: by_seed for name, by_seed in runs.items() if by_seed}
-    about = {
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        "machine": platform.machine(),
-    }
-    files.write(arguments.output, to_json({"about": about, "runs": done}, indent=1) + "\n")
-    print(f"{arguments.output}: {sum(map(len, done.values()))} runs of {len(done)} variants")
+    found = recorded(arguments.sweep)
+    files.write(arguments.output, to_json(found, indent=1) + "\n")
+    runs = found["runs"]
+    print(f"{arguments.output}: {sum(map(len, runs.values()))} runs of {len(runs)} variants")
 
 
 if __name__ == "__main__":
