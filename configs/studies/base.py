@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             vocab_size=2048,
             hidden_size=256,
-            intermediate_size=768 if variant else 640,
+            intermediate_size=720 if variant else 640,
             num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=2,
