@@ -227,6 +227,7 @@ def variants():
     from flax import nnx
 
     import finermoe_jax as fm
+    from finermoe_jax.config.model import RopeScaling
 
     def drawn(moe, **changes):
         config = fm.ModelConfig(**SHAPE | changes, moe=moe)
@@ -240,11 +241,11 @@ def variants():
         return model
 
     plain = fm.MoEConfig(4, 2, 1, 2, 1)
-    llama3 = fm.RopeScaling(
+    llama3 = RopeScaling(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=64,
     )  # fmt: skip
-    yarn = fm.RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
+    yarn = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
     return {
         "tied": drawn(plain, tie_word_embeddings=True),
         "several copies, two experts a slot": drawn(fm.MoEConfig(4, 4, 2, 2, 2)),
