@@ -1,12 +1,13 @@
 """Exported directories inside vLLM and transformers, without jax or a server: one JSON line each.
 
     python tests/end_to_end/serve_inside.py router DIR
-    python tests/end_to_end/serve_inside.py tokens DIR DTYPE [--compiled]
+    python tests/end_to_end/serve_inside.py tokens eager|compiled DIR…
     python tests/end_to_end/serve_inside.py batching DIR sdpa|eager
 
 Runs in the environment that .ci/serve makes. `router` serves DIR in bfloat16 and compares every
 router with the float32 product of the rows it was given. The others read {"prompts": [[id, …], …],
-"new": N} from stdin and return the greedy tokens: of vLLM, or of transformers' continuous batching.
+"new": N} from stdin and return the greedy tokens in float32: of vLLM, by DIR, or of transformers'
+continuous batching.
 """
 
 import json
@@ -82,11 +83,21 @@ def router(directory):
     }
 
 
-def tokens(directory, dtype, compiled=""):
-    """vLLM's greedy tokens, and the seconds that it took to load the model."""
-    asked = json.load(sys.stdin)
-    model, seconds = engine(directory, dtype, bool(compiled))
-    return {"seconds": seconds, "tokens": greedy(model, asked["prompts"], asked["new"])}
+def tokens(mode, *directories):
+    """For every model, vLLM's greedy tokens and the seconds it took to load, or its error."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    asked, found = json.load(sys.stdin), {}
+    for directory in directories:
+        try:
+            model, seconds = engine(directory, "float32", mode == "compiled")
+            answers = greedy(model, asked["prompts"], asked["new"])
+            found[directory] = {"seconds": seconds, "tokens": answers}
+            del model
+        except Exception as error:  # of any kind: this is a report
+            found[directory] = {"error": f"{type(error).__name__}: {error}"}
+        cleanup_dist_env_and_memory()
+    return found
 
 
 def batching(directory, attention):
