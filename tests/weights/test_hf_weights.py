@@ -298,7 +298,7 @@ def test_export_into_an_empty_directory_and_with_a_tokenizer(tmp_path):
     fm.save_hf(fm.load_hf(TIED), tmp_path / "out", tmp_path / "tokenizer")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     copied = ["tokenizer.json", "tokenizer_config.json"]
-    assert found == ["config.json", "model.safetensors", *copied]
+    assert found == ["README.md", "config.json", "model.safetensors", *copied]
 
 
 @pytest.mark.parametrize(
