@@ -1,6 +1,6 @@
 """Orbax checkpoints. A checkpoint directory is self-contained:
 
-    config/         the model's architecture and dtypes, JSON
+    config/         the model's architecture, dtypes and origin, JSON
     params/         the weights, in the decoder's own layout
     tokenizer/      the tokenizer files
     optimizer/      Optax's state, in training checkpoints only

@@ -1,6 +1,6 @@
 """The Dockerfile and the recipes: their commands are ours, their files pass their own tools.
 
-RECIPE_TOOLS names a folder with hadolint, shellcheck and kubernetes-validate, as in .ci/run. What is
+RECIPE_TOOLS names a folder with hadolint, shellcheck and kubernetes-validate (.ci/run). What is
 neither there nor on PATH is skipped.
 """
 
