@@ -40,6 +40,7 @@ def test_a_directory_is_sent(checkpoint, tmp_path, monkeypatch, name):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "hf"), f"{server.address}/{full}"]
     assert "sending" in done.stderr and "model.safetensors" in done.stderr  # the bar's file
+    assert "POST /api/validate-yaml" in server.asked  # the model card
     sent = server.repositories[full]
     assert sent.pop(".gitattributes")
     assert sent == content(tmp_path / "hf") and "model.safetensors" in sent

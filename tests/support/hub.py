@@ -142,8 +142,11 @@ class _Account(http.server.BaseHTTPRequestHandler):
         path, _, _ = self.path.partition("?")
         if path == "/api/validate-yaml":
             card = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-            assert card["library_name"] == "transformers"
-            return self.answer({"errors": [], "warnings": []})
+            known = {"base_model", "library_name", "license", "pipeline_tag", "tags"}
+            errors = [{"message": name} for name in card if name not in known]
+            if not all(isinstance(tag, str) for tag in card["tags"]):
+                errors.append({"message": "tags"})
+            return self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.roles:
             return self.answer({"error": "Invalid credentials"}, 401)
