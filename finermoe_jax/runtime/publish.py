@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finermoe_jax.errors import InputError, RunEnded, first_line
+from finermoe_jax.runtime.preemption import INTERRUPTED
 
 _FLAG = "--push_to_hub"
 # The Hub adds it to every new repository.
 _EMPTY = {".gitattributes"}
 _LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that can write"
-# A shell's exit code for Ctrl-C.
-_INTERRUPTED = 130
 
 
 def repository(name: str) -> str:
@@ -125,7 +124,7 @@ def send(directory: Path, repository: str) -> str:
             repo_id=repository, folder_path=directory, commit_message="Upload by finermoe-jax"
         )
     except KeyboardInterrupt:
-        raise _unsent(directory, repository, "interrupted", _INTERRUPTED) from None
+        raise _unsent(directory, repository, "interrupted", INTERRUPTED) from None
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise _unsent(directory, repository, first_line(cause).rstrip(".")) from None

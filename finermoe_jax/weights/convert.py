@@ -16,16 +16,13 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.files import new_directory, refuse_occupied
 from finermoe_jax.runtime.paths import local
-from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.runtime.preemption import INTERRUPTED, stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.model_card import TrainingRun, model_card, upcycled_origin
 from finermoe_jax.weights.source import ModelSource, open_model
 from finermoe_jax.weights.upcycle import upcycled
-
-# A shell's exit code for Ctrl-C.
-_INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _write(
         def written(size: int) -> None:
             bar.update(size)
             if stopped(0):
-                raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
+                raise RunEnded(f"interrupted; nothing of {target} is left", INTERRUPTED)
 
         config, weights, files = model.config, model.weights, model.files
         try:
