@@ -102,7 +102,10 @@ def train(
         setup = _claimed(config, workdir, say, telemetry, allow_changes, lock)
         setup.started = started
         checkpoints = TrainingCheckpoints(
-            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
+            workdir / "checkpoints",
+            config.train.keep_checkpoints,
+            config.train.keep_best,
+            setup.initial.origin,
         )
         opened.enter_context(contextlib.closing(checkpoints))
         try:

@@ -1,6 +1,6 @@
 """Orbax checkpoints. A checkpoint directory is self-contained:
 
-    config/         the model's architecture and dtypes, JSON
+    config/         the model's architecture, dtypes and origin, JSON
     params/         the weights, in the decoder's own layout
     tokenizer/      the tokenizer files
     optimizer/      Optax's state, in training checkpoints only
@@ -45,6 +45,7 @@ from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import integrity, lazy, orbax_files
 from finermoe_jax.weights.hf_weights import to_save
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin
 from finermoe_jax.weights.orbax_files import save_errors
 
 CONFIG, PARAMS, TOKENIZER, OPTIMIZER = "config", "params", "tokenizer", "optimizer"
@@ -88,7 +89,9 @@ class TokenizerSave(ocp.args.CheckpointArgs):
     source: Path | None
 
 
-def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
+def described(
+    config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, origin: Origin
+) -> dict[str, Any]:
     """Returns the content of config/; dtype is that of the activations."""
     return {
         "format": "finermoe-jax 1",
@@ -96,7 +99,7 @@ def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
         "dtype": str(dtype),
         "param_dtype": str(param_dtype),
         "checksums": True,
-    }
+    } | ({} if origin == UNKNOWN else {"origin": dataclasses.asdict(origin)})
 
 
 def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
@@ -116,10 +119,12 @@ def write_checkpoint(
     target: Path,
     tokenizer: Path | None,
     written: Callable[[int], None] = lambda size: None,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
-    dtype is that of the activations. written(bytes) is called for each block of weights.
+    dtype is that of the activations. written(bytes) is called for each block of weights. `origin`
+    is stored for the model card of a later export.
 
     Raises InputError, before anything is written, if the saved tokenizer would behave differently
     (`check_kept`).
@@ -128,7 +133,9 @@ def write_checkpoint(
         check_kept(tokenizer)
     items = ocp.args.Composite(
         **{
-            CONFIG: ocp.args.JsonSave(described(config, dtype, weights["embed", "weight"].dtype)),
+            CONFIG: ocp.args.JsonSave(
+                described(config, dtype, weights["embed", "weight"].dtype, origin)
+            ),
             PARAMS: ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(weights)),
             TOKENIZER: TokenizerSave(tokenizer),
         }
@@ -266,6 +273,15 @@ def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
         if name not in ("float32", "bfloat16", "float16"):
             raise InputError(f"{path}: {dtype=} and {param_dtype=} must both name a float type")
     return config, str(dtype), str(param_dtype)
+
+
+def read_stored_origin(checkpoint: Path) -> Origin:
+    """Returns where a checkpoint's weights come from, as far as it states that."""
+    path = checkpoint / CONFIG / "metadata"
+    origin = read_json(path).get("origin") or {}
+    if not isinstance(origin, dict):
+        raise InputError(f"{path}: origin={origin!r} must be an object")
+    return from_dict(Origin, origin, f"{path}: origin")
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
