@@ -94,6 +94,7 @@ class FineRMoE(nnx.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         placement: Placement = ONE_DEVICE,
+        router_input: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
         """Computes the layer.
 
@@ -101,16 +102,17 @@ class FineRMoE(nnx.Module):
           x: [B, T, D].
           mask: bool [B, T], True at real tokens; only the loss uses it.
           placement: the devices and the kernel that compute the experts.
+          router_input: [B, T, D], an earlier layer's input, from which the experts are chosen
+            (moe.route_ahead); None: x.
 
         Returns:
           The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
           of Eq. 11, weight not applied.
         """
         with jax.named_scope("router"):
-            routed = x
-            if self.moe.depth_vector:
-                routed = x + self.depth_vector[...].astype(x.dtype)[None, None]
-            routing, slot_order = self.route(routed)  # Algorithm 1
+            routed = self._with_depth(x)
+            read = routed if router_input is None else self._with_depth(router_input)
+            routing, slot_order = self.route(read)  # Algorithm 1
             if placement.force_balance:
                 routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
             aux_loss = load_balancing_loss(  # Eq. 11
@@ -132,6 +134,11 @@ class FineRMoE(nnx.Module):
             y = self._project(y)
         return y, routing, aux_loss
 
+    def _with_depth(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if not self.moe.depth_vector:
+            return x
+        return x + self.depth_vector[...].astype(x.dtype)[None, None]
+
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
@@ -139,7 +146,7 @@ class FineRMoE(nnx.Module):
         `self.allowed` is set (train.psr), all of them must be allowed.
 
         Args:
-          x: [B, T, D].
+          x: [B, T, D], the layer's input or, with moe.route_ahead, an earlier layer's.
 
         Returns:
           A `Routing`, and int [B, T, A]: the order that sorts its experts by slot

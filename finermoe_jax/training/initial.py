@@ -91,11 +91,13 @@ def initial_model(config: RunConfig) -> InitialModel:
     )
     if config.balance.kind == "bias" and model.moe is not None:
         model, weights = with_selection_bias(model, weights)
-    if weights is source.weights:
-        return given
-    origin = upcycled_origin(source.origin, source.config, model, config.upcycle)
+    origin = source.origin
+    if weights is not source.weights:
+        origin = upcycled_origin(origin, source.config, model, config.upcycle)
+    # Without other weights, moe.route_ahead alone may differ from the source's.
     made = _lazy_model(model, weights, compute, files, ends, origin)
-    return made if source.config.moe else dataclasses.replace(made, dense=given)
+    dense = source.config.moe is None and weights is not source.weights
+    return dataclasses.replace(made, dense=given) if dense else made
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:

@@ -52,7 +52,8 @@ ELSEWHERE = {
     "pods": "needs a compiler for TPUs",
     "pools": "compiles for minutes",
     "power_cuts": "needs root",
-    "studies.record": "needs a finished sweep; tests/end_to_end/test_results.py records one",
+    "studies.record": "needs a finished sweep; tests/training/test_sweep.py records one",
+    "studies.ahead": "needs a FineRMoE; tests/model/test_route_ahead.py runs it",
     "tpu_compiler": "is no command",
     "tpu_kernels": "needs a compiler for TPUs; .ci/run runs it",
 }
