@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.parameters import axes_of, kind_of
@@ -25,7 +25,7 @@ from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.block import Block
 from finermoe_jax.moe.balance import pool_balancing_loss
-from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
+from finermoe_jax.moe.bank import CarriedBank, HostBank, bank_of_run, check_used
 from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
 
@@ -133,8 +133,9 @@ def run_layers(
         policy = REMAT_POLICIES[shared.remat]
         body = jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
     carry = x, caches, tuple(() if bank is None else bank.carried for bank in banks)
-    if _all_separate(stacked):
-        (x, caches, gradients), traces = _unrolled(body, carry, repeats)
+    separate = _all_separate(stacked)
+    if separate or any(bank and isinstance(bank.bank, HostBank) for bank in banks):
+        (x, caches, gradients), traces = _unrolled(body, carry, repeats, not separate)
     else:
         # Decoding has few rows per weight: slicing a layer would copy it, idle experts included.
         sliced = stacked if caches is None else None
@@ -227,10 +228,14 @@ def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, sha
     ]
 
 
-def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
-    """`lax.scan` without a loop, for layers that are separate arrays."""
+def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int, apart: bool) -> tuple:
+    """`lax.scan` without a loop, for layers that are separate arrays.
+
+    `apart`: a CPU fuses nothing across layers, so that results equal a scan's bit by bit.
+    """
     each = []
     for layer in range(repeats):
+        carry = cpu.materialized(carry) if apart else carry
         carry, traces = body(carry, (layer, None))
         each.append(traces)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

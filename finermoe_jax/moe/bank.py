@@ -14,6 +14,9 @@ If r neighbouring layers share a pool of experts (experts_across), the stack has
 [L / r, r * N, ...], and "layer" above means a pool. The pool's layers use its bank in turn. In the
 backward pass the last of them writes the gradients, and the others add to them. Experts sharded
 over fsdp are gathered by each of the r layers.
+
+Experts in host memory (`HostBank`) are copied to the device when a layer has chosen them. The
+copies are a bank of one layer (docs/host_experts.md).
 """
 
 import dataclasses
@@ -28,11 +31,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.layers.stored import Quantized
+from finermoe_jax.layers.stored import HostLayers, Quantized
 from pallas_kernels.expert_ffn import empty_like, expert_ffn, expert_ffn_of_run, unread
-from pallas_kernels.platform import Implementation
+from pallas_kernels.platform import Implementation, platform
 
 
 @dataclasses.dataclass
@@ -48,6 +51,7 @@ class ExpertBank:
         them. Empty: the experts get no gradient.
       adds: gradients are added to the stacks (`Summed`).
       ends: set on a bank of one layer, whose single use ends the loop with `CarriedBank.end`.
+      window_of: of copies of some experts, the sizes (E, L * E) of their layer and its stack.
     """
 
     gate_up: Array
@@ -57,6 +61,7 @@ class ExpertBank:
     gradients: tuple[Array, ...] = ()
     adds: bool = False
     ends: "CarriedBank | None" = None
+    window_of: tuple[int, int] | None = None
 
     @property
     def experts(self) -> int:
@@ -76,12 +81,12 @@ class ExpertBank:
             first = jnp.asarray(self.layer * self.experts, jnp.int32)
             return expert_ffn(
                 rows, flat[0], flat[1], group_sizes, row_weights, kernel, False, first,
-                (flat[2], flat[3]),
+                (flat[2], flat[3]), self.window_of,
             )  # fmt: skip
         with jax.named_scope("routed_experts"):
             y, self.gradients = expert_ffn_of_run(
                 rows, self.gate_up, self.down, group_sizes, row_weights, self.layer,
-                self.gradients, kernel, adds=self.adds,
+                self.gradients, kernel, adds=self.adds, window_of=self.window_of,
             )  # fmt: skip
         return y
 
@@ -90,6 +95,78 @@ class ExpertBank:
     ) -> "ExpertBank":
         """Returns the bank at another layer, with the gradients to pass on and to add to."""
         return dataclasses.replace(self, layer=layer, gradients=gradients, adds=self.adds or adds)
+
+    def fetch(
+        self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
+    ) -> tuple["ExpertBank", Int[Array, "B T A"], Float[Array, "B T D"]]:
+        """Returns its arguments: the experts are on the device (cf. `HostBank.fetch`)."""
+        return self, experts, x
+
+
+@dataclasses.dataclass
+class HostBank:
+    """The experts of L layers in host memory, and the layer in use. They get no gradient.
+
+    Attributes:
+      gate_up: [L, E, 2F, D].
+      down: [L, E, F, W].
+      layer: the layer in use.
+      scales: [L, E, 2F] and [L, E, W], of int8 weights.
+    """
+
+    gate_up: HostLayers
+    down: HostLayers
+    layer: int = 0
+    scales: tuple[HostLayers, HostLayers] | None = None
+    gradients: tuple[()] = ()
+    ends = None
+
+    @property
+    def experts(self) -> int:
+        """Experts per layer."""
+        return self.gate_up.shape[1]
+
+    def at(self, layer: Array | int, gradients: tuple[Array, ...], adds: bool = False) -> "HostBank":
+        """Returns the bank at another layer."""
+        assert isinstance(layer, int), "experts in host memory need layers written out"
+        return dataclasses.replace(self, layer=layer)
+
+    def fetch(
+        self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
+    ) -> tuple[ExpertBank, Int[Array, "B T A"], Float[Array, "B T D"]]:
+        """Copies the experts that a layer has chosen to the device.
+
+        A decoding step copies one expert for each of S = B * A slots. If S is more than half of the
+        layer, and for prompts, the whole layer is copied. An unused slot gets an expert a second
+        time.
+
+        Returns:
+          The bank of the copies, the experts' numbers in it, and x. What reads this x is scheduled
+          after the choice of the experts, so that the transfers start first.
+        """
+        batch, tokens, active = experts.shape
+        slots = experts.size
+        stacks = (self.gate_up, self.down, *(self.scales or ()))
+        if tokens > 1 or slots > self.experts // 2:
+            copies = [stack.whole(self.layer) for stack in stacks]
+        else:
+            if slots == active:  # one token, whose experts differ
+                chosen, experts = experts.reshape(-1), jnp.arange(active)[None, None]
+            else:
+                chosen, place = jnp.unique(experts.reshape(-1), return_inverse=True, size=slots)
+                experts = place.reshape(experts.shape)
+            if platform() == "cpu":
+                chosen, experts = lax.optimization_barrier((chosen, experts))
+            else:
+                x, chosen = lax.optimization_barrier((x, chosen))
+            copies = [stack.experts(self.layer, chosen) for stack in stacks]
+        copies = cpu.materialized(copies)
+        gate_up, down, *scales = (copy[None] for copy in copies)
+        window_of = self.experts, self.experts * len(self.gate_up.layers)
+        bank = ExpertBank(
+            gate_up, down, scales=(scales[0], scales[1]) if scales else None, window_of=window_of
+        )
+        return bank, experts.astype(jnp.int32), x
 
 
 @jax.tree_util.register_dataclass
@@ -120,8 +197,12 @@ def bank_of_run(
     None if the experts are sharded over fsdp. `frozen`: no gradient.
     """
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
-        scales = gate_up.scale, down.scale
-        return CarriedBank(ExpertBank(gate_up.values, down.values, scales=scales), placement)
+        scales, kind = (gate_up.scale, down.scale), ExpertBank
+        if isinstance(gate_up.values, HostLayers):
+            kind = HostBank
+        return CarriedBank(kind(gate_up.values, down.values, scales=scales), placement)
+    if isinstance(gate_up, HostLayers):
+        return CarriedBank(HostBank(gate_up, down), placement)
     if isinstance(gate_up, Summed) and isinstance(down, Summed):
         bank = ExpertBank(gate_up.weights, down.weights, adds=True)
         return CarriedBank(
@@ -217,7 +298,7 @@ class CarriedBank:
       sums: float32, shaped like carried, to which gradients are added; empty: they are written.
     """
 
-    bank: ExpertBank
+    bank: ExpertBank | HostBank
     placement: Placement
     carried: tuple[Array, ...] = ()
     sums: tuple[Array, ...] = ()

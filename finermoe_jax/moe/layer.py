@@ -14,7 +14,7 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.layers.basic import MLP, normal, param, project
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.moe.balance import load_balancing_loss
-from finermoe_jax.moe.bank import ExpertBank, bank_of_layer
+from finermoe_jax.moe.bank import ExpertBank, HostBank, bank_of_layer
 from finermoe_jax.moe.exchange import routed_experts
 from finermoe_jax.moe.routing import Routing, SelectionBias, route
 
@@ -39,7 +39,7 @@ class FineRMoE(nnx.Module):
     """
 
     # Set by model/stack.py for each layer: its pool's experts, and which of them tokens may choose.
-    bank: ExpertBank | None = None
+    bank: ExpertBank | HostBank | None = None
     allowed: Bool[Array, " E"] | None = None
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, place: int = 0):
@@ -120,8 +120,9 @@ class FineRMoE(nnx.Module):
                 jnp.take_along_axis(chosen, slot_order, axis=-1)
                 for chosen in (routing.experts, routing.weights)
             )
+            bank, experts, x = self.experts(placement).fetch(experts, x)
         with jax.named_scope("exchange"):
-            y = routed_experts(routed, experts, weights, self.experts(placement), placement)
+            y = routed_experts(routed, experts, weights, bank, placement)
             y = self._combine(y)  # Eq. 7, [B, T, A, W] to [B, T, D]
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -172,7 +173,7 @@ class FineRMoE(nnx.Module):
         groups = None if self.moe.plain_top_k else self.group_bias[...].astype(jnp.float32)
         return SelectionBias(self.expert_bias[...].astype(jnp.float32), groups)
 
-    def experts(self, placement: Placement) -> ExpertBank:
+    def experts(self, placement: Placement) -> ExpertBank | HostBank:
         """Returns the pool's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank

@@ -1,0 +1,109 @@
+"""Moves experts between device memory and host memory, for generation (docs/host_experts.md)."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.errors import InputError, near_misses
+from finermoe_jax.layers.parameters import axes_of, kind_of
+from finermoe_jax.layers.stored import HostLayers, Quantized
+from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime import disk, host_memory
+
+# Where experts are stored and computed: device memory; host memory, copied to the device when
+# chosen; host memory, multiplied there.
+PLACES = ("device", "host", "host_compute")
+
+
+def check_place(experts: Any, config: ModelConfig, mesh: Mesh | None = None) -> None:
+    """Raises InputError unless a model's experts can be placed as `experts` says."""
+    if experts not in PLACES:
+        raise InputError(f"experts={experts!r} is unknown. {near_misses(str(experts), PLACES)}")
+    if experts == "device":
+        return
+    if config.moe is None:
+        raise InputError(
+            f"experts={experts!r} needs a model with experts, but this one is dense: omit it"
+        )
+    if mesh is not None and mesh.size > 1:
+        raise InputError(
+            f"experts={experts!r} needs one device, but the model is on a mesh of {mesh.size}: "
+            "load it without a mesh"
+        )
+
+
+def check_room(size: int) -> None:
+    """Raises InputError if host memory cannot hold `size` more bytes."""
+    free = host_memory.available()
+    if free is not None and size > free:
+        raise InputError(
+            f"the experts need {disk.text(size)} of host memory, but {disk.text(free)} are "
+            "available: free some, use a smaller model, or use a machine with more"
+        )
+
+
+def to_host(values: Any) -> jax.Array:
+    """Copies an array to host memory, row-major.
+
+    In another layout a TPU would copy all experts to the device at every step.
+    """
+    device = jax.devices()[0]
+    place: Any = SingleDeviceSharding(device, memory_kind="pinned_host")
+    if device.platform == "tpu":
+        place = Format(Layout(tuple(range(np.ndim(values)))), place)
+    return jax.device_put(values, place)
+
+
+def host_layers(layers: Iterable[Any], computed: bool = False) -> HostLayers:
+    """Copies the layers [E, …] of a stack to host memory one by one."""
+    return HostLayers(tuple(to_host(layer).block_until_ready() for layer in layers), computed)
+
+
+def with_experts(model: Decoder, experts: str) -> Decoder:
+    """Returns the model with its experts placed as `experts` says; other weights are shared.
+
+    Args:
+      model: a decoder on one device.
+      experts: one of PLACES.
+
+    Raises:
+      InputError: an unknown place, a model without experts or on a mesh, or too little host memory.
+    """
+    check_place(experts, model.config, model.placement.mesh)
+    graphdef, state = nnx.split(model)
+    computed = experts == "host_compute"
+    banks = [v.get_value() for path, v in nnx.to_flat_state(state) if _is_bank(path, v)]
+    leaves = jax.tree.leaves(banks, is_leaf=_is_host)
+    if experts != "device":
+        moved = [leaf for leaf in leaves if not _is_host(leaf)]
+        check_room(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moved))
+
+    def moved_to(stack: Any) -> Any:
+        if experts == "device":
+            return jax.numpy.asarray(np.stack(stack.layers)) if _is_host(stack) else stack
+        if _is_host(stack):
+            return dataclasses.replace(stack, computed=computed)
+        return host_layers((stack[layer] for layer in range(len(stack))), computed)
+
+    def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if not _is_bank(path, variable):
+            return variable
+        return variable.replace(jax.tree.map(moved_to, variable.get_value(), is_leaf=_is_host))
+
+    return nnx.merge(graphdef, nnx.map_state(place, state))
+
+
+def _is_bank(path: tuple, variable: nnx.Variable) -> bool:
+    return kind_of(axes_of(variable, path)).bank
+
+
+def _is_host(leaf: Any) -> bool:
+    return isinstance(leaf, HostLayers)
