@@ -83,7 +83,7 @@ def compile_program(
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(program, target)
     figures |= dataclasses.asdict(costs) | {"notes": program.notes, "counting_notes": costs.notes}
-    if target.platform == "tpu" and program.model.moe:
+    if target.platform == "tpu" and program.model.moe and program.experts == "device":
         figures |= _experts(program, text)
     length, freeze = program.config.data.sequence_length, program.config.train.freeze
     if program.trains:
@@ -146,6 +146,8 @@ def memory_of(compiled: Any) -> dict[str, int]:
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "host_temporary_bytes": memory.host_temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes

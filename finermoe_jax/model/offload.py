@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.errors import InputError, near_misses
-from finermoe_jax.layers.parameters import axes_of, kind_of
-from finermoe_jax.layers.stored import HostLayers, Quantized
-from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.layers.parameters import Path, axes_of, kind_of
+from finermoe_jax.layers.stored import HostLayers
+from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, host_memory
 
 # Where experts are stored and computed: device memory; host memory, copied to the device when
@@ -50,6 +50,12 @@ def check_room(size: int) -> None:
         )
 
 
+def host_arguments(config: ModelConfig, experts: str) -> tuple[list[Path], bool]:
+    """Returns the paths of the parameters in host memory, and HostLayers.computed."""
+    banks = [path for path, kind in parameter_kinds(config).items() if kind.bank]
+    return banks if experts != "device" else [], experts == "host_compute"
+
+
 def to_host(values: Any) -> jax.Array:
     """Copies an array to host memory, row-major.
 
@@ -65,6 +71,20 @@ def to_host(values: Any) -> jax.Array:
 def host_layers(layers: Iterable[Any], computed: bool = False) -> HostLayers:
     """Copies the layers [E, …] of a stack to host memory one by one."""
     return HostLayers(tuple(to_host(layer).block_until_ready() for layer in layers), computed)
+
+
+def host_shapes(shapes: dict, places: dict, config: ModelConfig, experts: str) -> tuple[dict, dict]:
+    """Returns parameters' shapes and in_shardings on a mesh, the experts' as HostLayers."""
+    banks, computed = host_arguments(config, experts)
+    flat, flat_places = (nnx.traversals.flatten_mapping(tree) for tree in (shapes, places))
+    for path in banks:
+        stack, mesh = flat[path], flat[path].sharding.mesh
+        host = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
+        place = Format(Layout(tuple(range(len(stack.shape) - 1))), host)
+        layer = jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
+        for into, leaf in ((flat, layer), (flat_places, place)):
+            into[path] = HostLayers((leaf,) * stack.shape[0], computed)
+    return tuple(nnx.traversals.unflatten_mapping(tree) for tree in (flat, flat_places))
 
 
 def with_experts(model: Decoder, experts: str) -> Decoder:

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -107,6 +108,8 @@ class ExpertBank:
 class HostBank:
     """The experts of L layers in host memory, and the layer in use. They get no gradient.
 
+    The layer copies them to the device (`fetch`), or the host multiplies with them (`ffn`).
+
     Attributes:
       gate_up: [L, E, 2F, D].
       down: [L, E, F, W].
@@ -126,7 +129,9 @@ class HostBank:
         """Experts per layer."""
         return self.gate_up.shape[1]
 
-    def at(self, layer: Array | int, gradients: tuple[Array, ...], adds: bool = False) -> "HostBank":
+    def at(
+        self, layer: Array | int, gradients: tuple[Array, ...], adds: bool = False
+    ) -> "HostBank":
         """Returns the bank at another layer."""
         assert isinstance(layer, int), "experts in host memory need layers written out"
         return dataclasses.replace(self, layer=layer)
@@ -144,9 +149,11 @@ class HostBank:
           The bank of the copies, the experts' numbers in it, and x. What reads this x is scheduled
           after the choice of the experts, so that the transfers start first.
         """
-        batch, tokens, active = experts.shape
+        tokens, active = experts.shape[1:]
         slots = experts.size
-        stacks = (self.gate_up, self.down, *(self.scales or ()))
+        stacks = self._stacks
+        if self.gate_up.computed:
+            return self, experts, x
         if tokens > 1 or slots > self.experts // 2:
             copies = [stack.whole(self.layer) for stack in stacks]
         else:
@@ -162,11 +169,40 @@ class HostBank:
             copies = [stack.experts(self.layer, chosen) for stack in stacks]
         copies = cpu.materialized(copies)
         gate_up, down, *scales = (copy[None] for copy in copies)
-        window_of = self.experts, self.experts * len(self.gate_up.layers)
-        bank = ExpertBank(
-            gate_up, down, scales=(scales[0], scales[1]) if scales else None, window_of=window_of
-        )
+        bank = ExpertBank(gate_up, down, scales=tuple(scales) or None, window_of=self._window_of)
         return bank, experts.astype(jnp.int32), x
+
+    def ffn(
+        self,
+        rows: Float[Array, "M D"],
+        group_sizes: Int[Array, " E"],
+        row_weights: Float[Array, " M"],
+        kernel: Implementation | None,
+    ) -> Float[Array, "M W"]:
+        """Calls expert_ffn on the host: only rows and their results travel."""
+        stacks = [stack.layers[self.layer] for stack in self._stacks]
+        host, device = jax.memory.Space.Host, jax.memory.Space.Device
+
+        @compute_on("device_host")
+        @jax.jit
+        def on_host(
+            rows: Array, sizes: Array, weights: Array, gate_up: Array, down: Array, *scales: Array
+        ) -> Array:
+            return expert_ffn(
+                rows, gate_up, down, sizes, weights, "cpu", scales=tuple(scales) or None,
+                window_of=self._window_of,
+            )  # fmt: skip
+
+        moved = jax.device_put((rows, group_sizes, row_weights), host)
+        return jax.device_put(on_host(*moved, *stacks), device)
+
+    @property
+    def _stacks(self) -> tuple[HostLayers, ...]:
+        return (self.gate_up, self.down, *(self.scales or ()))
+
+    @property
+    def _window_of(self) -> tuple[int, int]:
+        return self.experts, self.experts * len(self.gate_up.layers)
 
 
 @jax.tree_util.register_dataclass
