@@ -88,10 +88,10 @@ def initial_model(config: RunConfig) -> InitialModel:
     )
     if config.balance.kind == "bias" and model.moe is not None:
         model, weights = with_selection_bias(model, weights)
-    if weights is source.weights:
-        return given
     made = _lazy_model(model, weights, compute, files, ends)
-    return made if source.config.moe else dataclasses.replace(made, dense=given)
+    # A model with experts may differ from its source in moe.route_ahead alone.
+    unchanged = source.config.moe or weights is source.weights
+    return made if unchanged else dataclasses.replace(made, dense=given)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
