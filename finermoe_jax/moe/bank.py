@@ -20,6 +20,7 @@ copies are a bank of one layer (docs/host_experts.md).
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -108,7 +109,7 @@ class ExpertBank:
 class HostBank:
     """The experts of L layers in host memory, and the layer in use. They get no gradient.
 
-    The layer copies them to the device (`fetch`), or the host multiplies with them (`ffn`).
+    The layer copies them to the device (`fetch`), or the host multiplies with them (`on_host`).
 
     Attributes:
       gate_up: [L, E, 2F, D].
@@ -150,12 +151,11 @@ class HostBank:
           after the choice of the experts, so that the transfers start first.
         """
         tokens, active = experts.shape[1:]
-        slots = experts.size
-        stacks = self._stacks
-        if self.gate_up.computed:
-            return self, experts, x
+        slots, stacks = experts.size, self._stacks
         if tokens > 1 or slots > self.experts // 2:
             copies = [stack.whole(self.layer) for stack in stacks]
+        elif self.gate_up.computed:
+            return self, experts, x
         else:
             if slots == active:  # one token, whose experts differ
                 chosen, experts = experts.reshape(-1), jnp.arange(active)[None, None]
@@ -172,29 +172,23 @@ class HostBank:
         bank = ExpertBank(gate_up, down, scales=tuple(scales) or None, window_of=self._window_of)
         return bank, experts.astype(jnp.int32), x
 
-    def ffn(
+    def on_host(
         self,
-        rows: Float[Array, "M D"],
-        group_sizes: Int[Array, " E"],
-        row_weights: Float[Array, " M"],
-        kernel: Implementation | None,
-    ) -> Float[Array, "M W"]:
-        """Calls expert_ffn on the host: only rows and their results travel."""
+        x: Float[Array, "B T D"],
+        experts: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
+    ) -> Float[Array, "B T A W"]:
+        """`routed_experts` on the host: only rows and their results travel."""
+        active = experts.shape[2]
+        inputs = x.reshape(-1, x.shape[2]), experts.reshape(-1), weights.reshape(-1)
+        moved = jax.device_put(inputs, jax.memory.Space.Host)
         stacks = [stack.layers[self.layer] for stack in self._stacks]
-        host, device = jax.memory.Space.Host, jax.memory.Space.Device
-
-        @compute_on("device_host")
-        @jax.jit
-        def on_host(
-            rows: Array, sizes: Array, weights: Array, gate_up: Array, down: Array, *scales: Array
-        ) -> Array:
-            return expert_ffn(
-                rows, gate_up, down, sizes, weights, "cpu", scales=tuple(scales) or None,
-                window_of=self._window_of,
-            )  # fmt: skip
-
-        moved = jax.device_put((rows, group_sizes, row_weights), host)
-        return jax.device_put(on_host(*moved, *stacks), device)
+        y = compute_on(
+            functools.partial(_rows_on_host, active),
+            compute_type="device_host",
+            out_memory_spaces=jax.memory.Space.Device,
+        )(*moved, *stacks)
+        return y.reshape(*experts.shape, -1)
 
     @property
     def _stacks(self) -> tuple[HostLayers, ...]:
@@ -203,6 +197,36 @@ class HostBank:
     @property
     def _window_of(self) -> tuple[int, int]:
         return self.experts, self.experts * len(self.gate_up.layers)
+
+
+def _rows_on_host(
+    active: int,
+    x: Float[Array, "T D"],
+    experts: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    gate_up: Array,
+    down: Array,
+    *scales: Array,
+) -> Float[Array, "M W"]:
+    """Computes M = T * active weighted experts in float32, one after the other.
+
+    Every operand is in host memory. A constant array would not be, so there is none.
+    """
+
+    def of(stack: Array, m: int) -> Array:
+        start = (experts[m], *(experts[m] - experts[m] for _ in stack.shape[1:]))
+        one = lax.dynamic_slice(stack, start, (1, *stack.shape[1:]), allow_negative_indices=False)
+        return one[0].astype(jnp.float32)
+
+    results = []
+    for m in range(len(experts)):
+        hidden = of(gate_up, m) @ x[m // active].astype(jnp.float32)
+        hidden = hidden * of(scales[0], m) if scales else hidden
+        gate, up = jnp.split(hidden, 2)
+        y = (gate * lax.logistic(gate) * up) @ of(down, m)
+        y = y * of(scales[1], m) if scales else y
+        results.append(y * weights[m].astype(jnp.float32))
+    return jnp.stack(results).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -56,6 +56,8 @@ def routed_experts(
     those of experts with rows are read. Its gradients are replaced.
     """
     bank, experts, x = bank.fetch(experts, x)
+    if isinstance(bank, HostBank):
+        return bank.on_host(x, experts, weights)
     mesh, kernel, exchange = placement.mesh, placement.kernel, placement.exchange
     if mesh is None or mesh.size == 1:
         y = _routed(x, experts, weights, bank, kernel, None, exchange)
