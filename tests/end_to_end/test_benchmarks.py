@@ -51,6 +51,7 @@ ELSEWHERE = {
     "kill_campaign": "takes minutes",
     "pods": "needs a compiler for TPUs",
     "power_cuts": "needs root",
+    "studies.ahead": "needs a FineRMoE; tests/model/test_route_ahead.py runs it",
     "tpu_compiler": "is no command",
     "tpu_kernels": "needs a compiler for TPUs; .ci/run runs it",
 }

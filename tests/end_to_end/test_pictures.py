@@ -15,7 +15,7 @@ from finermoe_jax.moe.routing import route
 from tests.support import ROOT
 from tests.support.pictures import recorded
 
-NAMES = ("cut", "routing", "upcycling", "layer", "pooling", "architecture")
+NAMES = ("cut", "routing", "upcycling", "layer", "pooling", "route_ahead", "architecture")
 DOCS = ROOT / "docs"
 
 
@@ -68,7 +68,7 @@ def test_slots_of_drawings_are_counted_from_0():
     for name in NAMES:
         words = " ".join(words for words, *_ in _texts(name)[0])
         assert {int(n) for n in re.findall(r"(?:slot|half|candidate|w)\s?(\d)", words)} <= {0, 1}
-        assert name == "architecture" or "slot 0" in words
+        assert name in ("architecture", "route_ahead") or "slot 0" in words
 
 
 def test_the_routing_of_the_drawing_is_the_codes(draw):
