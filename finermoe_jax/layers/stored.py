@@ -99,7 +99,7 @@ class HostLayers:
     `computed`: the host multiplies with them; otherwise the device copies the experts it needs.
     """
 
-    layers: tuple[Array, ...]
+    layers: tuple[Any, ...]  # arrays, or their shapes
     computed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property

@@ -139,7 +139,7 @@ class HostBank:
 
     def fetch(
         self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
-    ) -> tuple[ExpertBank, Int[Array, "B T A"], Float[Array, "B T D"]]:
+    ) -> tuple["ExpertBank | HostBank", Int[Array, "B T A"], Float[Array, "B T D"]]:
         """Copies the experts that a layer has chosen to the device.
 
         A decoding step copies one expert for each of S = B * A slots. If S is more than half of the
@@ -147,7 +147,8 @@ class HostBank:
         time.
 
         Returns:
-          The bank of the copies, the experts' numbers in it, and x. What reads this x is scheduled
+          The bank of the copies (or, for the host to compute with, this one), the experts' numbers
+          in it, and x. What reads this x is scheduled
           after the choice of the experts, so that the transfers start first.
         """
         tokens, active = experts.shape[1:]
@@ -396,7 +397,7 @@ _from_sums.defvjp(
 )
 
 
-def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:
+def check_used(before: tuple[Array, ...], bank: ExpertBank | HostBank) -> None:
     """Raises InputError if a layer did not compute its experts through its bank.
 
     Their gradients would be uninitialised memory.
