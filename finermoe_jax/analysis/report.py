@@ -155,7 +155,7 @@ def _costs(figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"from host memory          {figures['host_moved_bytes'] / 1e9:12.3f} GB   in "
             f"{figures['host_transfers']:.0f} transfers; {covered:.0%} of the HBM bytes are "
-            "scheduled while one is in flight"
+            "scheduled while one is in flight. Their time is in no bound below"
         )
     for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):
         near, far = (figures[k].get(kind, 0.0) / 1e9 for k in ("sent_bytes", "crossing_bytes"))
