@@ -3,6 +3,7 @@
 The named scopes are those of analysis/causes.py.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,11 +26,14 @@ from finermoe_jax.moe.routing import Routing
 class EarlierInputs(NamedTuple):
     """FFN inputs, after post_norm, of the k = moe.route_ahead layers before a layer.
 
-    The router of layer l reads that of layer max(l - k, 0).
+    The router of layer l reads that of layer max(l - k, 0). `choose`, if given, lets the next layer
+    choose its experts from what its router reads. It gets a layer's FFN input and that, and returns
+    the FFN input.
     """
 
     inputs: tuple[Float[Array, "B T D"], ...] = ()  # of the k last layers, the last one first
     none_yet: Bool[Array, ""] | bool = False  # True for layer 0: its own input takes their place
+    choose: Callable[[Array, Array], Array] | None = None
 
     def then(
         self, own: Float[Array, "B T D"]
@@ -90,6 +94,8 @@ class Block(nnx.Module):
             x = x + attended
             normed = self.post_norm(x)
             router_input, inputs = earlier.then(normed)
+        if earlier.choose is not None:
+            normed = earlier.choose(normed, inputs[-1])
         if not hasattr(self, "moe"):
             with jax.named_scope("dense_ffn"):
                 return x + self.mlp(normed, placement), written, None, inputs

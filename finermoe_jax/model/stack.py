@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.parameters import axes_of, kind_of
@@ -25,7 +25,7 @@ from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.block import Block, EarlierInputs
 from finermoe_jax.moe.balance import pool_balancing_loss
-from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
+from finermoe_jax.moe.bank import CarriedBank, HostBank, bank_of_run, check_used
 from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
 
@@ -125,8 +125,7 @@ def run_layers(
     repeats = _repeats(stacked)
     begins = earlier is None and shared.route_ahead > 0
 
-    def body(carry: tuple, here: tuple) -> tuple:
-        (x, inputs, caches, gradients), (layer, state) = carry, here
+    def merged(layer: Array | int, state: Any) -> Any:
         if state is None:
             state = _in_place(stacked, layer, shared.placement)
         with jax.named_scope("weights"):
@@ -134,14 +133,27 @@ def run_layers(
         blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
         if shared.psr is not None:
             _mask(blocks, shared.psr, first, layer)
-        before = EarlierInputs(inputs, layer == 0 if begins else False)
-        return _apply(blocks, pools, banks, (x, before, caches, gradients), layer, shared)
+        return blocks
 
+    def body(carry: tuple, here: tuple) -> tuple:
+        (x, inputs, caches, gradients), (layer, state) = carry, here
+        before = EarlierInputs(inputs, layer == 0 if begins else False)
+        carry = x, before, caches, gradients
+        if not on_host:
+            return _apply(merged(layer, state), pools, banks, carry, layer, shared)
+        blocks = ready.pop(layer, None) or merged(layer, state)
+        if layer + 1 < repeats:
+            ready[layer + 1] = merged(layer + 1, None)
+        return _apply(blocks, pools, banks, carry, layer, shared, ready.get(layer + 1))
+
+    on_host = any(bank is not None and isinstance(bank.bank, HostBank) for bank in banks)
+    ready: dict[int, Any] = {}  # the next repeat's blocks, which may choose experts early
     # Layer 0 puts its own input in place of these; x has the same shape and sharding.
     inputs = (x,) * shared.route_ahead if earlier is None else earlier
     carry = x, inputs, caches, tuple(() if bank is None else bank.carried for bank in banks)
-    if _all_separate(stacked):
-        loop = functools.partial(_unrolled, repeats=repeats)
+    separate = _all_separate(stacked)
+    if separate or on_host:
+        loop = functools.partial(_unrolled, repeats=repeats, apart=not separate)
     else:
         # Decoding has few rows per weight: slicing a layer would copy it, idle experts included.
         each = jnp.arange(repeats), stacked if caches is None else None
@@ -189,8 +201,12 @@ def _apply(
     carry: tuple,
     layer: Array | int,
     shared: Pass,
+    following: Any = (),
 ) -> tuple[tuple, tuple]:
-    """Applies one repeat of the pattern: run_layers' next carry, and each block's trace."""
+    """Applies one repeat of the pattern: run_layers' next carry, and each block's trace.
+
+    `following`: the next repeat's blocks, if their experts are in host memory.
+    """
     x, earlier, caches, gradients = carry
     gradients = list(gradients)
     x, inputs = _constrained((x, earlier.inputs), shared.placement)
@@ -207,6 +223,10 @@ def _apply(
             block.moe.bank = carried.bank.at(layer, gradients[pool], adds)
         elif pool is not None and pool != place:
             block.moe.bank = blocks[pool].moe.experts(shared.placement)
+        after = [*enumerate(blocks)][place + 1 :] or [*enumerate(following or ())]
+        if after and shared.route_ahead and x.shape[1] == 1:
+            at = layer + (after[0][0] == 0)
+            earlier = earlier._replace(choose=_choice(*after[0], pools, banks, at, shared))
         x, cache, trace, inputs = block(
             x, shared.angles, shared.segment_ids, shared.real, use, shared.placement,
             shared.balance, earlier,
@@ -221,6 +241,30 @@ def _apply(
         traces = _balanced_over_pools(blocks, pools, traces, shared)
     caches = None if caches is None else tuple(written)
     return (x, earlier.inputs, caches, tuple(gradients)), tuple(traces)
+
+
+def _choice(
+    place: int,
+    block: Block,
+    pools: list[int | None],
+    banks: list[CarriedBank | None],
+    layer: Array | int,
+    shared: Pass,
+) -> Callable[[Array, Array], Array] | None:
+    """Returns EarlierInputs.choose for the next block, if its experts are in host memory."""
+    pool = pools[place]
+    carried = None if pool is None else banks[pool]
+    if carried is None or not isinstance(carried.bank, HostBank):
+        return None
+    bank = carried.bank.at(layer, ())
+
+    def choose(x: Array, router_input: Array) -> Array:
+        block.moe.bank = bank
+        with jax.named_scope("router"):
+            block.moe.chosen, x = block.moe.choose(router_input, x, shared.placement)
+        return x
+
+    return choose
 
 
 def _constrained(streams: Any, placement: Placement) -> Any:
@@ -250,10 +294,14 @@ def _recomputed(body: Callable[..., tuple], repeats: int, shared: Pass) -> Calla
     return jax.checkpoint(body, policy=REMAT_POLICIES[shared.remat], prevent_cse=unrolled)
 
 
-def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
-    """`lax.scan` without a loop, for layers that are separate arrays."""
+def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int, apart: bool) -> tuple:
+    """`lax.scan` without a loop, for layers that are separate arrays.
+
+    `apart`: a CPU fuses nothing across layers, so that results equal a scan's bit by bit.
+    """
     each = []
     for layer in range(repeats):
+        carry = cpu.materialized(carry) if apart else carry
         carry, traces = body(carry, (layer, None))
         each.append(traces)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

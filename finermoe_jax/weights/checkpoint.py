@@ -39,6 +39,7 @@ from finermoe_jax.model.decoder import (
     with_params,
     with_shapes,
 )
+from finermoe_jax.model.offload import check_place, host_arguments
 from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
@@ -324,19 +325,23 @@ def readable(checkpoint: Path) -> Iterator[None]:
         ) from None
 
 
-def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+def load_checkpoint(
+    path: str | os.PathLike, mesh: Mesh | None = None, *, experts: str = "device"
+) -> Decoder:
     """Loads a model from a finermoe Orbax checkpoint.
 
     Args:
       path: a checkpoint, or a training workdir (its newest step).
       mesh: shards the weights over these devices; each reads only its own part
         (`layers.sharding`). None: all weights go to one device.
+      experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
 
     Returns:
       The model, with the dtypes it was saved with.
 
     Raises:
-      InputError: there is no checkpoint at `path`, or it is damaged.
+      InputError: there is no checkpoint at `path`, or it is damaged, or the experts cannot be
+        placed so.
 
     Examples:
       >>> import finermoe_jax as fm
@@ -352,7 +357,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
         config, weights, dtype, param_dtype = open_checkpoint(directory)
         with readable(directory):
             weights = lazy.cast(weights, param_dtype, parameter_kinds(config))
-            return assembled(config, weights, dtype, mesh)
+            return assembled(config, weights, dtype, mesh, experts)
 
     return integrity.in_training(steps_of(path), load)
 
@@ -369,11 +374,15 @@ def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:
 
 
 def assembled(
-    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None
+    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None, experts: str
 ) -> Decoder:
-    """Returns the model with its weights on one device or sharded over the mesh."""
-    if mesh is None:
-        params = lazy.in_memory(weights)
+    """Returns the model with its weights on one device or sharded over the mesh.
+
+    experts as in `load_checkpoint`. Raises InputError if they cannot be placed so.
+    """
+    check_place(experts, config, mesh)
+    if mesh is None or experts != "device":
+        params = lazy.in_memory(weights, *host_arguments(config, experts))
     else:
         shardings, _ = sharding.param_shardings(with_shapes(config), mesh)
         params = lazy.placed(weights, shardings)
