@@ -197,11 +197,14 @@ IN_PLACE = [
     ("v5e:1x1", "decode", []),
     ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4", "--bytes"]),
 ]
-RUN_ALL = """
+# Its experts are in host memory, and known one layer early.
+FROM_HOST = ("v5e:1x1", "decode", ["--config.moe.route_ahead=1", "--experts=host"])
+BEGIN = "begin of a program"
+RUN_ALL = f"""
 import json, sys
 from finermoe_jax.cli.main import run
 for command in json.loads(sys.argv[1]):
-    print("== ", flush=True)
+    print({BEGIN!r}, flush=True)
     try:
         run("aot", command)
     except SystemExit as end:
@@ -222,7 +225,7 @@ def for_tpus(tmp_path_factory):
          "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1",
          "--config.data.global_batch_size=16", "--config.data.sequence_length=256", *overrides,
          f"--output={place / f'{i}.json'}", f"--hlo={place / f'{i}.txt'}"]
-        for i, (topology, program, overrides) in enumerate(IN_PLACE)
+        for i, (topology, program, overrides) in enumerate([*IN_PLACE, FROM_HOST])
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -232,14 +235,14 @@ def for_tpus(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return [
         ((place / f"{i}.txt").read_text(), json.loads((place / f"{i}.json").read_text()), said)
-        for i, said in enumerate(done.stdout.split("== ")[1:])
+        for i, said in enumerate(done.stdout.split(BEGIN)[1:])
     ]
 
 
 @pytest.mark.slow
 def test_experts_are_neither_copied_nor_sliced(for_tpus):
     """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
-    for case, (text, figures, _) in zip(IN_PLACE, for_tpus, strict=True):
+    for case, (text, figures, _) in zip(IN_PLACE, for_tpus[:-1], strict=True):
         assert "tpu_custom_call" in text
         copies = [each for each in figures["expert_copies"] if not each.startswith("outside")]
         if "--config.mesh.fsdp=2" in case[2]:
@@ -248,11 +251,17 @@ def test_experts_are_neither_copied_nor_sliced(for_tpus):
         assert copies == [] and figures["expert_bytes_in_loops"] == 0, case
         if case[1] != "train":  # small stacks go to the chip and back for the update
             assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
+    _, figures, _ = for_tpus[-1]
+    layers, active, expert = 4, 2, 2 * (128 * 128 + 64 * 64)
+    assert figures["host_moved_bytes"] == layers * active * expert
+    assert figures["host_transfers"] == 2 * layers * active
+    assert figures["host_argument_bytes"] >= figures["host_bytes"] > 0
+    assert figures["host_temporary_bytes"] == 0
 
 
 @pytest.mark.slow
 def test_a_tpu_slice(for_tpus):
-    _, figures, said = for_tpus[-1]
+    _, figures, said = for_tpus[len(IN_PLACE) - 1]
     assert "FITS" in said
     state = figures["parameter_bytes"] + figures["optimizer_bytes"]
     assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
