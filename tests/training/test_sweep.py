@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -14,7 +15,7 @@ from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.training import sweep
 from finermoe_jax.training.history import read_history
 from finermoe_jax.training.plot import read_lines
-from tests.support import ROOT, assert_refused, command, processes
+from tests.support import ROOT, assert_refused, command
 from tests.support.training import tiny_run
 
 CONFIG = '''
@@ -119,13 +120,14 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     ]  # fmt: skip
     settings = {
         "env": os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, "cwd": tmp_path,
+        "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
     }  # fmt: skip
-    first = processes.Process([*arguments, "--config.train.steps=400"], **settings)
-    metrics = folder / "base" / "seed0" / "metrics.jsonl"
-    while first.poll() is None and not read_lines(metrics):
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=300)
+    with subprocess.Popen([*arguments, "--config.train.steps=400"], **settings) as first:
+        metrics = folder / "base" / "seed0" / "metrics.jsonl"
+        while first.poll() is None and not read_lines(metrics):
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        _, errors = first.communicate(timeout=300)
     assert first.returncode == 75, errors
     assert "The same command resumes the sweep" in errors and "Traceback" not in errors
     stopped = read_lines(metrics)[-1]["step"]
@@ -141,7 +143,7 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     (folder / "sweep.json").write_text(json.dumps(values))
     run = folder / "base" / "seed0" / "config.json"
     run.write_text(run.read_text().replace('"steps": 400', f'"steps": {stopped + 2}'))
-    done = processes.run([*arguments, steps], **settings)
+    done = subprocess.run([*arguments, steps], **settings, timeout=900)
     assert done.returncode == 0, done.stderr
     assert f"resumed from step {stopped}" in done.stdout
     summary = read_json(folder / "summary.json")
