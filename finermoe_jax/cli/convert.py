@@ -79,6 +79,7 @@ def _convert(
     from finermoe_jax.runtime import publish
     from finermoe_jax.training.history import training_run
     from finermoe_jax.weights.convert import Export, convert
+    from finermoe_jax.weights.hf_config import unpublished_keys
     from finermoe_jax.weights.verify import verify
 
     asked: dict[str, Any] = {
@@ -103,10 +104,11 @@ def _convert(
                 "upcycle, first convert with --to=orbax, then export that checkpoint with --to=hf",
                 file=sys.stderr,
             )
-        if flags.to == "hf" and written.moe is not None and written.moe.experts_across > 1:
+        if flags.to == "hf" and written.moe is not None and (own := unpublished_keys(written.moe)):
+            keys = ", ".join(f"{key}={value}" for key, value in own.items())
             print(
-                f"{target} has experts_across={written.moe.experts_across}: only the code in it "
-                "(trust_remote_code) and this project can read it, not the authors' code",
+                f"{target} has {keys}: only the code in it (trust_remote_code) and this project "
+                "can read it, not the authors' code",
                 file=sys.stderr,
             )
     if flags.verify:

@@ -16,6 +16,7 @@ from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import has_tokenizer, tokenizer_directory
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.runtime.files import find
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import read_description, read_stored_origin
@@ -91,11 +92,13 @@ def initial_model(config: RunConfig) -> InitialModel:
     )
     if config.balance.kind == "bias" and model.moe is not None:
         model, weights = with_selection_bias(model, weights)
-    if weights is source.weights:
-        return given
-    origin = upcycled_origin(source.origin, source.config, model, config.upcycle)
+    origin = source.origin
+    if weights is not source.weights:
+        origin = upcycled_origin(origin, source.config, model, config.upcycle)
+    # Without other weights, moe.route_ahead alone may differ from the source's.
     made = _lazy_model(model, weights, compute, files, ends, origin)
-    return made if source.config.moe else dataclasses.replace(made, dense=given)
+    dense = source.config.moe is None and weights is not source.weights
+    return dataclasses.replace(made, dense=given) if dense else made
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
@@ -121,7 +124,7 @@ def _lazy_model(
     return InitialModel(model, place, files, ends, origin=origin)
 
 
-def resumed_model(config: RunConfig, checkpoint: Path, workdir: Path) -> InitialModel:
+def resumed_model(config: RunConfig, checkpoint: Place, workdir: Path) -> InitialModel:
     """Returns a resumed run's model, without weights, and the workdir's tokenizer."""
     model_config, _, _ = read_description(checkpoint)
     model = with_shapes(model_config, config.train.compute_dtype)

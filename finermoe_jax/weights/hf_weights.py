@@ -36,6 +36,7 @@ from finermoe_jax.model.decoder import (
     parameter_shapes,
     with_params,
 )
+from finermoe_jax.model.offload import check_place, host_arguments
 from finermoe_jax.runtime.files import find, new_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -143,13 +144,16 @@ def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()
     return lazy.converted(files.tensor(name, index), dtype, f"{files.directory}: {name}")
 
 
-def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decoder:
+def load_hf(
+    source: str | os.PathLike, dtype: DTypeLike | None = None, *, experts: str = "device"
+) -> Decoder:
     """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
       source: a directory with config.json and safetensors, a Hub id ("Qwen/Qwen2.5-0.5B"), or
         "demo/model", the dense model that comes with the package.
       dtype: float dtype of weights and activations; None keeps that of the embedding.
+      experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
 
     Returns:
       The model, on one device.
@@ -157,7 +161,7 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     Raises:
       InputError: no such directory or Hub repository, an architecture that is not supported,
         tensors that are missing, unexpected or of the wrong shape or dtype (one message lists
-        all of them), or an unknown `dtype`.
+        all of them), an unknown `dtype`, or experts that cannot be placed so.
 
     Examples:
       >>> import finermoe_jax as fm
@@ -173,7 +177,9 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     if not known:
         raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
     config, weights = open_hf(resolve_source(find(source)), dtype)
-    return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
+    check_place(experts, config)
+    params = lazy.in_memory(weights, *host_arguments(config, experts))
+    return with_params(config, params, dtype=weights["embed", "weight"].dtype)
 
 
 def _check_tensors(

@@ -140,14 +140,19 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
     return in_training(steps_of(Path(local(path))), load)
 
 
-def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """Reads the model that `open_model(path)` opened; mesh as in `load_checkpoint`.
+def read_model(
+    source: ModelSource,
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    experts: str = "device",
+) -> Decoder:
+    """Reads the model that `open_model(path)` opened; mesh and experts as in `load_checkpoint`.
 
     If a running training removed that checkpoint meanwhile, its newest one is read.
     """
     for _ in range(TRIES):
         try:
-            return _read_model(source, path, mesh)
+            return _read_model(source, path, mesh, experts)
         except InputError:
             if all(file.exists() for file in source.states):
                 raise
@@ -158,10 +163,15 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
     raise AssertionError("a file of the source was missing and has reappeared")
 
 
-def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+def _read_model(
+    source: ModelSource,
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    experts: str = "device",
+) -> Decoder:
     dtype = cpu.activation_dtype(source.dtype)
     with readable(Path(path)):
-        return assembled(source.config, source.weights, dtype, mesh)
+        return assembled(source.config, source.weights, dtype, mesh, experts)
 
 
 def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, frozenset[int]]:
