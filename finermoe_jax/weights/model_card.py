@@ -264,7 +264,7 @@ model = fm.load_hf("{name}")
 def _terms(origin: Origin) -> str:
     if origin.license:
         return f"## Licence\n\nThe base model's: {origin.license_name or origin.license}."
-    return "## Licence\n\nThe licence of the base model is not known here, so none is stated."
+    return "## Licence\n\nThe licence is not known here, so none is stated."
 
 
 _CITATION = """## Citation
