@@ -50,6 +50,7 @@ def main(flags: Flags) -> None:
     if flags.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype={flags.dtype} must be float32 or bfloat16")
     from finermoe_jax.weights.convert import convert
+    from finermoe_jax.weights.hf_config import not_in_vllm
     from finermoe_jax.weights.verify import verify
 
     asked: dict[str, Any] = {
@@ -74,6 +75,8 @@ def main(flags: Flags) -> None:
                 "(trust_remote_code) and this project can read it, not the authors' code",
                 file=sys.stderr,
             )
+        if flags.to == "hf" and (limit := not_in_vllm(written)):
+            print(f"{target}: {limit}", file=sys.stderr)
     if flags.verify:
         form = flags.to if flags.given("to") or not there else None
         print(verify(source, target, form, **asked))
