@@ -76,6 +76,20 @@ def models():
             param_dtype="float32",
             rngs=nnx.Rngs(0),
         ),
+        # Routers that read the layer before; two layers before, where the first is dense.
+        "qwen_ahead": fm.upcycle_model(qwen, fm.MoEConfig(4, 2, 1, 2, 1, route_ahead=1), key),
+        "llama_ahead": fm.Decoder(
+            dataclasses.replace(
+                LLAMA,
+                num_hidden_layers=5,
+                moe=fm.MoEConfig(
+                    4, 2, 1, 2, 2, mlp_only_layers=(0,), experts_across=2, route_ahead=2
+                ),
+            ),
+            dtype="float32",
+            param_dtype="float32",
+            rngs=nnx.Rngs(0),
+        ),
         "biased_pool": biased(
             fm.upcycle_model(
                 qwen,

@@ -14,6 +14,7 @@ num_experts_per_tok.
 import functools
 import math
 import types
+from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -328,10 +329,13 @@ class FineRMoeLayer(nn.Module):
             self.shared_expert = FineRMoeMLP(width, config.shared_expert_intermediate_size, width)
             self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 
-    def forward(self, x):
-        """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32."""
+    def forward(self, x, router_input=None):
+        """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32.
+
+        The router reads router_input [B, T, D], by default x.
+        """
         rows = x.flatten(0, 1)
-        logits = self.gate(rows)
+        logits = self.gate(rows if router_input is None else router_input.flatten(0, 1))
         experts, weights = self.gate.route(logits)
 
         # A compiled graph cannot depend on the experts that are chosen.
@@ -413,13 +417,18 @@ class FineRMoeDecoderLayer(nn.Module):
             else FineRMoeMLP(width, config.intermediate_size, width)
         )
 
-    def forward(self, x, angles, mask, stored, **kwargs):
-        """Returns x [B, T, D] and the router's logits, None in a dense layer."""
+    def forward(self, x, angles, mask, stored, router_input, **kwargs):
+        """Returns x [B, T, D], the router's logits (None in a dense layer) and the FFN's input.
+
+        The router reads router_input [B, T, D]; None: the FFN's input.
+        """
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, stored, **kwargs)
-        y, logits = self.mlp(self.post_attention_layernorm(x)), None
+        normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, FineRMoeLayer):
-            y, logits = y
-        return x + y, logits
+            y, logits = self.mlp(normed, router_input)
+        else:
+            y, logits = self.mlp(normed), None
+        return x + y, logits, normed
 
 
 class FineRMoePreTrainedModel(PreTrainedModel):
@@ -536,12 +545,14 @@ class FineRMoeModel(FineRMoePreTrainedModel):
             output_router_logits = self.config.output_router_logits
         hidden_states = router_logits = ()
         stored = None if cache is None else (cache, past)
+        earlier = deque(maxlen=self.config.route_ahead)  # FFN inputs of the last layers
         for layer in self.layers:
             hidden_states += (x,) if output_hidden_states else ()
             call = functools.partial(layer, **kwargs)
             if recompute:
                 call = functools.partial(self._gradient_checkpointing_func, call)
-            x, logits = call(x, angles, mask, stored)
+            x, logits, normed = call(x, angles, mask, stored, earlier[0] if earlier else None)
+            earlier.append(normed)
             router_logits += (logits,) if output_router_logits and logits is not None else ()
         x = self.norm(x)
         out = MoeModelOutputWithPast(
