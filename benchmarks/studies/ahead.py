@@ -150,7 +150,10 @@ def main(checkpoint: str, text: Path, rows: int, length: int, output: Path | Non
     found = {k: agreement(model, ids, k) for k in DISTANCES if k <= most}
     print(table(found))
     if output:
-        values = {k: jax.tree.map(np.ndarray.tolist, one._asdict()) for k, one in found.items()}
+        values = {
+            k: jax.tree.map(lambda x: np.asarray(x).tolist(), one._asdict())
+            for k, one in found.items()
+        }
         write(output, to_json(values, indent=1) + "\n")
 
 
