@@ -151,7 +151,7 @@ def main(checkpoint: str, text: Path, rows: int, length: int, output: Path | Non
     print(table(found))
     if output:
         values = {
-            k: jax.tree.map(lambda x: np.asarray(x).tolist(), one._asdict())
+            k: {name: np.asarray(shares).tolist() for name, shares in one._asdict().items()}
             for k, one in found.items()
         }
         write(output, to_json(values, indent=1) + "\n")
