@@ -176,6 +176,7 @@ def _architecture(config: ModelConfig) -> str:
             "layers that share a pool of experts": (
                 moe.experts_across if moe.experts_across > 1 else None
             ),
+            "layers by which routers read ahead": moe.route_ahead or None,
         }
     return f"## Architecture\n\n{_table(rows)}"
 
