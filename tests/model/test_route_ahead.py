@@ -71,35 +71,30 @@ def features(model, *arrays):
 
 @pytest.mark.parametrize(
     ("changes", "distance"),
-    [({}, 1), ({}, 2), (MIXED, 1), (MIXED, 2), (dict(decoder_sparse_step=2), 1)],
-    ids=["1", "2", "mixed 1", "mixed 2", "every other"],
+    [({}, 1), ({}, 2), (MIXED, 1), (MIXED, 2)],
+    ids=["1", "2", "mixed 1", "mixed 2"],
 )
 def test_the_loop_over_layers_and_tokens(tmp_path, changes, distance):
     """With a dense layer before the first MoE layer, and with none."""
     model = ahead_of(base(**changes), distance)
-    ids = random_tokens(2, 7)
+    ids = random_tokens(1, 7)
     fm.save_hf(model, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     settings = naive.Settings(32, 64, G_I=4, G_O=2, R_I=1, R_O=2, T_I=1)
     got = np.asarray(model(ids).logits)
-    for row in range(2):
-        wanted = naive_decoder.decoder(
-            ids[row], tensors, config_of(tmp_path / "out"), settings, distance
-        )
-        np.testing.assert_allclose(got[row], wanted, atol=2e-4)
-    other = np.asarray(base(**changes)(ids).logits)
-    assert np.abs(other - got).max() > 0.1
+    loop = functools.partial(
+        naive_decoder.decoder, ids[0], tensors, config_of(tmp_path / "out"), settings
+    )
+    np.testing.assert_allclose(got[0], loop(distance), atol=2e-4)
+    assert np.abs(got[0] - loop(0)).max() > 0.1
 
 
 def test_blocks_that_add_nothing_make_all_distances_equal():
-    params = nnx.to_pure_dict(nnx.state(base()))
-    for path, leaf in nnx.traversals.flatten_mapping(params).items():
+    params = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(base())))
+    for path, leaf in params.items():
         if path[-2:] in (("attention", "out"), ("moe", "down"), ("shared", "down")):
-            target = params
-            for name in path[:-1]:
-                target = target[name]
-            target[path[-1]] = jnp.zeros_like(leaf)
-    still = with_params(FOUR, params, dtype="float32")
+            params[path] = jnp.zeros_like(leaf)
+    still = with_params(FOUR, nnx.traversals.unflatten_mapping(params), dtype="float32")
     ids = random_tokens(2)
     wanted = features(still, ids)
     assert np.ptp(np.asarray(wanted.hidden)) > 0
@@ -113,9 +108,9 @@ def test_the_parameters_are_those_of_a_model_that_does_not():
         assert parameter_shapes(changed(route_ahead=distance)) == parameter_shapes(FOUR)
 
 
-@pytest.mark.parametrize("changes", [{}, MIXED, dict(experts_across=2)], ids=["", "mixed", "pool"])
-def test_generation_is_the_models_own_next_token(changes):
-    model = ahead_of(base(**changes), 2)
+def test_generation_is_the_models_own_next_token():
+    """With pools, and dense layers in a pattern."""
+    model = ahead_of(base(num_hidden_layers=6, mlp_only_layers=(0, 3), experts_across=2), 2)
     ids, mask = random_tokens(2, 6), np.ones((2, 6), np.int32)
     mask[1, :2] = 0
     out = np.asarray(fm.generate(model, ids, mask, max_new_tokens=4))
@@ -126,51 +121,41 @@ def test_generation_is_the_models_own_next_token(changes):
 
 def test_padding_and_packed_texts_do_not_matter():
     model, ids = ahead_of(base(), 1), random_tokens(1, 12)
-    alone = [np.asarray(model(part).logits) for part in (ids[:, :5], ids[:, 5:])]
-    segments = jnp.asarray([[1] * 5 + [2] * 7])
-    positions = jnp.asarray([[*range(5), *range(7)]])
-    packed = model(ids, position_ids=positions, segment_ids=segments).logits
-    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-4)
-    mask = jnp.asarray([[0] * 5 + [1] * 7])
-    np.testing.assert_allclose(model(ids, mask).logits[:, 5:], alone[1], atol=1e-4)
+    first = (jnp.arange(12)[None] < 5).astype(jnp.int32)
+    alone = model(jnp.concatenate([ids, ids]), jnp.concatenate([first, 1 - first])).logits
+    packed = model(
+        ids,
+        position_ids=jnp.asarray([[*range(5), *range(7)]]),
+        segment_ids=2 - first,
+    ).logits
+    np.testing.assert_allclose(packed[0, :5], alone[0, :5], atol=1e-4)
+    np.testing.assert_allclose(packed[0, 5:], alone[1, 5:], atol=1e-4)
 
 
-def loss_of(graphdef, ids, settings, state):
-    out = nnx.merge(graphdef, state).features(ids, **dict(settings))
-    return (out.hidden * jnp.cos(jnp.arange(32.0))[None, None]).sum() + out.aux_loss.sum()
-
-
-@pytest.mark.parametrize("changes", [{}, MIXED], ids=["", "mixed"])
-def test_remat_and_unrolled_loops_change_nothing(changes):
-    model, ids = ahead_of(base(**changes), 2), random_tokens(2)
+@pytest.mark.slow  # compiles three backward passes
+def test_gradients_against_differences_recomputed_and_unrolled():
+    model, ids = ahead_of(base(**MIXED), 2), random_tokens(2)
     graphdef, state = nnx.split(model)
-    value = {
-        settings: jax.jit(jax.value_and_grad(functools.partial(loss_of, graphdef, ids, settings)))(
-            state
-        )
-        for settings in ((), (("remat", "full"),), (("unroll", 4),))
-    }
-    wanted, gradients = value.pop(())
-    for got, other in value.values():
+
+    def loss(state, settings):
+        out = nnx.merge(graphdef, state).features(ids, **dict(settings))
+        return (out.hidden * jnp.cos(jnp.arange(32.0))[None, None]).sum() + out.aux_loss.sum()
+
+    graded = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    wanted, gradients = graded(state, ())
+    for settings in ((("remat", "full"),), (("unroll", 4),)):
+        got, other = graded(state, settings)
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):
             assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
-
-
-def test_a_routers_gradient_against_differences():
-    """In the direction of the gradient itself."""
-    model, ids = ahead_of(base(), 1), random_tokens(2)
-    graphdef, state = nnx.split(model)
-    loss = jax.jit(functools.partial(loss_of, graphdef, ids, ()))
-    gradient = jax.grad(loss)(state)
-    router = np.asarray(gradient["runs"][0][0]["moe"]["router"][...])
+    # In the direction of a router's gradient.
+    router = np.asarray(gradients["runs"][1][0]["moe"]["router"][...])
     assert (np.linalg.norm(router, axis=(1, 2)) > 0).all()
-    direction = router / np.linalg.norm(router)
 
     def moved(step):
         params = nnx.to_pure_dict(state)
-        params["runs"][0][0]["moe"]["router"] += step * direction
-        return float(loss(nnx.State(params)))
+        params["runs"][1][0]["moe"]["router"] += step * router / np.linalg.norm(router)
+        return float(graded(nnx.State(params), ())[0])
 
     slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
     np.testing.assert_allclose(slope, np.linalg.norm(router), rtol=2e-2)
@@ -189,8 +174,8 @@ def test_masks_biases_and_even_loads_act_on_the_choice_as_ever():
     alone = ahead_of(base(), 1)
     # Pools with all other layers' experts masked: bit for bit the layers alone.
     moe = dataclasses.replace(alone.config.moe, experts_across=2)
-    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(alone)))
-    config, made = pooled_weights(alone.config, weights, moe, jax.random.key(5))
+    source = lazy.of_params(nnx.to_pure_dict(nnx.state(alone)))
+    config, made = pooled_weights(alone.config, source, moe, jax.random.key(5))
     assert config.moe.route_ahead == 1
     pooled = with_params(config, lazy.in_memory(made), dtype="float32")
     alone.placement = pooled.placement = Placement(kernel="reference")
@@ -240,10 +225,11 @@ def test_a_trained_model_routes_ahead_with_its_own_weights(tmp_path, capsys):
     assert done.returncode == 0 and "has route_ahead=1: only the code in it" in done.stderr
     assert config_of(tmp_path / "hf")["route_ahead"] == 1
     assert "route_ahead" not in model_config_to_hf(demo.config, "float32")
-    assert fm.load_hf(tmp_path / "hf").config == early.config
+    stated = dict(shared_expert_intermediate_size=512)
+    assert fm.load_hf(tmp_path / "hf").config == changed(early.config, **stated)
     late = dataclasses.replace(run.moe, route_ahead=0)
     convert(str(tmp_path / "hf"), tmp_path / "late", "orbax", late, seed=0, stated=True)
-    assert fm.load_checkpoint(tmp_path / "late").config == demo.config
+    assert fm.load_checkpoint(tmp_path / "late").config == changed(demo.config, **stated)
 
     capsys.readouterr()
     ahead.main(source, DEMO.parent / "LICENSE.pydoc.txt", 2, 16, tmp_path / "shares.json")
@@ -267,7 +253,6 @@ def test_a_trained_model_routes_ahead_with_its_own_weights(tmp_path, capsys):
         (dict(route_ahead=4), ["route_ahead=4", "which is 4", "at most 3"]),
         (dict(route_ahead=3, **MIXED), ["route_ahead=3", "which is 3", "at most 2"]),
         (dict(route_ahead=1, decoder_sparse_step=9), ["route_ahead=1", "which is 0", "at most 0"]),
-        (dict(route_ahead=1.0), ["route_ahead=1.0", "an integer"]),
     ],
 )
 def test_distances_that_do_not_fit_are_refused(changes, words):
