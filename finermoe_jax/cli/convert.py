@@ -7,6 +7,7 @@ from typing import Any
 
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
@@ -30,6 +31,12 @@ def define(flags: Flags) -> None:
         "check every tensor of the target against the converted source; an existing target is "
         "only checked, not written",
     )
+    flags.add_text(
+        "push_to_hub",
+        "",
+        "with --to=hf: send the target to this new Hub repository, owner/name or name, which is "
+        "created private",
+    )
 
 
 def main(flags: Flags) -> None:
@@ -49,7 +56,29 @@ def main(flags: Flags) -> None:
         )
     if flags.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype={flags.dtype} must be float32 or bfloat16")
-    from finermoe_jax.weights.convert import convert
+    pushes = flags.given("push_to_hub")
+    if pushes and flags.to != "hf":
+        raise InputError(
+            f"--push_to_hub={flags.push_to_hub} sends a Hugging Face directory, but --to="
+            f"{flags.to} writes a checkpoint: add --to=hf"
+        )
+    from finermoe_jax.runtime import publish
+
+    repository = publish.repository(flags.push_to_hub) if pushes else ""
+    _convert(flags, config, source, target, repository)
+    print(target)
+    if repository:
+        print(f"sending {target} to {repository} …", file=sys.stderr)
+        print(publish.send(target, repository))
+
+
+def _convert(
+    flags: Flags, config: RunConfig | None, source: str, target: Path, repository: str
+) -> None:
+    """Converts and verifies, as the flags ask. Creates the repository, if one is named."""
+    from finermoe_jax.runtime import publish
+    from finermoe_jax.training.history import training_run
+    from finermoe_jax.weights.convert import Export, convert
     from finermoe_jax.weights.hf_config import unpublished_keys
     from finermoe_jax.weights.verify import verify
 
@@ -62,7 +91,13 @@ def main(flags: Flags) -> None:
     }
     there = flags.verify and target.is_dir() and any(target.iterdir())
     if not there:
-        written = convert(source, target, flags.to, **asked)
+
+        def ready() -> None:
+            if repository:
+                publish.create(repository)
+
+        export = Export(repository or None, training_run, ready)
+        written = convert(source, target, flags.to, export=export, **asked)
         if flags.to == "hf" and written.moe is None:
             print(
                 f"{source} is a dense model, and {target} is too: --to=hf does not upcycle. To "
@@ -79,9 +114,13 @@ def main(flags: Flags) -> None:
     if flags.verify:
         form = flags.to if flags.given("to") or not there else None
         print(verify(source, target, form, **asked))
-    print(target)
+    if there and repository:
+        publish.create(repository)
 
 
 COMMAND = Command(
-    "--source=DIR|hub-id --target=DIR [--config=FILE] [--to=orbax|hf] [--verify]", define, main
+    "--source=DIR|hub-id --target=DIR [--config=FILE] [--to=orbax|hf] [--verify] "
+    "[--push_to_hub=NAME]",
+    define,
+    main,
 )

@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from finermoe_jax.errors import InputError
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # pathlib collapses the two slashes. No scheme has a single letter.
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", re.DOTALL)
 _HUB_HOSTS = ("huggingface.co/", "www.huggingface.co/", "hf.co/")
@@ -27,7 +27,7 @@ def local(name: str | os.PathLike, what: str = "") -> str:
     Raises InputError for a URL (scheme://…), which would become a directory named `gs:`.
     """
     path = os.fspath(name)
-    found = (_COLLAPSED if isinstance(name, PurePath) else _ADDRESS).match(path)
+    found = (_COLLAPSED if isinstance(name, PurePath) else ADDRESS).match(path)
     if found:
         message = _url_message(found[1].lower(), found[2])
         raise InputError((f"{what}: " if what else "") + message)

@@ -1,6 +1,6 @@
 """Orbax checkpoints. A checkpoint directory is self-contained:
 
-    config/         the model's architecture and dtypes, JSON
+    config/         the model's architecture, dtypes and origin, JSON
     params/         the weights, in the decoder's own layout
     tokenizer/      the tokenizer files
     optimizer/      Optax's state, in training checkpoints only
@@ -8,7 +8,8 @@
     checksums.json  size and hash of every file (integrity.py)
 
 Orbax writes into a temporary directory, which is renamed when everything, checksums included, is on
-disk. So a checkpoint exists completely or not at all, even after a power cut.
+disk. So a checkpoint exists completely or not at all, even after a power cut. In a bucket Orbax
+writes in place, and commit_success.txt, written last, makes it a checkpoint.
 """
 
 import contextlib
@@ -40,12 +41,14 @@ from finermoe_jax.model.decoder import (
     with_shapes,
 )
 from finermoe_jax.model.offload import check_place, host_arguments
+from finermoe_jax.runtime.buckets import BucketPath, Place, place
 from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import integrity, lazy, orbax_files
 from finermoe_jax.weights.hf_weights import to_save
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin
 from finermoe_jax.weights.orbax_files import save_errors
 
 CONFIG, PARAMS, TOKENIZER, OPTIMIZER = "config", "params", "tokenizer", "optimizer"
@@ -74,11 +77,11 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
         """Writes the files (`kept_files`), on the first process only."""
         if jax.process_index() == 0 and args.source is not None:
-            write_files(kept_files(args.source), Path(directory))
+            write_files(kept_files(args.source), place(directory))
 
-    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Path:
+    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Place:
         """Returns the directory; its files are read in place."""
-        return Path(directory)
+        return place(directory)
 
 
 @ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
@@ -89,7 +92,9 @@ class TokenizerSave(ocp.args.CheckpointArgs):
     source: Path | None
 
 
-def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
+def described(
+    config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, origin: Origin
+) -> dict[str, Any]:
     """Returns the content of config/; dtype is that of the activations."""
     return {
         "format": "finermoe-jax 1",
@@ -97,7 +102,7 @@ def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
         "dtype": str(dtype),
         "param_dtype": str(param_dtype),
         "checksums": True,
-    }
+    } | ({} if origin == UNKNOWN else {"origin": dataclasses.asdict(origin)})
 
 
 def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
@@ -117,10 +122,12 @@ def write_checkpoint(
     target: Path,
     tokenizer: Path | None,
     written: Callable[[int], None] = lambda size: None,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
-    dtype is that of the activations. written(bytes) is called for each block of weights.
+    dtype is that of the activations. written(bytes) is called for each block of weights. `origin`
+    is stored for the model card of a later export.
 
     Raises InputError, before anything is written, if the saved tokenizer would behave differently
     (`check_kept`).
@@ -129,7 +136,9 @@ def write_checkpoint(
         check_kept(tokenizer)
     items = ocp.args.Composite(
         **{
-            CONFIG: ocp.args.JsonSave(described(config, dtype, weights["embed", "weight"].dtype)),
+            CONFIG: ocp.args.JsonSave(
+                described(config, dtype, weights["embed", "weight"].dtype, origin)
+            ),
             PARAMS: ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(weights)),
             TOKENIZER: TokenizerSave(tokenizer),
         }
@@ -207,13 +216,37 @@ def durable(
     return Durable
 
 
-def newest_checkpoint(steps: Path) -> Path | None:
+def committing(
+    steps: BucketPath, before: Callable[[], None], after: Callable[[int], None]
+) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
+    """Returns Orbax's class of checkpoints in a bucket, with checksums before the commit mark.
+
+    `before` is called between the checksums and the mark; if it raises, nothing is committed.
+    `after` is called with the committed step. Orbax finalizes as for `durable`.
+    """
+
+    class Committing(ocp.path.atomicity.CommitFileTemporaryPath):
+        _final_path: epath.Path
+
+        async def finalize(self) -> None:
+            checkpoint = steps / self._final_path.name
+            if str(self._final_path) != str(checkpoint):  # an item
+                return await super().finalize()
+            integrity.write_checksums(checkpoint)
+            before()
+            await super().finalize()
+            after(int(checkpoint.name))
+
+    return Committing
+
+
+def newest_checkpoint(steps: Place) -> Place | None:
     """Returns the newest complete step in a directory of numbered checkpoints, or None."""
     numbers = integrity.saved_steps(steps)
     return steps / str(numbers[-1]) if numbers else None
 
 
-def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
+def whole_checkpoint(path: Place, skip: tuple[str, ...]) -> Place:
     """Returns `path` if it is a checkpoint, or the newest intact step of a training workdir.
 
     Items in `skip` are not checked. Raises InputError if there is none.
@@ -242,19 +275,19 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
     return newest
 
 
-def steps_of(path: Path) -> Path:
+def steps_of(path: Place) -> Place:
     """Returns a workdir's directory of numbered checkpoints, or `path` if it is not a workdir."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
-def _removed(checkpoint: Path) -> InputError:
+def _removed(checkpoint: Place) -> InputError:
     return InputError(
         f"{checkpoint} was removed while it was read. A running training keeps only its newest "
         f"checkpoints: pass {checkpoint.parent} to read the newest one"
     )
 
 
-def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
+def read_description(checkpoint: Place) -> tuple[ModelConfig, str, str]:
     """Returns a checkpoint's architecture, activation dtype and weight dtype."""
     path = checkpoint / CONFIG / "metadata"
     values = read_json(path)
@@ -267,6 +300,15 @@ def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
         if name not in ("float32", "bfloat16", "float16"):
             raise InputError(f"{path}: {dtype=} and {param_dtype=} must both name a float type")
     return config, str(dtype), str(param_dtype)
+
+
+def read_stored_origin(checkpoint: Path) -> Origin:
+    """Returns where a checkpoint's weights come from, as far as it states that."""
+    path = checkpoint / CONFIG / "metadata"
+    origin = read_json(path).get("origin") or {}
+    if not isinstance(origin, dict):
+        raise InputError(f"{path}: origin={origin!r} must be an object")
+    return from_dict(Origin, origin, f"{path}: origin")
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
@@ -288,7 +330,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
 
 
 @contextlib.contextmanager
-def readable(checkpoint: Path) -> Iterator[None]:
+def readable(checkpoint: Place) -> Iterator[None]:
     """Converts Orbax's errors, which depend on the kind of damage, to InputError."""
     try:
         yield
@@ -346,7 +388,7 @@ def load_checkpoint(
     return integrity.in_training(steps_of(path), load)
 
 
-def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:
+def open_checkpoint(directory: Place) -> tuple[ModelConfig, Weights, str, str]:
     """Returns architecture, lazy weights, activation dtype and weight dtype of a checkpoint.
 
     `directory` is the checkpoint itself (`whole_checkpoint`). Raises InputError if it is damaged.

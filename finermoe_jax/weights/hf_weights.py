@@ -45,6 +45,7 @@ from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
 from finermoe_jax.weights.hf_names import STATE, Parts, parts
 from finermoe_jax.weights.lazy import LazyArray, Weights
+from finermoe_jax.weights.model_card import CARD_FILE, UNKNOWN, model_card
 from finermoe_jax.weights.safetensors_files import (
     DTYPES,
     INDEX_FILE,
@@ -68,7 +69,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def resolve_source(source: str | os.PathLike) -> Path:
     """The directory of a dense model or a FineRMoE, or of a Hub id. Raises as `directory_of`."""
-    names = ["config.json", INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
+    names = ["config.json", CARD_FILE, INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
     # Repositories may hold their weights in other forms beside these.
     return directory_of(source, names, lambda found: indexed_files(found) or [SINGLE_FILE])
 
@@ -244,12 +245,12 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
 
 
 def write_hf(
-    config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None
+    config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None, card: str
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
     config.json has the published keys. `tokenizer` is a directory whose tokenizer files are copied
-    and whose end-of-text tokens are written (`generation_settings`).
+    and whose end-of-text tokens are written (`generation_settings`). `card` is the model card.
 
     Raises InputError if the variant has no HF form, if files of the tokenizer cannot be read, or if
     the exported tokenizer would behave differently (`check_kept`).
@@ -263,8 +264,8 @@ def write_hf(
             shutil.copyfile(file, directory / file.name)
     if tokenizer is not None:
         write_files(kept_files(tokenizer), directory)
-    for name, text in texts.items():
-        (directory / name).write_text(text)
+    for name, text in (*texts.items(), (CARD_FILE, card)):
+        (directory / name).write_text(text, encoding="utf-8")
     table = parts(config, list(weights))
     entries = [
         Entry(name, shape, array.dtype)
@@ -330,7 +331,7 @@ def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None
 def save_hf(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes a Hugging Face directory: config.json, safetensors and tokenizer files.
+    """Writes a Hugging Face directory: config.json, safetensors, tokenizer files, model card.
 
     For a model with experts, config.json has the keys of the published models, and the directory
     contains the model's code for transformers (docs/huggingface.md).
@@ -354,5 +355,6 @@ def save_hf(
     """
     weights, files = to_save(model, path, tokenizer)
     with new_directory(path) as directory:
-        for _ in write_hf(model.config, weights, directory, files):
+        card = model_card(model.config, UNKNOWN)
+        for _ in write_hf(model.config, weights, directory, files, card):
             pass

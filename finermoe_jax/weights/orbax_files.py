@@ -14,7 +14,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +24,14 @@ from etils import epath
 from flax import nnx
 
 from finermoe_jax.errors import InputError, first_line
+from finermoe_jax.runtime.buckets import Place, is_outage, is_url
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Concurrent writes: of computed blocks, which bounds memory, and of arrays in memory.
 _COMPUTED_AT_A_TIME, _IN_MEMORY_AT_A_TIME = 4, 32
+# Of requests to a bucket: 47 s in all.
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 
 
 @contextlib.contextmanager
@@ -43,6 +45,10 @@ def save_errors() -> Iterator[list[Exception]]:
 
     def listen(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        error = error or next(
+            (each for each in arguments if isinstance(each, Exception) and is_outage(each)), None
+        )
         if record.levelno < logging.ERROR or not isinstance(error, Exception):
             return True
         found.append(error)
@@ -194,15 +200,22 @@ def _create(
         open=True,
         create=first,
         assume_metadata=not first,
-        context=info.ts_context,
+        context=_context(info),
     )
+
+
+def _context(info: Any) -> tensorstore.Context:
+    """Returns Orbax's context; for a bucket with fewer retries, whose default takes 15 minutes."""
+    if not is_url(info.parent_dir):
+        return info.ts_context
+    return tensorstore.Context({"gcs_request_retries": _RETRIES}, info.ts_context)
 
 
 def _open(infos: Sequence[Any]) -> list[tensorstore.TensorStore]:
     read = ocp.type_handlers.get_json_tspec_read
     specs = [tensorstore.Spec(read(i, use_ocdbt=i.is_ocdbt_checkpoint)) for i in infos]
     return _settled(
-        tensorstore.open(spec, open=True, context=info.ts_context)
+        tensorstore.open(spec, open=True, context=_context(info))
         for spec, info in zip(specs, infos, strict=True)
     )
 
@@ -245,7 +258,7 @@ def handler(arrays: ArrayHandler | None = None) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def _opened(directory: Path, target: Any) -> Any:
+def _opened(directory: Place, target: Any) -> Any:
     """Opens an item's arrays lazily, as a tree like `target`, whose leaves have shapes.
 
     Raises Orbax's errors for missing names, and ValueError for other shapes.
@@ -270,7 +283,7 @@ def _opened(directory: Path, target: Any) -> Any:
     return arrays
 
 
-def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
+def read(directory: Place, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
     """Returns the lazy weights in an item's directory. Raises as `restore` does."""
     leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     arrays = _opened(directory, nnx.traversals.unflatten_mapping(leaves))
@@ -278,7 +291,7 @@ def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
     return {path: weights[path] for path in shapes}
 
 
-def restore(directory: Path, target: Any) -> Any:
+def restore(directory: Place, target: Any) -> Any:
     """Returns an item's arrays with the shapes, dtypes and shardings of `target`.
 
     Raises Orbax's errors for missing names, ValueError for other shapes, and InputError if values

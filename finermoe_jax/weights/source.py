@@ -27,6 +27,7 @@ from finermoe_jax.weights.checkpoint import (
     TOKENIZER,
     assembled,
     open_checkpoint,
+    read_stored_origin,
     readable,
     steps_of,
     whole_checkpoint,
@@ -34,6 +35,7 @@ from finermoe_jax.weights.checkpoint import (
 from finermoe_jax.weights.hf_weights import open_hf, resolve_source, stored_dtypes
 from finermoe_jax.weights.integrity import TRIES, in_training, saved_steps
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin, read_origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ModelSource:
 
     dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
     directory with the tokenizer. states are those of the weight files and, for a checkpoint, of the
-    tokenizer files, when opened.
+    tokenizer files, when opened. checkpoint is the checkpoint's directory, if it is one.
     """
 
     config: ModelConfig
@@ -51,6 +53,8 @@ class ModelSource:
     stored: list[str]
     files: Path
     states: dict[Path, State]
+    origin: Origin = UNKNOWN
+    checkpoint: Path | None = None
 
     @property
     def announcement(self) -> str:
@@ -103,16 +107,19 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
-        return ModelSource(config, weights, dtype, stored_dtypes(directory), directory, states)
+        origin = read_origin(directory, None if place.exists() else path)
+        stored = stored_dtypes(directory)
+        return ModelSource(config, weights, dtype, stored, directory, states, origin)
 
     def load() -> ModelSource:
         step = whole_checkpoint(place, NOT_READ)
         files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
         with readable(step):
             states = {file: state(file) for file in files if file.is_file()}
-        config, weights, computed, stored = open_checkpoint(step)
+        config, weights, computed, held = open_checkpoint(step)
         weights = lazy.cast(weights, dtype, parameter_kinds(config))
-        return ModelSource(config, weights, jnp.dtype(computed), [stored], step / TOKENIZER, states)
+        tokenizer, origin, compute = step / TOKENIZER, read_stored_origin(step), jnp.dtype(computed)
+        return ModelSource(config, weights, compute, [held], tokenizer, states, origin, step)
 
     return in_training(steps_of(place), load)
 

@@ -89,7 +89,7 @@ def test_the_home_directory():
 
 # Of the flags that take text, those that name no path.
 NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology",
-            "text_field", "split", "config"}  # fmt: skip
+            "text_field", "split", "config", "push_to_hub"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -50,6 +50,18 @@ _ROPE = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+# Linear layers that tensor parallelism splits along their outputs and inputs; the others are whole
+# on every device.
+_SPLIT = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+_TP_PLAN = {
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "layers.*.self_attn.o_proj": "rowwise",
+    **{
+        f"layers.*.mlp.{ffn}{name}": split
+        for ffn in ("", "experts.*.", "shared_expert.")
+        for name, split in _SPLIT.items()
+    },
+}
 
 
 class FineRMoeConfig(PretrainedConfig):
@@ -90,6 +102,7 @@ class FineRMoeConfig(PretrainedConfig):
 
     model_type = "finer_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = _TP_PLAN
 
     def __init__(self, rope_theta=10000.0, rope_scaling=None, rope_parameters=None, **values):
         rope = rope_scaling or rope_parameters or {}
