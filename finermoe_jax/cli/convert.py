@@ -2,21 +2,27 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.buckets import locate, place
 from finermoe_jax.runtime.json_files import to_json
 
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path("source", "HF directory, Hub id or finermoe checkpoint", required=True)
-    flags.add_path("target", "new or empty directory for the result", required=True)
+    flags.add_path(
+        "source",
+        "HF directory or finermoe checkpoint (local or gs://), or Hub id",
+        required=True,
+        bucket=True,
+    )
+    flags.add_path(
+        "target", "new or empty directory for the result, or gs://", required=True, bucket=True
+    )
     flags.add_config()
     flags.add_text(
         "to",
@@ -39,7 +45,7 @@ def main(flags: Flags) -> None:
         moe = config.moe if config else MoEConfig()
         print(to_json(dataclasses.asdict(moe) if moe else None, indent=2))
         return
-    source, target = str(find(flags.need("source"))), Path(flags.need("target"))
+    source, target = str(locate(flags.need("source"))), place(flags.need("target"))
     if flags.to not in ("orbax", "hf"):
         raise InputError(f"--to={flags.to} must be orbax or hf")
     if flags.to == "hf" and config:
@@ -50,6 +56,7 @@ def main(flags: Flags) -> None:
     if flags.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype={flags.dtype} must be float32 or bfloat16")
     from finermoe_jax.weights.convert import convert
+    from finermoe_jax.weights.targets import is_occupied
     from finermoe_jax.weights.verify import verify
 
     asked: dict[str, Any] = {
@@ -59,7 +66,7 @@ def main(flags: Flags) -> None:
         "dtype": flags.dtype or None,
         "stated": config is not None,
     }
-    there = flags.verify and target.is_dir() and any(target.iterdir())
+    there = flags.verify and is_occupied(target)
     if not there:
         written = convert(source, target, flags.to, **asked)
         if flags.to == "hf" and written.moe is None:

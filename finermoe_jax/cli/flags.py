@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from finermoe_jax.config.parse import FORMER, default_config, find_config, preset, run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.buckets import placed
 from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local, local_list
 
@@ -75,9 +76,19 @@ class Flags:
         """Defines a flag for a comma-separated list."""
         self.add(flags.DEFINE_list, name, [], text)
 
-    def add_path(self, name: str, text: str, required: bool = False, several: bool = False) -> None:
-        """Defines a flag for a path or Hub id, or a comma-separated list of them."""
-        parser = _PathParser(local_list if several else local)
+    def add_path(
+        self,
+        name: str,
+        text: str,
+        required: bool = False,
+        several: bool = False,
+        bucket: bool = False,
+    ) -> None:
+        """Defines a flag for a path or Hub id, or a comma-separated list of them.
+
+        `bucket`: gs:// URLs are allowed.
+        """
+        parser = _PathParser(local_list if several else placed if bucket else local)
         flags.DEFINE(parser, name, "", text, flag_values=self.values)
         if required:
             self._required.append(name)
@@ -190,7 +201,7 @@ class Command(NamedTuple):
 
 
 class _PathParser(flags.ArgumentParser):
-    """Parses a flag's value with paths.local or paths.local_list."""
+    """Parses a flag's value with `local`, `local_list` or `placed`."""
 
     def __init__(self, read: Callable[[str], str]):
         self.read = read

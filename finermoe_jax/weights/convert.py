@@ -14,13 +14,15 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.files import new_directory, refuse_occupied
-from finermoe_jax.runtime.paths import local
+from finermoe_jax.runtime.buckets import BucketPath, Place, place
+from finermoe_jax.runtime.downloads import cache
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
+from finermoe_jax.weights.safetensors_files import largest_file
 from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.targets import new_target, refuse_occupied
 from finermoe_jax.weights.upcycle import upcycled
 
 # A shell's exit code for Ctrl-C.
@@ -29,7 +31,7 @@ _INTERRUPTED = 130
 
 def convert(
     source: str,
-    target: Path,
+    target: Place,
     to: Literal["orbax", "hf"],
     moe: MoEConfig | None,
     *,
@@ -41,8 +43,8 @@ def convert(
     """Converts `source` to `target`. Only a few blocks of the model are in memory at a time.
 
     Args:
-      source: a HF directory, a Hub id, a finermoe checkpoint or a workdir.
-      target: a new or empty directory. It appears only when complete.
+      source: a HF directory, a finermoe checkpoint or a workdir, local or gs://; or a Hub id.
+      target: a new or empty directory, or gs://…. It is a model only when complete.
       to: "orbax" upcycles a dense source and imports a FineRMoE unchanged; "hf" exports the source.
       moe: the experts; None imports a dense source unchanged.
       upcycling: choices that the architecture leaves open.
@@ -55,7 +57,7 @@ def convert(
     Raises InputError if the source, the target or the sizes are wrong or the disk is too small, and
     RunEnded on SIGTERM and Ctrl-C. After either nothing of the target is left.
     """
-    target = Path(local(target))
+    target = place(target)
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
@@ -73,13 +75,16 @@ def convert(
     return config
 
 
-def _write(model: ModelSource, target: Path, to: Literal["orbax", "hf"], dtype: str | None) -> None:
+def _write(
+    model: ModelSource, target: Place, to: Literal["orbax", "hf"], dtype: str | None
+) -> None:
     """Writes the model block by block, with a progress bar. The target appears when complete."""
-    size = sum(array.nbytes for array in model.weights.values())
+    sizes = [array.nbytes for array in model.weights.values()]
+    size = sum(sizes)
     with (
         stop_requests() as stopped,
-        _room(target, size),
-        new_directory(target) as directory,
+        _room(target, sizes, to),
+        new_target(target) as directory,
         tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
     ):
 
@@ -101,14 +106,23 @@ def _write(model: ModelSource, target: Path, to: Literal["orbax", "hf"], dtype: 
 
 
 @contextlib.contextmanager
-def _room(target: Path, size: int) -> Iterator[None]:
-    """Raises InputError if the disk is too small for the weights or fills up meanwhile."""
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    if not disk.has_room(place, size):
-        free = disk.text(shutil.disk_usage(place).free)
+def _room(target: Place, sizes: list[int], to: Literal["orbax", "hf"]) -> Iterator[None]:
+    """Raises InputError if the disk is too small for the weights or fills up meanwhile.
+
+    A bucket needs local space for one file of a Hugging Face directory at a time (`write_hf`).
+    """
+    size, local, its = sum(sizes), target, "its disk"
+    if isinstance(target, BucketPath):
+        size, local = largest_file(sizes) if to == "hf" else 0, cache()
+        its = f"the disk of {local}, where each file is written first,"
+    assert isinstance(local, Path)
+    existing = next(parent for parent in local.absolute().parents if parent.exists())
+    if not disk.has_room(existing, size):
+        free = disk.text(shutil.disk_usage(existing).free)
         raise InputError(
-            f"{target} needs {disk.text(size)}, but its disk has {free} free: free some space, or "
-            "choose another disk"
+            f"{target} needs {disk.text(size)}, but {its} has {free} free: free some space, or "
+            f"{'set XDG_CACHE_HOME to' if isinstance(target, BucketPath) else 'choose'} another "
+            "disk"
         )
     filled = (
         f"the disk filled up while {target} ({disk.text(size)}) was written. Nothing of it is "

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from finermoe_jax.model.decoder import (
     parameter_shapes,
     with_params,
 )
-from finermoe_jax.runtime.files import find, new_directory
+from finermoe_jax.runtime.buckets import Place, locate
+from finermoe_jax.runtime.downloads import cache
+from finermoe_jax.runtime.files import make_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
@@ -54,6 +57,7 @@ from finermoe_jax.weights.safetensors_files import (
     listing,
     write_tensors,
 )
+from finermoe_jax.weights.targets import new_target
 
 # Computed buffers that old exports contain.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -146,8 +150,8 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
-      source: a directory with config.json and safetensors, a Hub id ("Qwen/Qwen2.5-0.5B"), or
-        "demo/model", the dense model that comes with the package.
+      source: a directory (local or gs://) with config.json and safetensors, a Hub id
+        ("Qwen/Qwen2.5-0.5B"), or "demo/model", the dense model that comes with the package.
       dtype: float dtype of weights and activations; None keeps that of the embedding.
 
     Returns:
@@ -171,7 +175,7 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
         known = False
     if not known:
         raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
-    config, weights = open_hf(resolve_source(find(source)), dtype)
+    config, weights = open_hf(resolve_source(locate(source)), dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
 
 
@@ -238,16 +242,44 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
 
 
 def write_hf(
-    config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None
+    config: ModelConfig, weights: Weights, target: Place, tokenizer: Path | None
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
     config.json has the published keys. `tokenizer` is a directory whose tokenizer files are copied
     and whose end-of-text tokens are written (`generation_settings`).
 
+    In a bucket, each file of weights is written to the local cache, uploaded and deleted.
+    config.json is uploaded last: without it the rest is no model.
+
     Raises InputError if the variant has no HF form, if files of the tokenizer cannot be read, or if
     the exported tokenizer would behave differently (`check_kept`).
     """
+    if isinstance(target, Path):
+        yield from _write_local(config, weights, target, tokenizer, lambda file: None)
+        return
+
+    def upload(file: Path) -> None:
+        (target / str(file.relative_to(staged))).write(file, if_generation=0)
+        file.unlink()
+
+    make_directory(cache())
+    with tempfile.TemporaryDirectory(prefix="upload-", dir=cache()) as folder:
+        staged = Path(folder) / target.name
+        yield from _write_local(config, weights, staged, tokenizer, upload)
+        last = (INDEX_FILE, "config.json")
+        rest = [file for file in staged.rglob("*") if file.is_file() and file.name not in last]
+        for file in [*rest, *(staged / name for name in last if (staged / name).exists())]:
+            upload(file)
+
+
+def _write_local(
+    config: ModelConfig,
+    weights: Weights,
+    directory: Path,
+    tokenizer: Path | None,
+    finished: Callable[[Path], None],
+) -> Iterator[int]:
     texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
     if tokenizer is not None:
         check_kept(tokenizer, texts)
@@ -265,7 +297,7 @@ def write_hf(
         for path, array in weights.items()
         for name, shape in table[path].shapes(array.shape)
     ]
-    yield from write_tensors(directory, entries, _pieces(weights, table))
+    yield from write_tensors(directory, entries, _pieces(weights, table), finished)
 
 
 def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
@@ -331,7 +363,7 @@ def save_hf(
 
     Args:
       model: a dense decoder, or a FineRMoE variant that the published HF model can express.
-      path: a new or empty directory. It appears only when complete.
+      path: a new or empty directory, or gs://…. It is a model only when complete.
       tokenizer: a directory whose tokenizer files are copied. Without it transformers does not know
         which token ends a text.
 
@@ -347,6 +379,6 @@ def save_hf(
       >>> fm.save_hf(model, "demo_moe_hf", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
-    with new_directory(path) as directory:
-        for _ in write_hf(model.config, weights, directory, files):
+    with new_target(path) as target:
+        for _ in write_hf(model.config, weights, target, files):
             pass

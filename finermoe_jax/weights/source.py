@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.files import State, find, state
+from finermoe_jax.runtime.buckets import BucketPath, Place, Stored, locate, place
+from finermoe_jax.runtime.downloads import identity, local_copy
+from finermoe_jax.runtime.files import State, state
 from finermoe_jax.runtime.json_files import read_json
-from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import (
     NOT_READ,
@@ -41,8 +43,8 @@ class ModelSource:
     """A model that is opened but not read yet.
 
     dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
-    directory with the tokenizer. states are those of the weight files and, for a checkpoint, of the
-    tokenizer files, when opened.
+    directory with the tokenizer; of a model in a bucket, it is a local copy of `origin`. states are
+    those of the weight files and, for a checkpoint, of the tokenizer files, when opened.
     """
 
     config: ModelConfig
@@ -50,7 +52,8 @@ class ModelSource:
     dtype: jnp.dtype
     stored: list[str]
     files: Path
-    states: dict[Path, State]
+    states: Mapping[Place, State | Stored]
+    origin: Place
 
     @property
     def announcement(self) -> str:
@@ -63,28 +66,52 @@ class ModelSource:
 
         Call it after a long read: blocks read after a change may be wrong.
         """
+        found = self._states_now()
         for path, before in self.states.items():
-            if not path.is_file():
+            if path not in found:
                 raise InputError(
                     f"{path} was removed while it was read: do not change the source meanwhile. "
                     "If the run is still training, copy one of its checkpoints and read the copy"
                 )
-            if state(path) != before:
+            if found[path] != before:
                 raise InputError(
                     f"{path} was changed while it was read: do not change the source meanwhile"
                 )
 
+    def was_removed(self) -> bool:
+        """Returns True if a file was removed since the source was opened."""
+        return bool(self.states.keys() - self._states_now().keys())
 
-def _is_hf(directory: Path) -> bool:
+    def _states_now(self) -> Mapping[Place, State | Stored]:
+        if any(isinstance(path, BucketPath) for path in self.states):
+            return _bucket_states(self.origin.parent)
+        return {path: state(path) for path in self.states if path.is_file()}
+
+
+def _bucket_states(checkpoint: Place) -> dict[Place, State | Stored]:
+    """Returns the states of a checkpoint's weights and tokenizer in a bucket, in one LIST."""
+    assert isinstance(checkpoint, BucketPath)
+    return {
+        checkpoint / name: each
+        for name, each in checkpoint.objects().items()
+        if name.partition("/")[0] in (PARAMS, TOKENIZER)
+    }
+
+
+def _is_hf(directory: Place) -> bool:
     """True for a Hugging Face directory.
 
     A workdir also has a config.json, and a Hugging Face directory may contain a trainer's
     checkpoints/.
     """
-    if any(directory.glob("*.safetensors")):
+    if isinstance(directory, BucketPath):
+        names = directory.names()
+    else:
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if any(name.endswith(".safetensors") for name in names):
         return True
-    if not (directory / "checkpoints").is_dir():
-        return (directory / "config.json").is_file()
+    if "checkpoints" not in names:
+        return "config.json" in names
     with contextlib.suppress(InputError):
         return "model_type" in read_json(directory / "config.json")
     return False
@@ -96,25 +123,44 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
     dtype casts the weights; None keeps theirs. Raises InputError if there is no model or it is
     damaged.
     """
-    path = local(path)
-    place = Path(path).absolute()
-    if not place.exists() or _is_hf(place):
+    given = place(path)
+    where = given.absolute()
+    if not where.exists() or _is_hf(where):
         directory = resolve_source(path)
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
         config, weights = open_hf(directory, dtype)
         dtype = weights["embed", "weight"].dtype
-        return ModelSource(config, weights, dtype, stored_dtypes(directory), directory, states)
+        origin = given if isinstance(given, BucketPath) else directory
+        return ModelSource(
+            config, weights, dtype, stored_dtypes(directory), directory, states, origin
+        )
 
     def load() -> ModelSource:
-        step = whole_checkpoint(place, NOT_READ)
-        files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+        step = whole_checkpoint(where, NOT_READ)
         with readable(step):
-            states = {file: state(file) for file in files if file.is_file()}
+            states, files = _checkpoint_states(step)
         config, weights, computed, stored = open_checkpoint(step)
         weights = lazy.cast(weights, dtype, parameter_kinds(config))
-        return ModelSource(config, weights, jnp.dtype(computed), [stored], step / TOKENIZER, states)
+        return ModelSource(
+            config, weights, jnp.dtype(computed), [stored], files, states, step / TOKENIZER
+        )
 
-    return in_training(steps_of(place), load)
+    return in_training(steps_of(where), load)
+
+
+def _checkpoint_states(step: Place) -> tuple[Mapping[Place, State | Stored], Path]:
+    """Returns the states of a checkpoint's files, and a local directory with its tokenizer."""
+    if isinstance(step, BucketPath):
+        states = _bucket_states(step)
+        item = step / TOKENIZER
+        objects = {
+            str(path).removeprefix(f"{item}/"): each
+            for path, each in states.items()
+            if str(path).startswith(f"{item}/") and isinstance(each, Stored)
+        }
+        return states, local_copy(item, objects, f"models/{identity(item, objects)}")
+    files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+    return {file: state(file) for file in files if file.is_file()}, step / TOKENIZER
 
 
 def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
@@ -130,7 +176,7 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
         source.refuse_changed()  # before the caller reads the tokenizer
         return model, source.files
 
-    return in_training(steps_of(Path(local(path))), load)
+    return in_training(steps_of(place(path)), load)
 
 
 def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
@@ -142,9 +188,9 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
         try:
             return _read_model(source, path, mesh)
         except InputError:
-            if all(file.exists() for file in source.states):
+            if not source.was_removed():
                 raise
-        if not saved_steps(steps_of(Path(local(path)))):
+        if not saved_steps(steps_of(place(path))):
             break
         source = open_model(path, source.weights["embed", "weight"].dtype)
     source.refuse_changed()
@@ -153,7 +199,7 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
 
 def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
     dtype = cpu.activation_dtype(source.dtype)
-    with readable(Path(path)):
+    with readable(place(path)):
         return assembled(source.config, source.weights, dtype, mesh)
 
 
@@ -172,7 +218,7 @@ def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, froz
         source.refuse_changed()  # the tokenizer's optional files may have been removed unnoticed
         return source, tokenizer, ends
 
-    return in_training(steps_of(Path(local(path))), load)
+    return in_training(steps_of(place(path)), load)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
@@ -195,4 +241,4 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
       'Return the'
     """
     check_path("path", path)
-    return open_with_tokenizer(find(path))[1]
+    return open_with_tokenizer(locate(path))[1]
