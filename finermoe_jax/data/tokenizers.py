@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.buckets import BucketPath, Place
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -174,11 +175,14 @@ def check_kept(directory: Path, beside: Mapping[str, str] | None = None) -> None
         )
 
 
-def write_files(files: Mapping[str, bytes], target: Path) -> None:
-    """Writes `kept_files` into an existing directory."""
+def write_files(files: Mapping[str, bytes], target: Place) -> None:
+    """Writes `kept_files` into an existing directory, or into a bucket."""
     for name, content in files.items():
-        (target / name).parent.mkdir(exist_ok=True)
-        (target / name).write_bytes(content)
+        if isinstance(target, BucketPath):
+            (target / name).write(content)
+        else:
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
 
 
 # Spaces, digits, signs, scripts and line ends, which tokenizers split differently.

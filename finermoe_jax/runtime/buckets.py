@@ -40,7 +40,7 @@ class Unreachable(RunEnded):
 class Stored:
     """An object's size in bytes, CRC-32C (base64, as the server reports it) and generation."""
 
-    size: int
+    st_size: int
     crc32c: str
     generation: int
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.runtime.files import refuse_pointer
 
 _FILE_BYTES = 256 << 20  # far above the index of any model
@@ -57,11 +58,11 @@ def _too_deep(text: str, value: Any) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file. Raises InputError naming the file."""
+def read_json(path: Place) -> dict[str, Any]:
+    """Reads a JSON object from a file or a bucket. Raises InputError naming the path."""
     try:
         # Reading a pipe may block, and a device may never end.
-        if not path.is_file() and path.exists():
+        if isinstance(path, Path) and not path.is_file() and path.exists():
             raise InputError(f"{path} is not a file")
         if (size := path.stat().st_size) > _FILE_BYTES:
             raise InputError(f"{path} has {size} bytes; JSON files may have {_FILE_BYTES}")
@@ -75,7 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(content, str(path))
     except InputError:
-        refuse_pointer(path)
+        if isinstance(path, Path):
+            refuse_pointer(path)
         raise
     if not isinstance(value, dict):
         raise InputError(f"{path} contains a {type(value).__name__}, not a JSON object")

@@ -8,7 +8,8 @@
     checksums.json  size and hash of every file (integrity.py)
 
 Orbax writes into a temporary directory, which is renamed when everything, checksums included, is on
-disk. So a checkpoint exists completely or not at all, even after a power cut.
+disk. So a checkpoint exists completely or not at all, even after a power cut. In a bucket Orbax
+writes in place, and commit_success.txt, written last, makes it a checkpoint.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ from finermoe_jax.model.decoder import (
     with_params,
     with_shapes,
 )
+from finermoe_jax.runtime.buckets import BucketPath, Place, place
 from finermoe_jax.runtime.files import commit, new_directory
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.paths import local
@@ -73,11 +75,11 @@ class TokenizerHandler(ocp.AsyncCheckpointHandler):
     def save(self, directory: epath.Path, args: "TokenizerSave") -> None:
         """Writes the files (`kept_files`), on the first process only."""
         if jax.process_index() == 0 and args.source is not None:
-            write_files(kept_files(args.source), Path(directory))
+            write_files(kept_files(args.source), place(directory))
 
-    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Path:
+    def restore(self, directory: epath.Path, args: "TokenizerSave") -> Place:
         """Returns the directory; its files are read in place."""
-        return Path(directory)
+        return place(directory)
 
 
 @ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
@@ -206,13 +208,37 @@ def durable(
     return Durable
 
 
-def newest_checkpoint(steps: Path) -> Path | None:
+def committing(
+    steps: BucketPath, before: Callable[[], None], after: Callable[[int], None]
+) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
+    """Returns Orbax's class of checkpoints in a bucket, with checksums before the commit mark.
+
+    `before` is called between the checksums and the mark; if it raises, nothing is committed.
+    `after` is called with the committed step. Orbax finalizes as for `durable`.
+    """
+
+    class Committing(ocp.path.atomicity.CommitFileTemporaryPath):
+        _final_path: epath.Path
+
+        async def finalize(self) -> None:
+            checkpoint = steps / self._final_path.name
+            if str(self._final_path) != str(checkpoint):  # an item
+                return await super().finalize()
+            integrity.write_checksums(checkpoint)
+            before()
+            await super().finalize()
+            after(int(checkpoint.name))
+
+    return Committing
+
+
+def newest_checkpoint(steps: Place) -> Place | None:
     """Returns the newest complete step in a directory of numbered checkpoints, or None."""
     numbers = integrity.saved_steps(steps)
     return steps / str(numbers[-1]) if numbers else None
 
 
-def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
+def whole_checkpoint(path: Place, skip: tuple[str, ...]) -> Place:
     """Returns `path` if it is a checkpoint, or the newest intact step of a training workdir.
 
     Items in `skip` are not checked. Raises InputError if there is none.
@@ -241,19 +267,19 @@ def whole_checkpoint(path: Path, skip: tuple[str, ...]) -> Path:
     return newest
 
 
-def steps_of(path: Path) -> Path:
+def steps_of(path: Place) -> Place:
     """Returns a workdir's directory of numbered checkpoints, or `path` if it is not a workdir."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
-def _removed(checkpoint: Path) -> InputError:
+def _removed(checkpoint: Place) -> InputError:
     return InputError(
         f"{checkpoint} was removed while it was read. A running training keeps only its newest "
         f"checkpoints: pass {checkpoint.parent} to read the newest one"
     )
 
 
-def read_description(checkpoint: Path) -> tuple[ModelConfig, str, str]:
+def read_description(checkpoint: Place) -> tuple[ModelConfig, str, str]:
     """Returns a checkpoint's architecture, activation dtype and weight dtype."""
     path = checkpoint / CONFIG / "metadata"
     values = read_json(path)
@@ -287,7 +313,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | Non
 
 
 @contextlib.contextmanager
-def readable(checkpoint: Path) -> Iterator[None]:
+def readable(checkpoint: Place) -> Iterator[None]:
     """Converts Orbax's errors, which depend on the kind of damage, to InputError."""
     try:
         yield
@@ -341,7 +367,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
     return integrity.in_training(steps_of(path), load)
 
 
-def open_checkpoint(directory: Path) -> tuple[ModelConfig, Weights, str, str]:
+def open_checkpoint(directory: Place) -> tuple[ModelConfig, Weights, str, str]:
     """Returns architecture, lazy weights, activation dtype and weight dtype of a checkpoint.
 
     `directory` is the checkpoint itself (`whole_checkpoint`). Raises InputError if it is damaged.

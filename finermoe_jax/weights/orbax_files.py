@@ -14,7 +14,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from etils import epath
 from flax import nnx
 
 from finermoe_jax.errors import InputError, first_line
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
@@ -245,7 +245,7 @@ def handler(arrays: ArrayHandler | None = None) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def _opened(directory: Path, target: Any) -> Any:
+def _opened(directory: Place, target: Any) -> Any:
     """Opens an item's arrays lazily, as a tree like `target`, whose leaves have shapes.
 
     Raises Orbax's errors for missing names, and ValueError for other shapes.
@@ -270,7 +270,7 @@ def _opened(directory: Path, target: Any) -> Any:
     return arrays
 
 
-def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
+def read(directory: Place, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
     """Returns the lazy weights in an item's directory. Raises as `restore` does."""
     leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     arrays = _opened(directory, nnx.traversals.unflatten_mapping(leaves))
@@ -278,7 +278,7 @@ def read(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
     return {path: weights[path] for path in shapes}
 
 
-def restore(directory: Path, target: Any) -> Any:
+def restore(directory: Place, target: Any) -> Any:
     """Returns an item's arrays with the shapes, dtypes and shardings of `target`.
 
     Raises Orbax's errors for missing names, ValueError for other shapes, and InputError if values

@@ -68,7 +68,7 @@ def test_objects_are_written_read_and_listed(run, tmp_path):
     assert (run / "a.json").read() == (b"one", first)
     listed = run.objects()
     assert set(listed) == {"a.json", "steps/4/x"}
-    assert listed["steps/4/x"].size == 1000
+    assert listed["steps/4/x"].st_size == 1000
     assert listed["steps/4/x"].crc32c == crc32c(b"\0" * 1000)
     assert (run / "a.json").stat() == listed["a.json"]
     assert run.names() == ["a.json", "steps"]
@@ -80,7 +80,7 @@ def test_objects_are_written_read_and_listed(run, tmp_path):
     (run / "damaged").download(tmp_path / "x")
     assert crc32c(tmp_path / "x") == listed["steps/4/x"].crc32c
     (run / "file").write(tmp_path / "x")
-    assert (run / "file").stat().size == 1000
+    assert (run / "file").stat().st_size == 1000
     (run / "file").delete()
     (run / "file").delete()
     for read in (BucketPath.read, BucketPath.stat, lambda path: path.download(tmp_path / "y")):

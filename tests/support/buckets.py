@@ -140,7 +140,8 @@ def _pass(source, target):
             each.shutdown(socket.SHUT_RDWR)
 
 
+_MESSAGE = b'{"error": {"code": 403, "message": "no permission storage.objects"}}'
 DENIED = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    b'Content-Length: 68\r\n\r\n{"error": {"code": 403, "message": "no permission storage.objects"}}'
+    b"Content-Length: %d\r\n\r\n%s" % (len(_MESSAGE), _MESSAGE)
 )

@@ -1,0 +1,133 @@
+"""A lock in a bucket: one run at a time writes below a path.
+
+The holder rewrites the object `lock` every TTL_SECONDS / 4, each time replacing exactly the
+generation that it wrote before. If a holder is killed, the next run sees that generation unchanged
+for TTL_SECONDS by its own clock and replaces it. So no clocks are compared, and a holder that was
+replaced learns of it at its next write.
+"""
+
+import datetime
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from finermoe_jax.errors import InputError, RunEnded
+from finermoe_jax.runtime.buckets import BucketPath, Changed, Unreachable
+
+LEASE = "lock"
+TTL_SECONDS = 60.0
+
+
+class Lease:
+    """The lock of a bucket path, renewed in a thread until `close`."""
+
+    def __init__(self, path: BucketPath, say: Callable[[str], None]):
+        """`say` is called if the lock of a killed run delays the start."""
+        self.path, self.object, self.say = path, path / LEASE, say
+        self.generation, self.lost = 0, ""
+        self._beat, self._writing, self._over = 0, threading.Lock(), threading.Event()
+        since = datetime.datetime.now().isoformat(" ", "seconds")
+        self._who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        self._token = secrets.token_hex(8)  # distinguishes processes of the same name
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def take(self) -> None:
+        """Acquires the lock if this object does not have it yet.
+
+        Waits up to TTL_SECONDS for a killed holder. Raises InputError if another run has the lock.
+        """
+        if self.generation:
+            return
+        try:
+            self._write(0)
+        except Changed:
+            self._write_over()
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises RunEnded if another run has taken the lock. Makes no request."""
+        if self.lost:
+            raise RunEnded(
+                f"{self.lost}: another run has taken the lock of {self.path}. This run ends and "
+                "saves nothing more",
+                alone=True,
+            )
+
+    def confirm(self) -> None:
+        """Renews the lock now. Raises RunEnded if another run has it, or Unreachable."""
+        with self._writing:
+            self.check()
+            try:
+                self._write(self.generation)
+            except Changed as error:
+                self.lost = str(error)
+            self.check()
+
+    def close(self) -> None:
+        """Releases the lock if this run still has it."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.generation and not self.lost:
+            try:
+                # The precondition alone would do, but some emulators ignore it.
+                if self.object.stat().generation == self.generation:
+                    self.object.delete(self.generation)
+            except (Changed, FileNotFoundError):
+                pass
+        self.generation = 0
+
+    def _write(self, generation: int) -> None:
+        """Replaces the given generation. Raises Changed if the lock has another one."""
+        self._beat += 1
+        content = f"{self._who}\n{self._token} {self._beat}\n"
+        self.generation = self.object.write(content, generation)
+
+    def _write_over(self) -> None:
+        """Takes the lock of a killed run; raises InputError if its holder writes meanwhile."""
+        try:
+            content, seen = self.object.read()
+        except FileNotFoundError:  # released just now
+            content, seen = b"", 0
+        holder = content.decode(errors="replace").partition("\n")[0] or "another run"
+        if seen:
+            self.say(
+                f"{self.path} is locked by {holder}: waiting up to {TTL_SECONDS:g} s to see "
+                "whether it still runs …"
+            )
+        until = time.monotonic() + TTL_SECONDS
+        while seen and time.monotonic() < until:
+            time.sleep(min(TTL_SECONDS / 16, 2.0))
+            try:
+                found = self.object.stat().generation
+            except FileNotFoundError:
+                seen = 0
+            else:
+                if found != seen:
+                    raise self._in_use(holder)
+        try:
+            self._write(seen)
+        except Changed:
+            raise self._in_use("another run") from None
+
+    def _in_use(self, holder: str) -> InputError:
+        return InputError(
+            f"{self.path} is in use by {holder}: wait for that run, stop it, or give another "
+            "--workdir"
+        )
+
+    def _keep(self) -> None:
+        """Renews the lock until `close`; an outage is not a loss, since nobody can take it then."""
+        while not self._over.wait(TTL_SECONDS / 4):
+            try:
+                self.confirm()
+            except Unreachable:
+                continue
+            except RunEnded:
+                return
+            except InputError as error:  # the right to write was withdrawn
+                self.lost = str(error)
+                return
