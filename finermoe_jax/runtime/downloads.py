@@ -81,7 +81,7 @@ def local_copy(
 
 def _is_whole(directory: Path, objects: Mapping[str, Stored]) -> bool:
     return directory.is_dir() and all(
-        (directory / name).is_file() and (directory / name).stat().st_size == each.size
+        (directory / name).is_file() and (directory / name).stat().st_size == each.st_size
         for name, each in objects.items()
     )
 
@@ -98,7 +98,7 @@ def _download(
         for name, each in objects.items()
         if not _is_whole(partial, {name: each}) or crc32c(partial / name) != each.crc32c
     }
-    size = sum(each.size for each in missing.values())
+    size = sum(each.st_size for each in missing.values())
     make_directory(partial)
     if not disk.has_room(partial, size):
         raise InputError(
@@ -113,7 +113,7 @@ def _download(
 
         def one(name: str) -> None:
             _download_one(prefix / name, missing[name], partial / name)
-            bar.update(missing[name].size)
+            bar.update(missing[name].st_size)
 
         for _ in pool.map(one, missing):
             pass
@@ -134,7 +134,7 @@ def _download_one(source: BucketPath, stated: Stored, target: Path) -> None:
             f"{source} was {what} while it was downloaded: run the same command again when nothing "
             "writes there"
         )
-    if target.stat().st_size != stated.size or crc32c(target) != stated.crc32c:
+    if target.stat().st_size != stated.st_size or crc32c(target) != stated.crc32c:
         raise InputError(
             f"{source} arrived with another checksum than the bucket states: run the same command "
             "again"

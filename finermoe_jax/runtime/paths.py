@@ -33,8 +33,10 @@ def local(name: str | os.PathLike, what: str = "") -> str:
 
 def address(name: str | os.PathLike) -> tuple[str, str] | None:
     """Splits a URL into its scheme, in lower case, and the rest; None for a local path."""
-    pattern = _COLLAPSED if isinstance(name, PurePath) else _ADDRESS
-    found = pattern.match(os.fspath(name))
+    text = os.fspath(name)
+    found = _ADDRESS.match(text)
+    if found is None and isinstance(name, PurePath):
+        found = _COLLAPSED.match(text)
     return (found[1].lower(), found[2]) if found else None
 
 

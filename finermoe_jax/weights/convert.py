@@ -78,13 +78,13 @@ def convert(
 def _write(
     model: ModelSource, target: Place, to: Literal["orbax", "hf"], dtype: str | None
 ) -> None:
-    """Writes the model block by block, with a progress bar. The target appears when complete."""
+    """Writes the model block by block, with a progress bar. It is a model only when complete."""
     sizes = [array.nbytes for array in model.weights.values()]
     size = sum(sizes)
     with (
         stop_requests() as stopped,
         _room(target, sizes, to),
-        new_target(target) as directory,
+        new_target(target) as new,
         tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
     ):
 
@@ -93,14 +93,20 @@ def _write(
             if stopped(0):
                 raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
 
+        def before_last() -> None:
+            new.confirm()
+            model.refuse_changed()
+
         config, weights = model.config, model.weights
         try:
             if to == "hf":
-                for block in write_hf(config, weights, directory, model.files):
+                for block in write_hf(config, weights, new.path, model.files, before_last):
                     written(block)
             else:
                 activations = dtype or model.dtype
-                write_checkpoint(config, activations, weights, directory, model.files, written)
+                write_checkpoint(
+                    config, activations, weights, new.path, model.files, written, before_last
+                )
         finally:
             model.refuse_changed()  # a changed source explains any other error
 

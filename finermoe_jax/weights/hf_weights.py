@@ -242,7 +242,11 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
 
 
 def write_hf(
-    config: ModelConfig, weights: Weights, target: Place, tokenizer: Path | None
+    config: ModelConfig,
+    weights: Weights,
+    target: Place,
+    tokenizer: Path | None,
+    before_last: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
@@ -250,7 +254,7 @@ def write_hf(
     and whose end-of-text tokens are written (`generation_settings`).
 
     In a bucket, each file of weights is written to the local cache, uploaded and deleted.
-    config.json is uploaded last: without it the rest is no model.
+    config.json is uploaded last, after before_last(): without it the rest is no model.
 
     Raises InputError if the variant has no HF form, if files of the tokenizer cannot be read, or if
     the exported tokenizer would behave differently (`check_kept`).
@@ -270,6 +274,8 @@ def write_hf(
         last = (INDEX_FILE, "config.json")
         rest = [file for file in staged.rglob("*") if file.is_file() and file.name not in last]
         for file in [*rest, *(staged / name for name in last if (staged / name).exists())]:
+            if file.name == last[-1]:
+                before_last()
             upload(file)
 
 
@@ -379,6 +385,6 @@ def save_hf(
       >>> fm.save_hf(model, "demo_moe_hf", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
-    with new_target(path) as target:
-        for _ in write_hf(model.config, weights, target, files):
+    with new_target(path) as new:
+        for _ in write_hf(model.config, weights, new.path, files, new.confirm):
             pass

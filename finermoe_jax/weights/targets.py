@@ -7,19 +7,33 @@ config.json of a Hugging Face directory.
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
-from finermoe_jax.errors import InputError
+from finermoe_jax.errors import InputError, RunEnded, first_line
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.buckets import BucketPath, Place, place
+from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, place
+from finermoe_jax.runtime.lease import Lease
+from finermoe_jax.runtime.preemption import EXIT_CODE
 
 _COMPLETE = ("commit_success.txt", "config.json")
 _AT_A_TIME = 16
 
 
+class NewTarget(NamedTuple):
+    """Where to write; call `confirm` before the object that completes a target in a bucket.
+
+    It raises RunEnded if another process has taken over the target.
+    """
+
+    path: Place
+    confirm: Callable[[], None]
+
+
 def _claim(target: BucketPath) -> BucketPath:
-    """Returns the object that marks a target which is being written, next to it."""
+    """Returns the object that marks a target while it is written, next to it."""
     return target.with_name(f".{target.name}.partial")
 
 
@@ -42,7 +56,7 @@ def refuse_occupied(target: Place) -> None:
 
 
 @contextlib.contextmanager
-def new_target(path: str | os.PathLike) -> Iterator[Place]:
+def new_target(path: str | os.PathLike) -> Iterator[NewTarget]:
     """Yields a path to write to; `path` is complete when the block succeeds, else empty.
 
     Of a local path it is a temporary one (`files.new_directory`), of a bucket path the path itself.
@@ -53,20 +67,42 @@ def new_target(path: str | os.PathLike) -> Iterator[Place]:
     target = place(path)
     if not isinstance(target, BucketPath):
         with files.new_directory(target) as directory:
-            yield directory
+            yield NewTarget(directory, lambda: None)
         return
     refuse_occupied(target)
-    with claimed(_claim(target), target) as check:
+    lease = Lease(target, _say, "target", _claim(target))
+    lease.take()
+    with contextlib.closing(lease):
         refuse_occupied(target)  # again: the previous holder may have completed it
         _clear(target)
         try:
-            yield target
-        except BaseException:
-            _clear(target)
-            raise
+            yield NewTarget(target, lease.confirm)
+        except BaseException as error:
+            if not lease.lost:
+                with contextlib.suppress(RunEnded, InputError):  # the next process clears it
+                    _clear(target)
+            if isinstance(error, (InputError, RunEnded)) or not isinstance(error, Exception):
+                raise
+            raise _not_written(target, error) from error
+
+
+def _not_written(target: BucketPath, error: Exception) -> Exception:
+    if isinstance(error, Changed):
+        return InputError(f"{error} while {target} was written: give another target")
+    return RunEnded(
+        f"{target} could not be written ({first_line(error)}). It is no model; run the same "
+        "command again",
+        EXIT_CODE,
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _clear(target: BucketPath) -> None:
+    """Deletes all objects of a target, first those that complete it."""
+    names = sorted(target.objects(), key=lambda name: name not in _COMPLETE)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        for _ in pool.map(lambda name: (target / name).delete(), target.objects()):
+        for _ in pool.map(lambda name: (target / name).delete(), names):
             pass

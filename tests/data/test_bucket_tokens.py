@@ -117,7 +117,9 @@ def test_lost_and_changed_objects_are_refused(uploaded, whole, cache):
     changed = bytearray(kept)
     changed[5] ^= 1
     shard.write(bytes(changed))
-    with pytest.raises(fm.InputError, match=rf"(?s)damaged files:\n  {shard}: .*Delete them") as error:
+    with pytest.raises(
+        fm.InputError, match=rf"(?s)damaged files:\n  {shard}: .*Delete them"
+    ) as error:
         download_prepared(uploaded)
     assert ".partial" not in str(error.value)
     assert [path for path in cache.iterdir() if path.suffix == ""] == []
