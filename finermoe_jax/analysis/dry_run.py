@@ -19,6 +19,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.runtime.disk import free_text
 from finermoe_jax.training.monitor import memory_gib
 from finermoe_jax.training.run import check_run
+from finermoe_jax.training.storage import readable_workdir
 from finermoe_jax.training.workdir import claim
 
 _GIB = 2**30
@@ -32,7 +33,7 @@ class Needs(NamedTuple):
       limit: of a device; None if it reports none. On a CPU, the machine's memory.
       checkpoint: one checkpoint's size.
       disk: of all checkpoints that exist at one time.
-      free: on the workdir's disk.
+      free: on the workdir's disk; None in a bucket.
       slack: the peak may be so many times the sum. A CPU's allocator keeps freed memory for reuse,
         and what evaluations and saves leave behind does not always fit a step's large buffers.
     """
@@ -41,7 +42,7 @@ class Needs(NamedTuple):
     limit: int | None
     checkpoint: int
     disk: int
-    free: int
+    free: int | None
     slack: float = 1.0
 
     @property
@@ -58,12 +59,12 @@ class Needs(NamedTuple):
     def fits(self) -> bool:
         """True if memory and disk suffice."""
         enough = self.limit is None or self.total <= self.limit
-        return enough and self.disk <= self.free
+        return enough and (self.free is None or self.disk <= self.free)
 
 
 def dry_run(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike,
     peak: float | None = None,
     say: Callable[[str], None] = print,
     allow_changes: Sequence[str] = (),
@@ -72,7 +73,7 @@ def dry_run(
 
     Args:
       config: of the run.
-      workdir: of the run; a run to resume is checked as such.
+      workdir: of the run; a run to resume is checked as such. Local, or gs://bucket/run.
       peak: FLOP/s of one device; None: the published peak of a known device.
       say: prints a message, on the first process.
       allow_changes: as in `train`.
@@ -81,10 +82,10 @@ def dry_run(
     """
     if jax.process_index() > 0:
         say = _silent
-    workdir = workdir.absolute()
     say("reading and checking the input …")
-    claim(workdir, config, allow_changes)
-    setup = check_run(config, workdir, say, allow_changes)
+    with readable_workdir(workdir) as found:
+        claim(found, config, allow_changes)
+        setup = check_run(config, found, say, allow_changes)
     config, model = setup.config, setup.initial.model.config
     shape = dataclasses.replace(
         config, init_from="", dense=dataclasses.replace(model, moe=None), moe=model.moe
@@ -98,8 +99,12 @@ def dry_run(
     began = time.perf_counter()
     compiled = program.lower().compile()
     say(f"compiled the step in {time.perf_counter() - began:.0f} s")
-    needs = _needs(program, compiled, workdir, devices)
-    for line in (*_memory(needs, devices), *_time(program, peak), *_files(needs, config, workdir)):
+    disk = _existing(found) if isinstance(found, Path) else None
+    free = None if disk is None else shutil.disk_usage(disk).free
+    needs = _needs(program, compiled, free, devices)
+    room = [] if disk is None else [f"  {free_text(disk)} there"]
+    files = _files(needs, config, str(found), room)
+    for line in (*_memory(needs, devices), *_time(program, peak), *files):
         say(line)
     return needs
 
@@ -108,7 +113,7 @@ def _silent(message: str) -> None:
     """Drops a message."""
 
 
-def _needs(program: Program, compiled: Any, workdir: Path, devices: tuple) -> Needs:
+def _needs(program: Program, compiled: Any, free: int | None, devices: tuple) -> Needs:
     found = memory_of(compiled)
     state = program.parameter_bytes + program.optimizer_bytes
     memory = {
@@ -126,7 +131,6 @@ def _needs(program: Program, compiled: Any, workdir: Path, devices: tuple) -> Ne
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     train, checkpoint = program.config.train, program.whole_state_bytes
     kept = train.keep_checkpoints + train.keep_best + 1  # one more while it is saved
-    free = shutil.disk_usage(_existing(workdir)).free
     slack = 2.0 if devices[0].platform == "cpu" else 1.0
     return Needs(memory, limit, checkpoint, kept * checkpoint, free, slack)
 
@@ -168,13 +172,13 @@ def _time(program: Program, peak: float | None) -> list[str]:
     ]
 
 
-def _files(needs: Needs, config: RunConfig, workdir: Path) -> list[str]:
+def _files(needs: Needs, config: RunConfig, workdir: str, room: list[str]) -> list[str]:
     train = config.train
     best = f" and the {train.keep_best} best" if train.keep_best else ""
     return [
         f"written to {workdir}: logs, tokenizer/, plots and checkpoints/",
         f"  a checkpoint of {needs.checkpoint / _GIB:.3f} GiB every {train.checkpoint_every} steps",
         f"  the newest {train.keep_checkpoints}{best} are kept: up to {needs.disk / _GIB:.3f} GiB",
-        f"  {free_text(_existing(workdir))} there",
+        *room,
         "FITS" if needs.surely_fits else "MAY NOT FIT" if needs.fits else "DOES NOT FIT",
     ]

@@ -18,10 +18,10 @@ def define(flags: Flags) -> None:
         "source",
         "HF directory or finermoe checkpoint (local or gs://), or Hub id",
         required=True,
-        bucket=True,
+        buckets=True,
     )
     flags.add_path(
-        "target", "new or empty directory for the result, or gs://", required=True, bucket=True
+        "target", "new or empty directory for the result, or gs://", required=True, buckets=True
     )
     flags.add_config()
     flags.add_text(

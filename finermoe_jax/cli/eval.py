@@ -22,7 +22,7 @@ def define(flags: Flags) -> None:
         "checkpoint",
         "checkpoint, workdir or HF directory (local or gs://), or Hub id",
         required=True,
-        bucket=True,
+        buckets=True,
     )
     flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
     flags.add_integer(

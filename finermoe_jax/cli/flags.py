@@ -82,13 +82,13 @@ class Flags:
         text: str,
         required: bool = False,
         several: bool = False,
-        bucket: bool = False,
+        buckets: bool = False,
     ) -> None:
         """Defines a flag for a path or Hub id, or a comma-separated list of them.
 
-        `bucket`: gs:// URLs are allowed.
+        `buckets`: gs:// URLs are allowed.
         """
-        parser = _PathParser(local_list if several else placed if bucket else local)
+        parser = _PathParser(placed if buckets else local_list if several else local)
         flags.DEFINE(parser, name, "", text, flag_values=self.values)
         if required:
             self._required.append(name)

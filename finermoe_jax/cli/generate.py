@@ -16,7 +16,7 @@ def define(flags: Flags) -> None:
         "checkpoint",
         "checkpoint, workdir or HF directory (local or gs://), or Hub id",
         required=True,
-        bucket=True,
+        buckets=True,
     )
     flags.add_text("prompt", "", "text to continue; required without --chat")
     flags.add_integer("max_new_tokens", 64, "maximum number of new tokens")

@@ -26,9 +26,9 @@ def define(flags: Flags) -> None:
         "tokenizer",
         "directory with a tokenizer (local or gs://), or a Hub id",
         required=True,
-        bucket=True,
+        buckets=True,
     )
-    flags.add_path("upload", "then copy the result to this gs:// URL", bucket=True)
+    flags.add_path("upload", "then copy the result to this gs:// URL", buckets=True)
     flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
     flags.add_text("text_field", "text", "field or column that contains the text")
     flags.add_text("split", "train", "split of Hugging Face datasets")

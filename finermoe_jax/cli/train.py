@@ -1,7 +1,6 @@
 """`finermoe train`, `python train.py`."""
 
 import datetime
-from pathlib import Path
 
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
@@ -10,7 +9,14 @@ from finermoe_jax.errors import InputError
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config(default="demo")
-    flags.add_path("workdir", "new directory, or a run to resume (default: a new one in runs/)")
+    flags.add_path(
+        "workdir",
+        "new directory, or a run to resume; local or gs://bucket/run (default: a new one in runs/)",
+        buckets=True,
+    )
+    flags.add_path(
+        "scratch", "local directory of a run in a bucket (default: one in ~/.cache/finermoe-jax)"
+    )
     flags.add_names(
         "allow_changes",
         "config fields or groups that may differ from the resumed run's config, such as "
@@ -51,6 +57,7 @@ def main(flags: Flags) -> int:
     if not 1 <= start_timeout <= 86400:
         raise InputError(f"--start_timeout={start_timeout} must be in 1 … 86400")
     from finermoe_jax.runtime import distributed, heartbeat, host_memory
+    from finermoe_jax.runtime.buckets import place
     from finermoe_jax.training import monitor, run
     from finermoe_jax.training.workdir import resume_hint
 
@@ -66,13 +73,15 @@ def main(flags: Flags) -> int:
     if not workdir:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         workdir = distributed.exchange(f"runs/{flags.config_name}-{stamp}")[0]
-    place, allowed = Path(workdir), flags.allow_changes
+    allowed = flags.allow_changes
     if flags.dry_run:
         from finermoe_jax.analysis.dry_run import dry_run
 
-        return 0 if dry_run(config, place, telemetry.peak_flops, allow_changes=allowed).fits else 1
-    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(place)):
-        run.train(config, place, telemetry=telemetry, allow_changes=allowed)
+        needs = dry_run(config, workdir, telemetry.peak_flops, allow_changes=allowed)
+        return 0 if needs.fits else 1
+    scratch = flags.scratch or None
+    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(place(workdir))):
+        run.train(config, workdir, telemetry=telemetry, allow_changes=allowed, scratch=scratch)
     return 0
 
 

@@ -24,6 +24,8 @@ from finermoe_jax.runtime.preemption import EXIT_CODE
 # Seconds for which a request is repeated while the server cannot be reached.
 OUTAGE_SECONDS = 45.0
 _REQUEST_SECONDS = (10, 60)  # to connect, to answer
+# tensorstore's words for it
+_UNAVAILABLE = ("UNAVAILABLE", "CURL error", "DEADLINE_EXCEEDED")
 # Wildcards and version suffixes of other tools; they are legal in names, but never meant.
 _SUSPECT = re.compile(r"[*?#\[\]]|//|(^|/)\.\.?(/|$)")
 
@@ -89,14 +91,18 @@ class BucketPath:
 
     # --- looking ----------------------------------------------------------------------------
 
-    def objects(self) -> dict[str, Stored]:
-        """Returns all objects below this prefix by their relative names, in one LIST."""
+    def objects(self, deep: bool = True) -> dict[str, Stored]:
+        """Returns the objects below this prefix by their relative names, in one LIST.
+
+        `deep`: also those whose relative names have slashes.
+        """
         prefix = f"{self.key}/" if self.key else ""
         with _requests(self, whole_bucket=True):
             found = list(
                 _client().list_blobs(
                     self.bucket,
                     prefix=prefix,
+                    delimiter=None if deep else "/",
                     fields="items(name,size,crc32c,generation),nextPageToken",
                     **_patience(),
                 )
@@ -378,6 +384,17 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
             f"{path}: the Google credentials are not valid ({first_line(error)}). Run `gcloud auth "
             "application-default login`"
         ) from None
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Returns True if an error, or one in its cause chain, says that a bucket cannot be reached."""
+    while error is not None:
+        of_http = type(error).__module__.partition(".")[0] in ("aiohttp", "requests", "urllib3")
+        unavailable = any(word in str(error) for word in _UNAVAILABLE)
+        if isinstance(error, Unreachable) or of_http or unavailable:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _stored(blob: Any) -> Stored:

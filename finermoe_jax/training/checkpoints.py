@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import orbax.checkpoint as ocp
 from finermoe_jax.errors import RunEnded, first_line
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, distributed
+from finermoe_jax.runtime.buckets import Place, is_outage
 from finermoe_jax.runtime.json_files import read_json
+from finermoe_jax.runtime.preemption import EXIT_CODE
+from finermoe_jax.training.storage import LocalStorage, Storage
 from finermoe_jax.weights import lazy, orbax_files
 from finermoe_jax.weights.checkpoint import (
     ASYNC,
@@ -21,6 +25,7 @@ from finermoe_jax.weights.checkpoint import (
     PARAMS,
     TOKENIZER,
     TokenizerSave,
+    committing,
     described,
     durable,
     readable,
@@ -36,8 +41,13 @@ class TrainingCheckpoints:
     Keeps the `keep` newest and, in addition, the `keep_best` with the lowest held-out loss.
     """
 
-    def __init__(self, directory: Path, keep: int, keep_best: int = 0):
+    def __init__(
+        self, directory: Place, keep: int, keep_best: int = 0, storage: Storage | None = None
+    ):
+        """`storage` of a run in a bucket is asked before each commit."""
         self.directory, self.keep_best = directory.absolute(), keep_best
+        self.storage = storage or LocalStorage(Path(directory).parent)
+        self._step, self._committed = -1, saved_steps(self.directory)
         self.arrays = orbax_files.ArrayHandler()
         policies = ocp.checkpoint_managers
         best = policies.BestN(
@@ -47,7 +57,7 @@ class TrainingCheckpoints:
             keep_checkpoints_without_metrics=False,
         )
         self.manager = ocp.CheckpointManager(
-            self.directory,
+            os.fspath(self.directory),
             options=ocp.CheckpointManagerOptions(
                 create=True,
                 cleanup_tmp_directories=True,
@@ -55,13 +65,22 @@ class TrainingCheckpoints:
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 async_options=ASYNC,
-                temporary_path_class=durable(),
+                temporary_path_class=self._temporary_path(),
             ),
             handler_registry=registry(self.arrays),
         )
         # Collects the failed saves that Orbax's threads log.
         self._listening = contextlib.ExitStack()
         self.failures = self._listening.enter_context(save_errors())
+
+    def _temporary_path(self) -> Any:
+        if isinstance(self.directory, Path):
+            return durable()
+
+        def after(name: str) -> None:
+            self._committed.append(int(name))
+
+        return committing(self.directory, self.storage.before_commit, after)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete step; None in a new workdir."""
@@ -92,6 +111,7 @@ class TrainingCheckpoints:
         if step in self.manager.all_steps():
             return
         self.wait()
+        self._step = step
         self._refuse_full(step, params, optimizer)
         config = described(model.config, model.dtype, model.embed.weight.dtype) | {
             "step": step,
@@ -111,7 +131,8 @@ class TrainingCheckpoints:
             )
 
     def check(self) -> None:
-        """Raises RunEnded if the save in progress has failed; does not block."""
+        """Raises RunEnded if the save in progress or the storage has failed; does not block."""
+        self.storage.check()
         if self.failures:
             raise self._ended(self.failures[0])
 
@@ -151,6 +172,8 @@ class TrainingCheckpoints:
 
     def _refuse_full(self, step: int, *trees: Any) -> None:
         """Raises RunEnded, on all processes, if the disk has no room for these arrays."""
+        if not isinstance(self.directory, Path):
+            return  # a bucket has room
         leaves = jax.tree.leaves(trees)
         size, files = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0
         if known := saved_steps(self.directory):
@@ -168,11 +191,12 @@ class TrainingCheckpoints:
         """Converts Orbax's errors for a failed save to RunEnded."""
         try:
             yield
-        except RunEnded:
-            raise
         except Exception as error:
             self.failures.append(error)
-            raise self._ended(error) from error
+            ended = self._ended(error)
+            if ended is error:
+                raise
+            raise ended from error
 
     @contextlib.contextmanager
     def ending_when_full(self) -> Iterator[None]:
@@ -185,6 +209,16 @@ class TrainingCheckpoints:
             raise self._ended(error) from error
 
     def _ended(self, error: Exception) -> RunEnded:
+        if is_outage(error):
+            return RunEnded(
+                f"step {self._step} was not saved: {self.directory} cannot be reached "
+                f"({first_line(error)}). {self._complete()}. Run the same command again when it "
+                "can be reached",
+                EXIT_CODE,
+                alone=True,
+            )
+        if isinstance(error, RunEnded):
+            return error
         if disk.is_full(error):
             return RunEnded(f"a checkpoint could not be written: {self._full()}", alone=True)
         return RunEnded(
@@ -200,7 +234,9 @@ class TrainingCheckpoints:
         )
 
     def _complete(self) -> str:
-        known = saved_steps(self.directory)
+        # A bucket may be out of reach; of its steps only the newest is certain not to be pruned.
+        local = isinstance(self.directory, Path)
+        known = saved_steps(self.directory) if local else self._committed[-1:]
         return (
             f"Complete checkpoints: step {', '.join(map(str, known))}"
             if known
@@ -229,12 +265,12 @@ def _chunks(model: Decoder, params: dict) -> Any:
     return jax.tree_util.tree_map_with_path(chunks, params)
 
 
-def logged_bytes(checkpoint: Path) -> dict[str, int]:
+def logged_bytes(checkpoint: Place) -> dict[str, int]:
     """Returns each log's size in bytes at the save; empty for older checkpoints without it."""
     logged = read_json(checkpoint / CONFIG / "metadata").get("logged")
     return logged if isinstance(logged, dict) else {}
 
 
-def skipped_in_a_row(checkpoint: Path) -> int:
+def skipped_in_a_row(checkpoint: Place) -> int:
     """Returns the steps skipped directly before the save; 0 for older checkpoints without it."""
     return int(read_json(checkpoint / CONFIG / "metadata").get("skipped_in_a_row", 0))

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from finermoe_jax.training.initial import InitialModel
 from finermoe_jax.training.monitor import Monitor
 from finermoe_jax.training.nonfinite import Guard
 from finermoe_jax.training.step import jit_step, rebuild
+from finermoe_jax.training.storage import Workdir, files_of
 from finermoe_jax.training.workdir import resume_hint
 
 # Steps between two releases of freed memory on a CPU. A release costs a step's page faults.
@@ -39,7 +39,7 @@ class RunSetup:
     """A run's config, and the inputs that have been read and checked."""
 
     config: RunConfig
-    workdir: Path
+    workdir: Workdir
     mesh: Mesh
     initial: InitialModel
     tokenizer: Any
@@ -160,7 +160,7 @@ class Loop:
         if not saves or not (updates > saved or stop or last):
             return saved
         with monitor.pause(), monitor.spending("saving", step):
-            tokenizer, logged = self.setup.workdir / "tokenizer", monitor.log.sync()
+            tokenizer, logged = files_of(self.setup.workdir) / "tokenizer", monitor.log.sync()
             self.checkpoints.save(
                 step, model, params, opt_state, tokenizer, loss, logged, self.guard.in_a_row
             )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +28,9 @@ from finermoe_jax.layers.parameters import kinds, trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
+from finermoe_jax.runtime.buckets import is_outage
 from finermoe_jax.runtime.json_files import read_json, to_json
-from finermoe_jax.runtime.locks import Lock
-from finermoe_jax.runtime.paths import local
-from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.runtime.preemption import EXIT_CODE, stop_requests
 from finermoe_jax.training import goodput, plot
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training.checkpoints import (
@@ -50,12 +50,13 @@ from finermoe_jax.training.step import (
     rebuild,
     updates_made,
 )
+from finermoe_jax.training.storage import Storage, Workdir, checkpoints_of, files_of
+from finermoe_jax.training.storage import opened as open_storage
 from finermoe_jax.training.workdir import (
     Log,
     claim,
     claim_data,
     fill_workdir,
-    find_shared,
     record_data,
     resume_hint,
 )
@@ -65,10 +66,11 @@ from finermoe_jax.weights.integrity import set_aside_damaged
 
 def train(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike,
     say: Callable[[str], None] = print,
     telemetry: metrics.Telemetry = metrics.NOTHING_MORE,
     allow_changes: Sequence[str] = (),
+    scratch: str | os.PathLike | None = None,
 ) -> None:
     """Starts or resumes a training run in `workdir`.
 
@@ -81,28 +83,47 @@ def train(
 
     Args:
       config: the run's config.
-      workdir: a new directory, or that of a run to resume.
+      workdir: a new directory, or that of a run to resume; local, or gs://bucket/run.
       say: called with each message.
       telemetry: TensorBoard, Weights & Biases and profiles; by default none.
       allow_changes: config fields (dotted) or groups that may differ from the resumed run's.
+      scratch: the local directory of a run in a bucket; by default one in the user's cache.
 
     Raises:
       InputError: invalid input. Raised before the first step, on all processes.
-      RunEnded: the run ends early because of a signal, a full disk or non-finite steps.
+      RunEnded: the run ends early because of a signal, a full disk, a bucket that cannot be
+        reached, or non-finite steps.
     """
     started = time.perf_counter()
-    workdir = Path(local(workdir)).absolute()
     first = jax.process_index() == 0
     if not first:
         say = _silent
-    settings = to_json([dataclasses.asdict(config), str(workdir), list(allow_changes)])
-    distributed.same(settings, "was started with another config or --workdir than process 0")
     with contextlib.ExitStack() as opened:
-        lock = opened.enter_context(contextlib.closing(Lock(workdir, "--workdir")))
-        setup = _claimed(config, workdir, say, telemetry, allow_changes, lock)
-        setup.started = started
+        storage = opened.enter_context(open_storage(workdir, scratch, say))
+        settings = to_json([dataclasses.asdict(config), str(storage.workdir), list(allow_changes)])
+        distributed.same(settings, "was started with another config or --workdir than process 0")
+        _train_in(storage, config, say, telemetry, allow_changes, started)
+        here = files_of(storage.workdir)
+        if first:
+            pictures = " ".join(f"{storage.workdir}/{path.name}" for path in plot.draw(here))
+            say(f"peak memory {metrics.memory_gib():.2f} GiB · plots: {pictures}")
+            say(goodput.report(here))
+
+
+def _train_in(
+    storage: Storage,
+    config: RunConfig,
+    say: Callable[[str], None],
+    telemetry: metrics.Telemetry,
+    allow_changes: Sequence[str],
+    started: float,
+) -> None:
+    """Trains to the last checkpoint."""
+    with contextlib.ExitStack() as opened:
+        setup = _claimed(config, storage, say, telemetry, allow_changes)
+        setup.started, steps = started, checkpoints_of(storage.workdir)
         checkpoints = TrainingCheckpoints(
-            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best
+            steps, config.train.keep_checkpoints, config.train.keep_best, storage
         )
         opened.enter_context(contextlib.closing(checkpoints))
         try:
@@ -110,14 +131,12 @@ def train(
                 _train(setup, checkpoints, telemetry, opened)
         except OSError as error:
             # Usually a failing file system, not invalid input.
-            raise RunEnded(f"{error}. {resume_hint(workdir)}", alone=True) from error
+            hint = resume_hint(storage.workdir)
+            code = EXIT_CODE if is_outage(error) else 1
+            raise RunEnded(f"{error}. {hint}", code, alone=True) from error
         best = checkpoints.best_step()
         if best is not None:
-            say(f"checkpoint with the lowest held-out loss: {workdir / 'checkpoints'}/{best}")
-    if first:
-        pictures = " ".join(map(str, plot.draw(workdir)))
-        say(f"peak memory {metrics.memory_gib():.2f} GiB · plots: {pictures}")
-        say(goodput.report(workdir))
+            say(f"checkpoint with the lowest held-out loss: {steps}/{best}")
 
 
 def _silent(message: str) -> None:
@@ -126,19 +145,19 @@ def _silent(message: str) -> None:
 
 def _claimed(
     config: RunConfig,
-    workdir: Path,
+    storage: Storage,
     say: Callable[[str], None],
     telemetry: metrics.Telemetry,
     allow_changes: Sequence[str],
-    lock: Lock,
 ) -> RunSetup:
     """Reads and checks all input, then locks and prepares the workdir."""
-    first, steps = jax.process_index() == 0, workdir / "checkpoints"
+    first, workdir = jax.process_index() == 0, storage.workdir
+    steps, here = checkpoints_of(workdir), files_of(workdir)
     with distributed.together():
         metrics.check(telemetry, config.train.steps)
+        storage.open()
         changes = claim(workdir, config, allow_changes)
-        if first and workdir.exists():
-            lock.take()
+        storage.take()
     set_aside_damaged(steps, say)
     with distributed.together():
         setup = check_run(config, workdir, say, allow_changes)
@@ -152,25 +171,29 @@ def _claimed(
     )
     with distributed.together():
         if first:
-            files.make_directory(workdir)
-            lock.take()
+            files.make_directory(here)
+            storage.take()
         if newest_checkpoint(steps) != newest:
             raise InputError(f"another run has just written to {workdir}: start this one again")
         if changes:
             step = newest.name if newest else "0"
-            Log(workdir).config_changes(int(step), changes)
+            Log(here).config_changes(int(step), changes)
             for name, (old, new) in changes.items():
                 say(f"{name} changes from {old!r} to {new!r} after step {step}")
-        fill_workdir(workdir, setup.config, setup.initial.tokenizer_files, setup.initial.ends_files)
+        fill_workdir(here, setup.config, setup.initial.tokenizer_files, setup.initial.ends_files)
         record_data(workdir, setup.data.identity)
+        storage.publish()
     with distributed.together():
-        find_shared(workdir)
-    setup.initial.tokenizer_files = workdir / "tokenizer"
+        storage.receive()
+    setup.initial.tokenizer_files = here / "tokenizer"
     return setup
 
 
 def check_run(
-    config: RunConfig, workdir: Path, say: Callable[[str], None], allow_changes: Sequence[str] = ()
+    config: RunConfig,
+    workdir: Workdir,
+    say: Callable[[str], None],
+    allow_changes: Sequence[str] = (),
 ) -> RunSetup:
     """Reads and checks all input, without the weights. Writes nothing, does not communicate.
 
@@ -180,10 +203,10 @@ def check_run(
         check_microbatch(config, sharding.make_mesh(config.mesh))
     kernel = sharding.kernel_named(config.train.kernel)
     exchange = sharding.exchange_named(config.train.exchange)
-    newest = newest_checkpoint(workdir / "checkpoints")
-    initial = initial_model(config) if newest is None else resumed_model(config, newest, workdir)
+    newest, here = newest_checkpoint(checkpoints_of(workdir)), files_of(workdir)
+    initial = initial_model(config) if newest is None else resumed_model(config, newest, here)
     model = initial.model.config
-    config = _with_mesh(config, model, workdir, newest is not None, say)
+    config = _with_mesh(config, model, here, newest is not None, say)
     mesh = sharding.make_mesh(config.mesh)
     check_microbatch(config, mesh)
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
@@ -277,13 +300,14 @@ def _train(
         f"{count:,} parameters · {len(rows):,} training and {len(held_out)} held-out rows of "
         f"{rows.length} tokens · mesh {dict(setup.mesh.shape)} · {workdir}"
     )
-    log, first = Log(workdir), checkpoints.latest_step()
+    here, steps = files_of(workdir), checkpoints_of(workdir)
+    log, first = Log(here), checkpoints.latest_step()
     log.cut(-1 if first is None else first)
-    if first is not None and (lost := log.lost(logged_bytes(workdir / "checkpoints" / f"{first}"))):
+    if first is not None and (lost := log.lost(logged_bytes(steps / str(first)))):
         say(lost)
     with distributed.together():
         monitor = metrics.Monitor(
-            workdir, config, model.config, telemetry, first or 0, setup.mesh.size, setup.started
+            here, config, model.config, telemetry, first or 0, setup.mesh.size, setup.started
         )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     report = functools.partial(_report, setup, monitor)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import shutil
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +15,17 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data.tokenizers import kept_files, write_files
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
+from finermoe_jax.runtime.buckets import BucketPath
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
-from finermoe_jax.runtime.locks import LOCK_FILE
 from finermoe_jax.training import goodput, plot
+from finermoe_jax.training.storage import (
+    Workdir,
+    checkpoints_of,
+    files_of,
+    is_run,
+)
 from finermoe_jax.weights.checkpoint import newest_checkpoint
-from finermoe_jax.weights.integrity import saved_steps
-
-_PARTIAL = ".config.json.partial"  # temporary file of files.write
+from finermoe_jax.weights.integrity import saved_steps, set_aside
 
 # Fields that determine a checkpoint's arrays and cannot change during a run, with reasons.
 _FIXED = {
@@ -39,7 +42,7 @@ _FIXED = {
 _PLACES = ("data.path", "data.eval_path")
 
 
-def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
+def claim(workdir: Workdir, config: RunConfig, allow: Sequence[str] = ()) -> dict[str, list]:
     """Checks that a directory can be used for a run with this config. Writes nothing.
 
     The workdir may be new, contain a run that ended before its first checkpoint, or contain a run
@@ -61,24 +64,19 @@ def claim(workdir: Path, config: RunConfig, allow: Sequence[str] = ()) -> dict[s
         for fixed, reason in _FIXED.items():
             if _within(name, fixed):
                 raise InputError(f"--allow_changes={name}: this field cannot change: {reason}")
-    if not workdir.exists():
-        return {}
-    if not workdir.is_dir():
-        raise InputError(f"{workdir} is a file; give a directory as --workdir")
-    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
-        if not _unfinished(workdir):
-            raise InputError(f"{workdir} is not empty and contains no run: give a new --workdir")
+    if not is_run(workdir):
         return {}
     if _ended_before_saving(workdir):
         return {}
     # Through RunConfig, so that fields added since have their defaults.
-    began = dataclasses.asdict(run_config(read_json(workdir / "config.json")))
+    here = files_of(workdir)
+    began = dataclasses.asdict(run_config(read_json(here / "config.json")))
     changed = {
         name: values
         for name, values in differences(began, dataclasses.asdict(config)).items()
         if not _within(name, "mesh")
     }
-    free = _PLACES if (workdir / "data.json").is_file() else ()
+    free = _PLACES if (here / "data.json").is_file() else ()
     lines, missing = [], []
     for name, (old, new) in changed.items():
         line = f"{name}: {old!r} in the run, {new!r} in the config"
@@ -103,26 +101,17 @@ def _within(name: str, group: str) -> bool:
     return name == group or name.startswith(f"{group}.")
 
 
-def _unfinished(workdir: Path) -> bool:
-    """Returns True if the workdir is empty or contains a run killed before its first write."""
-    names = {path.name for path in workdir.iterdir()}
-    checkpoints = workdir / "checkpoints"
-    return names <= {LOCK_FILE, _PARTIAL, "checkpoints"} and not (
-        checkpoints.exists() and any(checkpoints.iterdir())
-    )
-
-
-def _ended_before_saving(workdir: Path) -> bool:
+def _ended_before_saving(workdir: Workdir) -> bool:
     """Returns True if a run has no checkpoint yet. Raises InputError if it has lost them."""
-    steps = workdir / "checkpoints"
-    if saved_steps(steps) or any(steps.glob("damaged-*")):
+    steps, here = checkpoints_of(workdir), files_of(workdir)
+    if saved_steps(steps) or set_aside(steps):
         return False
     # Steps are logged only after the first save.
-    if last := Log(workdir).last_step():
+    if last := Log(here).last_step():
         raise InputError(
             f"{workdir} has logged {last} steps, but {steps} contains no checkpoint. Restore the "
             "checkpoints, or give a new --workdir; to restart at step 0 here, remove "
-            f"{', '.join(file for file in Log.CUT if (workdir / file).exists())}"
+            f"{', '.join(file for file in Log.CUT if (here / file).exists())}"
         )
     return True
 
@@ -149,7 +138,7 @@ def fill_workdir(
         files.commit(partial, workdir / "tokenizer")
 
 
-def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
+def claim_data(workdir: Workdir, identity: dict[str, Any], allow: Sequence[str] = ()) -> None:
     """Checks that a resumed run uses the same data; its path may differ.
 
     data.path in `allow` lets the training data differ, data.eval_path the held-out data. Raises
@@ -157,7 +146,7 @@ def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = (
     """
     changed = {
         name: values
-        for name, values in _data_changes(workdir, identity).items()
+        for name, values in _data_changes(files_of(workdir), identity).items()
         if not any(_within(_flag(name), group) for group in allow)
     }
     if changed:
@@ -170,18 +159,18 @@ def claim_data(workdir: Path, identity: dict[str, Any], allow: Sequence[str] = (
         )
 
 
-def record_data(workdir: Path, identity: dict[str, Any]) -> None:
+def record_data(workdir: Workdir, identity: dict[str, Any]) -> None:
     """Writes data.json and logs changes of a resumed run's data, in the first process only."""
     if jax.process_index() != 0:
         return
-    newest = newest_checkpoint(workdir.absolute() / "checkpoints")
-    changed = _data_changes(workdir, identity)
+    newest, here = newest_checkpoint(checkpoints_of(workdir)), files_of(workdir)
+    changed = _data_changes(here, identity)
     if newest is not None and changed:
-        Log(workdir).config_changes(
+        Log(here).config_changes(
             int(newest.name), {f"data.{name}": values for name, values in changed.items()}
         )
         print(f"the data changes after step {newest.name}: {', '.join(changed)}")
-    files.write(workdir / "data.json", to_json(identity, indent=2) + "\n")
+    files.write(here / "data.json", to_json(identity, indent=2) + "\n")
 
 
 def _data_changes(workdir: Path, identity: dict[str, Any]) -> dict[str, list]:
@@ -215,23 +204,13 @@ def _flag(name: str) -> str:
     return "data.eval_path" if _within(name, "eval") else "data.path"
 
 
-def find_shared(workdir: Path) -> None:
-    """Waits until process 0's workdir is visible here; network file systems may be slow.
+def resume_hint(workdir: Workdir | BucketPath) -> str:
+    """Returns a one-line hint on how to resume this run.
 
-    Raises InputError if it is not visible after 60 s.
+    Of a bucket it reads nothing, since the server may be what ended the run.
     """
-    deadline = time.monotonic() + 60
-    while not (workdir / "config.json").is_file():
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"process 0 has created {workdir}, but it is not visible here: --workdir must be a "
-                "directory shared by all processes"
-            )
-        time.sleep(0.5)
-
-
-def resume_hint(workdir: Path) -> str:
-    """Returns a one-line hint on how to resume this run."""
+    if not isinstance(workdir, Path):
+        return f"Resume from the newest complete checkpoint with --workdir={workdir}."
     steps = workdir.absolute() / "checkpoints"
     with contextlib.suppress(OSError):
         files.sync(steps)  # the newest checkpoint may just have been renamed

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from finermoe_jax.errors import InputError, RunEnded, first_line
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, place
+from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, is_outage, place
 from finermoe_jax.runtime.lease import Lease
 from finermoe_jax.runtime.preemption import EXIT_CODE
 
@@ -92,7 +92,7 @@ def _not_written(target: BucketPath, error: Exception) -> Exception:
     return RunEnded(
         f"{target} could not be written ({first_line(error)}). It is no model; run the same "
         "command again",
-        EXIT_CODE,
+        EXIT_CODE if is_outage(error) else 1,
     )
 
 

@@ -1,0 +1,347 @@
+"""Where a run's files are kept: in a directory, or in a bucket.
+
+A run in a bucket works on a local scratch directory. Orbax writes checkpoints/ straight into the
+bucket; all other files are written locally and uploaded whole, every UPLOAD_SECONDS and before each
+checkpoint is committed. A lock in the bucket keeps other runs away (lease.py).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from finermoe_jax.errors import InputError, RunEnded
+from finermoe_jax.runtime import files
+from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, Unreachable, place
+from finermoe_jax.runtime.lease import LEASE, Lease
+from finermoe_jax.runtime.locks import LOCK_FILE, Lock
+
+UPLOAD_SECONDS = 30.0
+_PARTIAL = ".config.json.partial"  # temporary file of files.write
+_OWNER = ".bucket"  # in a scratch directory: the URL whose files it holds
+_NOT_UPLOADED = ("checkpoints", "wandb")
+# What a run writes before its first checkpoint, except logs and pictures.
+_FIRST = ("config.json", "data.json", "nonfinite", "profile", "tensorboard", "tokenizer",
+          "wandb_run_id", LEASE)  # fmt: skip
+_VISIBLE_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketWorkdir:
+    """A workdir in a bucket, and the local directory that holds its files except checkpoints."""
+
+    bucket: BucketPath
+    scratch: Path
+
+    def __str__(self) -> str:
+        return str(self.bucket)
+
+
+Workdir = Path | BucketWorkdir
+
+
+def files_of(workdir: Workdir) -> Path:
+    """Returns the local directory of a workdir's logs, config.json and tokenizer/."""
+    return workdir.scratch if isinstance(workdir, BucketWorkdir) else workdir
+
+
+def checkpoints_of(workdir: Workdir) -> Place:
+    """Returns a workdir's directory of numbered checkpoints."""
+    return (workdir.bucket if isinstance(workdir, BucketWorkdir) else workdir) / "checkpoints"
+
+
+def is_run(workdir: Workdir) -> bool:
+    """Returns True if a workdir contains a run, False if it is new or was killed before its start.
+
+    Raises InputError if it contains anything else; for a bucket, `fetch` has done so.
+    """
+    if isinstance(workdir, BucketWorkdir):
+        return (workdir.scratch / "config.json").is_file()
+    if not workdir.exists():
+        return False
+    if not workdir.is_dir():
+        raise InputError(f"{workdir} is a file; give a directory as --workdir")
+    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+        return True
+    names = {path.name for path in workdir.iterdir()}
+    checkpoints = workdir / "checkpoints"
+    if not names <= {LOCK_FILE, _PARTIAL, "checkpoints"} or (
+        checkpoints.exists() and any(checkpoints.iterdir())
+    ):
+        raise InputError(f"{workdir} is not empty and contains no run: give a new --workdir")
+    return False
+
+
+@contextlib.contextmanager
+def readable_workdir(text: str | os.PathLike) -> Iterator[Workdir]:
+    """Yields a workdir to read; the files of one in a bucket are downloaded until the block ends.
+
+    Raises InputError if there are other things than a run in the bucket.
+    """
+    found = place(text)
+    if isinstance(found, Path):
+        yield found.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="finermoe-") as folder:
+        workdir = BucketWorkdir(found, Path(folder) / found.bucket / found.key)
+        workdir.scratch.mkdir(parents=True)
+        fetch(workdir)
+        yield workdir
+
+
+def fetch(workdir: BucketWorkdir) -> dict[str, int]:
+    """Downloads a run's files except checkpoints, TensorBoard's and profiles.
+
+    Returns their generations by name. Raises InputError if the bucket path holds anything but a
+    run.
+    """
+    names = set(workdir.bucket.names())
+    first = {name for name in names if name in _FIRST or name.endswith((".jsonl", ".png"))}
+    begun = "config.json" in names and ({"checkpoints", "damaged"} & names or names == first)
+    if names - {LEASE} and not begun:
+        raise InputError(f"{workdir} is not empty and contains no run: give a new --workdir")
+    found = workdir.bucket.objects(deep=False)
+    found |= {
+        f"tokenizer/{name}": each for name, each in (workdir.bucket / "tokenizer").objects().items()
+    }
+    generations = {}
+    for name in found:
+        if name == LEASE:
+            continue
+        target = workdir.scratch / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        generations[name] = (workdir.bucket / name).download(target)
+    return generations
+
+
+class LocalStorage:
+    """A workdir on a file system; locked by a file in it."""
+
+    def __init__(self, workdir: Path):
+        self.workdir: Workdir = workdir
+        self._path, self._lock = workdir, Lock(workdir, "--workdir")
+
+    def open(self) -> None:
+        """Locks a bucket and downloads the files of a run to resume."""
+
+    def take(self) -> None:
+        """Locks the workdir, if it exists. Raises InputError if another run has locked it."""
+        if jax.process_index() == 0 and self._path.exists():
+            self._lock.take()
+
+    def publish(self) -> None:
+        """Makes the files that process 0 has written available to all processes."""
+
+    def receive(self) -> None:
+        """Waits until process 0's workdir is visible here; network file systems may be slow.
+
+        Raises InputError if it is not visible after 60 s.
+        """
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not (self._path / "config.json").is_file():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"process 0 has created {self._path}, but it is not visible here: --workdir "
+                    "must be a directory shared by all processes"
+                )
+            time.sleep(0.5)
+
+    def check(self) -> None:
+        """Raises RunEnded if this run must not write any more."""
+
+    def before_commit(self) -> None:
+        """Makes what a checkpoint refers to durable, and checks that it may be committed."""
+
+    def close(self, failed: bool) -> None:
+        """Releases the lock."""
+        self._lock.close()
+
+
+class BucketStorage:
+    """A workdir in a bucket, with the methods of LocalStorage. Process 0 has the lock."""
+
+    def __init__(self, bucket: BucketPath, scratch: Path, say: Callable[[str], None]):
+        self.workdir: Workdir = BucketWorkdir(bucket, scratch)
+        self.bucket, self.scratch, self.say = bucket, scratch, say
+        self._lease, self._lock = Lease(bucket, say), Lock(scratch, "--scratch")
+        # Of uploaded files by name: the local state and the generation.
+        self._states: dict[str, files.State] = {}
+        self._generations: dict[str, int] = {}
+        self._publishing, self._over = threading.Lock(), threading.Event()
+        self._uploader = threading.Thread(target=self._keep_uploading, name="upload", daemon=True)
+        self._failure = ""
+
+    def open(self) -> None:
+        """Takes the lease, empties the scratch directory and downloads the run's files into it.
+
+        Raises InputError if another run has the lease, or if access is denied.
+        """
+        if jax.process_index() == 0:
+            self._lease.take()
+        self._receive()
+
+    def _receive(self) -> None:
+        self._prepare_scratch()
+        self._generations = fetch(BucketWorkdir(self.bucket, self.scratch))
+        self._states = {name: files.state(self.scratch / name) for name in self._generations}
+
+    def take(self) -> None:
+        """Does nothing: `open` has taken the lease, before it read anything."""
+
+    def publish(self) -> None:
+        """Uploads changed files, and begins to do so regularly."""
+        if jax.process_index() == 0:
+            self._upload()
+            if not self._uploader.is_alive():
+                self._uploader.start()
+
+    def receive(self) -> None:
+        """Downloads what process 0 has published."""
+        if jax.process_index() > 0:
+            self._receive()
+
+    def check(self) -> None:
+        """Raises RunEnded if the lease is lost or the files cannot be uploaded."""
+        self._lease.check()
+        if self._failure:
+            raise RunEnded(f"{self._failure}. This run ends and saves nothing more", alone=True)
+
+    def close(self, failed: bool) -> None:
+        """Uploads the files a last time and releases the lease.
+
+        After a failure it does what is possible; otherwise raises Unreachable or RunEnded.
+        """
+        self._over.set()
+        if self._uploader.is_alive():
+            self._uploader.join()
+        try:
+            with contextlib.suppress(*(RunEnded, InputError) if failed else ()):
+                if self._lease.generation and self._generations and not self._lease.lost:
+                    self._upload()
+                self._lease.close()
+        finally:
+            self._lock.close()
+
+    def before_commit(self) -> None:
+        """Uploads the logs, then confirms the lease. Orbax calls it in a thread of process 0."""
+        self._upload()
+        self._lease.confirm()
+
+    def _prepare_scratch(self) -> None:
+        owner = self.scratch / _OWNER
+        if self.scratch.exists() and not self.scratch.is_dir():
+            raise InputError(f"--scratch={self.scratch} is a file: give a directory")
+        if self.scratch.exists() and any(self.scratch.iterdir()):
+            if not owner.is_file() or owner.read_text() != str(self.bucket):
+                raise InputError(
+                    f"--scratch={self.scratch} is not empty and is not the scratch directory of "
+                    f"{self.bucket}: give a new one"
+                )
+        files.make_directory(self.scratch)
+        self._lock.take()
+        files.write(owner, str(self.bucket))
+        for path in self.scratch.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in (owner, self._lock.path):
+                path.unlink()
+
+    def _local_names(self) -> list[str]:
+        """Returns the names of files to upload; config.json first, as `fetch` expects."""
+        names = [
+            str(path.relative_to(self.scratch))
+            for path in self.scratch.rglob("*")
+            if path.is_file()
+        ]
+        kept = [
+            name
+            for name in names
+            if not any(part.startswith(".") for part in Path(name).parts)
+            and Path(name).parts[0] not in _NOT_UPLOADED
+        ]
+        return sorted(kept, key=lambda name: (name != "config.json", name))
+
+    def _upload(self) -> None:
+        """Uploads changed files whole, and deletes removed ones. Raises RunEnded or Unreachable."""
+        with self._publishing:
+            names = self._local_names()
+            for name in names:
+                state = files.state(self.scratch / name)
+                if self._states.get(name) == state:
+                    continue
+                # An unknown object is new, except below prefixes that `fetch` does not list.
+                known = self._generations.get(name, None if "/" in name else 0)
+                content = (self.scratch / name).read_bytes()
+                try:
+                    self._generations[name] = (self.bucket / name).write(content, known)
+                except Changed as error:
+                    self._failure = f"{error}: another run writes to {self.bucket}"
+                    self.check()
+                self._states[name] = state
+            for name in self._generations.keys() - set(names):
+                (self.bucket / name).delete()
+                del self._generations[name], self._states[name]
+
+    def _keep_uploading(self) -> None:
+        while not self._over.wait(UPLOAD_SECONDS):
+            try:
+                self._upload()
+            except Unreachable:
+                continue  # the next checkpoint needs it, and says so
+            except (RunEnded, InputError, OSError) as error:
+                self._failure = self._failure or str(error)
+                return
+
+
+Storage = LocalStorage | BucketStorage
+
+
+def default_scratch(bucket: BucketPath) -> Path:
+    """Returns the scratch directory of a workdir in a bucket, in the user's cache.
+
+    Its name is the workdir's, which pictures and W&B show.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    key = hashlib.sha256(str(bucket).encode()).hexdigest()[:16]
+    return Path(cache).expanduser() / "finermoe-jax" / key / bucket.name
+
+
+@contextlib.contextmanager
+def opened(
+    workdir: str | os.PathLike, scratch: str | os.PathLike | None, say: Callable[[str], None]
+) -> Iterator[Storage]:
+    """Yields the storage of a workdir, neither locked nor read yet; closes it at the end.
+
+    Raises InputError for `scratch` without a workdir in a bucket, and for a scratch in a bucket.
+    """
+    found = place(workdir, "--workdir")
+    storage: Storage
+    if isinstance(found, BucketPath):
+        local = place(scratch, "--scratch") if scratch else default_scratch(found)
+        if isinstance(local, BucketPath):
+            raise InputError(f"--scratch={local} must be a local directory")
+        local = local.absolute()
+        # Processes of one machine must not share it.
+        number = jax.process_index()
+        own = local.with_name(f"{local.name}-process-{number}") if number else local
+        storage = BucketStorage(found, own, say)
+    elif scratch:
+        raise InputError(
+            f"--scratch={scratch} is only used with a --workdir in a bucket, but --workdir={found}"
+        )
+    else:
+        storage = LocalStorage(found.absolute())
+    try:
+        yield storage
+    except BaseException:
+        storage.close(failed=True)
+        raise
+    storage.close(failed=False)
