@@ -15,7 +15,7 @@ from finermoe_jax.data.token_files import (
 )
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.buckets import BucketPath, Changed, crc32c
-from finermoe_jax.runtime.downloads import local_copy
+from finermoe_jax.runtime.downloads import local_copy, named_after
 
 
 def _names(manifest: Manifest) -> list[str]:
@@ -52,11 +52,12 @@ def download_prepared(prefix: BucketPath) -> Path:
 
     def check(copy: Path) -> None:
         try:
-            verify(copy)
+            with named_after(prefix, copy):
+                verify(copy)
         except InputError as error:
             raise InputError(
-                f"{error}".replace(f"{copy}/", f"{prefix}/")
-                + f"\nDelete them, and upload them again with finermoe prepare … --upload={prefix}"
+                f"{error}\nDelete them, and upload them again with finermoe prepare … "
+                f"--upload={prefix}"
             ) from None
 
     return local_copy(prefix, {each: listed[each] for each in wanted}, name, check)

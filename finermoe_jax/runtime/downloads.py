@@ -4,12 +4,13 @@ Weights and tokens are read through memory maps, which need local files. The cop
 $XDG_CACHE_HOME/finermoe-jax (default: ~/.cache/finermoe-jax), and can be deleted at any time.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.buckets import BucketPath, Stored, crc32c
+from finermoe_jax.runtime.buckets import BucketPath, Place, Stored, crc32c
 from finermoe_jax.runtime.files import commit, make_directory
 from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.locks import locked
@@ -77,6 +78,15 @@ def local_copy(
             "set XDG_CACHE_HOME to a directory on another disk"
         ) from None
     return target
+
+
+@contextlib.contextmanager
+def named_after(source: Place, copy: Path) -> Iterator[None]:
+    """Names `source` instead of its local copy in the messages of InputErrors."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(copy), str(source))) from None
 
 
 def _is_whole(directory: Path, objects: Mapping[str, Stored]) -> bool:

@@ -37,8 +37,8 @@ from finermoe_jax.model.decoder import (
     parameter_shapes,
     with_params,
 )
-from finermoe_jax.runtime.buckets import Place, locate
-from finermoe_jax.runtime.downloads import cache
+from finermoe_jax.runtime.buckets import BucketPath, Place, locate
+from finermoe_jax.runtime.downloads import cache, named_after
 from finermoe_jax.runtime.files import make_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
@@ -175,7 +175,10 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
         known = False
     if not known:
         raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
-    config, weights = open_hf(resolve_source(locate(source)), dtype)
+    given = locate(source)
+    directory = resolve_source(given)
+    with named_after(given if isinstance(given, BucketPath) else directory, directory):
+        config, weights = open_hf(directory, dtype)
     return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
 
 

@@ -19,7 +19,7 @@ from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.buckets import BucketPath, Place, Stored, locate, place
-from finermoe_jax.runtime.downloads import identity, local_copy
+from finermoe_jax.runtime.downloads import identity, local_copy, named_after
 from finermoe_jax.runtime.files import State, state
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.weights import lazy
@@ -128,12 +128,12 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
     if not where.exists() or _is_hf(where):
         directory = resolve_source(path)
         states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
-        config, weights = open_hf(directory, dtype)
-        dtype = weights["embed", "weight"].dtype
         origin = given if isinstance(given, BucketPath) else directory
-        return ModelSource(
-            config, weights, dtype, stored_dtypes(directory), directory, states, origin
-        )
+        with named_after(origin, directory):
+            config, weights = open_hf(directory, dtype)
+            stored = stored_dtypes(directory)
+        dtype = weights["embed", "weight"].dtype
+        return ModelSource(config, weights, dtype, stored, directory, states, origin)
 
     def load() -> ModelSource:
         step = whole_checkpoint(where, NOT_READ)
