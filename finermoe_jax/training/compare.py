@@ -15,9 +15,10 @@ from finermoe_jax.training.history import (
     refuse_incomparable,
     setting_differences,
 )
+from finermoe_jax.training.storage import Workdir
 
 
-def compare(workdirs: Sequence[Path]) -> list[Group]:
+def compare(workdirs: Sequence[Workdir]) -> list[Group]:
     """Reads runs and groups those that differ only in their seeds.
 
     Raises InputError for a folder that is not a run, and for runs with incomparable losses.

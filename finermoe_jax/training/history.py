@@ -16,6 +16,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened
 from finermoe_jax.runtime.json_files import read_json, read_log
 from finermoe_jax.training.plot import DENSE_BASE
+from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 
 SEEDS = ("train.seed", "data.seed")
@@ -65,8 +66,9 @@ class History:
         return {name: value for name, value in fields.items() if name not in SEEDS}
 
 
-def read_history(workdir: Path) -> History:
+def read_history(place: Workdir) -> History:
     """Reads a workdir's logs. Raises InputError if it has no run or no held-out losses."""
+    workdir = files_of(place)
     if not (workdir / "config.json").is_file():
         raise InputError(f"{workdir} holds no config.json: it is not the workdir of a run")
     config = run_config(read_json(workdir / "config.json"))
@@ -93,16 +95,16 @@ def read_history(workdir: Path) -> History:
         for values in (lasted * speeds, lasted)
     )
     per_token = training_flops(
-        _model(workdir, config), config.data.sequence_length, config.train.freeze
+        _model(place, config), config.data.sequence_length, config.train.freeze
     )
     losses = np.array([scores[step] for step in scored])
     flops, held_out = tokens * per_token, _held_out(workdir, config)
     return History(workdir, config, held_out, scored, losses, tokens, flops, seconds)
 
 
-def _model(workdir: Path, config: RunConfig) -> ModelConfig:
+def _model(workdir: Workdir, config: RunConfig) -> ModelConfig:
     """Returns the config of the model that the run trains."""
-    if newest := newest_checkpoint(workdir / "checkpoints"):
+    if newest := newest_checkpoint(checkpoints_of(workdir)):
         return read_description(newest)[0]
     if config.dense is None:
         raise InputError(f"{workdir} holds no checkpoint, which would give the model's FLOPs")

@@ -1,6 +1,5 @@
 """Bucket paths against a server on loopback."""
 
-import contextlib
 import threading
 
 import pytest
@@ -21,18 +20,6 @@ def server():
 @pytest.fixture
 def run(server):
     return support.new_bucket()
-
-
-@contextlib.contextmanager
-def through_a_gate(server, monkeypatch):
-    gate = support.Gate(server)
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gate.url)
-    buckets._client.cache_clear()
-    try:
-        yield gate
-    finally:
-        gate.end()
-        buckets._client.cache_clear()
 
 
 def test_places(tmp_path):
@@ -126,7 +113,7 @@ def test_a_missing_bucket_and_denied_access_are_named(server, monkeypatch):
     for use in (BucketPath.objects, lambda path: path.write("x"), BucketPath.probe):
         with pytest.raises(fm.InputError, match="there is no bucket there-is-none"):
             use(away)
-    with through_a_gate(server, monkeypatch) as gate:
+    with support.gate(server, monkeypatch) as gate:
         gate.answer = support.DENIED
         with pytest.raises(fm.InputError, match=r"access is denied .*roles/storage.objectUser"):
             away.write("x")
@@ -135,7 +122,7 @@ def test_a_missing_bucket_and_denied_access_are_named(server, monkeypatch):
 def test_a_server_that_is_gone_ends_the_command(server, monkeypatch):
     monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
     path = support.new_bucket()
-    with through_a_gate(server, monkeypatch) as gate:
+    with support.gate(server, monkeypatch) as gate:
         gate.close()
         with pytest.raises(RunEnded, match="cannot be reached") as error:
             path.write("x")

@@ -134,6 +134,19 @@ class Gate:
                 self._open -= {inner, outer}
 
 
+@contextlib.contextmanager
+def gate(server, monkeypatch):
+    """A gate that this process's own requests pass (not those of gcsfs and tensorstore)."""
+    found = Gate(server)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.url)
+    buckets._client.cache_clear()
+    try:
+        yield found
+    finally:
+        found.end()
+        buckets._client.cache_clear()
+
+
 def _pass(source, target):
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):

@@ -1,0 +1,85 @@
+"""The lock of a bucket path: one holder, taken over only from one that no longer writes."""
+
+import contextlib
+import time
+
+import pytest
+
+import finermoe_jax as fm
+from finermoe_jax.errors import RunEnded
+from finermoe_jax.runtime import buckets, lease
+from finermoe_jax.runtime.lease import Lease
+from tests.support import buckets as support
+
+
+@pytest.fixture(scope="module")
+def server():
+    with support.emulated() as url:
+        yield url
+
+
+@pytest.fixture
+def run(server, monkeypatch):
+    monkeypatch.setattr(lease, "TTL_SECONDS", 0.8)
+    return support.new_bucket()
+
+
+def test_a_lease_is_renewed_refused_to_others_and_released(run):
+    said = []
+    with contextlib.closing(Lease(run, said.append)) as ours:
+        ours.take()
+        ours.take()
+        first = ours.object.stat().generation
+        with pytest.raises(fm.InputError, match=r"is in use by process \d+ on .*, since .*: wait"):
+            Lease(run, said.append).take()
+        assert ours.object.stat().generation != first
+        ours.confirm()
+        ours.check()
+    assert len(said) == 1 and "is locked by process" in said[0]
+    assert not ours.object.exists()
+    again = Lease(run, pytest.fail)
+    again.take()
+    again.close()
+
+
+def test_a_killed_holders_lease_is_taken_over_after_its_time(run):
+    (run / "lock").write("process 1 on away, since then\nx 1\n")
+    said, began = [], time.monotonic()
+    with contextlib.closing(Lease(run, said.append)) as ours:
+        ours.take()
+        assert time.monotonic() - began >= lease.TTL_SECONDS
+        assert "is locked by process 1 on away, since then: waiting up to 0.8 s" in said[0]
+    assert not ours.object.exists()
+
+
+@pytest.mark.parametrize("taken", ["written", "deleted"])
+def test_a_holder_that_was_replaced_learns_of_it(run, taken):
+    ours = Lease(run, pytest.fail)
+    ours.take()
+    if taken == "written":
+        ours.object.write("another process\n")
+    else:
+        ours.object.delete()
+    with pytest.raises(RunEnded, match=f"was {taken}.*: another run has taken the lock") as error:
+        ours.confirm()
+    assert error.value.code == 1
+    with pytest.raises(RunEnded):
+        ours.check()
+    ours.close()
+    # The other one's lock stays.
+    assert ours.object.exists() == (taken == "written")
+
+
+def test_an_outage_is_no_loss(run, server, monkeypatch):
+    monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
+    with (
+        support.gate(server, monkeypatch) as gate,
+        contextlib.closing(Lease(run, pytest.fail)) as ours,
+    ):
+        ours.take()
+        gate.close()
+        with pytest.raises(buckets.Unreachable):
+            ours.confirm()
+        ours.check()
+        gate.closed = False
+        ours.confirm()

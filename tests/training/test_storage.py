@@ -1,0 +1,243 @@
+"""Runs in a bucket: what they write where, damage, locks, and servers that refuse or vanish."""
+
+import pytest
+
+import finermoe_jax as fm
+from benchmarks import bucket_kills
+from benchmarks.kill_campaign import assert_same
+from finermoe_jax.errors import RunEnded
+from finermoe_jax.runtime import buckets, lease
+from finermoe_jax.runtime.lease import Lease
+from finermoe_jax.training import storage
+from finermoe_jax.training.run import train
+from finermoe_jax.weights.integrity import CHECKSUMS, COMMITTED, damage, saved_steps
+from tests.support import assert_refused, command
+from tests.support import buckets as support
+from tests.support.training import silent, tiny_run
+
+
+@pytest.fixture(scope="module")
+def server():
+    with support.emulated() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "TTL_SECONDS", 0.8)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    train(tiny_run(), workdir, silent)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def finished(server, tmp_path_factory):
+    """A run in a bucket with steps 0, 2 and 4."""
+    run = support.new_bucket()
+    train(tiny_run(), str(run), silent, scratch=tmp_path_factory.mktemp("scratch") / "run")
+    return run
+
+
+@pytest.fixture
+def copy(finished):
+    """A copy of it in another bucket."""
+    run = support.new_bucket()
+    for name in finished.objects():
+        (finished / name).copy(run / name)
+    return run
+
+
+def test_a_run_in_a_bucket_equals_a_local_one(finished, local, tmp_path):
+    names = set(finished.objects())
+    kept = {name for name in names if not name.startswith("checkpoints/")}
+    written = {
+        str(path.relative_to(local))
+        for path in local.rglob("*")
+        if path.is_file() and "checkpoints" not in path.parts and path.name != ".lock"
+    }
+    assert kept == written
+    for step in (0, 2, 4):
+        assert {f"checkpoints/{step}/{name}" for name in (COMMITTED, CHECKSUMS)} <= names
+        assert damage(finished / "checkpoints" / str(step)) == []
+    assert_same(bucket_kills.downloaded(finished, tmp_path / "run"), local)
+    # A checkpoint copied from the bucket is verified by the server's hashes.
+    step = tmp_path / "run" / "checkpoints" / "4"
+    assert damage(step) == []
+    large = max((step / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    large.write_bytes(large.read_bytes()[:-1] + b"x")
+    assert "has checksum" in damage(step)[0]
+
+
+def _committed_last(run, monkeypatch, tmp_path):
+    """What each commit found in the bucket."""
+    found = {}
+    confirm = Lease.confirm
+
+    def look(self):
+        confirm(self)
+        for step in run.names() and (run / "checkpoints").names():
+            names = set((run / "checkpoints" / step).objects())
+            found.setdefault(int(step), (names, (run / "metrics.jsonl").exists()))
+
+    monkeypatch.setattr(Lease, "confirm", look)
+    train(tiny_run(), str(run), silent, scratch=tmp_path / "scratch")
+    return found
+
+
+def test_the_commit_mark_comes_last_after_checksums_and_logs(server, monkeypatch, tmp_path):
+    run = support.new_bucket()
+    monkeypatch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those before commits
+    found = _committed_last(run, monkeypatch, tmp_path)
+    assert sorted(found) == [0, 2, 4]
+    for step, (names, has_metrics) in found.items():
+        assert CHECKSUMS in names and COMMITTED not in names
+        assert f"params/{COMMITTED}" in names and f"optimizer/{COMMITTED}" in names
+        assert has_metrics == (step > 0)
+
+
+def test_another_machine_resumes_and_a_changed_config_is_refused(copy, tmp_path):
+    with pytest.raises(fm.InputError, match=rf"{copy} contains a run with another config"):
+        train(tiny_run(steps=6), str(copy), silent, scratch=tmp_path / "a")
+    said = []
+    train(tiny_run(steps=6), str(copy), said.append, allow_changes=["train.steps"],
+          scratch=tmp_path / "b")  # fmt: skip
+    assert "restoring the checkpoint of step 4 …" in said
+    assert saved_steps(copy / "checkpoints") == [2, 4, 6]
+    assert (copy / "config_changes.jsonl").exists() and not (copy / "lock").exists()
+
+
+def _torn(step):
+    (step / COMMITTED).delete()
+    (step / CHECKSUMS).delete()
+
+
+def _lost(step):
+    next(step / name for name in step.objects() if "/d/" in name).delete()
+
+
+def _changed(step):
+    objects = step.objects()
+    large = step / max(objects, key=lambda name: objects[name].st_size)
+    content = bytearray(large.read_bytes())
+    content[len(content) // 2] ^= 1
+    large.write(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [(_torn, ""), (_lost, "is missing ("), (_changed, "has checksum")],
+)
+def test_a_harmed_checkpoint_is_passed_over_and_made_again(copy, local, tmp_path, harm, words):
+    harm(copy / "checkpoints" / "4")
+    said = []
+    train(tiny_run(), str(copy), said.append, scratch=tmp_path / "scratch")
+    assert "restoring the checkpoint of step 2 …" in said
+    warnings = [line for line in said if line.startswith("WARNING: checkpoint")]
+    if words:
+        (warning,) = warnings
+        assert words in warning
+        assert f"It was renamed to {copy}/damaged/4. Step 2 is used instead." in warning
+        assert damage(copy / "damaged" / "4") and not (copy / "damaged" / "4" / COMMITTED).exists()
+    else:
+        assert warnings == [] and not (copy / "damaged").exists()
+    assert damage(copy / "checkpoints" / "4") == []
+    assert_same(bucket_kills.downloaded(copy, tmp_path / "run"), local)
+
+
+def test_damage_survives_the_next_start_and_lost_checkpoints_are_named(copy, tmp_path):
+    for step in (0, 2, 4):
+        _changed(copy / "checkpoints" / str(step))
+    for _ in range(2):
+        with pytest.raises(fm.InputError, match=r"holds no intact checkpoint: 0, 2, 4 are damaged"):
+            train(tiny_run(), str(copy), silent, scratch=tmp_path / "scratch")
+        assert (copy / "damaged").names() == ["0", "2", "4"]
+
+
+def test_a_second_run_is_refused_and_changes_nothing(copy, tmp_path):
+    before = copy.objects()
+    holder = Lease(copy, pytest.fail)
+    holder.take()
+    try:
+        with pytest.raises(fm.InputError, match=r"is in use by process \d+ on "):
+            train(tiny_run(), str(copy), silent, scratch=tmp_path / "scratch")
+    finally:
+        holder.close()
+    assert copy.objects() == before
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_run_that_lost_its_lease_commits_nothing(server, tmp_path):
+    run = support.new_bucket()
+
+    def say(message):
+        if message.startswith("drawing random weights"):
+            (run / "lock").write("another run\n")
+
+    with pytest.raises(RunEnded, match=r"another run has taken the lock of gs://.*ends and") as end:
+        train(tiny_run(), str(run), say, scratch=tmp_path / "scratch")
+    assert end.value.code == 1
+    assert saved_steps(run / "checkpoints") == []
+    assert (run / "lock").read_bytes() == b"another run\n"
+
+
+def test_logs_written_by_another_process_end_the_run(server, tmp_path):
+    run = support.new_bucket()
+
+    def say(message):
+        if message.startswith("held-out loss  step 0"):
+            (run / "evals.jsonl").write("{}\n")
+
+    with pytest.raises(RunEnded, match="another run writes to gs://"):
+        train(tiny_run(), str(run), say, scratch=tmp_path / "scratch")
+    assert saved_steps(run / "checkpoints") == []
+    assert not (run / "lock").exists()
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["config.json", "model.safetensors"], ["a/b"]])
+def test_other_content_is_left_alone(server, tmp_path, names):
+    run = support.new_bucket()
+    for name in names:
+        (run / name).write("{}")
+    with pytest.raises(fm.InputError, match="is not empty and contains no run: give a new --work"):
+        train(tiny_run(), str(run), silent, scratch=tmp_path / "scratch")
+    assert sorted(run.objects()) == names
+
+
+def test_scratch_directories_are_checked(server, tmp_path):
+    run, used = support.new_bucket(), tmp_path / "used"
+    used.mkdir()
+    (used / "mine").write_text("kept")
+    with pytest.raises(fm.InputError, match=r"--scratch=.*/used is not empty and is not the scrat"):
+        train(tiny_run(), str(run), silent, scratch=used)
+    assert (used / "mine").read_text() == "kept"
+    with pytest.raises(fm.InputError, match=r"--scratch=gs://b/x must be a local directory"):
+        train(tiny_run(), str(run), silent, scratch="gs://b/x")
+    with pytest.raises(fm.InputError, match=r"is only used with a --workdir in a bucket, but"):
+        train(tiny_run(), tmp_path / "run", silent, scratch=used)
+    assert run.objects() == {}
+
+
+def test_the_default_scratch_is_in_the_cache_and_named_like_the_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one, other = (buckets.BucketPath(bucket, "a/run") for bucket in ("x", "y"))
+    found = storage.default_scratch(one)
+    assert found.name == "run" and found.parent.parent == tmp_path / "finermoe-jax"
+    assert found != storage.default_scratch(other)
+
+
+def test_refusals_on_the_command_line(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert_refused(
+        command("train", "--config=demo", "--workdir=s3://b/run"), "s3://b/run is not supported"
+    )
+    assert_refused(
+        command("train", "--config=demo", "--workdir=gs://there-is-none/run"),
+        "there is no bucket there-is-none",
+    )
+    with support.gate(server, monkeypatch) as gate:
+        gate.answer = support.DENIED
+        assert_refused(
+            command("train", "--config=demo", f"--workdir={support.new_bucket(server)}"),
+            "access is denied (", "roles/storage.objectUser",
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
