@@ -154,17 +154,13 @@ def test_a_run_starts_from_a_bucket(here, away):
     assert all(np.array_equal(*pair) for pair in zip(ours, local, strict=True))
 
 
-def test_evaluation_generation_and_similarity(here, away, tmp_path):
+def test_the_commands_read_checkpoints(here, away, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("w3 w5 w7 w9 w11 w2 w4 w6 w8")
-    for name, *flags in (
-        ("eval", f"--text={text}", "--checkpoint={}"),
-        ("generate", "--prompt=w3 w5", "--max_new_tokens=3", "--checkpoint={}"),
-        ("similarity", "{}"),
-    ):
+    text.write_text("w3")
+    for name, *flags in (("eval", f"--text={text}", "--checkpoint={}"), ("similarity", "{}")):
         ours, local = (
-            command(name, *(flag.format(place / "orbax") for flag in flags))
-            for place in (away, here)
+            command(name, *(flag.format(folder / "orbax") for flag in flags))
+            for folder in (away, here)
         )
         assert ours.returncode == 0, ours.stderr
         assert ours.stdout == local.stdout
