@@ -16,7 +16,7 @@ from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import has_tokenizer, tokenizer_directory
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
-from finermoe_jax.runtime.buckets import locate
+from finermoe_jax.runtime.buckets import Place, locate
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import read_description
 from finermoe_jax.weights.lazy import Weights
@@ -108,7 +108,7 @@ def _lazy_model(
     return InitialModel(model, lambda shardings: lazy.placed(weights, shardings), files, ends)
 
 
-def resumed_model(config: RunConfig, checkpoint: Path, workdir: Path) -> InitialModel:
+def resumed_model(config: RunConfig, checkpoint: Place, workdir: Path) -> InitialModel:
     """Returns a resumed run's model, without weights, and the workdir's tokenizer."""
     model_config, _, _ = read_description(checkpoint)
     model = with_shapes(model_config, config.train.compute_dtype)

@@ -321,9 +321,9 @@ def _train(
         params, opt_state = checkpoints.restore(
             first, target, abstract_optimizer(tx, target, shardings, setup.mesh)
         )
-        in_a_row = skipped_in_a_row(workdir / "checkpoints" / str(first))
+        in_a_row = skipped_in_a_row(steps / str(first))
         say(f"resumed from step {first} of {config.train.steps}")
-    guard = Guard(config, rows, workdir, first - int(updates_made(opt_state)), in_a_row, say)
+    guard = Guard(config, rows, here, first - int(updates_made(opt_state)), in_a_row, say)
     with stop_requests() as must_stop:
         loop = Loop(setup, shardings, tx, checkpoints, monitor, guard, report, must_stop)
         params = loop.run(first, params, opt_state)

@@ -20,7 +20,7 @@ import jax
 
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, Unreachable, place
+from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, Unreachable, is_outage, place
 from finermoe_jax.runtime.lease import LEASE, Lease
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 
@@ -160,8 +160,8 @@ class LocalStorage:
     def before_commit(self) -> None:
         """Makes what a checkpoint refers to durable, and checks that it may be committed."""
 
-    def close(self, failed: bool) -> None:
-        """Releases the lock."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Releases the lock. `error` is what ended the run."""
         self._lock.close()
 
 
@@ -200,6 +200,10 @@ class BucketStorage:
         """Uploads changed files, and begins to do so regularly."""
         if jax.process_index() == 0:
             self._upload()
+            for name in self._generations.keys() - set(self._local_names()):
+                if name.startswith("tokenizer/"):  # of an earlier start
+                    (self.bucket / name).delete()
+                    del self._generations[name]
             if not self._uploader.is_alive():
                 self._uploader.start()
 
@@ -214,17 +218,20 @@ class BucketStorage:
         if self._failure:
             raise RunEnded(f"{self._failure}. This run ends and saves nothing more", alone=True)
 
-    def close(self, failed: bool) -> None:
-        """Uploads the files a last time and releases the lease.
+    def close(self, error: BaseException | None = None) -> None:
+        """Uploads the files a last time and releases the lease, which else expires by itself.
 
-        After a failure it does what is possible; otherwise raises Unreachable or RunEnded.
+        `error` is what ended the run: after an outage nothing more is tried, and after another
+        error a failure here is ignored. Without one raises Unreachable, RunEnded or InputError.
         """
         self._over.set()
-        if self._uploader.is_alive():
-            self._uploader.join()
         try:
-            with contextlib.suppress(*(RunEnded, InputError) if failed else ()):
-                if self._lease.generation and self._generations and not self._lease.lost:
+            if is_outage(error):
+                return
+            if self._uploader.is_alive():
+                self._uploader.join()
+            with contextlib.suppress(*(RunEnded, InputError) if error else ()):
+                if self._generations and not (self._failure or self._lease.lost):
                     self._upload()
                 self._lease.close()
         finally:
@@ -270,25 +277,24 @@ class BucketStorage:
         return sorted(kept, key=lambda name: (name != "config.json", name))
 
     def _upload(self) -> None:
-        """Uploads changed files whole, and deletes removed ones. Raises RunEnded or Unreachable."""
+        """Uploads changed files whole. Raises RunEnded if another process has written one."""
         with self._publishing:
-            names = self._local_names()
-            for name in names:
-                state = files.state(self.scratch / name)
-                if self._states.get(name) == state:
-                    continue
+            for name in self._local_names():
+                try:
+                    state = files.state(self.scratch / name)
+                    if self._states.get(name) == state:
+                        continue
+                    content = (self.scratch / name).read_bytes()
+                except FileNotFoundError:
+                    continue  # removed since it was listed
                 # An unknown object is new, except below prefixes that `fetch` does not list.
                 known = self._generations.get(name, None if "/" in name else 0)
-                content = (self.scratch / name).read_bytes()
                 try:
                     self._generations[name] = (self.bucket / name).write(content, known)
                 except Changed as error:
                     self._failure = f"{error}: another run writes to {self.bucket}"
                     self.check()
                 self._states[name] = state
-            for name in self._generations.keys() - set(names):
-                (self.bucket / name).delete()
-                del self._generations[name], self._states[name]
 
     def _keep_uploading(self) -> None:
         while not self._over.wait(UPLOAD_SECONDS):
@@ -341,7 +347,7 @@ def opened(
         storage = LocalStorage(found.absolute())
     try:
         yield storage
-    except BaseException:
-        storage.close(failed=True)
+    except BaseException as error:
+        storage.close(error)
         raise
-    storage.close(failed=False)
+    storage.close()
