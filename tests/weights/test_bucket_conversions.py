@@ -348,6 +348,34 @@ def test_denied_no_bucket_and_no_extra_are_one_message_each(here, server, monkey
     assert_refused(result, "gs:// needs gcsfs, which is not installed: pip install", "[gcs]")
 
 
+def test_a_server_that_is_gone_ends_the_conversion_which_is_begun_again(
+    here, away, server, monkeypatch
+):
+    target, gate = away / "outage", support.Gate(server)
+    of_one = BucketPath.write
+
+    def write(self, *arguments, **settings):
+        if self.name == "config.json":
+            gate.close()
+        return of_one(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", gate.url)
+        patch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
+        patch.setattr(BucketPath, "write", write)
+        buckets._client.cache_clear()
+        try:
+            with pytest.raises(RunEnded, match="cannot be reached") as error:
+                convert(str(here / "orbax"), target, "hf", None, **SEED)
+        finally:
+            gate.end()
+            buckets._client.cache_clear()
+    assert error.value.code == 75
+    assert "model.safetensors" in target.objects()
+    convert(str(here / "orbax"), target, "hf", None, **SEED)
+    assert values(target) == values(here / "hf")
+
+
 def test_a_small_disk_is_refused_with_sizes(here, away, monkeypatch):
     from finermoe_jax.runtime import disk
 
