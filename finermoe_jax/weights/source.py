@@ -85,7 +85,8 @@ class ModelSource:
     def _states_now(self) -> Mapping[Place, State | Stored]:
         if any(isinstance(path, BucketPath) for path in self.states):
             return _bucket_states(self.origin.parent)
-        return {path: state(path) for path in self.states if path.is_file()}
+        files = [path for path in self.states if isinstance(path, Path) and path.is_file()]
+        return {path: state(path) for path in files}
 
 
 def _bucket_states(checkpoint: Place) -> dict[Place, State | Stored]:
@@ -127,7 +128,8 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
     where = given.absolute()
     if not where.exists() or _is_hf(where):
         directory = resolve_source(path)
-        states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
+        tensors = [file for file in directory.glob("*.safetensors") if file.is_file()]
+        states: dict[Place, State | Stored] = {file: state(file) for file in tensors}
         origin = given if isinstance(given, BucketPath) else directory
         with named_after(origin, directory):
             config, weights = open_hf(directory, dtype)
