@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.kill_campaign import CONFIG, assert_same, ends, environment, logged, wait_for
@@ -35,20 +36,26 @@ run("train", sys.argv[1:])
 
 
 def start(
-    folder: Path, workdir: str, scratch: Path | None, steps: int, popen: type = subprocess.Popen
+    folder: Path,
+    workdir: str,
+    scratch: Path | None,
+    steps: int,
+    popen: type = subprocess.Popen,
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
-    """Starts a run; its output goes to FOLDER/log."""
+    """Starts a run, with `more` environment variables; its output goes to FOLDER/log."""
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "run.py").write_text(_PROGRAM)
     command = [
         sys.executable, str(folder / "run.py"), f"--config={folder / 'tiny.py'}",
         f"--workdir={workdir}", f"--config.train.steps={steps}",
-        f"--config.train.checkpoint_every={EVERY}",
+        f"--config.train.checkpoint_every={EVERY}", "--heartbeat_seconds=6",
     ]  # fmt: skip
     if scratch:
         command.append(f"--scratch={scratch}")
+    settings = environment(folder) | dict(more or {})
     with (folder / "log").open("a") as log:
-        return popen(command, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
+        return popen(command, env=settings, stdout=log, stderr=subprocess.STDOUT)
 
 
 def kill_once(

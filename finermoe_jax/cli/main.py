@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from finermoe_jax.errors import InputError, RunEnded, escape_unencodable, near_misses
+from finermoe_jax.runtime.buckets import Unreachable
 from finermoe_jax.runtime.install import check_versions
 from finermoe_jax.runtime.preemption import redeliver_interrupts
 
@@ -88,6 +89,10 @@ def report_errors() -> Iterator[None]:
 
         if jax.process_index() == 0 or end.alone:
             print(f"\n{'' if end.code == 75 else 'error: '}{end}", file=sys.stderr)
+        if isinstance(end, Unreachable):  # requests in flight would delay the exit
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
         _exit(end.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

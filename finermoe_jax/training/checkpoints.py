@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from finermoe_jax.errors import RunEnded, first_line
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, distributed
-from finermoe_jax.runtime.buckets import Place, is_outage
+from finermoe_jax.runtime.buckets import Place, Unreachable, is_outage
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.preemption import EXIT_CODE
 from finermoe_jax.training.storage import LocalStorage, Storage
@@ -142,6 +142,11 @@ class TrainingCheckpoints:
             with self._saving():
                 self.manager.wait_until_finished()
         finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Blocks until no write is in flight; after an outage Orbax may retry for minutes."""
+        if not any(map(is_outage, self.failures)):
             self.arrays.settle()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
@@ -162,9 +167,11 @@ class TrainingCheckpoints:
             if not self.failures:
                 self.wait()
         finally:
-            self.arrays.settle()
+            self._settle()
             # After a failure the manager would wait forever for the other processes' parts.
-            if not self.failures or jax.process_count() == 1:
+            if not self.failures or (
+                jax.process_count() == 1 and not any(map(is_outage, self.failures))
+            ):
                 with contextlib.suppress(Exception):  # repeats the failure
                     self.manager.wait_until_finished()
                 self.manager.close()
@@ -210,7 +217,7 @@ class TrainingCheckpoints:
 
     def _ended(self, error: Exception) -> RunEnded:
         if is_outage(error):
-            return RunEnded(
+            return Unreachable(
                 f"step {self._step} was not saved: {self.directory} cannot be reached "
                 f"({first_line(error)}). {self._complete()}. Run the same command again when it "
                 "can be reached",

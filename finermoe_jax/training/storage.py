@@ -239,7 +239,12 @@ class BucketStorage:
             self._lock.close()
 
     def before_commit(self) -> None:
-        """Uploads the logs, then confirms the lease. Orbax calls it in a thread of process 0."""
+        """Uploads the logs, then confirms the lease. Orbax calls it in a thread of process 0.
+
+        Raises RunEnded if the lease is lost or the run has ended.
+        """
+        if self._over.is_set():
+            raise RunEnded(f"the run in {self.bucket} has ended")
         self._upload()
         self._lease.confirm()
 

@@ -24,12 +24,14 @@ from etils import epath
 from flax import nnx
 
 from finermoe_jax.errors import InputError, first_line
-from finermoe_jax.runtime.buckets import Place
+from finermoe_jax.runtime.buckets import Place, is_outage, is_url
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.lazy import Index, LazyArray, ParamPath, Weights
 
 # Concurrent writes: of computed blocks, which bounds memory, and of arrays in memory.
 _COMPUTED_AT_A_TIME, _IN_MEMORY_AT_A_TIME = 4, 32
+# Of requests to a bucket: 47 s in all.
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 
 
 @contextlib.contextmanager
@@ -43,6 +45,10 @@ def save_errors() -> Iterator[list[Exception]]:
 
     def listen(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        error = error or next(
+            (each for each in arguments if isinstance(each, Exception) and is_outage(each)), None
+        )
         if record.levelno < logging.ERROR or not isinstance(error, Exception):
             return True
         found.append(error)
@@ -194,15 +200,22 @@ def _create(
         open=True,
         create=first,
         assume_metadata=not first,
-        context=info.ts_context,
+        context=_context(info),
     )
+
+
+def _context(info: Any) -> tensorstore.Context:
+    """Returns Orbax's context; for a bucket with fewer retries, whose default takes 15 minutes."""
+    if not is_url(info.parent_dir):
+        return info.ts_context
+    return tensorstore.Context({"gcs_request_retries": _RETRIES}, info.ts_context)
 
 
 def _open(infos: Sequence[Any]) -> list[tensorstore.TensorStore]:
     read = ocp.type_handlers.get_json_tspec_read
     specs = [tensorstore.Spec(read(i, use_ocdbt=i.is_ocdbt_checkpoint)) for i in infos]
     return _settled(
-        tensorstore.open(spec, open=True, context=info.ts_context)
+        tensorstore.open(spec, open=True, context=_context(info))
         for spec, info in zip(specs, infos, strict=True)
     )
 

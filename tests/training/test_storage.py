@@ -241,3 +241,80 @@ def test_refusals_on_the_command_line(server, monkeypatch, tmp_path):
             "access is denied (", "roles/storage.objectUser",
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+# --- processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_the_straight_one(server, tmp_path):
+    """The short form of benchmarks/bucket_kills.py."""
+    found = bucket_kills.campaign(tmp_path, support.new_bucket(), 2, 20, popen=Process)
+    assert len(found) == 2 and not any(one["done"] for one in found)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_uploads_and_releases_the_lock(server, tmp_path):
+    run, scratch = support.new_bucket(), tmp_path / "scratch"
+    started = bucket_kills.start(tmp_path, str(run), scratch, 100000, Process)
+    assert wait_for(lambda: logged(scratch) >= 1, [started])
+    started.send_signal(signal.SIGTERM)
+    assert ends([started]) == [75]
+    said = (tmp_path / "log").read_text()
+    stopped = next(line for line in said.splitlines() if line.startswith("stopped on request"))
+    step = int(stopped.split()[5].rstrip("."))
+    assert stopped.endswith(f"Resume from the newest complete checkpoint with --workdir={run}.")
+    assert (
+        saved_steps(run / "checkpoints")[-1] == step
+        and damage(run / "checkpoints" / str(step)) == []
+    )
+    assert len((run / "metrics.jsonl").read_bytes().splitlines()) == step
+    assert not (run / "lock").exists()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_costs_the_step_being_saved(server, monkeypatch, tmp_path):
+    run, scratch = support.new_bucket(), tmp_path / "scratch"
+    gate = support.Gate(server)
+    with monkeypatch.context() as patch:
+        for name, value in support.settings(gate.url).items():
+            patch.setenv(name, value)
+        started = bucket_kills.start(tmp_path, str(run), scratch, 100000, Process)
+    assert wait_for(lambda: 5 in saved_steps(run / "checkpoints"), [started])
+    gate.end()
+    assert ends([started]) == [75]
+    known = saved_steps(run / "checkpoints")
+    said = (tmp_path / "log").read_text().rpartition("compiled the step")[2]
+    assert "Traceback" not in said and "error" not in said.lower().replace("oserror", "")
+    assert re.search(rf"step \d+ was not saved: {run}/checkpoints cannot be reached \(", said)
+    assert f"Complete checkpoints: step {known[-1]}. Run the same command again" in said
+    # Nothing is lost: the next run takes over the lock and resumes from there.
+    again = bucket_kills.start(tmp_path, str(run), scratch, known[-1] + 5, Process)
+    assert ends([again]) == [2]  # another number of steps
+    assert "to resume with the change" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(server, tmp_path):
+    run, scratch = support.new_bucket(), tmp_path / "scratch"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    started = [
+        bucket_kills.start(tmp_path, str(run), scratch, 10, Process,
+                           shared | {"JAX_PROCESS_ID": str(process)})
+        for process in range(2)
+    ]  # fmt: skip
+    assert ends(started) == [0, 0], (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert said.count("parameters · ") == 1 and "Traceback" not in said
+    assert saved_steps(run / "checkpoints") == [0, 5, 10]
+    step = run / "checkpoints" / "10"
+    assert damage(step) == []
+    assert {"params/ocdbt.process_0", "params/ocdbt.process_1"} <= {
+        name.partition("/d/")[0] for name in step.objects()
+    }
+    assert [line["step"] for line in lines(scratch)] == list(range(1, 11))
+    assert not (run / "lock").exists()
+    # The second process has its own scratch directory.
+    assert (tmp_path / "scratch-process-1" / "tokenizer").is_dir()
