@@ -217,9 +217,11 @@ class TrainingCheckpoints:
 
     def _ended(self, error: Exception) -> RunEnded:
         if is_outage(error):
+            reason = first_line(error)  # tensorstore's names the cause at its end
+            reason = reason if len(reason) < 200 else f"… {reason[-150:]}"
             return Unreachable(
                 f"step {self._step} was not saved: {self.directory} cannot be reached "
-                f"({first_line(error)}). {self._complete()}. Run the same command again when it "
+                f"({reason}). {self._complete()}. Run the same command again when it "
                 "can be reached",
                 EXIT_CODE,
                 alone=True,
