@@ -1,4 +1,4 @@
-"""Draws cut.svg, routing.svg, upcycling.svg, layer.svg and pooling.svg in docs/.
+"""Draws cut, routing, upcycling, layer, pooling and route_ahead.svg in docs/.
 
 python docs/draw_pictures.py
 """
@@ -304,6 +304,40 @@ def pooling() -> str:
     return picture(900, 358, "The experts that each layer reads", parts)
 
 
+def route_ahead() -> str:
+    """Four layers: each router reads its own layer's FFN input, or that of the layer before."""
+    parts = []
+    for ahead, about in enumerate(("its own layer's input", "the input of the layer before")):
+        x = 30 + 450 * ahead
+        parts += [
+            text(x + 195, 26, f"route_ahead = {ahead}", 15, font_weight="bold"),
+            text(x + 195, 47, f"each router reads {about}", 13, fill=QUIET),
+        ]
+        for number in range(4):
+            y = 70 + 74 * number
+            dark, light = SLOTS[number % 2]
+            for at, width, words in (
+                (0, 120, "FFN input"),
+                (170, 90, "router"),
+                (300, 90, "experts"),
+            ):
+                fill = light if at == 0 else PLAIN
+                parts += [
+                    box(x + at, y, width, 40, fill, dark, 1.6),
+                    text(x + at + width / 2, y + 25, f"{words} {number}", 14, fill=dark),
+                ]
+            # The chosen experts, then the input that they compute on.
+            parts.append(arrow([(x + 261, y + 14), (x + 297, y + 14)], dark))
+            below = [(x + 60, y + 41), (x + 60, y + 54), (x + 345, y + 54), (x + 345, y + 43)]
+            parts.append(arrow(below, dark, dash="4 3"))
+            if not ahead or not number:
+                parts.append(arrow([(x + 121, y + 14), (x + 167, y + 14)], dark))
+            if ahead and number < 3:
+                bend = [(x + 121, y + 26), (x + 144, y + 26), (x + 144, y + 88), (x + 167, y + 88)]
+                parts.append(arrow(bend, dark))
+    return picture(900, 370, "The input that each router reads", parts)
+
+
 def _experts(x: float, y: float, experts: list[tuple[int, str, str]]) -> list[str]:
     """A row of boxes with experts' numbers, in the colours of their layers."""
     parts = []
@@ -317,6 +351,7 @@ def _experts(x: float, y: float, experts: list[tuple[int, str, str]]) -> list[st
 
 DRAWN = {
     "cut": cut, "routing": routing, "upcycling": upcycling, "layer": layer, "pooling": pooling,
+    "route_ahead": route_ahead,
 }  # fmt: skip
 
 if __name__ == "__main__":

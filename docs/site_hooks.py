@@ -16,7 +16,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"\]\(((?!\w+:|#)[^)#\s]+)(#[^)]*)?\)")
-_LANGUAGES = {".py": "python", ".toml": "toml"}
+_LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash", ".yaml": "yaml"}
 
 
 def _links(text: str, place: str) -> set[str]:

@@ -1,6 +1,6 @@
 """Studies of pools: experts shared by neighbouring layers (docs/pooling.md#studies).
 
-    python benchmarks/studies/python_text.py build/python_text.txt
+    python benchmarks/studies/python_text.py build/python_text.txt --megabytes=2
     finermoe sweep --config=configs/studies/rex_arms.py --config=configs/studies/rex_arms.py:rex2 \\
         --seeds=3 --workdir=runs/rex
 
@@ -53,9 +53,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.update(
         path="build/python_text.txt",
         tokenizer="demo/model",
-        sequence_length=256,
-        global_batch_size=16,
-        eval_windows=128,
+        sequence_length=128,
+        global_batch_size=8,
+        eval_windows=256,
     )
     if forms == ["upcycled"]:
         _upcycled(config)
@@ -69,10 +69,16 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _upcycled(config: ConfigDict) -> None:
     config.init_from = "demo/model"
-    config.data.update(path="demo/pydoc_small.txt", tokenizer="", eval_windows=64)
+    config.data.update(
+        path="demo/pydoc_small.txt",
+        tokenizer="",
+        sequence_length=256,
+        global_batch_size=16,
+        eval_windows=64,
+    )
     config.moe.update(intermediate_granularity=8, output_granularity=2)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_fraction=0.05)
-    config.train.update(steps=150, compute_dtype="float32", remat="dots", eval_every=50)
+    config.train.update(steps=60, compute_dtype="float32", remat="dots", eval_every=30)
 
 
 def _from_scratch(config: ConfigDict, form: str) -> None:
@@ -103,5 +109,5 @@ def _from_scratch(config: ConfigDict, form: str) -> None:
         config.moe.update(intermediate_granularity=8, output_granularity=2)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_fraction=0.05)
     config.train.update(
-        steps=600, compute_dtype="float32", remat="dots", eval_every=100, checkpoint_every=200
+        steps=240, compute_dtype="float32", remat="dots", eval_every=120, checkpoint_every=240
     )

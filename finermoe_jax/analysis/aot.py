@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from finermoe_jax.analysis import report
 from finermoe_jax.analysis.expert_traffic import expert_traffic, expert_weights
-from finermoe_jax.analysis.hlo_costs import analyse
+from finermoe_jax.analysis.hlo_costs import analyse, host_overlap
 from finermoe_jax.analysis.programs import Program
 from finermoe_jax.analysis.topology import Target
 from finermoe_jax.config.flops import forward_flops, newton_schulz_flops, training_flops
@@ -61,6 +61,7 @@ def compile_program(
         "parameter_bytes": program.parameter_bytes,
         "gradient_bytes": program.gradient_bytes,
         "optimizer_bytes": program.optimizer_bytes,
+        "host_bytes": program.host_bytes,
         "program": program.name,
         "tokens_per_step": program.tokens,
     }
@@ -83,8 +84,15 @@ def compile_program(
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(program, target)
     figures |= dataclasses.asdict(costs) | {"notes": program.notes, "counting_notes": costs.notes}
-    if target.platform == "tpu" and program.model.moe:
+    if target.platform == "tpu" and program.model.moe and program.experts == "device":
         figures |= _experts(program, text)
+    if program.experts == "host":
+        overlap = host_overlap(text)
+        figures |= {
+            "host_moved_bytes": overlap.moved_bytes,
+            "host_transfers": sum(transfer.times for transfer in overlap.transfers),
+            "host_covered_bytes": overlap.covered_bytes,
+        }
     length, freeze = program.config.data.sequence_length, program.config.train.freeze
     if program.trains:
         needed = training_flops(program.model, length, freeze)
@@ -146,6 +154,8 @@ def memory_of(compiled: Any) -> dict[str, int]:
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "host_temporary_bytes": memory.host_temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes

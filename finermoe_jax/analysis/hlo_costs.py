@@ -25,6 +25,7 @@ from finermoe_jax.analysis.hlo import (
     Computation,
     Frame,
     Instruction,
+    Leaf,
     Module,
     flops,
     library_flops,
@@ -54,6 +55,8 @@ _FREE_TARGETS = {
 }  # fmt: skip
 LARGEST = 100  # instructions that analyse() lists
 _SLICES = ("dynamic-slice", "slice", "gather")
+_STARTS = ("copy-start", "slice-start", "dynamic-slice-start")
+_HOST = 5  # memory space
 
 
 @dataclasses.dataclass
@@ -93,6 +96,83 @@ def analyse(text: str, slices: Sequence[int] = (), fast_memory: bool = False) ->
     return walk.costs
 
 
+@dataclasses.dataclass
+class Transfer:
+    """A copy from host memory, and the work scheduled between its start and its end.
+
+    Attributes:
+      name: its start in the program.
+      bytes: of the copy.
+      times: runs per step, in a loop.
+      flops: of products and kernels in between.
+      hbm_bytes: HBM bytes in between.
+    """
+
+    name: str
+    bytes: float
+    times: float = 1.0
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+
+
+@dataclasses.dataclass
+class Overlap:
+    """All transfers from host memory of a step, and the step's work beside them.
+
+    Attributes:
+      transfers: in the program's order.
+      hbm_bytes: of the step.
+      covered_bytes: of these, while at least one transfer is in flight.
+      most_in_flight: most bytes that are in flight at once.
+    """
+
+    transfers: list[Transfer] = dataclasses.field(default_factory=list)
+    hbm_bytes: float = 0.0
+    covered_bytes: float = 0.0
+    most_in_flight: float = 0.0
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes from host memory per step."""
+        return sum(each.times * each.bytes for each in self.transfers)
+
+
+def host_overlap(text: str) -> Overlap:
+    """Lists the transfers from host memory (space 5) of a program compiled for a TPU."""
+    module, found = parse(text), Overlap()
+
+    def visit(frame: Frame, times: float) -> None:
+        going: dict[str, Transfer] = {}
+        walk, chains = _Walk(module, (), True), set[str]()
+        for instruction in frame.computation.instructions.values():
+            ended = [going.pop(n) for n in instruction.operands if n in going]
+            if ended and not instruction.opcode.endswith("-done"):
+                raise ValueError(f"{instruction.name} reads a transfer that has not ended")
+            if instruction.opcode == "while":
+                body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)") or ""]
+                count = trips(module, instruction, frame) or 1
+                visit(Frame(body, instruction.operands[0], frame), times * count)
+            walk.costs = Costs()
+            walk.one(instruction, frame, 1.0, chains)
+            if instruction.opcode != "while":
+                found.hbm_bytes += times * walk.costs.hbm_bytes
+                found.covered_bytes += times * walk.costs.hbm_bytes * bool(going)
+            for transfer in going.values():
+                transfer.flops += walk.costs.flops
+                transfer.hbm_bytes += walk.costs.hbm_bytes
+            if instruction.opcode in _STARTS:
+                source = frame.computation.instructions[instruction.operands[0]].leaves[0]
+                if source.space == _HOST:
+                    moved = walk.moved(instruction)
+                    going[instruction.name] = Transfer(instruction.name, moved.bytes, times)
+                    found.transfers.append(going[instruction.name])
+            flying = sum(transfer.bytes for transfer in going.values())
+            found.most_in_flight = max(found.most_in_flight, flying)
+
+    visit(Frame(module.computations[module.entry], None, None), 1.0)
+    return found
+
+
 class _Walk:
     def __init__(self, module: Module, slices: Sequence[int], fast_memory: bool):
         self.module, self.slices, self.fast = module, slices, fast_memory
@@ -104,16 +184,20 @@ class _Walk:
         """Adds the costs of a computation that runs `times` times."""
         chains: set[str] = set()
         for instruction in frame.computation.instructions.values():
-            opcode = instruction.opcode
-            if opcode == "while":
-                self._loop(instruction, frame, times)
-            elif opcode == "conditional":
-                self._branches(instruction, frame, times)
-            elif opcode == "call" or (opcode == "async-start" and instruction.called):
-                for name in instruction.called:
-                    self.run(Frame(self.module.computations[name], None, None), times)
-            else:
-                self._count(instruction, frame.computation, times, chains)
+            self.one(instruction, frame, times, chains)
+
+    def one(self, instruction: Instruction, frame: Frame, times: float, chains: set[str]) -> None:
+        """Adds the costs of an instruction and of what it calls."""
+        opcode = instruction.opcode
+        if opcode == "while":
+            self._loop(instruction, frame, times)
+        elif opcode == "conditional":
+            self._branches(instruction, frame, times)
+        elif opcode == "call" or (opcode == "async-start" and instruction.called):
+            for name in instruction.called:
+                self.run(Frame(self.module.computations[name], None, None), times)
+        else:
+            self._count(instruction, frame.computation, times, chains)
 
     def _branches(self, instruction: Instruction, frame: Frame, times: float) -> None:
         self.costs.notes.append("conditionals count as their branch with the most HBM bytes")
@@ -345,6 +429,10 @@ class _Walk:
 
     # --- bytes ------------------------------------------------------------------------------
 
+    def moved(self, start: Instruction) -> Leaf:
+        """Returns what a copy or slice that `start` begins writes."""
+        return start.leaves[-2] if start.opcode != "copy-start" else start.leaves[0]
+
     def _slow(self, space: int) -> bool:
         return space == 0 or not self.fast
 
@@ -355,8 +443,8 @@ class _Walk:
         """Returns HBM bytes of operands and results of an instruction other than a fusion."""
         operands = [inside.instructions[name] for name in instruction.operands]
         opcode = instruction.opcode
-        if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-            moved = instruction.leaves[-2] if opcode != "copy-start" else instruction.leaves[0]
+        if opcode in _STARTS:
+            moved = self.moved(instruction)
             reads = self._slow(operands[0].leaves[0].space)
             return moved.bytes * (reads + self._slow(moved.space))
         if opcode in _SLICES:

@@ -12,18 +12,11 @@ from finermoe_jax.config.presets import QWEN2P5
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import axes_of
-from finermoe_jax.model.decoder import parameter_kinds, parameter_shapes, with_shapes
+from finermoe_jax.model.counts import Counts, true_counts
+from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.runtime.buckets import locate
 from finermoe_jax.weights.hf_weights import read_config, resolve_source
 from finermoe_jax.weights.upcycle import adds_pools, upcycled_config
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters: total, and used by one token."""
-
-    total: int
-    active: int
 
 
 def run_model(config: RunConfig) -> ModelConfig:
@@ -68,23 +61,6 @@ def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> s
 def _partition(spec: PartitionSpec) -> str:
     entries = ("*".join(e) if isinstance(e, tuple) else e or "-" for e in spec)
     return f"({', '.join(entries)})"
-
-
-def true_counts(config: ModelConfig) -> Counts:
-    """Counts every parameter once, including embeddings.
-
-    Active parameters include A of the N routed experts of each MoE layer.
-    """
-    total = active = 0
-    kinds = parameter_kinds(config)
-    for path, shape in parameter_shapes(config).items():
-        size = math.prod(shape)
-        total += size
-        if kinds[path].bank:
-            assert config.moe is not None
-            size = size // config.moe.num_experts * config.moe.num_active
-        active += size
-    return Counts(total, active)
 
 
 def paper_counts(config: ModelConfig) -> Counts:

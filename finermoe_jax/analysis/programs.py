@@ -1,6 +1,7 @@
 """A run's programs (training, evaluation, generation) on shapes, for compilation for a target."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,9 @@ from finermoe_jax.layers import sharding
 from finermoe_jax.layers.kv_cache import init_cache
 from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement, per_device_bytes
+from finermoe_jax.layers.stored import HostLayers
 from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.model.offload import check_place, host_shapes
 from finermoe_jax.training.mesh import choose_mesh, gradient_bytes
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import abstract_optimizer, check_microbatch, jit_step
@@ -46,6 +49,8 @@ class Program:
     optimizer_bytes: int
     whole_state_bytes: int  # parameters and optimizer state, whole arrays
     lower: Callable[[], Any]
+    experts: str = "device"  # offload.PLACES
+    host_bytes: int = 0  # of experts in host memory; not in parameter_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -63,20 +68,38 @@ class Program:
         return self.name == "train"
 
 
-def abstract_program(config: RunConfig, target: Target, name: str = "train") -> Program:
+def abstract_program(
+    config: RunConfig, target: Target, name: str = "train", experts: str = "device"
+) -> Program:
     """Returns a config's program on a target's mesh. Allocates nothing.
 
-    A mesh at its defaults is chosen as in training (training/mesh.py); `notes` says so.
+    A mesh at its defaults is chosen as in training (training/mesh.py); `notes` says so. `experts`
+    is one of offload.PLACES.
 
     Raises InputError for an unknown name, a mesh that does not match the devices, a microbatch that
-    cannot be split over them, or generation on more than one device.
+    cannot be split over them, generation on more than one device, or experts that the program
+    cannot have in host memory.
     """
     if name not in PROGRAMS:
         raise InputError(f"--program={name} is unknown. {near_misses(name, PROGRAMS)}")
+    make = PROGRAMS[name]
+    if experts != "device":
+        check_place(experts, run_model(config))
+        if make is not _generate:
+            raise InputError(
+                f"--experts={experts} needs --program=decode or prefill, but the program is "
+                f"{name}: omit one of them"
+            )
+        if target.platform != "tpu":
+            raise InputError(
+                f"--experts={experts} needs a TPU, but {target.name} is {target.platform}: XLA "
+                "ignores host memory when it compiles for a GPU ahead of time"
+            )
+        make = functools.partial(_generate, experts=experts)
     count, memory = len(target.devices), target.chip.memory
     chosen, note = choose_mesh(config, run_model(config), count, memory, target.slices)
     config = dataclasses.replace(config, mesh=chosen)
-    program = PROGRAMS[name](name, config, target, sharding.make_mesh(chosen, target.devices))
+    program = make(name, config, target, sharding.make_mesh(chosen, target.devices))
     return dataclasses.replace(program, notes=[note, *program.notes]) if note else program
 
 
@@ -133,7 +156,9 @@ def _evaluate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
     )  # fmt: skip
 
 
-def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
+def _generate(
+    name: str, config: RunConfig, target: Target, mesh: Mesh, experts: str = "device"
+) -> Program:
     """Prefill of a prompt of data.sequence_length tokens, or decoding of one token after it."""
     if mesh.size > 1:
         raise InputError(
@@ -141,6 +166,14 @@ def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
             "--topology=v5e:1x1 and set all mesh sizes to 1"
         )
     model, params, shardings, notes = _model(config, mesh, config.train.compute_dtype)
+    places, host = sharding.row_major(params, shardings, model), 0
+    if experts != "device":
+        params, places = host_shapes(params, places, model.config, experts)
+        host = sum(
+            whole_bytes(leaf)
+            for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, HostLayers))
+            if isinstance(leaf, HostLayers)
+        )
     graphdef, length = nnx.split(model)[0], config.data.sequence_length
     cache = jax.eval_shape(lambda: init_cache(model.config, 1, bucket(length + 1), model.dtype))
     scalars = jax.eval_shape(lambda: Sampling().scalars())
@@ -159,12 +192,11 @@ def _generate(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Progr
         (first, (cache, ids, one, scalars)) if name == "prefill" else
         (following, (running, one, scalars))
     )  # fmt: skip
-    places = sharding.row_major(params, shardings, model), *(None for _ in rest)
-    jitted = jax.jit(function, in_shardings=places, donate_argnums=1)
+    jitted = jax.jit(function, in_shardings=(places, *(None for _ in rest)), donate_argnums=1)
+    total = whole_bytes(params)
     return Program(
         name, config, model.config, mesh, notes, 1, config.train.compute_dtype,
-        per_device_bytes(params), 0, 0, whole_bytes(params),
-        _lowered(jitted, (params, *rest), mesh, target),
+        total - host, 0, 0, total, _lowered(jitted, (params, *rest), mesh, target), experts, host,
     )  # fmt: skip
 
 

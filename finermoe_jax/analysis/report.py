@@ -113,6 +113,8 @@ def _memory(figures: dict[str, Any]) -> list[str]:
         f"optimizer state           {gib(figures['optimizer_bytes'])}",
         f"both, from shapes         {gib(state)}",
     ]
+    if figures.get("host_bytes"):
+        lines.append(f"experts in host memory    {gib(figures['host_bytes'])}   not in the peak")
     if "argument_bytes" in figures:
         lines += [
             f"arguments, compiler's     {gib(figures['argument_bytes'])}   including the batch and "
@@ -147,6 +149,13 @@ def _costs(figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"  of the experts          {figures['expert_bytes'] / 1e9:12.3f} GB   "
             f"{figures['expert_bytes'] / bound:.2f} x the minimum; without the update"
+        )
+    if "host_moved_bytes" in figures:
+        covered = figures["host_covered_bytes"] / figures["hbm_bytes"]
+        lines.append(
+            f"from host memory          {figures['host_moved_bytes'] / 1e9:12.3f} GB   in "
+            f"{figures['host_transfers']:.0f} transfers; {covered:.0%} of the HBM bytes are "
+            "scheduled while one is in flight. Their time is in no bound below"
         )
     for kind in sorted(figures["sent_bytes"].keys() | figures["crossing_bytes"].keys()):
         near, far = (figures[k].get(kind, 0.0) / 1e9 for k in ("sent_bytes", "crossing_bytes"))

@@ -8,6 +8,7 @@ from finermoe_jax.analysis.programs import PROGRAMS, abstract_program
 from finermoe_jax.analysis.topology import describe
 from finermoe_jax.cli.flags import Command, Flags, print_config
 from finermoe_jax.errors import InputError
+from finermoe_jax.model.offload import PLACES
 from finermoe_jax.runtime.files import write
 from finermoe_jax.runtime.json_files import to_json
 
@@ -22,6 +23,7 @@ def define(flags: Flags) -> None:
         required=True,
     )
     flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
+    flags.add_text("experts", "device", f"memory of the experts, with decode: {', '.join(PLACES)}")
     flags.add_integer("num_slices", 1, "number of TPU slices; only mesh.data spans them")
     flags.add_boolean(
         "suggest",
@@ -42,7 +44,7 @@ def main(flags: Flags) -> int:
         return 0
     output, hlo = (_writable(flags, name) for name in ("output", "hlo"))
     target = describe(flags.topology, flags.num_slices)
-    program = abstract_program(config, target, flags.program)
+    program = abstract_program(config, target, flags.program, flags.experts)
     print(report.heading(program, target), flush=True)
     figures = compile_program(program, target, hlo=hlo)
     print(report.text(figures, target))

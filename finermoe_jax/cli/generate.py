@@ -30,6 +30,12 @@ def define(flags: Flags) -> None:
     flags.add_boolean("chat", "chat: answer --prompt, if given, then each line of stdin")
     flags.add_text("system", "", "with --chat: system message")
     flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
+    flags.add_text(
+        "experts",
+        "device",
+        "where the experts are: device; host (in host memory, copied to the device when chosen); "
+        "host_compute (in host memory, multiplied there)",
+    )
 
 
 def main(flags: Flags) -> None:
@@ -40,6 +46,7 @@ def main(flags: Flags) -> None:
         raise InputError("--system has no effect without --chat; add --chat or remove --system")
     from finermoe_jax.generation.sampling import Sampling
     from finermoe_jax.generation.text import check_prompt, conversation, stream_text
+    from finermoe_jax.model.offload import check_place
     from finermoe_jax.model.quantize import int8_weights
     from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
@@ -51,9 +58,10 @@ def main(flags: Flags) -> None:
     first: Any = prompt
     if flags.chat:
         first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
+    check_place(flags.experts, source.config)
     check_prompt(source.config, tokenizer, first, flags.max_new_tokens, flags.stop)
     print(source.announcement, file=sys.stderr, flush=True)
-    model = read_model(source, path)
+    model = read_model(source, path, experts=flags.experts)
     if flags.int8:
         model = int8_weights(model)
 

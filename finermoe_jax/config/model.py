@@ -145,6 +145,9 @@ class MoEConfig:
     pooled_as: Literal["copies", "candidates"] = "copies"
     # Adds a learned vector per layer, initially zero, to the input of router and routed experts.
     depth_vector: bool = False
+    # k: the router of layer l reads the FFN input of layer l - k, or of layer 0 if there is none
+    # (Pre-gated MoE, docs/route_ahead.md). 0: its own layer's.
+    route_ahead: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -152,6 +155,11 @@ class MoEConfig:
             raise InputError(
                 f"experts_across={self.experts_across} must be at least 1; 1 means that no layers "
                 "share their experts"
+            )
+        if self.route_ahead < 0:
+            raise InputError(
+                f"route_ahead={self.route_ahead} must be at least 0; 0 means that each router "
+                "reads its own layer's input"
             )
         for name in GRANULARITIES.values():
             value = getattr(self, name)
@@ -415,6 +423,12 @@ class ModelConfig:
                         f"{self.num_hidden_layers - 1} (num_hidden_layers={self.num_hidden_layers})"
                     )
             self._check_pools(self.moe.experts_across)
+            count = self.layer_kinds.count("moe")
+            if self.moe.route_ahead >= max(count, 1):
+                raise InputError(
+                    f"route_ahead={self.moe.route_ahead} must be less than the number of MoE "
+                    f"layers, which is {count}: use at most {max(count - 1, 0)}"
+                )
 
     def _check_pools(self, across: int) -> None:
         """Raises InputError unless `across` divides the MoE layers of every run of neighbours."""

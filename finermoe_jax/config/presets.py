@@ -2,8 +2,9 @@
 
 `--config=configs/NAME.py:VARIANT` selects an architecture: a name, or the numbers
 G_I,G_O,R_I,R_O[,T_I] (Tables 4 and 8). "+" adds an upcycling variant or a training recipe, as in
-`c32a2+lean`; either may also stand alone. "+" also adds rex2 or rex4: 2 or 4 neighbouring layers
-share a pool of experts. docs/architectures.md describes all of them.
+`c32a2+lean`; either may also stand alone. "+" also adds rex2 or rex4 (2 or 4 neighbouring layers
+share a pool of experts) and ahead1 to ahead3 (routers read an earlier layer's input).
+docs/architectures.md describes all of them.
 """
 
 import dataclasses
@@ -81,10 +82,14 @@ UPCYCLE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "function_preserving": dict(function_preserving=True)
 }
 
-# Changes of config.moe for every architecture with experts (docs/pooling.md).
-POOL_VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "rex2": dict(experts_across=2),
-    "rex4": dict(experts_across=4),
+# Changes of config.moe for every architecture with experts: field and value (docs/pooling.md,
+# docs/route_ahead.md).
+MOE_VARIANTS: Mapping[str, tuple[str, int]] = {
+    "rex2": ("experts_across", 2),
+    "rex4": ("experts_across", 4),
+    "ahead1": ("route_ahead", 1),
+    "ahead2": ("route_ahead", 2),
+    "ahead3": ("route_ahead", 3),
 }
 
 # Smallest memory per weight: bfloat16, with Adafactor's factored second moments.
@@ -121,7 +126,7 @@ def architecture(name: str) -> Architecture:
                 "G_I,G_O,R_I,R_O[,T_I]"
             )
         return Architecture("", _moe(*numbers))
-    additions = (*UPCYCLE_VARIANTS, *POOL_VARIANTS, *RECIPES)
+    additions = (*UPCYCLE_VARIANTS, *MOE_VARIANTS, *RECIPES)
     known = (*ARCHITECTURES, *additions)
     raise InputError(
         f"unknown variant {name!r}. {near_misses(name, known)} Or give the numbers "
@@ -133,18 +138,21 @@ def apply_variant(config: Any, variant: str) -> None:
     """Applies VARIANT of `--config=configs/NAME.py:VARIANT` to a preset in place; "" is a no-op.
 
     An architecture replaces config.moe and config.upcycle entirely. Raises InputError for unknown
-    or empty names, for two architectures in one variant, and for pools of a dense model.
+    or empty names, for two architectures in one variant, for two values of a field, and for changes
+    to the experts of a dense model.
     """
     chosen: list[str] = []
-    pools: list[str] = []
+    fields: dict[str, str] = {}
     changes: list[Mapping[str, Any]] = []
     for name in variant.split("+") if variant else ():
         if name in RECIPES:
             RECIPES[name](config)
         elif name in UPCYCLE_VARIANTS:
             changes.append(UPCYCLE_VARIANTS[name])
-        elif name in POOL_VARIANTS:
-            pools.append(name)
+        elif name in MOE_VARIANTS:
+            other = fields.setdefault(MOE_VARIANTS[name][0], name)
+            if other != name:
+                raise InputError(f"variant {variant!r} asks for {other} and {name}: choose one")
         else:
             architecture(name)
             chosen.append(name)
@@ -158,13 +166,13 @@ def apply_variant(config: Any, variant: str) -> None:
         config.upcycle.update(dataclasses.asdict(one.upcycle))
     for change in changes:
         config.upcycle.update(change)
-    if len(pools) > 1 or (pools and config.moe is None):
-        fix = "choose one"
-        if config.moe is None:
-            fix = "the model has no experts to share: remove it, or choose another architecture"
-        raise InputError(f"variant {variant!r} asks for {' and '.join(pools)}: {fix}")
-    for name in pools:
-        config.moe.update(POOL_VARIANTS[name])
+    if fields and config.moe is None:
+        raise InputError(
+            f"variant {variant!r} asks for {' and '.join(fields.values())}, but the model has no "
+            "experts: remove it, or choose another architecture"
+        )
+    for field, name in fields.items():
+        config.moe.update({field: MOE_VARIANTS[name][1]})
 
 
 # --- dense models and the paper's recipe ----------------------------------------------------

@@ -28,6 +28,7 @@ from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import KVCache, init_cache
 from finermoe_jax.layers.parameters import LAYER, axes_of, kind_of
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder
+from finermoe_jax.model.offload import with_experts
 
 SMALLEST_BUCKET = 32
 
@@ -41,6 +42,7 @@ def generate(
     seed: int = 0,
     *,
     sampling: Sampling | None = None,
+    experts: str | None = None,
 ) -> Int[Array, "B TN"]:
     """Generates tokens after every row of a batch.
 
@@ -53,13 +55,17 @@ def generate(
         softmax(logits / temperature).
       seed: seed of the sampling.
       sampling: all sampling settings; replaces temperature and seed.
+      experts: "device", "host" (experts stay in host memory and are copied to the device when
+        chosen) or "host_compute" (the host multiplies with them). None: as the model was loaded.
+        A change copies the experts at every call: better load the model with it.
 
     Returns:
       int32 [B, T + max_new_tokens]: the input, then the new tokens.
 
     Raises:
       InputError: an argument of the wrong type, an empty prompt, rows of different lengths, ids
-        outside the vocabulary, more positions than the model has, or logits that are not finite.
+        outside the vocabulary, more positions than the model has, logits that are not finite, or
+        experts that cannot be placed so.
 
     Examples:
       >>> import finermoe_jax as fm
@@ -70,6 +76,9 @@ def generate(
     prompt = rectangular("input_ids", input_ids)
     if sampling is None:
         sampling = Sampling(temperature=temperature, seed=seed)
+    if experts is not None:
+        check_type("model", model, Decoder, LOAD_A_MODEL)
+        model = with_experts(model, experts)
     new = np.stack(list(stream(model, prompt, attention_mask, max_new_tokens, sampling)), axis=1)
     return jnp.asarray(np.concatenate([prompt, new], axis=1), jnp.int32)
 

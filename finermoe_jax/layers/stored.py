@@ -1,4 +1,4 @@
-"""Weights as generation reads them: layers in place in their stack, and int8 with scales.
+"""Weights as generation reads them: in place in their stack, in host memory, int8 with scales.
 
 Generation reads every weight once per token, so a copy would double its time, and a scan copies the
 layers of a stack. A `LayerView` avoids that: accelerators fuse the slice into the product, and
@@ -66,7 +66,7 @@ class Quantized:
 
     values, int8, has the shape of the weight. scale lacks the summed axes: for [out, …, in]
     matrices it has the first axes, for the experts' down [E, F, W] it is [E, W]. Both may be a
-    LayerView or SeparateLayers.
+    LayerView, SeparateLayers or HostLayers.
     """
 
     values: Any
@@ -88,6 +88,50 @@ class Quantized:
     def rows(self, index: Array) -> Array:
         """Returns float32 rows of a [V, D] table."""
         return self.values[index].astype(jnp.float32) * self.scale[index][..., None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostLayers:
+    """A stack [L, E, …] of experts in host memory: one row-major array [E, …] per layer.
+
+    The layers are separate arrays, so that loading needs room for no second copy of the stack.
+    `computed`: the host multiplies with them; otherwise the device copies the experts it needs.
+    """
+
+    layers: tuple[Any, ...]  # arrays, or their shapes
+    computed: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack."""
+        return (len(self.layers), *self.layers[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the stack."""
+        return self.layers[0].ndim + 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the layers."""
+        return self.layers[0].dtype
+
+    def __getitem__(self, index: Any) -> "HostLayers":
+        assert index is ...
+        return self
+
+    def experts(self, layer: int, chosen: Int[Array, " S"]) -> Array:
+        """Copies the chosen experts of a layer to the device, [S, …], one transfer for each."""
+        stack = self.layers[layer]
+        sizes = (1, *stack.shape[1:])
+        rest = (0,) * (stack.ndim - 1)
+        rows = (lax.dynamic_slice(stack, (chosen[i], *rest), sizes) for i in range(len(chosen)))
+        return jnp.concatenate([jax.device_put(row, jax.memory.Space.Device) for row in rows])
+
+    def whole(self, layer: int) -> Array:
+        """Copies all experts of a layer to the device, [E, …]."""
+        return jax.device_put(self.layers[layer], jax.memory.Space.Device)
 
 
 type Weight = Array | LayerView | Quantized

@@ -3,10 +3,14 @@
 The named scopes are those of analysis/causes.py.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.config.run import BalanceConfig
@@ -17,6 +21,31 @@ from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.moe.balance import Balance, measure
 from finermoe_jax.moe.layer import FineRMoE
 from finermoe_jax.moe.routing import Routing
+
+
+class EarlierInputs(NamedTuple):
+    """FFN inputs, after post_norm, of the k = moe.route_ahead layers before a layer.
+
+    The router of layer l reads that of layer max(l - k, 0). `choose`, if given, lets the next layer
+    choose its experts from what its router reads. It gets a layer's FFN input and that, and returns
+    the FFN input.
+    """
+
+    inputs: tuple[Float[Array, "B T D"], ...] = ()  # of the k last layers, the last one first
+    none_yet: Bool[Array, ""] | bool = False  # True for layer 0: its own input takes their place
+    choose: Callable[[Array, Array], Array] | None = None
+
+    def then(
+        self, own: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"] | None, tuple[Array, ...]]:
+        """Returns what the layer's router reads in place of `own`, and the next layer's inputs."""
+        if not self.inputs:
+            return None, ()
+        if self.none_yet is False:
+            inputs = self.inputs
+        else:
+            inputs = tuple(jnp.where(self.none_yet, own, each) for each in self.inputs)
+        return inputs[-1], (own, *inputs[:-1])
 
 
 class Block(nnx.Module):
@@ -49,8 +78,14 @@ class Block(nnx.Module):
         cache: CacheUse | None,
         placement: Placement,
         balance: BalanceConfig,
-    ) -> tuple[Array, LayerCache | None, tuple[Routing, Balance] | None]:
-        """Returns x, the written cache, and an MoE layer's routing and balance."""
+        earlier: EarlierInputs,
+    ) -> tuple[
+        Array, LayerCache | None, tuple[Routing, Balance] | None, tuple[Float[Array, "B T D"], ...]
+    ]:
+        """Returns x, the written cache, an MoE layer's routing and balance, and `earlier.inputs`.
+
+        The latter are those of the next layer.
+        """
         with jax.named_scope("norms"):
             normed = self.input_norm(x)
         with jax.named_scope("attention"):
@@ -58,11 +93,16 @@ class Block(nnx.Module):
         with jax.named_scope("norms"):
             x = x + attended
             normed = self.post_norm(x)
+            router_input, inputs = earlier.then(normed)
+        if earlier.choose is not None:
+            normed = earlier.choose(normed, inputs[-1])
         if not hasattr(self, "moe"):
             with jax.named_scope("dense_ffn"):
-                return x + self.mlp(normed, placement), written, None
-        y, routing, aux_loss = self.moe(normed, real, placement)
+                return x + self.mlp(normed, placement), written, None, inputs
+        # Subclasses of FineRMoE may lack the argument.
+        ahead = {} if router_input is None else {"router_input": router_input}
+        y, routing, aux_loss = self.moe(normed, real, placement, **ahead)
         with jax.named_scope("router"):
             load = measure(routing, aux_loss, real, balance, self.moe.allowed)
         with jax.named_scope("norms"):
-            return x + y, written, (routing, load)
+            return x + y, written, (routing, load), inputs

@@ -206,16 +206,17 @@ class Decoder(nnx.Module):
 
         shared = Pass(
             angles, segment_ids, real, self.placement, slot, visible, remat, unroll,
-            frozen_experts, balance, psr,
+            frozen_experts, balance, psr, self.config.moe.route_ahead if self.config.moe else 0,
         )  # fmt: skip
         with jax.named_scope("embedding"):
             x = self.embed(input_ids, self.dtype, self.placement)
         traces: list[Traces] = []
         caches: list[Any] = []
+        earlier = None
         for index, run in enumerate(self.runs):
             of_run = None if cache is None else cache.layers[index]
             before = sum(len(each.routing) for each in traces)
-            x, written, of_moe = run_layers(run, x, of_run, shared, before)
+            x, written, of_moe, earlier = run_layers(run, x, of_run, shared, before, earlier)
             caches.append(written)
             traces += [] if of_moe is None else [of_moe]
         new_cache = None if cache is None else cache.advanced(tuple(caches), real)

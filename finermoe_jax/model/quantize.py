@@ -1,11 +1,14 @@
 """int8 weights, for generation and evaluation limited by memory bandwidth."""
 
+import jax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers.parameters import axes_of, kind_of
-from finermoe_jax.layers.stored import Quantized, quantize
+from finermoe_jax.layers.stored import HostLayers, Quantized, quantize
 from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.model.offload import to_host
 
 
 def int8_weights(model: Decoder) -> Decoder:
@@ -22,6 +25,8 @@ def int8_weights(model: Decoder) -> Decoder:
         value = variable.get_value()
         if not summed or isinstance(value, Quantized):
             return variable
+        if isinstance(value, HostLayers):  # one layer at a time
+            return variable.replace(_in_host_memory(value, summed))
         return variable.replace(quantize(value, summed))
 
     mesh = model.placement.mesh
@@ -32,3 +37,14 @@ def int8_weights(model: Decoder) -> Decoder:
         )
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, nnx.map_state(convert, state))
+
+
+def _in_host_memory(stack: HostLayers, summed: tuple[int, ...]) -> Quantized:
+    device = jax.devices()[0]
+    layers = []
+    for layer in stack.layers:
+        whole = quantize(jax.device_put(layer, SingleDeviceSharding(device)), summed)
+        layers.append((to_host(whole.values), to_host(whole.scale)))
+        jax.block_until_ready(layers[-1])
+    values, scales = (HostLayers(each, stack.computed) for each in zip(*layers, strict=True))
+    return Quantized(values, scales)

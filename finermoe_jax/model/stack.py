@@ -17,15 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finermoe_jax.config.model import LayerKind, ModelConfig
 from finermoe_jax.config.run import PUBLISHED_BALANCE, BalanceConfig
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.cpu import SeparateLayers
 from finermoe_jax.layers.kv_cache import CacheUse, LayerCache
 from finermoe_jax.layers.parameters import axes_of, kind_of
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.layers.stored import LayerView
-from finermoe_jax.model.block import Block
+from finermoe_jax.model.block import Block, EarlierInputs
 from finermoe_jax.moe.balance import pool_balancing_loss
-from finermoe_jax.moe.bank import CarriedBank, bank_of_run, check_used
+from finermoe_jax.moe.bank import CarriedBank, HostBank, bank_of_run, check_used
 from finermoe_jax.moe.psr import Reuse
 from finermoe_jax.moe.routing import Routing
 
@@ -42,7 +42,7 @@ class Pass(NamedTuple):
     With a cache, slot is the next free slot and visible marks the slots that a single token sees.
     remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
     frozen_experts get no gradient. balance chooses the MoE layers' losses. psr masks experts of the
-    pools.
+    pools. route_ahead is MoEConfig's.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -56,6 +56,7 @@ class Pass(NamedTuple):
     frozen_experts: bool = False
     balance: BalanceConfig = PUBLISHED_BALANCE
     psr: Reuse | None = None
+    route_ahead: int = 0
 
 
 class Traces(NamedTuple):
@@ -91,7 +92,13 @@ def run_layers(
     caches: tuple[LayerCache, ...] | None,
     shared: Pass,
     first: int = 0,
-) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...] | None, Traces | None]:
+    earlier: tuple[Float[Array, "B T D"], ...] | None = None,
+) -> tuple[
+    Float[Array, "B T D"],
+    tuple[LayerCache, ...] | None,
+    Traces | None,
+    tuple[Float[Array, "B T D"], ...],
+]:
     """Applies a run of layers to the residual stream.
 
     Args:
@@ -100,10 +107,11 @@ def run_layers(
       caches: keys and values of each position of the pattern, stacked over the repeats, or None.
       shared: all other inputs.
       first: MoE layers before the run.
+      earlier: FFN inputs of the layers before the run (`EarlierInputs`); None: it is the first.
 
     Returns:
-      x, the caches with the new keys and values, and the MoE layers' records (None without MoE
-      layers).
+      x, the caches with the new keys and values, the MoE layers' records (None without MoE layers),
+      and `earlier` for the next run.
     """
     pools = _pools(run)
     banks = [
@@ -115,9 +123,9 @@ def run_layers(
     graphdef, state = nnx.split(run)
     of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)
     repeats = _repeats(stacked)
+    begins = earlier is None and shared.route_ahead > 0
 
-    def body(carry: tuple, here: tuple) -> tuple:
-        (x, caches, gradients), (layer, state) = carry, here
+    def merged(layer: Array | int, state: Any) -> Any:
         if state is None:
             state = _in_place(stacked, layer, shared.placement)
         with jax.named_scope("weights"):
@@ -125,26 +133,36 @@ def run_layers(
         blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
         if shared.psr is not None:
             _mask(blocks, shared.psr, first, layer)
-        return _apply(blocks, pools, banks, (x, caches, gradients), layer, shared)
+        return blocks
 
-    if shared.remat != "none":
-        # A loop cannot share results between the two passes; unrolled code would.
-        unrolled = shared.unroll >= repeats
-        policy = REMAT_POLICIES[shared.remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
-    carry = x, caches, tuple(() if bank is None else bank.carried for bank in banks)
-    if _all_separate(stacked):
-        (x, caches, gradients), traces = _unrolled(body, carry, repeats)
+    def body(carry: tuple, here: tuple) -> tuple:
+        (x, inputs, caches, gradients), (layer, state) = carry, here
+        before = EarlierInputs(inputs, layer == 0 if begins else False)
+        carry = x, before, caches, gradients
+        if not on_host:
+            return _apply(merged(layer, state), pools, banks, carry, layer, shared)
+        blocks = ready.pop(layer, None) or merged(layer, state)
+        if layer + 1 < repeats:
+            ready[layer + 1] = merged(layer + 1, None)
+        return _apply(blocks, pools, banks, carry, layer, shared, ready.get(layer + 1))
+
+    on_host = any(bank is not None and isinstance(bank.bank, HostBank) for bank in banks)
+    ready: dict[int, Any] = {}  # the next repeat's blocks, which may choose experts early
+    # Layer 0 puts its own input in place of these; x has the same shape and sharding.
+    inputs = (x,) * shared.route_ahead if earlier is None else earlier
+    carry = x, inputs, caches, tuple(() if bank is None else bank.carried for bank in banks)
+    separate = _all_separate(stacked)
+    if separate or on_host:
+        loop = functools.partial(_unrolled, repeats=repeats, apart=not separate)
     else:
         # Decoding has few rows per weight: slicing a layer would copy it, idle experts included.
-        sliced = stacked if caches is None else None
-        (x, caches, gradients), traces = jax.lax.scan(
-            body, carry, (jnp.arange(repeats), sliced), unroll=min(shared.unroll, repeats)
-        )
+        each = jnp.arange(repeats), stacked if caches is None else None
+        loop = functools.partial(jax.lax.scan, xs=each, unroll=min(shared.unroll, repeats))
+    (x, inputs, caches, gradients), traces = loop(_recomputed(body, repeats, shared), carry)
     for bank, handed_on in zip(banks, gradients, strict=True):
         if bank is not None:
             x = bank.end(x, handed_on)
-    return x, caches, _in_order(traces, repeats)
+    return x, caches, _in_order(traces, repeats), inputs
 
 
 def _pools(run: Any) -> list[int | None]:
@@ -183,11 +201,16 @@ def _apply(
     carry: tuple,
     layer: Array | int,
     shared: Pass,
+    following: Any = (),
 ) -> tuple[tuple, tuple]:
-    """Applies one repeat of the pattern: the carry (x, caches, gradients), each block's trace."""
-    x, caches, gradients = carry
+    """Applies one repeat of the pattern: run_layers' next carry, and each block's trace.
+
+    `following`: the next repeat's blocks, if their experts are in host memory.
+    """
+    x, earlier, caches, gradients = carry
     gradients = list(gradients)
-    x = sharding.constrain(x, ("batch", "sequence", "width"), shared.placement, "residual stream")
+    x, inputs = _constrained((x, earlier.inputs), shared.placement)
+    earlier = earlier._replace(inputs=inputs)
     written, traces = [], []
     for place, (block, pool) in enumerate(zip(blocks, pools, strict=True)):
         use = None
@@ -200,9 +223,15 @@ def _apply(
             block.moe.bank = carried.bank.at(layer, gradients[pool], adds)
         elif pool is not None and pool != place:
             block.moe.bank = blocks[pool].moe.experts(shared.placement)
-        x, cache, trace = block(
-            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement, shared.balance
-        )
+        after = [*enumerate(blocks)][place + 1 :] or [*enumerate(following or ())]
+        if after and shared.route_ahead and x.shape[1] == 1:
+            at = layer + (after[0][0] == 0)
+            earlier = earlier._replace(choose=_choice(*after[0], pools, banks, at, shared))
+        x, cache, trace, inputs = block(
+            x, shared.angles, shared.segment_ids, shared.real, use, shared.placement,
+            shared.balance, earlier,
+        )  # fmt: skip
+        earlier = EarlierInputs(inputs)
         if pool is not None and carried is not None:
             check_used(gradients[pool], block.moe.bank)
             gradients[pool] = block.moe.bank.gradients
@@ -211,7 +240,36 @@ def _apply(
     if shared.balance.over == "pool":
         traces = _balanced_over_pools(blocks, pools, traces, shared)
     caches = None if caches is None else tuple(written)
-    return (x, caches, tuple(gradients)), tuple(traces)
+    return (x, earlier.inputs, caches, tuple(gradients)), tuple(traces)
+
+
+def _choice(
+    place: int,
+    block: Block,
+    pools: list[int | None],
+    banks: list[CarriedBank | None],
+    layer: Array | int,
+    shared: Pass,
+) -> Callable[[Array, Array], Array] | None:
+    """Returns EarlierInputs.choose for the next block, if its experts are in host memory."""
+    pool = pools[place]
+    carried = None if pool is None else banks[pool]
+    if carried is None or not isinstance(carried.bank, HostBank):
+        return None
+    bank = carried.bank.at(layer, ())
+
+    def choose(x: Array, router_input: Array) -> Array:
+        block.moe.bank = bank
+        with jax.named_scope("router"):
+            block.moe.chosen, x = block.moe.choose(router_input, x, shared.placement)
+        return x
+
+    return choose
+
+
+def _constrained(streams: Any, placement: Placement) -> Any:
+    axes, name = ("batch", "sequence", "width"), "residual stream"
+    return jax.tree.map(lambda x: sharding.constrain(x, axes, placement, name), streams)
 
 
 def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, shared: Pass) -> list:
@@ -227,10 +285,23 @@ def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, sha
     ]
 
 
-def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int) -> tuple:
-    """`lax.scan` without a loop, for layers that are separate arrays."""
+def _recomputed(body: Callable[..., tuple], repeats: int, shared: Pass) -> Callable[..., tuple]:
+    """Wraps the loop's body so that the backward pass recomputes what shared.remat says."""
+    if shared.remat == "none":
+        return body
+    # A loop cannot share results between the two passes; unrolled code would.
+    unrolled = shared.unroll >= repeats
+    return jax.checkpoint(body, policy=REMAT_POLICIES[shared.remat], prevent_cse=unrolled)
+
+
+def _unrolled(body: Callable[..., tuple], carry: tuple, repeats: int, apart: bool) -> tuple:
+    """`lax.scan` without a loop, for layers that are separate arrays.
+
+    `apart`: a CPU fuses nothing across layers, so that results equal a scan's bit by bit.
+    """
     each = []
     for layer in range(repeats):
+        carry = cpu.materialized(carry) if apart else carry
         carry, traces = body(carry, (layer, None))
         each.append(traces)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

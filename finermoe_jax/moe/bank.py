@@ -14,25 +14,30 @@ If r neighbouring layers share a pool of experts (experts_across), the stack has
 [L / r, r * N, ...], and "layer" above means a pool. The pool's layers use its bank in turn. In the
 backward pass the last of them writes the gradients, and the others add to them. Experts sharded
 over fsdp are gathered by each of the r layers.
+
+Experts in host memory (`HostBank`) are copied to the device when a layer has chosen them. The
+copies are a bank of one layer (docs/host_experts.md).
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers import sharding
+from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.sharding import Placement
-from finermoe_jax.layers.stored import Quantized
+from finermoe_jax.layers.stored import HostLayers, Quantized
 from pallas_kernels.expert_ffn import empty_like, expert_ffn, expert_ffn_of_run, unread
-from pallas_kernels.platform import Implementation
+from pallas_kernels.platform import Implementation, platform
 
 
 @dataclasses.dataclass
@@ -48,6 +53,7 @@ class ExpertBank:
         them. Empty: the experts get no gradient.
       adds: gradients are added to the stacks (`Summed`).
       ends: set on a bank of one layer, whose single use ends the loop with `CarriedBank.end`.
+      window_of: of copies of some experts, the sizes (E, L * E) of their layer and its stack.
     """
 
     gate_up: Array
@@ -57,6 +63,7 @@ class ExpertBank:
     gradients: tuple[Array, ...] = ()
     adds: bool = False
     ends: "CarriedBank | None" = None
+    window_of: tuple[int, int] | None = None
 
     @property
     def experts(self) -> int:
@@ -76,12 +83,12 @@ class ExpertBank:
             first = jnp.asarray(self.layer * self.experts, jnp.int32)
             return expert_ffn(
                 rows, flat[0], flat[1], group_sizes, row_weights, kernel, False, first,
-                (flat[2], flat[3]),
+                (flat[2], flat[3]), self.window_of,
             )  # fmt: skip
         with jax.named_scope("routed_experts"):
             y, self.gradients = expert_ffn_of_run(
                 rows, self.gate_up, self.down, group_sizes, row_weights, self.layer,
-                self.gradients, kernel, adds=self.adds,
+                self.gradients, kernel, adds=self.adds, window_of=self.window_of,
             )  # fmt: skip
         return y
 
@@ -90,6 +97,137 @@ class ExpertBank:
     ) -> "ExpertBank":
         """Returns the bank at another layer, with the gradients to pass on and to add to."""
         return dataclasses.replace(self, layer=layer, gradients=gradients, adds=self.adds or adds)
+
+    def fetch(
+        self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
+    ) -> tuple["ExpertBank", Int[Array, "B T A"], Float[Array, "B T D"]]:
+        """Returns its arguments: the experts are on the device (cf. `HostBank.fetch`)."""
+        return self, experts, x
+
+
+@dataclasses.dataclass
+class HostBank:
+    """The experts of L layers in host memory, and the layer in use. They get no gradient.
+
+    The layer copies them to the device (`fetch`), or the host multiplies with them (`on_host`).
+
+    Attributes:
+      gate_up: [L, E, 2F, D].
+      down: [L, E, F, W].
+      layer: the layer in use.
+      scales: [L, E, 2F] and [L, E, W], of int8 weights.
+    """
+
+    gate_up: HostLayers
+    down: HostLayers
+    layer: int = 0
+    scales: tuple[HostLayers, HostLayers] | None = None
+    gradients: tuple[()] = ()
+    ends = None
+
+    @property
+    def experts(self) -> int:
+        """Experts per layer."""
+        return self.gate_up.shape[1]
+
+    def at(
+        self, layer: Array | int, gradients: tuple[Array, ...], adds: bool = False
+    ) -> "HostBank":
+        """Returns the bank at another layer."""
+        assert isinstance(layer, int), "experts in host memory need layers written out"
+        return dataclasses.replace(self, layer=layer)
+
+    def fetch(
+        self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
+    ) -> tuple["ExpertBank | HostBank", Int[Array, "B T A"], Float[Array, "B T D"]]:
+        """Copies the experts that a layer has chosen to the device.
+
+        A decoding step copies one expert for each of S = B * A slots. If S is more than half of the
+        layer, and for prompts, the whole layer is copied. An unused slot gets an expert a second
+        time.
+
+        Returns:
+          The bank of the copies (or, for the host to compute with, this one), the experts' numbers
+          in it, and x. What reads this x is scheduled
+          after the choice of the experts, so that the transfers start first.
+        """
+        tokens, active = experts.shape[1:]
+        slots, stacks = experts.size, self._stacks
+        if tokens > 1 or slots > self.experts // 2:
+            copies = [stack.whole(self.layer) for stack in stacks]
+        elif self.gate_up.computed:
+            return self, experts, x
+        else:
+            if slots == active:  # one token, whose experts differ
+                chosen, experts = experts.reshape(-1), jnp.arange(active)[None, None]
+            else:
+                chosen, place = jnp.unique(experts.reshape(-1), return_inverse=True, size=slots)
+                experts = place.reshape(experts.shape)
+            if platform() == "cpu":
+                chosen, experts = lax.optimization_barrier((chosen, experts))
+            else:
+                x, chosen = lax.optimization_barrier((x, chosen))
+            copies = [stack.experts(self.layer, chosen) for stack in stacks]
+        copies = cpu.materialized(copies)
+        gate_up, down, *scales = (copy[None] for copy in copies)
+        bank = ExpertBank(gate_up, down, scales=tuple(scales) or None, window_of=self._window_of)
+        return bank, experts.astype(jnp.int32), x
+
+    def on_host(
+        self,
+        x: Float[Array, "B T D"],
+        experts: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
+    ) -> Float[Array, "B T A W"]:
+        """`routed_experts` on the host: only rows and their results travel."""
+        active = experts.shape[2]
+        inputs = x.reshape(-1, x.shape[2]), experts.reshape(-1), weights.reshape(-1)
+        moved = jax.device_put(inputs, jax.memory.Space.Host)
+        stacks = [stack.layers[self.layer] for stack in self._stacks]
+        y = compute_on(
+            functools.partial(_rows_on_host, active),
+            compute_type="device_host",
+            out_memory_spaces=jax.memory.Space.Device,
+        )(*moved, *stacks)
+        return y.reshape(*experts.shape, -1)
+
+    @property
+    def _stacks(self) -> tuple[HostLayers, ...]:
+        return (self.gate_up, self.down, *(self.scales or ()))
+
+    @property
+    def _window_of(self) -> tuple[int, int]:
+        return self.experts, self.experts * len(self.gate_up.layers)
+
+
+def _rows_on_host(
+    active: int,
+    x: Float[Array, "T D"],
+    experts: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    gate_up: Array,
+    down: Array,
+    *scales: Array,
+) -> Float[Array, "M W"]:
+    """Computes M = T * active weighted experts in float32, one after the other.
+
+    Every operand is in host memory. A constant array would not be, so there is none.
+    """
+
+    def of(stack: Array, m: int) -> Array:
+        start = (experts[m], *(experts[m] - experts[m] for _ in stack.shape[1:]))
+        one = lax.dynamic_slice(stack, start, (1, *stack.shape[1:]), allow_negative_indices=False)
+        return one[0].astype(jnp.float32)
+
+    results = []
+    for m in range(len(experts)):
+        hidden = of(gate_up, m) @ x[m // active].astype(jnp.float32)
+        hidden = hidden * of(scales[0], m) if scales else hidden
+        gate, up = jnp.split(hidden, 2)
+        y = (gate * lax.logistic(gate) * up) @ of(down, m)
+        y = y * of(scales[1], m) if scales else y
+        results.append(y * weights[m].astype(jnp.float32))
+    return jnp.stack(results).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -120,8 +258,12 @@ def bank_of_run(
     None if the experts are sharded over fsdp. `frozen`: no gradient.
     """
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
-        scales = gate_up.scale, down.scale
-        return CarriedBank(ExpertBank(gate_up.values, down.values, scales=scales), placement)
+        scales, kind = (gate_up.scale, down.scale), ExpertBank
+        if isinstance(gate_up.values, HostLayers):
+            kind = HostBank
+        return CarriedBank(kind(gate_up.values, down.values, scales=scales), placement)
+    if isinstance(gate_up, HostLayers):
+        return CarriedBank(HostBank(gate_up, down), placement)
     if isinstance(gate_up, Summed) and isinstance(down, Summed):
         bank = ExpertBank(gate_up.weights, down.weights, adds=True)
         return CarriedBank(
@@ -217,7 +359,7 @@ class CarriedBank:
       sums: float32, shaped like carried, to which gradients are added; empty: they are written.
     """
 
-    bank: ExpertBank
+    bank: ExpertBank | HostBank
     placement: Placement
     carried: tuple[Array, ...] = ()
     sums: tuple[Array, ...] = ()
@@ -255,7 +397,7 @@ _from_sums.defvjp(
 )
 
 
-def check_used(before: tuple[Array, ...], bank: ExpertBank) -> None:
+def check_used(before: tuple[Array, ...], bank: ExpertBank | HostBank) -> None:
     """Raises InputError if a layer did not compute its experts through its bank.
 
     Their gradients would be uninitialised memory.

@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.sharding import ExchangeKind, Placement
-from finermoe_jax.moe.bank import ExpertBank, Places
+from finermoe_jax.moe.bank import ExpertBank, HostBank, Places
 from pallas_kernels.expert_ffn import empty_like, expert_ffn_of_run, unread
 from pallas_kernels.platform import Implementation, platform
 
@@ -46,7 +46,7 @@ def routed_experts(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T A"],
     weights: Float[Array, "B T A"],
-    bank: ExpertBank,
+    bank: ExpertBank | HostBank,
     placement: Placement,
 ) -> Float[Array, "B T A W"]:
     """Applies each token's A active experts, weighted, on one device or over a mesh.
@@ -55,6 +55,9 @@ def routed_experts(
     sequence, its devices compute the same tokens. The bank's weights are not cast here, since only
     those of experts with rows are read. Its gradients are replaced.
     """
+    bank, experts, x = bank.fetch(experts, x)
+    if isinstance(bank, HostBank):
+        return bank.on_host(x, experts, weights)
     mesh, kernel, exchange = placement.mesh, placement.kernel, placement.exchange
     if mesh is None or mesh.size == 1:
         y = _routed(x, experts, weights, bank, kernel, None, exchange)

@@ -4,6 +4,8 @@ Dropless: routed rows are sorted by expert, computed in groups of any size, and 
 slots (moe/exchange.py). Letters: config/model.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,9 +16,26 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.layers.basic import MLP, normal, param, project
 from finermoe_jax.layers.sharding import ONE_DEVICE, Placement
 from finermoe_jax.moe.balance import load_balancing_loss
-from finermoe_jax.moe.bank import ExpertBank, bank_of_layer
+from finermoe_jax.moe.bank import ExpertBank, HostBank, bank_of_layer
 from finermoe_jax.moe.exchange import routed_experts
 from finermoe_jax.moe.routing import Routing, SelectionBias, route
+
+
+@dataclasses.dataclass
+class Chosen:
+    """A layer's choice of experts.
+
+    Attributes:
+      routing: as `FineRMoE.route` returns it.
+      experts: [B, T, A] in slot order, numbers in `bank`.
+      weights: [B, T, A] in slot order.
+      bank: the experts.
+    """
+
+    routing: Routing
+    experts: Int[Array, "B T A"]
+    weights: Float[Array, "B T A"]
+    bank: ExpertBank | HostBank
 
 
 class FineRMoE(nnx.Module):
@@ -38,9 +57,11 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    # Set by model/stack.py for each layer: its pool's experts, and which of them tokens may choose.
-    bank: ExpertBank | None = None
+    # Set by model/stack.py for each layer: its pool's experts, which of them tokens may choose, and
+    # the choice, if it was made while an earlier layer was computed.
+    bank: ExpertBank | HostBank | None = None
     allowed: Bool[Array, " E"] | None = None
+    chosen: Chosen | None = None
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, place: int = 0):
         """Draws random weights.
@@ -94,6 +115,7 @@ class FineRMoE(nnx.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         placement: Placement = ONE_DEVICE,
+        router_input: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
         """Computes the layer.
 
@@ -101,27 +123,23 @@ class FineRMoE(nnx.Module):
           x: [B, T, D].
           mask: bool [B, T], True at real tokens; only the loss uses it.
           placement: the devices and the kernel that compute the experts.
+          router_input: [B, T, D], an earlier layer's input, from which the experts are chosen
+            (moe.route_ahead); None: x.
 
         Returns:
           The output [B, T, D] in the dtype of x, the `Routing` of every token, and the float32 loss
           of Eq. 11, weight not applied.
         """
         with jax.named_scope("router"):
-            routed = x
-            if self.moe.depth_vector:
-                routed = x + self.depth_vector[...].astype(x.dtype)[None, None]
-            routing, slot_order = self.route(routed)  # Algorithm 1
-            if placement.force_balance:
-                routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
+            routed, chosen = self._with_depth(x), self.chosen
+            if chosen is None:
+                chosen, x = self.choose(x if router_input is None else router_input, x, placement)
+            routing = chosen.routing
             aux_loss = load_balancing_loss(  # Eq. 11
                 routing.logits, routing.experts, mask, self.allowed
             )
-            experts, weights = (
-                jnp.take_along_axis(chosen, slot_order, axis=-1)
-                for chosen in (routing.experts, routing.weights)
-            )
         with jax.named_scope("exchange"):
-            y = routed_experts(routed, experts, weights, self.experts(placement), placement)
+            y = routed_experts(routed, chosen.experts, chosen.weights, chosen.bank, placement)
             y = self._combine(y)  # Eq. 7, [B, T, A, W] to [B, T, D]
         if self.moe.concat_proj == "routed":
             y = self._project(y)
@@ -132,6 +150,34 @@ class FineRMoE(nnx.Module):
             y = self._project(y)
         return y, routing, aux_loss
 
+    def choose(
+        self, router_input: Float[Array, "B T D"], x: Float[Array, "B T D"], placement: Placement
+    ) -> tuple[Chosen, Float[Array, "B T D"]]:
+        """Chooses experts and makes their bank ready (`HostBank.fetch`).
+
+        Args:
+          router_input: what the router reads.
+          x: the FFN input of the layer that is computed meanwhile.
+          placement: as in `__call__`.
+
+        Returns:
+          The choice, and x, whose use is scheduled after it.
+        """
+        routing, slot_order = self.route(self._with_depth(router_input))  # Algorithm 1
+        if placement.force_balance:
+            routing, slot_order = route(routing.logits, self.moe, x.dtype, even=True)
+        experts, weights = (
+            jnp.take_along_axis(chosen, slot_order, axis=-1)
+            for chosen in (routing.experts, routing.weights)
+        )
+        bank, experts, x = self.experts(placement).fetch(experts, x)
+        return Chosen(routing, experts, weights, bank), x
+
+    def _with_depth(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if not self.moe.depth_vector:
+            return x
+        return x + self.depth_vector[...].astype(x.dtype)[None, None]
+
     def route(self, x: Float[Array, "B T D"]) -> tuple[Routing, Int[Array, "B T A"]]:
         """Chooses each token's experts (Algorithm 1).
 
@@ -139,7 +185,7 @@ class FineRMoE(nnx.Module):
         `self.allowed` is set (train.psr), all of them must be allowed.
 
         Args:
-          x: [B, T, D].
+          x: [B, T, D], the layer's input or, with moe.route_ahead, an earlier layer's.
 
         Returns:
           A `Routing`, and int [B, T, A]: the order that sorts its experts by slot
@@ -172,7 +218,7 @@ class FineRMoE(nnx.Module):
         groups = None if self.moe.plain_top_k else self.group_bias[...].astype(jnp.float32)
         return SelectionBias(self.expert_bias[...].astype(jnp.float32), groups)
 
-    def experts(self, placement: Placement) -> ExpertBank:
+    def experts(self, placement: Placement) -> ExpertBank | HostBank:
         """Returns the pool's experts, read in place if the loop over layers set `bank`."""
         if self.bank is not None:
             return self.bank

@@ -1,8 +1,10 @@
-"""Allocator settings that speed up training on a CPU."""
+"""Free host memory, and allocator settings that speed up training on a CPU."""
 
 import ctypes
 import os
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -36,3 +38,28 @@ def release_freed() -> None:
     """
     if _kept:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available(root: Path = Path("/")) -> int | None:
+    """Returns the bytes of host memory that this process can still use; None if unknown.
+
+    The smaller of the machine's free memory and what the container's limit (cgroup 2) leaves; file
+    caches count as free. `root` is the directory of proc/ and sys/.
+    """
+    found = []
+    if free := _number(root / "proc/meminfo", r"^MemAvailable:\s+(\d+) kB"):
+        found.append(1024 * free)
+    group = root / "sys/fs/cgroup"
+    limit, used = (_number(group / f"memory.{n}", r"^(\d+)$") for n in ("max", "current"))
+    if limit is not None and used is not None:
+        cached = _number(group / "memory.stat", r"^file (\d+)$") or 0
+        found.append(max(0, limit - used + cached))
+    return min(found, default=None)
+
+
+def _number(file: Path, pattern: str) -> int | None:
+    try:
+        found = re.search(pattern, file.read_text(), re.MULTILINE)
+    except OSError:  # not Linux, or no limit
+        return None
+    return int(found[1]) if found else None

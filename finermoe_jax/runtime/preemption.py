@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 _AGAIN_SECONDS = 0.05  # time for the finalizer or callback to return
 
 

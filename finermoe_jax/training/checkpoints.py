@@ -32,20 +32,27 @@ from finermoe_jax.weights.checkpoint import (
     registry,
 )
 from finermoe_jax.weights.integrity import saved_steps
+from finermoe_jax.weights.model_card import UNKNOWN, Origin
 from finermoe_jax.weights.orbax_files import save_errors
 
 
 class TrainingCheckpoints:
     """A workdir's checkpoints/, saved asynchronously through Orbax's manager.
 
-    Keeps the `keep` newest and, in addition, the `keep_best` with the lowest held-out loss.
+    Keeps the `keep` newest and, in addition, the `keep_best` with the lowest held-out loss. Each
+    one states the `origin` of the run's initial weights.
     """
 
     def __init__(
-        self, directory: Place, keep: int, keep_best: int = 0, storage: Storage | None = None
+        self,
+        directory: Place,
+        keep: int,
+        keep_best: int = 0,
+        origin: Origin = UNKNOWN,
+        storage: Storage | None = None,
     ):
         """`storage` of a run in a bucket is asked before each commit."""
-        self.directory, self.keep_best = directory.absolute(), keep_best
+        self.directory, self.keep_best, self.origin = directory.absolute(), keep_best, origin
         self.storage = storage or LocalStorage(Path(directory).parent)
         self._step, self._committed = -1, saved_steps(self.directory)
         self.arrays = orbax_files.ArrayHandler()
@@ -113,7 +120,8 @@ class TrainingCheckpoints:
         self.wait()
         self._step = step
         self._refuse_full(step, params, optimizer)
-        config = described(model.config, model.dtype, model.embed.weight.dtype) | {
+        weights = model.embed.weight.dtype
+        config = described(model.config, model.dtype, weights, self.origin) | {
             "step": step,
             "logged": dict(logged or {}),
             "skipped_in_a_row": skipped_in_a_row,

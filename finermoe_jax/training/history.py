@@ -1,5 +1,6 @@
 """The held-out losses of a run over tokens, FLOPs and seconds."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.runtime.json_files import read_json, read_log
 from finermoe_jax.training.plot import DENSE_BASE
-from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of
+from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of, readable_workdir
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
+from finermoe_jax.weights.model_card import TrainingRun
 
 SEEDS = ("train.seed", "data.seed")
 # Config fields that affect held-out losses, besides the text itself.
@@ -75,10 +78,7 @@ def read_history(place: Workdir) -> History:
     try:
         evals = [line for _, line in read_log(workdir / "evals.jsonl")]
         scores = {e["step"]: float(e["loss"]) for e in evals if e["name"] != DENSE_BASE}
-        lines = [line for _, line in read_log(workdir / "metrics.jsonl")]
-        steps = np.array([0, *(line["step"] for line in lines)])
-        lasted = np.diff(steps) * np.array([line["step_seconds"] for line in lines], float)
-        speeds = np.array([line["tokens_per_second"] for line in lines], float)
+        steps, tokens_by, seconds_by = _spent(workdir)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{workdir}: metrics.jsonl or evals.jsonl has a record that is not a training run's "
@@ -90,16 +90,58 @@ def read_history(place: Workdir) -> History:
             "data.eval_path"
         )
     scored = np.array(sorted(scores))
-    tokens, seconds = (
-        np.interp(scored, steps, np.concatenate([[0.0], np.cumsum(values)]))
-        for values in (lasted * speeds, lasted)
-    )
+    tokens, seconds = (np.interp(scored, steps, by_step) for by_step in (tokens_by, seconds_by))
     per_token = training_flops(
         _model(place, config), config.data.sequence_length, config.train.freeze
     )
     losses = np.array([scores[step] for step in scored])
     flops, held_out = tokens * per_token, _held_out(workdir, config)
     return History(workdir, config, held_out, scored, losses, tokens, flops, seconds)
+
+
+def _spent(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the logged steps, from 0, and the training tokens and seconds up to each.
+
+    Raises KeyError, TypeError or ValueError for a record that is not a training run's.
+    """
+    lines = [line for _, line in read_log(workdir / "metrics.jsonl")]
+    steps = np.array([0, *(line["step"] for line in lines)])
+    lasted = np.diff(steps) * np.array([line["step_seconds"] for line in lines], float)
+    speeds = np.array([line["tokens_per_second"] for line in lines], float)
+    tokens, seconds = (
+        np.concatenate([[0.0], np.cumsum(values)]) for values in (lasted * speeds, lasted)
+    )
+    return steps, tokens, seconds
+
+
+def training_run(checkpoint: Place) -> TrainingRun | None:
+    """Returns the run that saved a checkpoint; None if the checkpoint is not in a workdir.
+
+    Figures that the workdir's logs do not have are omitted. Raises InputError for a damaged config.
+    """
+    place, number = checkpoint.parent.parent, checkpoint.name
+    steps_folder = checkpoint.parent.name == "checkpoints" and number.isdecimal()
+    if not steps_folder or not (place / "config.json").is_file():
+        return None
+    with readable_workdir(place) as opened:
+        return _training_run(files_of(opened), int(number))
+
+
+def _training_run(workdir: Path, step: int) -> TrainingRun:
+    config = run_config(read_json(workdir / "config.json"))
+    evals = [line for _, line in read_log(workdir / "evals.jsonl")]
+    losses = {
+        line["step"]: float(line["loss"])
+        for line in evals
+        if line.get("name") != DENSE_BASE and type(line.get("loss")) in (int, float)
+    }
+    tokens = None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        steps, by_step, _ = _spent(workdir)
+        if steps[-1] >= step:
+            tokens = round(float(np.interp(step, steps, by_step)))
+    held_out = {at: loss for at, loss in losses.items() if at <= step}
+    return TrainingRun(config, step, tokens, held_out)
 
 
 def _model(workdir: Workdir, config: RunConfig) -> ModelConfig:

@@ -18,8 +18,9 @@ from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.runtime.buckets import Place, locate
 from finermoe_jax.weights import lazy
-from finermoe_jax.weights.checkpoint import read_description
+from finermoe_jax.weights.checkpoint import read_description, read_stored_origin
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin, upcycled_origin
 from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled, with_selection_bias
 
@@ -35,6 +36,7 @@ class InitialModel:
       tokenizer_files: directory of the tokenizer.
       ends_files: directory that defines the end-of-text tokens if tokenizer_files does not.
       dense: the dense model before upcycling, if any.
+      origin: where the weights come from.
     """
 
     model: Decoder
@@ -42,6 +44,7 @@ class InitialModel:
     tokenizer_files: Path
     ends_files: Path | None = None
     dense: "InitialModel | None" = None
+    origin: Origin = UNKNOWN
 
 
 def initial_model(config: RunConfig) -> InitialModel:
@@ -82,16 +85,19 @@ def initial_model(config: RunConfig) -> InitialModel:
         _check_agreement(config, source.config)
     files = tokenizer or source.files
     ends = source.files if _same_tokenizer(files, source.files) else files
-    given = _lazy_model(source.config, source.weights, compute, files, ends)
+    given = _lazy_model(source.config, source.weights, compute, files, ends, source.origin)
     model, weights = upcycled(
         config.init_from, source.config, source.weights, config.moe, key, config.upcycle
     )
     if config.balance.kind == "bias" and model.moe is not None:
         model, weights = with_selection_bias(model, weights)
-    if weights is source.weights:
-        return given
-    made = _lazy_model(model, weights, compute, files, ends)
-    return made if source.config.moe else dataclasses.replace(made, dense=given)
+    origin = source.origin
+    if weights is not source.weights:
+        origin = upcycled_origin(origin, source.config, model, config.upcycle)
+    # Without other weights, moe.route_ahead alone may differ from the source's.
+    made = _lazy_model(model, weights, compute, files, ends, origin)
+    dense = source.config.moe is None and weights is not source.weights
+    return dataclasses.replace(made, dense=given) if dense else made
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
@@ -102,10 +108,19 @@ def _same_tokenizer(one: Path, other: Path) -> bool:
 
 
 def _lazy_model(
-    config: ModelConfig, weights: Weights, compute: DTypeLike, files: Path, ends: Path
+    config: ModelConfig,
+    weights: Weights,
+    compute: DTypeLike,
+    files: Path,
+    ends: Path,
+    origin: Origin,
 ) -> InitialModel:
     model = with_shapes(config, compute)
-    return InitialModel(model, lambda shardings: lazy.placed(weights, shardings), files, ends)
+
+    def place(shardings: dict) -> dict:
+        return lazy.placed(weights, shardings)
+
+    return InitialModel(model, place, files, ends, origin=origin)
 
 
 def resumed_model(config: RunConfig, checkpoint: Place, workdir: Path) -> InitialModel:
@@ -116,7 +131,8 @@ def resumed_model(config: RunConfig, checkpoint: Place, workdir: Path) -> Initia
     def restored(shardings: dict) -> dict:
         raise AssertionError("a resumed run's weights are restored with its optimizer state")
 
-    return InitialModel(model, restored, workdir / "tokenizer")
+    origin = read_stored_origin(checkpoint)
+    return InitialModel(model, restored, workdir / "tokenizer", origin=origin)
 
 
 def _check_agreement(config: RunConfig, source: ModelConfig) -> None:

@@ -116,13 +116,14 @@ def _activations(config: RunConfig, model: ModelConfig, mesh: MeshConfig) -> int
     rows = config.data.global_batch_size // train.grad_accumulation
     parts = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
     tokens = -(-rows // parts) * config.data.sequence_length
-    ffn, routed = model.intermediate_size, 0
+    ffn, routed, saved = model.intermediate_size, 0, width
     if model.moe is not None:
         ffn = max(model.shared_expert_size, ffn if "dense" in model.layer_kinds else 0)
         routed = model.moe.num_active * (2 * width + 3 * model.expert_intermediate_size)
+        saved = width * (1 + model.moe.route_ahead)
     itemsize = jnp.dtype(train.compute_dtype).itemsize
     layer = tokens * itemsize * (5 * ffn + 4 * width + routed)
-    kept = tokens * itemsize * width if train.remat == "full" else layer
+    kept = tokens * itemsize * saved if train.remat == "full" else layer
     head = model.vocab_size * width * (itemsize + 4)
     logits = 2 * min(tokens, train.loss_chunk_tokens) * model.vocab_size * 4
     return layer + model.num_hidden_layers * kept + head + logits

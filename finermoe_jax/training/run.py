@@ -123,7 +123,11 @@ def _train_in(
         setup = _claimed(config, storage, say, telemetry, allow_changes)
         setup.started, steps = started, checkpoints_of(storage.workdir)
         checkpoints = TrainingCheckpoints(
-            steps, config.train.keep_checkpoints, config.train.keep_best, storage
+            steps,
+            config.train.keep_checkpoints,
+            config.train.keep_best,
+            setup.initial.origin,
+            storage,
         )
         opened.enter_context(contextlib.closing(checkpoints))
         try:

@@ -1,6 +1,6 @@
 """Orbax checkpoints. A checkpoint directory is self-contained:
 
-    config/         the model's architecture and dtypes, JSON
+    config/         the model's architecture, dtypes and origin, JSON
     params/         the weights, in the decoder's own layout
     tokenizer/      the tokenizer files
     optimizer/      Optax's state, in training checkpoints only
@@ -40,12 +40,14 @@ from finermoe_jax.model.decoder import (
     with_params,
     with_shapes,
 )
+from finermoe_jax.model.offload import check_place, host_arguments
 from finermoe_jax.runtime.buckets import BucketPath, Place, place
 from finermoe_jax.runtime.files import commit
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.weights import integrity, lazy, orbax_files
 from finermoe_jax.weights.hf_weights import to_save
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin
 from finermoe_jax.weights.orbax_files import save_errors
 from finermoe_jax.weights.targets import new_target
 
@@ -90,7 +92,9 @@ class TokenizerSave(ocp.args.CheckpointArgs):
     source: Path | None
 
 
-def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> dict[str, Any]:
+def described(
+    config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, origin: Origin
+) -> dict[str, Any]:
     """Returns the content of config/; dtype is that of the activations."""
     return {
         "format": "finermoe-jax 1",
@@ -98,7 +102,7 @@ def described(config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike) -> 
         "dtype": str(dtype),
         "param_dtype": str(param_dtype),
         "checksums": True,
-    }
+    } | ({} if origin == UNKNOWN else {"origin": dataclasses.asdict(origin)})
 
 
 def registry(arrays: orbax_files.ArrayHandler) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
@@ -118,12 +122,14 @@ def write_checkpoint(
     target: Place,
     tokenizer: Path | None,
     written: Callable[[int], None] = lambda size: None,
+    origin: Origin = UNKNOWN,
     before_last: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
     dtype is that of the activations. written(bytes) is called for each block of weights,
-    before_last() before the mark that completes a checkpoint in a bucket.
+    before_last() before the mark that completes a checkpoint in a bucket. `origin` is stored for
+    the model card of a later export.
 
     Raises InputError, before anything is written, if the saved tokenizer would behave differently
     (`check_kept`).
@@ -132,7 +138,9 @@ def write_checkpoint(
         check_kept(tokenizer)
     items = ocp.args.Composite(
         **{
-            CONFIG: ocp.args.JsonSave(described(config, dtype, weights["embed", "weight"].dtype)),
+            CONFIG: ocp.args.JsonSave(
+                described(config, dtype, weights["embed", "weight"].dtype, origin)
+            ),
             PARAMS: ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(weights)),
             TOKENIZER: TokenizerSave(tokenizer),
         }
@@ -304,6 +312,15 @@ def read_description(checkpoint: Place) -> tuple[ModelConfig, str, str]:
     return config, str(dtype), str(param_dtype)
 
 
+def read_stored_origin(checkpoint: Place) -> Origin:
+    """Returns where a checkpoint's weights come from, as far as it states that."""
+    path = checkpoint / CONFIG / "metadata"
+    origin = read_json(path).get("origin") or {}
+    if not isinstance(origin, dict):
+        raise InputError(f"{path}: origin={origin!r} must be an object")
+    return from_dict(Origin, origin, f"{path}: origin")
+
+
 def abstract_params(config: ModelConfig, dtype: DTypeLike, shardings: dict | None = None) -> dict:
     """Returns shapes, dtypes and shardings (default: one device) of the decoder's parameters.
 
@@ -344,19 +361,23 @@ def readable(checkpoint: Place) -> Iterator[None]:
         ) from None
 
 
-def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+def load_checkpoint(
+    path: str | os.PathLike, mesh: Mesh | None = None, *, experts: str = "device"
+) -> Decoder:
     """Loads a model from a finermoe Orbax checkpoint.
 
     Args:
       path: a checkpoint, or a training workdir (its newest step); local or gs://.
       mesh: shards the weights over these devices; each reads only its own part
         (`layers.sharding`). None: all weights go to one device.
+      experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
 
     Returns:
       The model, with the dtypes it was saved with.
 
     Raises:
-      InputError: there is no checkpoint at `path`, or it is damaged.
+      InputError: there is no checkpoint at `path`, or it is damaged, or the experts cannot be
+        placed so.
 
     Examples:
       >>> import finermoe_jax as fm
@@ -372,7 +393,7 @@ def load_checkpoint(path: str | os.PathLike, mesh: Mesh | None = None) -> Decode
         config, weights, dtype, param_dtype = open_checkpoint(directory)
         with readable(directory):
             weights = lazy.cast(weights, param_dtype, parameter_kinds(config))
-            return assembled(config, weights, dtype, mesh)
+            return assembled(config, weights, dtype, mesh, experts)
 
     return integrity.in_training(steps_of(where), load)
 
@@ -389,11 +410,15 @@ def open_checkpoint(directory: Place) -> tuple[ModelConfig, Weights, str, str]:
 
 
 def assembled(
-    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None
+    config: ModelConfig, weights: Weights, dtype: DTypeLike, mesh: Mesh | None, experts: str
 ) -> Decoder:
-    """Returns the model with its weights on one device or sharded over the mesh."""
-    if mesh is None:
-        params = lazy.in_memory(weights)
+    """Returns the model with its weights on one device or sharded over the mesh.
+
+    experts as in `load_checkpoint`. Raises InputError if they cannot be placed so.
+    """
+    check_place(experts, config, mesh)
+    if mesh is None or experts != "device":
+        params = lazy.in_memory(weights, *host_arguments(config, experts))
     else:
         shardings, _ = sharding.param_shardings(with_shapes(config), mesh)
         params = lazy.placed(weights, shardings)

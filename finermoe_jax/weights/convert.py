@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,17 +16,33 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
 from finermoe_jax.runtime.buckets import BucketPath, Place, place
 from finermoe_jax.runtime.downloads import cache
-from finermoe_jax.runtime.preemption import stop_requests
+from finermoe_jax.runtime.preemption import INTERRUPTED, stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
+from finermoe_jax.weights.model_card import TrainingRun, model_card, upcycled_origin
 from finermoe_jax.weights.safetensors_files import largest_file
 from finermoe_jax.weights.source import ModelSource, open_model
 from finermoe_jax.weights.targets import new_target, refuse_occupied
 from finermoe_jax.weights.upcycle import upcycled
 
-# A shell's exit code for Ctrl-C.
-_INTERRUPTED = 130
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Further input and steps of an export to Hugging Face.
+
+    Attributes:
+      name: the Hub id that the target is sent to; the model card uses it in its examples.
+      run_of: returns the training run that saved a checkpoint, for the card; None: unknown.
+      ready: called after all checks, before anything is written.
+    """
+
+    name: str | None = None
+    run_of: Callable[[Place], TrainingRun | None] = lambda checkpoint: None
+    ready: Callable[[], None] = lambda: None
+
+
+PLAIN = Export()
 
 
 def convert(
@@ -39,6 +55,7 @@ def convert(
     seed: int,
     dtype: str | None = None,
     stated: bool = False,
+    export: Export = PLAIN,
 ) -> ModelConfig:
     """Converts `source` to `target`. Only a few blocks of the model are in memory at a time.
 
@@ -51,6 +68,7 @@ def convert(
       seed: seed of the random weights.
       dtype: casts the weights; None keeps the source's dtype.
       stated: the user chose `moe`: a FineRMoE source must have exactly these experts.
+      export: what "hf" needs beside the source.
 
     Returns the architecture that was written.
 
@@ -66,46 +84,61 @@ def convert(
             f"{source} stores its weights as {' and '.join(model.stored)}, but a target has one "
             "dtype: choose it with --dtype"
         )
+    card = None
     if to == "hf":
         model_config_to_hf(config, "float32")  # refuses variants without a HF form, before writing
+        run = export.run_of(model.checkpoint) if model.checkpoint else None
+        card = model_card(config, model.origin, run, export.name)
     else:
         key = jax.random.key(seed)
         config, weights = upcycled(source, config, weights, moe, key, upcycling, stated)
-    _write(dataclasses.replace(model, config=config, weights=weights), target, to, dtype)
+    origin = upcycled_origin(model.origin, model.config, config, upcycling)
+    made = dataclasses.replace(model, config=config, weights=weights, origin=origin)
+    _write(made, target, card, dtype, export.ready)
     return config
 
 
 def _write(
-    model: ModelSource, target: Place, to: Literal["orbax", "hf"], dtype: str | None
+    model: ModelSource,
+    target: Place,
+    card: str | None,
+    dtype: str | None,
+    ready: Callable[[], None],
 ) -> None:
-    """Writes the model block by block, with a progress bar. It is a model only when complete."""
+    """Writes the model block by block, with a progress bar. It is a model only when complete.
+
+    With a model card the target is a Hugging Face directory, else a checkpoint.
+    """
     sizes = [array.nbytes for array in model.weights.values()]
-    size = sum(sizes)
     with (
         stop_requests() as stopped,
-        _room(target, sizes, to),
+        _room(target, sizes, "orbax" if card is None else "hf"),
         new_target(target) as new,
-        tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar,
+        contextlib.ExitStack() as opened,
     ):
+        ready()
+        bar = opened.enter_context(
+            tqdm(total=sum(sizes), desc=target.name, unit="B", unit_scale=True)
+        )
 
         def written(size: int) -> None:
             bar.update(size)
             if stopped(0):
-                raise RunEnded(f"interrupted; nothing of {target} is left", _INTERRUPTED)
+                raise RunEnded(f"interrupted; nothing of {target} is left", INTERRUPTED)
 
         def before_last() -> None:
             new.confirm()
             model.refuse_changed()
 
-        config, weights = model.config, model.weights
+        config, weights, files = model.config, model.weights, model.files
         try:
-            if to == "hf":
-                for block in write_hf(config, weights, new.path, model.files, before_last):
+            if card is not None:
+                for block in write_hf(config, weights, new.path, files, card, before_last):
                     written(block)
             else:
-                activations = dtype or model.dtype
+                activations, origin = dtype or model.dtype, model.origin
                 write_checkpoint(
-                    config, activations, weights, new.path, model.files, written, before_last
+                    config, activations, weights, new.path, files, written, origin, before_last
                 )
         finally:
             model.refuse_changed()  # a changed source explains any other error

@@ -212,6 +212,7 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig:
         concat_proj="routed" if _read(values, "moe_concat_proj", bool, False) else "none",
         experts_across=_read(values, "experts_across", int, 1),
         pooled_as=values.get("pooled_as", "copies"),
+        route_ahead=_read(values, "route_ahead", int, 0),
         selection_bias=_read(values, "selection_bias", bool, False),
         decoder_sparse_step=_read(values, "decoder_sparse_step", int, 1),
         mlp_only_layers=typed(layers, (tuple[int, ...],), "mlp_only_layers"),
@@ -230,9 +231,9 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns config.json: the published keys for FineRMoE, the family's keys for a dense model.
 
     A FineRMoE with q/k norm has the additional key "qk_norm", one with selection biases
-    "selection_bias". A model with pools has "experts_across" and "pooled_as", which only the
-    exported code reads. Raises InputError for variants that neither the published HF model nor a
-    dense family can express.
+    "selection_bias". A model with pools has "experts_across" and "pooled_as", one that routes ahead
+    "route_ahead"; only the exported code reads them. Raises InputError for variants that neither
+    the published HF model nor a dense family can express.
     """
     values: dict[str, Any] = {
         "hidden_act": "silu",
@@ -256,8 +257,7 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         values["qkv_bias"] = False
     if config.qk_norm:
         values["qk_norm"] = True
-    if moe.experts_across > 1:
-        values |= {"experts_across": moe.experts_across, "pooled_as": moe.pooled_as}
+    values |= unpublished_keys(moe)
     if moe.selection_bias:
         values["selection_bias"] = True
     return {
@@ -277,6 +277,16 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
+
+
+def unpublished_keys(moe: MoEConfig) -> dict[str, Any]:
+    """Returns the keys of config.json that the exported code reads and the authors' does not."""
+    values: dict[str, Any] = {}
+    if moe.experts_across > 1:
+        values |= {"experts_across": moe.experts_across, "pooled_as": moe.pooled_as}
+    if moe.route_ahead:
+        values["route_ahead"] = moe.route_ahead
+    return values
 
 
 def _refuse_inexpressible(moe: MoEConfig) -> None:

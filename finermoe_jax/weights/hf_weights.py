@@ -37,6 +37,7 @@ from finermoe_jax.model.decoder import (
     parameter_shapes,
     with_params,
 )
+from finermoe_jax.model.offload import check_place, host_arguments
 from finermoe_jax.runtime.buckets import BucketPath, Place, locate
 from finermoe_jax.runtime.downloads import cache, named_after
 from finermoe_jax.runtime.files import make_directory
@@ -47,6 +48,7 @@ from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_config import AUTO_MAP, model_config_from_hf, model_config_to_hf
 from finermoe_jax.weights.hf_names import STATE, Parts, parts
 from finermoe_jax.weights.lazy import LazyArray, Weights
+from finermoe_jax.weights.model_card import CARD_FILE, UNKNOWN, model_card
 from finermoe_jax.weights.safetensors_files import (
     DTYPES,
     INDEX_FILE,
@@ -71,7 +73,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def resolve_source(source: str | os.PathLike) -> Path:
     """The directory of a dense model or a FineRMoE, or of a Hub id. Raises as `directory_of`."""
-    names = ["config.json", INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
+    names = ["config.json", CARD_FILE, INDEX_FILE, *TOKENIZER_FILES, TEMPLATE_FILES]
     # Repositories may hold their weights in other forms beside these.
     return directory_of(source, names, lambda found: indexed_files(found) or [SINGLE_FILE])
 
@@ -146,13 +148,16 @@ def _cast(files: TensorFiles, name: str, dtype: np.dtype, index: lazy.Index = ()
     return lazy.converted(files.tensor(name, index), dtype, f"{files.directory}: {name}")
 
 
-def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decoder:
+def load_hf(
+    source: str | os.PathLike, dtype: DTypeLike | None = None, *, experts: str = "device"
+) -> Decoder:
     """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
       source: a directory (local or gs://) with config.json and safetensors, a Hub id
         ("Qwen/Qwen2.5-0.5B"), or "demo/model", the dense model that comes with the package.
       dtype: float dtype of weights and activations; None keeps that of the embedding.
+      experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
 
     Returns:
       The model, on one device.
@@ -160,7 +165,7 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     Raises:
       InputError: no such directory or Hub repository, an architecture that is not supported,
         tensors that are missing, unexpected or of the wrong shape or dtype (one message lists
-        all of them), or an unknown `dtype`.
+        all of them), an unknown `dtype`, or experts that cannot be placed so.
 
     Examples:
       >>> import finermoe_jax as fm
@@ -179,7 +184,9 @@ def load_hf(source: str | os.PathLike, dtype: DTypeLike | None = None) -> Decode
     directory = resolve_source(given)
     with named_after(given if isinstance(given, BucketPath) else directory, directory):
         config, weights = open_hf(directory, dtype)
-    return with_params(config, lazy.in_memory(weights), dtype=weights["embed", "weight"].dtype)
+    check_place(experts, config)
+    params = lazy.in_memory(weights, *host_arguments(config, experts))
+    return with_params(config, params, dtype=weights["embed", "weight"].dtype)
 
 
 def _check_tensors(
@@ -249,12 +256,13 @@ def write_hf(
     weights: Weights,
     target: Place,
     tokenizer: Path | None,
+    card: str,
     before_last: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
     config.json has the published keys. `tokenizer` is a directory whose tokenizer files are copied
-    and whose end-of-text tokens are written (`generation_settings`).
+    and whose end-of-text tokens are written (`generation_settings`). `card` is the model card.
 
     In a bucket, each file of weights is written to the local cache, uploaded and deleted.
     config.json is uploaded last, after before_last(): without it the rest is no model.
@@ -263,7 +271,7 @@ def write_hf(
     the exported tokenizer would behave differently (`check_kept`).
     """
     if isinstance(target, Path):
-        yield from _write_local(config, weights, target, tokenizer, lambda file: None)
+        yield from _write_local(config, weights, target, tokenizer, card, lambda file: None)
         return
 
     def upload(file: Path) -> None:
@@ -273,7 +281,7 @@ def write_hf(
     make_directory(cache())
     with tempfile.TemporaryDirectory(prefix="upload-", dir=cache()) as folder:
         staged = Path(folder) / target.name
-        yield from _write_local(config, weights, staged, tokenizer, upload)
+        yield from _write_local(config, weights, staged, tokenizer, card, upload)
         last = (INDEX_FILE, "config.json")
         rest = [file for file in staged.rglob("*") if file.is_file() and file.name not in last]
         for file in [*rest, *(staged / name for name in last if (staged / name).exists())]:
@@ -287,6 +295,7 @@ def _write_local(
     weights: Weights,
     directory: Path,
     tokenizer: Path | None,
+    card: str,
     finished: Callable[[Path], None],
 ) -> Iterator[int]:
     texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
@@ -298,8 +307,8 @@ def _write_local(
             shutil.copyfile(file, directory / file.name)
     if tokenizer is not None:
         write_files(kept_files(tokenizer), directory)
-    for name, text in texts.items():
-        (directory / name).write_text(text)
+    for name, text in (*texts.items(), (CARD_FILE, card)):
+        (directory / name).write_text(text, encoding="utf-8")
     table = parts(config, list(weights))
     entries = [
         Entry(name, shape, array.dtype)
@@ -365,7 +374,7 @@ def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None
 def save_hf(
     model: Decoder, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> None:
-    """Writes a Hugging Face directory: config.json, safetensors and tokenizer files.
+    """Writes a Hugging Face directory: config.json, safetensors, tokenizer files, model card.
 
     For a model with experts, config.json has the keys of the published models, and the directory
     contains the model's code for transformers (docs/huggingface.md).
@@ -389,5 +398,6 @@ def save_hf(
     """
     weights, files = to_save(model, path, tokenizer)
     with new_target(path) as new:
-        for _ in write_hf(model.config, weights, new.path, files, new.confirm):
+        card = model_card(model.config, UNKNOWN)
+        for _ in write_hf(model.config, weights, new.path, files, card, new.confirm):
             pass

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,8 @@ from jax.typing import DTypeLike
 
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers.parameters import Kind
+from finermoe_jax.layers.stored import HostLayers
+from finermoe_jax.model.offload import check_room, host_layers
 
 # One slice, with start, stop and step 1, per axis.
 Index = tuple[slice, ...]
@@ -112,7 +114,10 @@ def stacked(
 
 
 def of_array(array: Any) -> LazyArray:
-    """Wraps an array that is already in memory."""
+    """Wraps an array, or HostLayers, that are already in memory."""
+    if isinstance(array, HostLayers):
+        rows = [np.asarray(layer) for layer in array.layers]
+        return stacked(array.shape, array.dtype, 1, lambda layer, index: rows[layer][index])
     values = np.asarray(array)
     return LazyArray(values.shape, values.dtype, lambda index: values[index])
 
@@ -136,11 +141,27 @@ def cast(weights: Weights, dtype: DTypeLike | None, kinds: Mapping[ParamPath, Ki
     }
 
 
-def in_memory(weights: Weights) -> dict:
-    """Returns the parameters as a pure dict of new arrays on the default device."""
+def in_memory(weights: Weights, host: Collection[ParamPath] = (), computed: bool = False) -> dict:
+    """Returns the parameters as a pure dict of new arrays on the default device.
+
+    Those in `host` become HostLayers, read layer by layer; `computed` as there.
+    """
+    check_room(sum(weights[path].nbytes for path in host))
     return nnx.traversals.unflatten_mapping(
-        {path: jnp.array(array[:]) for path, array in weights.items()}
+        {
+            path: host_layers(_layers(array), computed) if path in host else jnp.array(array[:])
+            for path, array in weights.items()
+        }
     )
+
+
+def _layers(array: LazyArray) -> Iterator[np.ndarray]:
+    """Yields the values at each position of the first axis, read block by block."""
+    for layer in map(array.row, range(array.shape[0])):
+        values = np.empty(layer.shape, layer.dtype)
+        for index in blocks(layer.shape, block_shape(layer)):
+            values[index] = layer[index]
+        yield values
 
 
 def placed(weights: Weights, shardings: dict) -> dict:

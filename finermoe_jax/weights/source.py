@@ -29,6 +29,7 @@ from finermoe_jax.weights.checkpoint import (
     TOKENIZER,
     assembled,
     open_checkpoint,
+    read_stored_origin,
     readable,
     steps_of,
     whole_checkpoint,
@@ -36,6 +37,7 @@ from finermoe_jax.weights.checkpoint import (
 from finermoe_jax.weights.hf_weights import open_hf, resolve_source, stored_dtypes
 from finermoe_jax.weights.integrity import TRIES, in_training, saved_steps
 from finermoe_jax.weights.lazy import Weights
+from finermoe_jax.weights.model_card import UNKNOWN, Origin, read_origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ class ModelSource:
     """A model that is opened but not read yet.
 
     dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
-    directory with the tokenizer; of a model in a bucket, it is a local copy of `origin`. states are
-    those of the weight files and, for a checkpoint, of the tokenizer files, when opened.
+    directory with the tokenizer; of a model in a bucket, it is a local copy of `home`. states are
+    those of the weight files and, for a checkpoint, of the tokenizer files, when opened. checkpoint
+    is the checkpoint's directory, if it is one.
     """
 
     config: ModelConfig
@@ -52,8 +55,10 @@ class ModelSource:
     dtype: jnp.dtype
     stored: list[str]
     files: Path
+    home: Place
     states: Mapping[Place, State | Stored]
-    origin: Place
+    origin: Origin = UNKNOWN
+    checkpoint: Place | None = None
 
     @property
     def announcement(self) -> str:
@@ -83,15 +88,14 @@ class ModelSource:
         return bool(self.states.keys() - self._states_now().keys())
 
     def _states_now(self) -> Mapping[Place, State | Stored]:
-        if any(isinstance(path, BucketPath) for path in self.states):
-            return _bucket_states(self.origin.parent)
+        if isinstance(self.checkpoint, BucketPath):
+            return _bucket_states(self.checkpoint)
         files = [path for path in self.states if isinstance(path, Path) and path.is_file()]
         return {path: state(path) for path in files}
 
 
-def _bucket_states(checkpoint: Place) -> dict[Place, State | Stored]:
+def _bucket_states(checkpoint: BucketPath) -> dict[Place, State | Stored]:
     """Returns the states of a checkpoint's weights and tokenizer in a bucket, in one LIST."""
-    assert isinstance(checkpoint, BucketPath)
     return {
         checkpoint / name: each
         for name, each in checkpoint.objects().items()
@@ -130,21 +134,23 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
         directory = resolve_source(path)
         tensors = [file for file in directory.glob("*.safetensors") if file.is_file()]
         states: dict[Place, State | Stored] = {file: state(file) for file in tensors}
-        origin = given if isinstance(given, BucketPath) else directory
-        with named_after(origin, directory):
+        home = given if isinstance(given, BucketPath) else directory
+        with named_after(home, directory):
             config, weights = open_hf(directory, dtype)
             stored = stored_dtypes(directory)
         dtype = weights["embed", "weight"].dtype
-        return ModelSource(config, weights, dtype, stored, directory, states, origin)
+        origin = read_origin(directory, None if where.exists() else str(path))
+        return ModelSource(config, weights, dtype, stored, directory, home, states, origin)
 
     def load() -> ModelSource:
         step = whole_checkpoint(where, NOT_READ)
         with readable(step):
             states, files = _checkpoint_states(step)
-        config, weights, computed, stored = open_checkpoint(step)
+        config, weights, computed, held = open_checkpoint(step)
         weights = lazy.cast(weights, dtype, parameter_kinds(config))
+        origin, compute, home = read_stored_origin(step), jnp.dtype(computed), step / TOKENIZER
         return ModelSource(
-            config, weights, jnp.dtype(computed), [stored], files, states, step / TOKENIZER
+            config, weights, compute, [held], files, home, states, origin, checkpoint=step
         )
 
     return in_training(steps_of(where), load)
@@ -181,14 +187,19 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
     return in_training(steps_of(place(path)), load)
 
 
-def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
-    """Reads the model that `open_model(path)` opened; mesh as in `load_checkpoint`.
+def read_model(
+    source: ModelSource,
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    experts: str = "device",
+) -> Decoder:
+    """Reads the model that `open_model(path)` opened; mesh and experts as in `load_checkpoint`.
 
     If a running training removed that checkpoint meanwhile, its newest one is read.
     """
     for _ in range(TRIES):
         try:
-            return _read_model(source, path, mesh)
+            return _read_model(source, path, mesh, experts)
         except InputError:
             if not source.was_removed():
                 raise
@@ -199,10 +210,15 @@ def read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None =
     raise AssertionError("a file of the source was missing and has reappeared")
 
 
-def _read_model(source: ModelSource, path: str | os.PathLike, mesh: Mesh | None = None) -> Decoder:
+def _read_model(
+    source: ModelSource,
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    experts: str = "device",
+) -> Decoder:
     dtype = cpu.activation_dtype(source.dtype)
     with readable(place(path)):
-        return assembled(source.config, source.weights, dtype, mesh)
+        return assembled(source.config, source.weights, dtype, mesh, experts)
 
 
 def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, frozenset[int]]:

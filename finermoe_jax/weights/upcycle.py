@@ -207,14 +207,18 @@ def upcycled(
     """Upcycles a dense model (`upcycle_weights`). Models with experts, or moe None, stay unchanged.
 
     A model whose layers have their own experts gets pools of them (`pooled_weights`) if `moe` sets
-    experts_across and otherwise equals the model's. In all other cases, if `stated` (the user chose
-    `moe`), a model with experts must have exactly these, and `upcycling` must be the default, since
-    it would have no effect.
+    experts_across and otherwise equals the model's. A model with experts gets the route_ahead of a
+    `stated` `moe` (one that the user chose); its weights stay the same. In all other cases, if
+    `stated`, a model with experts must have exactly these, and `upcycling` must be the default,
+    since it would have no effect.
 
     Raises InputError otherwise, and as `upcycle_weights`.
     """
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
+    if moe is not None and config.moe is not None and stated:
+        ahead = dataclasses.replace(config.moe, route_ahead=moe.route_ahead)
+        config = dataclasses.replace(config, moe=ahead)
     if moe is not None and stated and adds_pools(config, moe):
         only = dataclasses.replace(PUBLISHED_UPCYCLING, reuse_start=upcycling.reuse_start)
         _refuse_without_effect(source, upcycling, only)

@@ -104,7 +104,7 @@ def verify(
         key = jax.random.key(seed or 0)
         wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
-    _check_files(given, made.origin, to, str(stored))
+    _check_files(given, made.home, to, str(stored))
     recomputed = bool(upcycling.drop_ratio or upcycling.function_preserving)
     report = _compared(given, made, again, seed is not None, recomputed, f"verifying {target.name}")
     for model in (given, made):

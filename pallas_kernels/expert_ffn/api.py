@@ -26,6 +26,7 @@ def expert_ffn(
     interpret: Any = False,
     first_expert: Index | None = None,
     scales: tuple[Array, Array] | None = None,
+    window_of: tuple[int, int] | None = None,
 ) -> Array:
     """Computes a weighted SwiGLU expert for every row; rows are sorted by expert.
 
@@ -47,6 +48,8 @@ def expert_ffn(
       first_expert: int32 in 0 ... N - E, the expert of the first group. None: E must equal N.
       scales: float32 [N, 2F] and [N, W], one scale per output of int8 weights. These always run as
         "cpu", forward only.
+      window_of: (E', N'), if these are copies of some experts of a layer of E' in a stack of N'.
+        "cpu" then computes as for that layer, so that results are equal bit by bit. Forward only.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
@@ -69,8 +72,9 @@ def expert_ffn(
     _check(rows, gate_up, down, group_sizes, row_weights, first_expert, scales is not None)
     first = 0 if first_expert is None else first_expert
     if scales is not None:
-        return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first, scales)
-    how = _how(rows, implementation, interpret)
+        arguments = (rows, gate_up, down, group_sizes, row_weights, first, scales)
+        return cpu.forward(*arguments, window_of)
+    how = _how(rows, implementation, interpret, window_of=window_of)
     run = tuple(w[None] for w in of_window(gate_up, down, first, len(group_sizes)))
     y, run = _ffn(how, rows, row_weights, run, gate_up, down, group_sizes, first, 0)
     return unread(empty_like(run), y, run)
@@ -87,6 +91,7 @@ def expert_ffn_of_run(
     implementation: Implementation | None = None,
     interpret: Any = False,
     adds: bool = False,
+    window_of: tuple[int, int] | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Computes `expert_ffn` for one layer of a stack of layers (a run), without copies.
 
@@ -110,7 +115,7 @@ def expert_ffn_of_run(
     """
     one: list[Any] = [jax.eval_shape(lambda w: w[0], w) for w in (gate_up, down)]
     _check(rows, one[0], one[1], group_sizes, row_weights)
-    how = _how(rows, implementation, interpret, adds)
+    how = _how(rows, implementation, interpret, adds, window_of)
     flat = (w.reshape(-1, *w.shape[2:]) for w in (gate_up, down))
     first = jnp.asarray(layer * len(group_sizes), jnp.int32)
     return _ffn(how, rows, row_weights, gradients, *flat, group_sizes, first, layer)
@@ -143,13 +148,19 @@ class _How(NamedTuple):
     implementation: Implementation
     interpret: Any
     adds: bool
+    window_of: tuple[int, int] | None
 
 
 def _how(
-    rows: Array, implementation: Implementation | None, interpret: Any, adds: bool = False
+    rows: Array,
+    implementation: Implementation | None,
+    interpret: Any,
+    adds: bool = False,
+    window_of: tuple[int, int] | None = None,
 ) -> _How:
     chosen = choose(implementation, interpret)
-    return _How(chosen if len(rows) else "cpu", interpret, adds)  # no rows: no kernel launch
+    # No rows: no kernel launch.
+    return _How(chosen if len(rows) else "cpu", interpret, adds, window_of)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,7 +181,7 @@ def _ffn(
         case "reference":
             y = reference.forward(*arguments)
         case "cpu":
-            y = cpu.forward(*arguments)
+            y = cpu.forward(*arguments, window_of=how.window_of)
         case "tpu":
             from pallas_kernels.expert_ffn import mosaic_tpu
 

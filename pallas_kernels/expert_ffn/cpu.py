@@ -101,15 +101,17 @@ def forward(
     row_weights: Array,
     first_expert: Array | int,
     scales: tuple[Array, Array] | None = None,
+    window_of: tuple[int, int] | None = None,
 ) -> Array:
     """As api.expert_ffn. Blocks are computed in float32 for all dtypes."""
-    m, experts = rows.shape[0], group_sizes.shape[0]
+    m, groups = rows.shape[0], group_sizes.shape[0]
+    experts, stack = window_of or (groups, len(gate_up))
     if 0 < m <= experts // 2:
-        expert = jnp.repeat(jnp.arange(experts), group_sizes, total_repeat_length=m)
+        expert = jnp.repeat(jnp.arange(groups), group_sizes, total_repeat_length=m)
         y = _forward_rows(rows, gate_up, down, expert + first_expert, scales)
         return (y * row_weights.astype(jnp.float32)[:, None]).astype(rows.dtype)
     block, head = _blocks(m, experts)
-    if scales is not None or len(gate_up) != experts:
+    if scales is not None or stack != experts:
         # A batched product would need a copy of the layer's experts. In the forward pass a block of
         # 16 rows costs as much as one of 8, and few experts then have two.
         block, head = max(16, 2 * block_rows(m, experts)), 0

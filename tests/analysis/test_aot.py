@@ -197,6 +197,8 @@ IN_PLACE = [
     ("v5e:1x1", "decode", []),
     ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]),
 ]
+# Its experts are in host memory, and known one layer early.
+FROM_HOST = ("v5e:1x1", "decode", ["--config.moe.route_ahead=1", "--experts=host"])
 RUN_ALL = """
 import json, sys
 from finermoe_jax.cli.main import run
@@ -217,7 +219,7 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
          "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1",
          "--config.data.global_batch_size=16", "--config.data.sequence_length=256", *overrides,
          f"--output={tmp_path / f'{i}.json'}", f"--hlo={tmp_path / f'{i}.txt'}"]
-        for i, (topology, program, overrides) in enumerate(IN_PLACE)
+        for i, (topology, program, overrides) in enumerate([*IN_PLACE, FROM_HOST])
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -235,6 +237,12 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
         assert copies == [] and figures["expert_bytes_in_loops"] == 0, case
         if case[1] != "train":  # small stacks go to the chip and back for the update
             assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
+    figures = json.loads((tmp_path / f"{len(IN_PLACE)}.json").read_text())
+    layers, active, expert = 4, 2, 2 * (128 * 128 + 64 * 64)
+    assert figures["host_moved_bytes"] == layers * active * expert
+    assert figures["host_transfers"] == 2 * layers * active
+    assert figures["host_argument_bytes"] >= figures["host_bytes"] > 0
+    assert figures["host_temporary_bytes"] == 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from finermoe_jax.analysis import hlo
-from finermoe_jax.analysis.hlo_costs import analyse
+from finermoe_jax.analysis.hlo_costs import analyse, host_overlap
 from tests.support import DATA
 
 F32 = jnp.float32
@@ -231,3 +231,28 @@ def test_what_follows_a_kernels_metadata_is_counted_and_unrolled_loops_by_their_
     found = analyse(UNROLLED)
     assert found.kernel_flops == 4 * 100
     assert found.matmul_flops == 4 * 2 * 8**3
+
+
+FROM_HOST = """
+HloModule m, is_scheduled=true
+
+ENTRY %e (w: bf16[4,8,8], x: f32[8,8]) -> f32[8,8] {
+  %w = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  %i = s32[] constant(1)
+  %s = ((bf16[4,8,8]{2,1,0:S(5)}, s32[], s32[], s32[]), bf16[1,8,8]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%w, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+  %d = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %t = bf16[1,8,8]{2,1,0} dynamic-slice-done(%s)
+  ROOT %r = f32[8,8]{1,0} add(%d, %d)
+}
+"""  # noqa: E501
+
+
+def test_work_beside_transfers_from_host_memory():
+    found = host_overlap(FROM_HOST)
+    (one,) = found.transfers
+    array = 8 * 8 * 4
+    assert (one.bytes, one.times, one.flops) == (128, 1, 2 * 8**3)
+    assert one.hbm_bytes == found.covered_bytes == 3 * array  # the product alone
+    assert found.hbm_bytes == 128 + 3 * array + 3 * array
+    assert found.moved_bytes == found.most_in_flight == 128

@@ -85,6 +85,9 @@ def test_numbers_are_architectures_and_variants_combine():
     assert load_preset("demo", "rex2") == dataclasses.replace(
         load_preset("demo"), moe=dataclasses.replace(load_preset("demo").moe, experts_across=2)
     )
+    ahead = load_preset("demo", "ahead2+rex2").moe
+    assert (ahead.route_ahead, ahead.experts_across) == (2, 2)
+    assert dataclasses.replace(ahead, route_ahead=0) == load_preset("demo", "rex2").moe
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,9 @@ def test_arms_that_are_none_are_named():
         ("c32a2+function_preserving", ["function_preserving=True", "size=0"]),
         ("ct+rex2", ["rex2", "no experts"]),
         ("rex2+rex4", ["rex2 and rex4", "choose one"]),
+        ("ct+ahead1+rex2", ["ahead1 and rex2", "no experts"]),
+        ("ahead3+rex2+ahead1", ["ahead3 and ahead1", "choose one"]),
+        ("ahead4", ["'ahead4'", "Did you mean ahead"]),
     ],
 )
 def test_variants_that_cannot_be_are_named(variant, words):

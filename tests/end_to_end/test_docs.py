@@ -12,6 +12,7 @@ from tests.support import ROOT
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "recipes").rglob("*.md")),
 ]
 PLACES = [ROOT / "finermoe_jax", ROOT]
 FOLDERS = [path.name for path in (ROOT / "finermoe_jax").iterdir() if path.is_dir()]

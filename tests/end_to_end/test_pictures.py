@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-from docs import draw_results
+from docs import draw_results, fill_results
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.moe.routing import route
 from tests.support import ROOT
 from tests.support.pictures import recorded
 
-NAMES = ("cut", "routing", "upcycling", "layer", "pooling", "architecture")
+NAMES = ("cut", "routing", "upcycling", "layer", "pooling", "route_ahead", "architecture")
 DOCS = ROOT / "docs"
 
 
@@ -68,7 +68,7 @@ def test_slots_of_drawings_are_counted_from_0():
     for name in NAMES:
         words = " ".join(words for words, *_ in _texts(name)[0])
         assert {int(n) for n in re.findall(r"(?:slot|half|candidate|w)\s?(\d)", words)} <= {0, 1}
-        assert name == "architecture" or "slot 0" in words
+        assert name in ("architecture", "route_ahead") or "slot 0" in words
 
 
 def test_the_routing_of_the_drawing_is_the_codes(draw):
@@ -97,3 +97,20 @@ def test_tables_are_drawn_with_texts_apart(monkeypatch, tmp_path):
         "scaling_experts.png",
     ]  # fmt: skip
     assert set(places) <= {path.name for path in DOCS.glob("*.png")}
+
+
+def test_figures_of_studies_are_the_recorded_ones(monkeypatch, tmp_path):
+    text = fill_results.PAGE.read_text()
+    named = [found[2] for found in fill_results.BLOCK.finditer(text)]
+    assert named and fill_results.filled(text) == text
+    assert set(named) == {path.stem for path in (DOCS / "studies").glob("*.json")}
+
+    def redirected(figure, path, save=Figure.savefig):
+        save(figure, tmp_path / path.name)
+        assert texts.overlaps() == [] and texts.outside() == [], path.name
+
+    with recorded(monkeypatch) as texts:
+        monkeypatch.setattr(Figure, "savefig", redirected)
+        for name in named:
+            fill_results.draw(name)
+            assert f"(studies/{name}.png)" in text and (DOCS / "studies" / f"{name}.png").is_file()

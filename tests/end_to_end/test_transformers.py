@@ -76,6 +76,20 @@ def models():
             param_dtype="float32",
             rngs=nnx.Rngs(0),
         ),
+        # Routers that read the layer before; two layers before, where the first is dense.
+        "qwen_ahead": fm.upcycle_model(qwen, fm.MoEConfig(4, 2, 1, 2, 1, route_ahead=1), key),
+        "llama_ahead": fm.Decoder(
+            dataclasses.replace(
+                LLAMA,
+                num_hidden_layers=5,
+                moe=fm.MoEConfig(
+                    4, 2, 1, 2, 2, mlp_only_layers=(0,), experts_across=2, route_ahead=2
+                ),
+            ),
+            dtype="float32",
+            param_dtype="float32",
+            rngs=nnx.Rngs(0),
+        ),
         "biased_pool": biased(
             fm.upcycle_model(
                 qwen,
@@ -288,7 +302,7 @@ def test_packed_texts_are_kept_apart(found):
 
 def test_what_other_programs_ask_for(found):
     for name, report in with_experts(found[1]).items():
-        for kind in ("4-D mask", "logits_to_keep", "return_dict", "AutoModel"):
+        for kind in ("4-D mask", "logits_to_keep", "return_dict", "AutoModel", "every expert"):
             assert report[kind] < 1e-4, (name, kind, report)
         assert report["static cache"] == 0, name
         # Once without checkpointing, then forward and backward.

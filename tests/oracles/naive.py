@@ -170,14 +170,15 @@ def route(logits_1d, settings, group_logits_1d=None, biases=None):
     return experts, weights, slot_scale
 
 
-def layer(x, weights, settings):
-    """The layer on x [B, L, h].
+def layer(x, weights, settings, router_input=None):
+    """The layer on x [B, L, h]. The routers read router_input [B, L, h] instead, if given.
 
     Returns a dict: output [B, L, h], logits [B, L, N], experts [B, L, A] (int, by falling
     logit) and weights [B, L, A] (as `route` gives them, without the slot's scale).
     """
     s = settings
     x = np.asarray(x, np.float64)
+    read = x if router_input is None else np.asarray(router_input, np.float64)
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     B, L, h = x.shape
     out = np.zeros((B, L, h))
@@ -188,8 +189,8 @@ def layer(x, weights, settings):
     for b in range(B):
         for t in range(L):
             token = x[b, t]
-            logits = w["gate"] @ token
-            group_logits = w["group_gate"] @ token if s.separate_routers else None
+            logits = w["gate"] @ read[b, t]
+            group_logits = w["group_gate"] @ read[b, t] if s.separate_routers else None
             experts, mix, slot_scale = route(logits, s, group_logits)
 
             routed = np.zeros(h)

@@ -136,24 +136,28 @@ def _experts(w, prefix, settings):
     return parts
 
 
-def decoder(ids, tensors, config, settings=None):
+def decoder(ids, tensors, config, settings=None, ahead=0):
     """Logits [L, V] of one sequence of tokens.
 
     tensors and config are a HF directory's, by its names; settings (tests/oracles/naive.py)
-    makes every layer a FineRMoE with a shared expert.
+    makes every layer with a router a FineRMoE with a shared expert. Its router reads the FFN's
+    normed input of `ahead` layers before, or of the first layer where there are fewer.
     """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     eps = config["rms_norm_eps"]
     x = w["model.embed_tokens.weight"][np.asarray(ids)]
+    ffn_inputs = []
     for number in range(config["num_hidden_layers"]):
         layer = f"model.layers.{number}."
         normed = np.stack([_norm(token, w[f"{layer}input_layernorm.weight"], eps) for token in x])
         x = x + _attention(normed, w, f"{layer}self_attn.", range(len(x)), config)
         scale = w[f"{layer}post_attention_layernorm.weight"]
         normed = np.stack([_norm(token, scale, eps) for token in x])
-        if settings is not None:
+        ffn_inputs.append(normed)
+        if f"{layer}mlp.gate.weight" in w:
             experts = _experts(w, f"{layer}mlp.", settings)
-            x = x + naive.layer(normed[None], experts, settings)["output"][0]
+            read = ffn_inputs[max(number - ahead, 0)]
+            x = x + naive.layer(normed[None], experts, settings, read[None])["output"][0]
             continue
         for t in range(len(x)):
             gate = w[f"{layer}mlp.gate_proj.weight"] @ normed[t]

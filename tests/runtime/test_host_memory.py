@@ -52,3 +52,19 @@ def test_what_the_environment_says_is_left_alone(monkeypatch):
 
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
     assert not keep_freed()
+
+
+def test_available_memory_is_the_smaller_of_machine_and_container(tmp_path):
+    from finermoe_jax.runtime.host_memory import available
+
+    assert available(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
+    assert available(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "max"), ("current", "3000000"), ("stat", "anon 9\nfile 500000\n")):
+        (group / f"memory.{name}").write_text(f"{text}\n")
+    assert available(tmp_path) == 5000 * 1024
+    (group / "memory.max").write_text("4000000\n")
+    assert available(tmp_path) == 1_500_000

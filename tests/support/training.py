@@ -49,12 +49,12 @@ def small_run(rows, balance=None, **train_settings):
     )
 
 
-def take_steps(config: RunConfig, mesh_config, count=3):
+def take_steps(config: RunConfig, mesh_config, count=3, model_config=MOE):
     """Losses [count, 3], the first step's gradients, the last parameters, the first routing.
 
     What each step says of its experts and of its rate is checked on the way.
     """
-    model = mixture_model()
+    model = mixture_model(model_config)
     size = np.prod([v for v in dataclasses.astuple(mesh_config)])
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
     model.placement = Placement(mesh)

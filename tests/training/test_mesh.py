@@ -64,6 +64,10 @@ def test_the_estimate_is_a_close_upper_bound_of_compiled_peaks(name, sizes, peak
     mesh = MeshConfig(*sizes)
     config = paper_recipe(name, sizes[0] * sizes[1] * sizes[2])
     assert 1 <= estimated_bytes(config, run_model(config), mesh) / GIB / peak < 1.25
+    model = run_model(config)
+    ahead = dataclasses.replace(model, moe=dataclasses.replace(model.moe, route_ahead=2))
+    more = estimated_bytes(config, ahead, mesh) - estimated_bytes(config, model, mesh)
+    assert more == 2 * model.num_hidden_layers * model.hidden_size * 8192 * 2  # bfloat16
     kept = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
     assert estimated_bytes(kept, run_model(config), mesh) > 1.5 * peak * GIB
 

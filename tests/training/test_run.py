@@ -33,7 +33,8 @@ from finermoe_jax.training.optimizer import decayed, learning_rate
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, rebuild, train_step
-from finermoe_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from finermoe_jax.weights.checkpoint import load_checkpoint, read_stored_origin, save_checkpoint
+from finermoe_jax.weights.model_card import Origin
 from tests.support import SMALL, load_preset
 from tests.support.training import (
     MOE,
@@ -338,6 +339,7 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(find("demo/model"), source)
     (source / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    (source / "README.md").write_text("---\nbase_model: someone/base\nlicense: mit\n---\n")
     config = dataclasses.replace(demo_run(4), init_from=str(source))
     part = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=1))
     with pytest.raises(Stop):
@@ -348,6 +350,9 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
     assert any("resumed from step 2 of 4" in message for message in said)
     kept = workdir / "checkpoints" / "4" / "tokenizer" / "generation_config.json"
     assert json.loads(kept.read_text()) == {"eos_token_id": [0, 1]}
+    for step in ("2", "4"):  # before and after
+        origin = read_stored_origin(workdir / "checkpoints" / step)
+        assert origin == Origin(("someone/base",), "mit", upcycling=config.upcycle)
     ours, theirs = (read_lines(d / "metrics.jsonl") for d in (workdir, straight))
     for line in ours + theirs:
         for name in MEASURED:

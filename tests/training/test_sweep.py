@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from benchmarks.studies import record
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.training import sweep
@@ -150,6 +151,14 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     for name, seeds in summary.items():
         assert seeds["0"] == read_history(folder / name / "seed0").final
     assert (folder / "comparison.png").stat().st_size > 10_000
+    recorded = record.recorded(folder)["runs"]
+    assert {name: list(seeds) for name, seeds in recorded.items()} == {
+        "base": ["0"], "slow": ["0"]
+    }  # fmt: skip
+    for name, seeds in recorded.items():
+        history = read_history(folder / name / "seed0")
+        assert seeds["0"]["curve"]["loss"] == history.loss.tolist()
+        assert seeds["0"]["parameters"] > 0
     assert "optimizer.learning_rate" in done.stdout
     listed = command("sweep", *arguments[4:], steps, "--list").stdout
     assert "2 of 2 runs done" in listed

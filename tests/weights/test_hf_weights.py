@@ -23,6 +23,8 @@ from safetensors.numpy import load_file, save, save_file
 import finermoe_jax as fm
 from finermoe_jax.weights import safetensors_files as tensor_files
 from finermoe_jax.weights.hf_weights import read_config, stored_dtypes
+from finermoe_jax.weights.model_card import Origin
+from finermoe_jax.weights.source import open_model
 from tests.oracles import naive
 from tests.support import GOLDEN
 from tests.support.hub import hub
@@ -169,6 +171,7 @@ def test_hub_id_from_the_cache(tmp_path, monkeypatch):
     shutil.copytree(UNTIED, repository / "snapshots" / revision)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert_same(fm.load_hf("someone/small"), fm.load_hf(UNTIED))
+    assert open_model("someone/small").origin == Origin(("someone/small",))
 
 
 @pytest.mark.slow
@@ -178,6 +181,7 @@ def test_from_the_hub_comes_what_belongs_to_the_model(tmp_path, shards):
     (folder / "original").mkdir()
     for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"the same in another form")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     with hub(folder, tmp_path / "cache") as (environment, fetched):
         load = "import finermoe_jax as fm; fm.save_hf(fm.load_hf('someone/small'), 'copy')"
         done = subprocess.run(
@@ -185,9 +189,10 @@ def test_from_the_hub_comes_what_belongs_to_the_model(tmp_path, shards):
             capture_output=True, text=True, timeout=200,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    wanted = {path.name for path in folder.iterdir() if path.name.startswith(("model", "config"))}
+    belongs = ("model", "config", "README")
+    wanted = {path.name for path in folder.iterdir() if path.name.startswith(belongs)}
     assert set(fetched) == wanted
-    assert len(fetched) == len(wanted) == (2 if shards == 1 else shards + 2)
+    assert len(fetched) == len(wanted) == (3 if shards == 1 else shards + 3)
     assert_same(fm.load_hf(tmp_path / "copy"), fm.load_hf(UNTIED))
 
 
@@ -298,7 +303,7 @@ def test_export_into_an_empty_directory_and_with_a_tokenizer(tmp_path):
     fm.save_hf(fm.load_hf(TIED), tmp_path / "out", tmp_path / "tokenizer")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     copied = ["tokenizer.json", "tokenizer_config.json"]
-    assert found == ["config.json", "model.safetensors", *copied]
+    assert found == ["README.md", "config.json", "model.safetensors", *copied]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ _DEFAULTS = {
     "shared_expert_intermediate_size": 0,
     "experts_across": 1,
     "pooled_as": "copies",
+    "route_ahead": 0,
     "moe_concat_proj": False,
     "norm_topk_prob": False,
     "selection_bias": False,
@@ -48,6 +49,18 @@ _ROPE = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+}
+# Linear layers that tensor parallelism splits along their outputs and inputs; the others are whole
+# on every device.
+_SPLIT = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+_TP_PLAN = {
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "layers.*.self_attn.o_proj": "rowwise",
+    **{
+        f"layers.*.mlp.{ffn}{name}": split
+        for ffn in ("", "experts.*.", "shared_expert.")
+        for name, split in _SPLIT.items()
+    },
 }
 
 
@@ -64,6 +77,8 @@ class FineRMoeConfig(PretrainedConfig):
         layers routes to the whole pool (ReXMoE, arXiv 2510.17483). No released model sets it.
       pooled_as: "copies": the other layers' experts are further members of each group;
         "candidates": further candidate groups of each slot.
+      route_ahead: k; the router of layer l reads the FFN input of layer l - k, or of layer 0 if
+        there is none (after Pre-gated MoE, arXiv 2308.12066). No released model sets it.
       num_experts_per_tok: active experts of a token, the same number in each of the G_O slots.
       shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
       moe_concat_proj: a projection [h, h] after the concatenation.
@@ -87,6 +102,7 @@ class FineRMoeConfig(PretrainedConfig):
 
     model_type = "finer_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = _TP_PLAN
 
     def __init__(self, rope_theta=10000.0, rope_scaling=None, rope_parameters=None, **values):
         rope = rope_scaling or rope_parameters or {}
@@ -134,6 +150,11 @@ class FineRMoeConfig(PretrainedConfig):
         if self.experts_across < 1 or layers % self.experts_across:
             raise ValueError(
                 f"experts_across={self.experts_across} must divide the {layers} layers with experts"
+            )
+        if self.route_ahead and not 0 < self.route_ahead < layers:
+            raise ValueError(
+                f"route_ahead={self.route_ahead} must be at least 0 and less than the {layers} "
+                "layers with experts"
             )
         if self.pooled_as not in ("copies", "candidates"):
             raise ValueError(f"pooled_as={self.pooled_as!r} must be 'copies' or 'candidates'")

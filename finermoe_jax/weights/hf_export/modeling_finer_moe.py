@@ -4,20 +4,30 @@ Written by finermoe-jax beside the weights, and independent of that package. A Q
 pre-norm residuals, grouped-query attention with rotary positions, and `FineRMoeLayer` in place of
 FFNs. It uses only public classes of transformers and none of its model modules.
 
+Serving engines (vLLM, transformers' continuous batching) replace the attention function and the
+linear layers. vLLM finds the former by reading this source: see `FineRMoeAttention.forward`.
+
 Letters of shapes: B sequences, T tokens, S keys (cached and new), D hidden_size, N experts, A
 num_experts_per_tok.
 """
 
 import functools
 import math
+import types
+from collections import deque
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_finer_moe import FineRMoeConfig
+
+if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers 4.51
+    ALL_ATTENTION_FUNCTIONS = types.SimpleNamespace(get_interface=ALL_ATTENTION_FUNCTIONS.get)
 
 
 class FineRMoeRMSNorm(nn.Module):
@@ -52,10 +62,11 @@ class FineRMoeMLP(nn.Module):
 class FineRMoeAttention(nn.Module):
     """Causal grouped-query attention: several query heads share a key and value head."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.shared_by = config.num_attention_heads // config.num_key_value_heads
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling, self.is_causal = config.head_dim**-0.5, True
         width = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -67,10 +78,11 @@ class FineRMoeAttention(nn.Module):
             self.q_norm = FineRMoeRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = FineRMoeRMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, angles, mask, cache):
+    def forward(self, x, angles, mask, stored, **kwargs):
         """x [B, T, D]; angles: cos and sin [B or 1, T, head_dim / 2]; mask: see `additive_mask`.
 
-        cache: None, or a cache of transformers and the number of tokens in it.
+        stored: None, or a cache of transformers and the number of tokens in it. kwargs: further
+        arguments of the attention function, such as the paged cache of continuous batching.
         """
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
@@ -79,18 +91,19 @@ class FineRMoeAttention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *angles), rotate(k, *angles), v))
-        if cache is not None:
-            cache, past = cache
+        if stored is not None:
+            cache, past = stored
             # Before transformers 5, a static cache needs the positions of the new tokens, and
             # returns all its slots.
             end = past + x.shape[1]
             places = {"cache_position": torch.arange(past, end, device=x.device)}
-            k, v = (t[:, :, :end] for t in cache.update(k, v, self.layer, places))
-        k, v = (t.repeat_interleave(self.shared_by, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1
+            k, v = (t[:, :, :end] for t in cache.update(k, v, self.layer_idx, places))
+        # vLLM looks for this assignment and this one call in the source. sdpa computes "eager".
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, sdpa_attention_forward
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y, _ = attend(self, q, k, v, mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(y.reshape(*x.shape[:2], -1))
 
 
 def rotary_angles(positions, config):
@@ -249,7 +262,8 @@ def route(logits, config, expert_bias=None, group_bias=None):
         sums = sums + group_bias.view(sums.shape[1:])
         groups = groups + pool_groups(expert_bias[None], config)
     candidate = sums.argmax(-1)[..., None, None]
-    group = groups.take_along_dim(candidate, dim=2).squeeze(2)
+    # gather, since take_along_dim would fix the number of tokens in a compiled graph.
+    group = groups.gather(2, candidate.expand(-1, -1, 1, groups.shape[3])).squeeze(2)
     inside = group.sort(dim=-1, descending=True, stable=True).indices
     inside = inside[..., : config.num_experts_per_tok // config.G_O]
     slot = torch.arange(config.G_O, device=logits.device)[:, None]
@@ -261,17 +275,19 @@ def route(logits, config, expert_bias=None, group_bias=None):
     return experts, weights
 
 
-class FineRMoeRouter(nn.Linear):
+class FineRMoeRouter(nn.Module):
     """x W_r in float32, for every model dtype and under autocast.
 
-    In bfloat16 some tokens would choose other experts. With config.selection_bias it holds the
-    float32 buffers expert_bias and group_bias (`route`), which training here leaves as they are.
+    In bfloat16 some tokens would choose other experts. No nn.Linear: vLLM replaces these by layers
+    that compute in the model's dtype. With config.selection_bias it holds the float32 buffers
+    expert_bias and group_bias (`route`), which training here leaves as they are.
     """
 
     def __init__(self, config):
+        super().__init__()
         pool = config.num_experts * config.experts_across
-        super().__init__(config.hidden_size, pool, bias=False)
         self.config = config
+        self.weight = nn.Parameter(torch.empty(pool, config.hidden_size))
         more = config.experts_across if config.pooled_as == "candidates" else 1
         sizes = (pool, config.G_O * config.R_O * more)
         for name, size in zip(("expert_bias", "group_bias"), sizes, strict=True):
@@ -299,8 +315,12 @@ class FineRMoeLayer(nn.Module):
         self.config = config
         width, out = config.hidden_size, config.hidden_size // config.G_O
         self.gate = FineRMoeRouter(config)
-        self.experts = nn.ModuleList(
-            FineRMoeMLP(width, config.moe_intermediate_size, out) for _ in range(config.num_experts)
+        # Keys "0", "1", …; no ModuleList: vLLM replaces that by experts as wide as the model.
+        self.experts = nn.ModuleDict(
+            {
+                str(number): FineRMoeMLP(width, config.moe_intermediate_size, out)
+                for number in range(config.num_experts)
+            }
         )
         self.pool = (self,)  # the layers that share experts; a tuple, so not registered twice
         if config.moe_concat_proj:
@@ -309,33 +329,57 @@ class FineRMoeLayer(nn.Module):
             self.shared_expert = FineRMoeMLP(width, config.shared_expert_intermediate_size, width)
             self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 
-    def forward(self, x):
-        """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32."""
+    def forward(self, x, router_input=None):
+        """Maps x [B, T, D] to the output [B, T, D] and the router's logits [B·T, N], float32.
+
+        The router reads router_input [B, T, D], by default x.
+        """
         rows = x.flatten(0, 1)
-        logits = self.gate(rows)
+        logits = self.gate(rows if router_input is None else router_input.flatten(0, 1))
         experts, weights = self.gate.route(logits)
 
-        # Rows are sorted by expert: experts without tokens are not computed.
-        order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=logits.shape[-1]).tolist()
-        parts = rows[order // experts.shape[1]].split(counts)
-        across = len(self.pool)
-        y = torch.cat(
-            [
-                self.pool[p % across].experts[p // across](part).to(x.device)
-                for p, part in enumerate(parts)
-                if counts[p]
-            ]
-        )
-        y = y[order.argsort()] * weights.flatten()[:, None].to(y.dtype)
-        # [tokens, slots, experts of a slot, D / slots]: summed within a slot, slots concatenated.
-        y = y.view(len(rows), self.config.G_O, -1, y.shape[-1]).sum(2).view(x.shape)
-
+        # A compiled graph cannot depend on the experts that are chosen.
+        whole = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        compute = self.all_experts if whole else self.chosen_experts
+        y = compute(rows, experts, weights).view(x.shape)
         if hasattr(self, "concat_proj"):
             y = self.concat_proj(y)
         if hasattr(self, "shared_expert"):
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return y, logits
+
+    def expert(self, p):
+        """Returns expert p of the pool, numbered as in `route`."""
+        across = len(self.pool)
+        return self.pool[p % across].experts[str(p // across)]
+
+    def chosen_experts(self, rows, experts, weights):
+        """Returns the experts' output [tokens, D] for rows [tokens, D].
+
+        Rows are sorted by expert: experts without tokens are not computed.
+        """
+        order = experts.flatten().argsort(stable=True)
+        size = self.config.num_experts * len(self.pool)
+        counts = experts.flatten().bincount(minlength=size).tolist()
+        parts = rows[order // experts.shape[1]].split(counts)
+        y = torch.cat(
+            [self.expert(p)(part).to(rows.device) for p, part in enumerate(parts) if counts[p]]
+        )
+        y = y[order.argsort()] * weights.flatten()[:, None].to(y.dtype)
+        # [tokens, slots, experts of a slot, D / slots]: summed within a slot, slots concatenated.
+        return y.view(len(rows), self.config.G_O, -1, y.shape[-1]).sum(2).flatten(1)
+
+    def all_experts(self, rows, experts, weights):
+        """Returns the same as `chosen_experts`, in float32 sums; every expert computes all rows."""
+        count = self.config.num_experts * len(self.pool)
+        weights = weights.to(rows.dtype)
+        share = weights.new_zeros(len(rows), count).scatter(1, experts, weights)
+        slots = [0.0] * self.config.G_O
+        for p in range(count):
+            y = self.expert(p)(rows) * share[:, p, None]
+            y = torch.where((experts == p).any(1, keepdim=True), y, 0.0)
+            slots[p * len(slots) // count] += y.float()
+        return torch.cat(slots, dim=1).to(rows.dtype)
 
 
 def load_balancing_loss(logits, gate, real):
@@ -361,25 +405,30 @@ def load_balancing_loss(logits, gate, real):
 class FineRMoeDecoderLayer(nn.Module):
     """Pre-norm attention and FFN or experts, each added to the residual stream."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer_idx):
         super().__init__()
         width = config.hidden_size
         self.input_layernorm = FineRMoeRMSNorm(width, config.rms_norm_eps)
-        self.self_attn = FineRMoeAttention(config, layer)
+        self.self_attn = FineRMoeAttention(config, layer_idx)
         self.post_attention_layernorm = FineRMoeRMSNorm(width, config.rms_norm_eps)
         self.mlp = (
             FineRMoeLayer(config)
-            if config.has_experts(layer)
+            if config.has_experts(layer_idx)
             else FineRMoeMLP(width, config.intermediate_size, width)
         )
 
-    def forward(self, x, angles, mask, cache):
-        """Returns x [B, T, D] and the router's logits, None in a dense layer."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
-        y, logits = self.mlp(self.post_attention_layernorm(x)), None
+    def forward(self, x, angles, mask, stored, router_input, **kwargs):
+        """Returns x [B, T, D], the router's logits (None in a dense layer) and the FFN's input.
+
+        The router reads router_input [B, T, D]; None: the FFN's input.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, stored, **kwargs)
+        normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, FineRMoeLayer):
-            y, logits = y
-        return x + y, logits
+            y, logits = self.mlp(normed, router_input)
+        else:
+            y, logits = self.mlp(normed), None
+        return x + y, logits, normed
 
 
 class FineRMoePreTrainedModel(PreTrainedModel):
@@ -389,7 +438,7 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["FineRMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
+    _supports_sdpa = _supports_attention_backend = True
     _supports_cache_class = _supports_static_cache = True  # for transformers 4
     supports_gradient_checkpointing = True
     # Buffers that keep their dtype in models of another one. Transformers 4 would cast them to
@@ -397,7 +446,7 @@ class FineRMoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["expert_bias", "group_bias"]
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, FineRMoeRouter)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -437,6 +486,8 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         self.norm = FineRMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+        if config._attn_implementation == "vllm":  # it adds an lm_head, and would not load that
+            self._keys_to_ignore_on_load_unexpected = None
 
     def get_input_embeddings(self):
         """Returns the embedding, for LoRA and gradient checkpointing."""
@@ -473,8 +524,11 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         past = int(cache.get_seq_length()) if cache is not None else 0
-        check_mask(attention_mask, len(x), x.shape[1], past)
-        texts = separate_texts(attention_mask, position_ids, cache)
+        # vLLM knows which tokens see each other; continuous batching passes a mask for its cache.
+        served = self.config._attn_implementation == "vllm" or "cache" in kwargs
+        if not served:
+            check_mask(attention_mask, len(x), x.shape[1], past)
+        texts = None if served else separate_texts(attention_mask, position_ids, cache)
         recompute = self.gradient_checkpointing and self.training
         if recompute or texts is not None:
             cache = None
@@ -483,7 +537,7 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         if position_ids is None:
             position_ids = counted_positions(attention_mask, x, past)
         angles = rotary_angles(position_ids, self.config)
-        mask = additive_mask(attention_mask, texts, x, past)
+        mask = attention_mask if served else additive_mask(attention_mask, texts, x, past)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -491,12 +545,14 @@ class FineRMoeModel(FineRMoePreTrainedModel):
             output_router_logits = self.config.output_router_logits
         hidden_states = router_logits = ()
         stored = None if cache is None else (cache, past)
+        earlier = deque(maxlen=self.config.route_ahead)  # FFN inputs of the last layers
         for layer in self.layers:
             hidden_states += (x,) if output_hidden_states else ()
-            call = layer.__call__
+            call = functools.partial(layer, **kwargs)
             if recompute:
                 call = functools.partial(self._gradient_checkpointing_func, call)
-            x, logits = call(x, angles, mask, stored)
+            x, logits, normed = call(x, angles, mask, stored, earlier[0] if earlier else None)
+            earlier.append(normed)
             router_logits += (logits,) if output_router_logits and logits is not None else ()
         x = self.norm(x)
         out = MoeModelOutputWithPast(

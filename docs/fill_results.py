@@ -1,0 +1,251 @@
+"""Fills the tables of docs/results.md from docs/studies/*.json: python -m docs.fill_results
+
+The page's words are written by hand, its studies' figures never: between two comments
+
+    <!-- study: balance -->
+    <!-- end of study -->
+
+stands the table that STUDIES describes. The script also draws each study's picture,
+docs/studies/NAME.png. `benchmarks/studies/record.py` writes the JSON files from sweeps.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finermoe_jax.runtime.json_files import read_json
+from finermoe_jax.training import style
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "results.md"
+BLOCK = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
+
+Seeds = Mapping[str, Any]  # the figures of one variant's runs, by seed
+
+
+def losses(runs: Seeds) -> dict[str, float]:
+    """The last held-out loss of each seed."""
+    return {seed: run["curve"]["loss"][-1] for seed, run in runs.items()}
+
+
+def loss(runs: Seeds, _: Seeds) -> str:
+    """The last held-out loss."""
+    return spread(list(losses(runs).values()))
+
+
+def halfway(runs: Seeds, _: Seeds) -> str:
+    """The held-out loss after half of the steps."""
+    halves = [run["curve"]["loss"][len(run["curve"]["loss"]) // 2] for run in runs.values()]
+    return spread(halves)
+
+
+def difference(runs: Seeds, base: Seeds) -> str:
+    """The loss minus that of the study's first variant, seed by seed."""
+    if runs is base:
+        return "–"
+    ours, theirs = losses(runs), losses(base)
+    return spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs], signed=True)
+
+
+def spread(values: list[float], signed: bool = False, digits: int = 4) -> str:
+    """Mean and standard deviation; one value alone has no deviation."""
+    mean = f"{np.mean(values):{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def seeds(runs: Seeds, _: Seeds) -> str:
+    """The number of runs."""
+    return str(len(runs))
+
+
+def total(runs: Seeds, _: Seeds) -> str:
+    """All parameters."""
+    return f"{next(iter(runs.values()))['parameters'] / 1e6:.2f} M"
+
+
+def active(runs: Seeds, _: Seeds) -> str:
+    """Parameters that a token uses."""
+    return f"{next(iter(runs.values()))['active'] / 1e6:.2f} M"
+
+
+def flops(runs: Seeds, _: Seeds) -> str:
+    """Model FLOPs of a whole run."""
+    return f"{np.mean([run['curve']['flops'][-1] for run in runs.values()]) / 1e12:.2f}"
+
+
+def of_load(name: str, digits: int) -> Callable[[Seeds, Seeds], str]:
+    """A figure of the load, the mean over the seeds."""
+
+    def cell(runs: Seeds, _: Seeds) -> str:
+        values = [run["load"][name] for run in runs.values() if name in run.get("load", {})]
+        return f"{np.mean(values):.{digits}f}" if values else "–"
+
+    return cell
+
+
+def copies(runs: Seeds, _: Seeds) -> str:
+    """Mean cosine similarity of experts that started equal, at the last checkpoint."""
+    last = [next(reversed(run["similarity"].values()))["copies"] for run in runs.values()]
+    return f"{np.mean(last):.4f}"
+
+
+COLUMNS: dict[str, Callable[[Seeds, Seeds], str]] = {
+    "seeds": seeds,
+    "held-out loss": loss,
+    "halfway": halfway,
+    "difference": difference,
+    "parameters": total,
+    "active": active,
+    "TFLOP": flops,
+    "fullest expert / mean": of_load("max_over_mean", 2),
+    "entropy": of_load("entropy", 3),
+    "dead experts": of_load("dead", 1),
+    "fullest / mean in a group": of_load("group_max_over_mean", 2),
+    "share of the larger group": of_load("larger_candidate", 3),
+    "other layers' experts": of_load("foreign", 2),
+    "starved experts": of_load("starved", 2),
+    "similarity of copies": copies,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study's table and picture.
+
+    Attributes:
+      title: the picture's title.
+      columns: names in COLUMNS.
+      names: rows in order; a variant's name in the JSON file, and its name in the table. The first
+        is the one that differences are from.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    names: Mapping[str, str]
+
+
+POOLS = (
+    "seeds", "held-out loss", "difference", "parameters", "fullest expert / mean",
+    "starved experts", "other layers' experts",
+)  # fmt: skip
+STUDIES = {
+    "balance": Study(
+        "Four kinds of balancing on the demo, 100 steps",
+        (
+            "seeds",
+            "held-out loss",
+            "difference",
+            "fullest expert / mean",
+            "entropy",
+            "dead experts",
+            "fullest / mean in a group",
+            "share of the larger group",
+            "similarity of copies",
+        ),
+        {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")},
+    ),
+    "muon": Study(
+        "Muon beside AdamW on the demo, 60 steps",
+        ("seeds", "halfway", "held-out loss", "difference"),
+        {
+            f"{optimizer}_lr{place}": f"{label}, {rate}"
+            for optimizer, label in (("adamw", "AdamW"), ("muon", "Muon"))
+            for place, rate in ((2, "1e-3"), (1, "3e-4"), (3, "3e-3"))
+        },
+    ),
+    "pools": Study(
+        "Pools from scratch, ReXMoE's form: 16 experts a layer, 2 active",
+        POOLS,
+        {
+            "base": "no pools",
+            "rex2": "r = 2",
+            "rex2+psr": "r = 2, PSR `random`",
+            "rex2+foreign": "r = 2, PSR `foreign`",
+            "rex4+psr": "r = 4, PSR `random`",
+            "rex2+depth": "r = 2, depth vector",
+            "psr": "no pools, PSR on own experts",
+            "wide": "no pools, 32 own experts",
+        },
+    ),
+    "pools_fine": Study(
+        "Pools from scratch, FineRMoE's form (8, 2, 1, 2)",
+        POOLS,
+        {
+            "fine": "no pools",
+            "fine+rex2": "r = 2, `copies`",
+            "fine+rex2+psr": "r = 2, `copies`, PSR `random`",
+            "fine+rex2+candidates": "r = 2, `candidates`",
+            "fine+rex2+candidates+psr": "r = 2, `candidates`, PSR `random`",
+        },
+    ),
+    "pools_upcycled": Study(
+        "Pools in the upcycled demo, 60 steps",
+        (*POOLS, "similarity of copies"),
+        {
+            "upcycled": "no pools",
+            "upcycled+rex2": "r = 2",
+            "upcycled+rex2+foreign": "r = 2, PSR `foreign`",
+            "upcycled+rex2+psr": "r = 2, PSR `random`",
+        },
+    ),
+}
+
+
+def variants(name: str) -> dict[str, Seeds]:
+    """The runs of a study by the rows' names, without rows that have no run yet."""
+    runs = read_json(DOCS / "studies" / f"{name}.json")["runs"]
+    return {label: runs[key] for key, label in STUDIES[name].names.items() if key in runs}
+
+
+def table(name: str) -> str:
+    """The study's table in Markdown."""
+    study, rows = STUDIES[name], variants(name)
+    base = next(iter(rows.values()))
+    lines = ["| |" + "".join(f" {column} |" for column in study.columns)]
+    lines.append("|---|" + "---|" * len(study.columns))
+    for label, runs in rows.items():
+        cells = (COLUMNS[column](runs, base) for column in study.columns)
+        lines.append(f"| {label} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+@style.applied()
+def draw(name: str) -> None:
+    """Draws the last held-out losses: a dot per seed, a bar at each variant's mean."""
+    rows = variants(name)
+    picture = style.figure(7.5, 1.1 + 0.34 * len(rows))
+    axes = picture.subplots()
+    for place, runs in enumerate(rows.values()):
+        values = list(losses(runs).values())
+        colour = style.ORANGE if place == 0 else style.BLUE
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.8)
+        if len(values) > 1:
+            axes.plot([np.mean(values)], [place], "|", color=style.INK, markersize=14, mew=2)
+    axes.set_yticks(range(len(rows)), [label.replace("`", "") for label in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(STUDIES[name].title)
+    several = "; a dot per seed, a bar at the mean" if len(next(iter(rows.values()))) > 1 else ""
+    axes.set_xlabel(f"held-out loss, nats per token{several}")
+    picture.savefig(DOCS / "studies" / f"{name}.png")
+
+
+def filled(text: str) -> str:
+    """The page with the tables of all studies that it names."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
+
+
+def main() -> None:
+    """Writes the page and the pictures."""
+    text = PAGE.read_text()
+    PAGE.write_text(filled(text))
+    for found in BLOCK.finditer(text):
+        draw(found[2])
+
+
+if __name__ == "__main__":
+    main()
