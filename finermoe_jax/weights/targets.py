@@ -78,9 +78,9 @@ def new_target(path: str | os.PathLike) -> Iterator[NewTarget]:
         try:
             yield NewTarget(target, lease.confirm)
         except BaseException as error:
-            if not lease.lost:
-                with contextlib.suppress(RunEnded, InputError):  # the next process clears it
-                    _clear(target)
+            with contextlib.suppress(RunEnded, InputError):  # the next process clears it
+                lease.confirm()  # another holder's objects must stay
+                _clear(target)
             if isinstance(error, (InputError, RunEnded)) or not isinstance(error, Exception):
                 raise
             raise _not_written(target, error) from error

@@ -228,6 +228,9 @@ def test_what_is_there_is_kept(away, here):
         with pytest.raises(fm.InputError, match=rf"{away / target} is not empty; nothing is over"):
             convert(str(here / "dense"), away / target, "orbax", MOE, **SEED)
         assert (away / target).objects() == before
+    flags = [f"--source={here / 'orbax'}", f"--target={away / 'new'}", "--to=hf"]
+    result = command("convert", *flags, "--push_to_hub=someone/model")
+    assert_refused(result, "--push_to_hub=someone/model sends a local directory", "new")
     (away / "object").write("x")
     with pytest.raises(fm.InputError, match="is an object; give a new prefix"):
         convert(str(here / "dense"), away / "object", "orbax", MOE, **SEED)
@@ -253,6 +256,7 @@ def test_two_at_once(away, here, monkeypatch):
     for to in ("orbax", "hf"):
         with pytest.raises(RunEnded, match="lost"):
             convert(str(away / "orbax"), away / f"lost-{to}", to, None, **SEED)
+        assert (away / f"lost-{to}").objects(), "the other one's objects stay"
         with pytest.raises(fm.InputError):
             open_model(away / f"lost-{to}")
 
