@@ -16,7 +16,7 @@ from finermoe_jax.runtime import disk, distributed
 from finermoe_jax.runtime.buckets import Place, Unreachable, is_outage
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.preemption import EXIT_CODE
-from finermoe_jax.training.storage import LocalStorage, Storage
+from finermoe_jax.training.storage import LocalStorage, Storage, files_of
 from finermoe_jax.weights import lazy, orbax_files
 from finermoe_jax.weights.checkpoint import (
     ASYNC,
@@ -245,8 +245,11 @@ class TrainingCheckpoints:
         )
 
     def _full(self) -> str:
+        # Of a run in a bucket, the scratch directory's.
+        here = self.directory
+        place = here if isinstance(here, Path) else files_of(self.storage.workdir)
         return (
-            f"the disk of {self.directory} is full ({disk.free_text(self.directory)}). "
+            f"the disk of {place} is full ({disk.free_text(place)}). "
             f"{self._complete()}. Free some space, then run the same command again"
         )
 
