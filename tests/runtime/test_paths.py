@@ -95,15 +95,14 @@ def test_the_home_directory():
 
 # --- every way in ---------------------------------------------------------------------------
 
-# Of the flags that take text, those that name no path.
 # Flags that take gs:// URLs.
 BUCKETS = {
     "convert": {"source", "target"}, "eval": {"checkpoint"}, "generate": {"checkpoint"},
     "prepare": {"tokenizer", "upload"}, "train": {"workdir"},
 }  # fmt: skip
+# Of the flags that take text, those that name no path.
 NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology",
-            "text_field", "split", "config", "push_to_hub",
-            "experts"}  # fmt: skip
+            "text_field", "split", "config", "push_to_hub", "experts"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
