@@ -10,14 +10,12 @@ cores and 5 GiB of memory are enough. Checks, each a line with its counts:
     compiled            without --enforce-eager, in float32
     router              bfloat16: every router's logits equal the float32 product
     batching            transformers' continuous batching, with sdpa and with eager attention
-    variants            pools, selection biases, q/k norms, scaled rotary embeddings, mixed layers
+    variants            pools, selection biases, q/k norms, scaled rotary embeddings, mixed layers,
                         routing ahead and concat_proj, in vLLM without a server
 
-In float32 the token ids must be equal to `fm.generate`'s. In bfloat16 the order of roundings
-differs between the two programs and with the size of the batch, so near ties fall otherwise. There
-the served text is scored with `fm` in float32 and in bfloat16, on the same weights. The largest
-difference of these logits is what rounding does to this model. Each served token must be at most
-twice that below the largest float32 logit.
+In float32 the token ids must be equal. In bfloat16 the order of roundings differs between the two
+programs and with the size of the batch. There `fm`'s logits of the same export in bfloat16, for the
+served text, must have each served token within MARGIN of the largest logit.
 """
 
 import argparse
@@ -37,6 +35,8 @@ ROOT = Path(__file__).parent.parent.parent
 INSIDE = Path(__file__).parent / "serve_inside.py"
 DEMO_TEXT = ROOT / "finermoe_jax" / "demo" / "pydoc_small.txt"
 TOKENS, REQUESTS = 40, 16
+# Two steps of bfloat16 at a logit of 8 to 16: vLLM rounds logits to bfloat16.
+MARGIN = 0.125
 LOAD_SECONDS = 300
 # Head sizes that vLLM's attention has on a CPU start at 32.
 SHAPE = dict(
@@ -87,11 +87,13 @@ def prompts(directory):
     return [list(map(int, ids[100 * i : 100 * i + 5 + i])) for i in range(REQUESTS)]
 
 
-def ours(directory, asked, new=TOKENS, dtype="float32"):
-    """`fm.generate`'s greedy tokens for every prompt."""
+def ours(directory, asked, new=TOKENS):
+    """`fm.generate`'s greedy tokens in float32, for every prompt by itself."""
+    import jax.numpy as jnp
+
     import finermoe_jax as fm
 
-    model = fm.load_hf(directory, dtype=dtype)
+    model = fm.load_hf(directory, dtype=jnp.float32)
     # One batch, padded left, is one compilation.
     width = max(map(len, asked))
     ids = [[0] * (width - len(row)) + row for row in asked]
@@ -100,29 +102,23 @@ def ours(directory, asked, new=TOKENS, dtype="float32"):
 
 
 def margins(directory, asked, answers):
-    """Distances of served tokens from the largest float32 logit, [tokens], and rounding's effect.
-
-    The latter is the largest difference of `fm`'s bfloat16 logits from its float32 logits.
-    """
+    """How far each served token is below the largest of `fm`'s bfloat16 logits, [tokens]."""
+    import jax.numpy as jnp
     import numpy as np
 
     import finermoe_jax as fm
 
+    model = fm.load_hf(directory, dtype=jnp.bfloat16)
     width = max(map(len, asked)) + TOKENS
     rows = [a + b for a, b in zip(asked, answers, strict=True)]
     ids = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
     mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int32)
-    exact, rounded = (
-        np.asarray(fm.load_hf(directory, dtype=dtype)(ids, mask).logits, np.float32)
-        for dtype in ("float32", "bfloat16")
-    )
-    below, rounding = [], 0.0
+    logits = np.asarray(model(ids, mask).logits, np.float32)
+    found = []
     for row, (start, answer) in enumerate(zip(map(len, asked), answers, strict=True)):
-        places = slice(start - 1, start - 1 + len(answer))
-        at = exact[row, places]
-        below.extend(at.max(-1) - at[np.arange(len(answer)), answer])
-        rounding = max(rounding, np.abs(rounded[row, places] - at).max())
-    return np.array(below), rounding
+        at = logits[row, start - 1 : start - 1 + len(answer)]
+        found.extend(at.max(-1) - at[np.arange(len(answer)), answer])
+    return np.array(found)
 
 
 class Server:
@@ -218,12 +214,11 @@ def served(python, work, directory, asked, wanted, *flags, dtype="float32", **va
         one, first = equal([alone], wanted[:1])
         many, rest = equal(together, wanted)
         return f"{line}one request {one}; {len(asked)} at once {many}", first and rest
-    below, rounding = margins(directory, [asked[0], *asked], [alone, *together])
+    below = margins(directory, [asked[0], *asked], [alone, *together])
     return (
-        f"{line}{(below == 0).sum()}/{below.size} tokens have the largest float32 logit, the "
-        f"others are at most {below.max():.3f} below; rounding changes logits by up to "
-        f"{rounding:.3f}; {equal(together, wanted)[0]} as fm.generate's in bfloat16"
-    ), bool(below.max() <= 2 * rounding)
+        f"{line}{(below == 0).sum()}/{below.size} tokens are fm's choice in bfloat16, the others "
+        f"at most {below.max():.3f} below it; {equal(together, wanted)[0]} as in float32"
+    ), bool(below.max() <= MARGIN)
 
 
 def variants():
@@ -304,10 +299,6 @@ def checks(python, work):
         line, right = equal(found["tokens"], wanted)
         return f"loaded in {found['seconds']:.0f} s; {line}", right
 
-    def in_bfloat16():
-        low = ours(bfloat16, asked, dtype="bfloat16")
-        return served(python, work, bfloat16, asked, low, dtype="bfloat16")
-
     def router():
         found = inside(python, work, "router", bfloat16)
         right = found["logits"] == ["torch.float32"] and found["layers"] == 4
@@ -326,7 +317,7 @@ def checks(python, work):
     two, cores = ["--tensor-parallel-size=2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     return {
         "float32": lambda: served(python, work, float32, asked, wanted),
-        "bfloat16": in_bfloat16,
+        "bfloat16": lambda: served(python, work, bfloat16, asked, wanted, dtype="bfloat16"),
         "tp2": lambda: served(python, work, float32, asked, wanted, *two, **cores),
         "compiled": compiled,
         "router": router,
