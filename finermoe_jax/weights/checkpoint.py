@@ -302,7 +302,7 @@ def read_description(checkpoint: Place) -> tuple[ModelConfig, str, str]:
     return config, str(dtype), str(param_dtype)
 
 
-def read_stored_origin(checkpoint: Path) -> Origin:
+def read_stored_origin(checkpoint: Place) -> Origin:
     """Returns where a checkpoint's weights come from, as far as it states that."""
     path = checkpoint / CONFIG / "metadata"
     origin = read_json(path).get("origin") or {}
