@@ -83,7 +83,11 @@ class TrainingCheckpoints:
     def _temporary_path(self) -> Any:
         if isinstance(self.directory, Path):
             return durable()
-        return committing(self.directory, self.storage.before_commit, self._committed.append)
+
+        def after(name: str) -> None:
+            self._committed.append(int(name))
+
+        return committing(self.directory, self.storage.before_commit, after)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete step; None in a new workdir."""
