@@ -123,6 +123,22 @@ def test_compare_and_a_dry_run_read_a_bucket(finished, local):
     assert finished.objects() == before
 
 
+def test_a_local_workdir_is_moved_to_a_bucket(server, local, tmp_path):
+    """As `gcloud storage cp -r` does; sizes are verified, since the hashes are other ones."""
+    run = support.new_bucket()
+    for path in local.rglob("*"):
+        if path.is_file():
+            (run / path.relative_to(local)).write(path)
+    step = run / "checkpoints" / "4"
+    assert damage(step) == []
+    said = []
+    train(tiny_run(), str(run), said.append, scratch=tmp_path / "scratch")
+    assert "resumed from step 4 of 4" in said
+    name = next(name for name in step.objects() if "/d/" in name)
+    (step / name).write(b"short")
+    assert f"{name} has 5 bytes, " in damage(step)[0]
+
+
 def _torn(step):
     (step / COMMITTED).delete()
     (step / CHECKSUMS).delete()
