@@ -115,7 +115,7 @@ def fetch(workdir: BucketWorkdir) -> dict[str, int]:
     }
     generations = {}
     for name in found:
-        if name == LEASE:
+        if name == LEASE or name.startswith("."):
             continue
         target = workdir.scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ SMALLEST = {
 ELSEWHERE = {
     "architectures": "needs SmolLM2's weights",
     "attention": "needs a compiler for TPUs",
+    "bucket_kills": "needs a bucket; tests/training/test_storage.py runs it",
     "convert": "writes gigabytes",
     "demo_against_dense": "trains for minutes",
     "function_preserving": "trains for minutes",

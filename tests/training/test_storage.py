@@ -9,6 +9,7 @@ import pytest
 import finermoe_jax as fm
 from benchmarks import bucket_kills
 from benchmarks.kill_campaign import assert_same, ends, lines, logged, wait_for
+from finermoe_jax.analysis.dry_run import dry_run
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.runtime import buckets, lease
 from finermoe_jax.runtime.lease import Lease
@@ -107,6 +108,35 @@ def test_another_machine_resumes_and_a_changed_config_is_refused(copy, tmp_path)
     assert "restoring the checkpoint of step 4 …" in said
     assert saved_steps(copy / "checkpoints") == [2, 4, 6]
     assert (copy / "config_changes.jsonl").exists() and not (copy / "lock").exists()
+
+
+def test_compare_and_a_dry_run_read_a_bucket(finished, local):
+    before = finished.objects()
+    result = command("compare", finished, local)
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.splitlines()[1].split()[1] == "2"  # one setting, two runs
+    said = []
+    needs = dry_run(tiny_run(), str(finished), say=said.append)
+    assert needs.free is None and f"written to {finished}: logs, tokenizer/, plots and" in said[-4]
+    with pytest.raises(fm.InputError, match="contains a run with another config"):
+        dry_run(tiny_run(steps=6), str(finished), say=silent)
+    assert finished.objects() == before
+
+
+def test_a_local_workdir_is_moved_to_a_bucket(server, local, tmp_path):
+    """As `gcloud storage cp -r` does; sizes are verified, since the hashes are other ones."""
+    run = support.new_bucket()
+    for path in local.rglob("*"):
+        if path.is_file():
+            (run / path.relative_to(local)).write(path)
+    step = run / "checkpoints" / "4"
+    assert damage(step) == []
+    said = []
+    train(tiny_run(), str(run), said.append, scratch=tmp_path / "scratch")
+    assert "resumed from step 4 of 4" in said
+    name = next(name for name in step.objects() if "/d/" in name)
+    (step / name).write(b"short")
+    assert f"{name} has 5 bytes, " in damage(step)[0]
 
 
 def _torn(step):
