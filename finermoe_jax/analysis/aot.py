@@ -84,15 +84,7 @@ def compile_program(
     costs = analyse(text, slices, fast_memory=target.platform == "tpu")
     costs.attention_flops = attention_flops(program, target)
     figures |= dataclasses.asdict(costs) | {"notes": program.notes, "counting_notes": costs.notes}
-    if target.platform == "tpu" and program.model.moe and program.experts == "device":
-        figures |= _experts(program, text)
-    if program.experts == "host":
-        overlap = host_overlap(text)
-        figures |= {
-            "host_moved_bytes": overlap.moved_bytes,
-            "host_transfers": sum(transfer.times for transfer in overlap.transfers),
-            "host_covered_bytes": overlap.covered_bytes,
-        }
+    figures |= _experts(program, target, text)
     length, freeze = program.config.data.sequence_length, program.config.train.freeze
     if program.trains:
         needed = training_flops(program.model, length, freeze)
@@ -104,7 +96,26 @@ def compile_program(
     return figures
 
 
-def _experts(program: Program, text: str) -> dict[str, Any]:
+def _experts(program: Program, target: Target, text: str) -> dict[str, Any]:
+    """Returns how the experts' weights are read, as far as the compiled program tells."""
+    if program.experts == "host":
+        return _from_host(text)
+    if target.platform == "tpu" and program.model.moe and program.experts == "device":
+        return _in_place(program, text)
+    return {}
+
+
+def _from_host(text: str) -> dict[str, Any]:
+    """Returns the transfers of experts from host memory, and the HBM bytes beside them."""
+    overlap = host_overlap(text)
+    return {
+        "host_moved_bytes": overlap.moved_bytes,
+        "host_transfers": sum(transfer.times for transfer in overlap.transfers),
+        "host_covered_bytes": overlap.covered_bytes,
+    }
+
+
+def _in_place(program: Program, text: str) -> dict[str, Any]:
     """Returns HBM bytes of the experts' weights and gradients, and their minimum."""
     assert program.model.moe is not None
     train, total = program.config.train, program.model.moe.pool_size

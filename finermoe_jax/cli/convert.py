@@ -92,7 +92,7 @@ def _convert(
     from finermoe_jax.runtime import publish
     from finermoe_jax.training.history import training_run
     from finermoe_jax.weights.convert import Export, convert
-    from finermoe_jax.weights.hf_config import unpublished_keys
+    from finermoe_jax.weights.hf_config import not_in_vllm, unpublished_keys
     from finermoe_jax.weights.targets import is_occupied
     from finermoe_jax.weights.verify import verify
 
@@ -125,6 +125,8 @@ def _convert(
                 "can read it, not the authors' code",
                 file=sys.stderr,
             )
+        if flags.to == "hf" and (limit := not_in_vllm(written)):
+            print(f"{target}: {limit}", file=sys.stderr)
     if flags.verify:
         form = flags.to if flags.given("to") or not there else None
         print(verify(source, target, form, **asked))

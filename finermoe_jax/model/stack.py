@@ -5,6 +5,7 @@ time does not grow with depth (ModelConfig.layer_runs). The MoE layers of a pool
 pattern; the first of them has the bank. Axis letters: config/model.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -113,56 +114,84 @@ def run_layers(
       x, the caches with the new keys and values, the MoE layers' records (None without MoE layers),
       and `earlier` for the next run.
     """
-    pools = _pools(run)
-    banks = [
-        _bank(block, caches is None, shared) if pool == place else None
-        for place, (block, pool) in enumerate(zip(run, pools, strict=True))
-    ]
-    # Banks are read in place; the loop slices a layer's other parameters.
-    in_place = [bank is not None for bank in banks]
-    graphdef, state = nnx.split(run)
-    of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)
-    repeats = _repeats(stacked)
-    begins = earlier is None and shared.route_ahead > 0
-
-    def merged(layer: Array | int, state: Any) -> Any:
-        if state is None:
-            state = _in_place(stacked, layer, shared.placement)
-        with jax.named_scope("weights"):
-            state = sharding.gather_dense(state, x.dtype, shared.placement)
-        blocks = nnx.merge(graphdef, _in_place(of_banks, layer, ONE_DEVICE), state)
-        if shared.psr is not None:
-            _mask(blocks, shared.psr, first, layer)
-        return blocks
-
-    def body(carry: tuple, here: tuple) -> tuple:
-        (x, inputs, caches, gradients), (layer, state) = carry, here
-        before = EarlierInputs(inputs, layer == 0 if begins else False)
-        carry = x, before, caches, gradients
-        if not on_host:
-            return _apply(merged(layer, state), pools, banks, carry, layer, shared)
-        blocks = ready.pop(layer, None) or merged(layer, state)
-        if layer + 1 < repeats:
-            ready[layer + 1] = merged(layer + 1, None)
-        return _apply(blocks, pools, banks, carry, layer, shared, ready.get(layer + 1))
-
-    on_host = any(bank is not None and isinstance(bank.bank, HostBank) for bank in banks)
-    ready: dict[int, Any] = {}  # the next repeat's blocks, which may choose experts early
+    parts = _Parts.of(run, shared, caches is None, first, earlier is None)
     # Layer 0 puts its own input in place of these; x has the same shape and sharding.
     inputs = (x,) * shared.route_ahead if earlier is None else earlier
+    banks, repeats = parts.banks, _repeats(parts.stacked)
     carry = x, inputs, caches, tuple(() if bank is None else bank.carried for bank in banks)
-    separate = _all_separate(stacked)
-    if separate or on_host:
+    separate = _all_separate(parts.stacked)
+    if separate or parts.on_host:
         loop = functools.partial(_unrolled, repeats=repeats, apart=not separate)
     else:
         # Decoding has few rows per weight: slicing a layer would copy it, idle experts included.
-        each = jnp.arange(repeats), stacked if caches is None else None
+        each = jnp.arange(repeats), parts.stacked if caches is None else None
         loop = functools.partial(jax.lax.scan, xs=each, unroll=min(shared.unroll, repeats))
-    (x, inputs, caches, gradients), traces = loop(_recomputed(body, repeats, shared), carry)
+    (x, inputs, caches, gradients), traces = loop(_recomputed(parts.body, repeats, shared), carry)
     for bank, handed_on in zip(banks, gradients, strict=True):
         if bank is not None:
             x = bank.end(x, handed_on)
     return x, caches, _in_order(traces, repeats), inputs
+
+
+@dataclasses.dataclass
+class _Parts:
+    """A run taken apart: its blocks' structure, banks, and other parameters.
+
+    `ready` has the blocks of the next repeat while one with experts in host memory is computed.
+    """
+
+    graphdef: Any
+    of_banks: Any  # read in place
+    stacked: Any  # the loop slices a layer out of these
+    pools: list[int | None]
+    banks: list[CarriedBank | None]
+    shared: Pass
+    first: int
+    begins: bool  # the first layer has no earlier inputs
+    ready: dict[int, Any]
+
+    @staticmethod
+    def of(run: nnx.List, shared: Pass, trains: bool, first: int, begins: bool) -> "_Parts":
+        pools = _pools(run)
+        banks = [
+            _bank(block, trains, shared) if pool == place else None
+            for place, (block, pool) in enumerate(zip(run, pools, strict=True))
+        ]
+        in_place = [bank is not None for bank in banks]
+        graphdef, state = nnx.split(run)
+        of_banks, stacked = nnx.split_state(state, functools.partial(_of_bank, in_place), ...)
+        begins = begins and shared.route_ahead > 0
+        return _Parts(graphdef, of_banks, stacked, pools, banks, shared, first, begins, {})
+
+    @property
+    def on_host(self) -> bool:
+        """True if experts are in host memory."""
+        return any(bank is not None and isinstance(bank.bank, HostBank) for bank in self.banks)
+
+    def blocks(self, layer: Array | int, state: Any, dtype: DTypeLike) -> Any:
+        """Returns the blocks of one repeat; `state`: its parameters, if the loop sliced them."""
+        shared = self.shared
+        if state is None:
+            state = _in_place(self.stacked, layer, shared.placement)
+        with jax.named_scope("weights"):
+            state = sharding.gather_dense(state, dtype, shared.placement)
+        blocks = nnx.merge(self.graphdef, _in_place(self.of_banks, layer, ONE_DEVICE), state)
+        if shared.psr is not None:
+            _mask(blocks, shared.psr, self.first, layer)
+        return blocks
+
+    def body(self, carry: tuple, here: tuple) -> tuple:
+        """Applies one repeat: the body of the loop."""
+        (x, inputs, caches, gradients), (layer, state) = carry, here
+        carry = x, EarlierInputs(inputs, layer == 0 if self.begins else False), caches, gradients
+        if not self.on_host:
+            blocks, following = self.blocks(layer, state, x.dtype), None
+        else:
+            blocks = self.ready.pop(layer, None) or self.blocks(layer, None, x.dtype)
+            if layer + 1 < _repeats(self.stacked):
+                self.ready[layer + 1] = self.blocks(layer + 1, None, x.dtype)
+            following = self.ready.get(layer + 1)
+        return _apply(blocks, self.pools, self.banks, carry, layer, self.shared, following)
 
 
 def _pools(run: Any) -> list[int | None]:
@@ -201,11 +230,11 @@ def _apply(
     carry: tuple,
     layer: Array | int,
     shared: Pass,
-    following: Any = (),
+    following: Any,
 ) -> tuple[tuple, tuple]:
     """Applies one repeat of the pattern: run_layers' next carry, and each block's trace.
 
-    `following`: the next repeat's blocks, if their experts are in host memory.
+    `following`: the next repeat's blocks, if their experts are in host memory; else None.
     """
     x, earlier, caches, gradients = carry
     gradients = list(gradients)
@@ -223,10 +252,11 @@ def _apply(
             block.moe.bank = carried.bank.at(layer, gradients[pool], adds)
         elif pool is not None and pool != place:
             block.moe.bank = blocks[pool].moe.experts(shared.placement)
-        after = [*enumerate(blocks)][place + 1 :] or [*enumerate(following or ())]
-        if after and shared.route_ahead and x.shape[1] == 1:
-            at = layer + (after[0][0] == 0)
-            earlier = earlier._replace(choose=_choice(*after[0], pools, banks, at, shared))
+        if shared.route_ahead and x.shape[1] == 1:
+            after = [(layer, *each) for each in enumerate(blocks)][place + 1 :]
+            after += [(layer + 1, *each) for each in enumerate(following or ())]
+            if after:
+                earlier = earlier._replace(choose=_choice(*after[0], pools, banks, shared))
         x, cache, trace, inputs = block(
             x, shared.angles, shared.segment_ids, shared.real, use, shared.placement,
             shared.balance, earlier,
@@ -244,11 +274,11 @@ def _apply(
 
 
 def _choice(
+    layer: Array | int,
     place: int,
     block: Block,
     pools: list[int | None],
     banks: list[CarriedBank | None],
-    layer: Array | int,
     shared: Pass,
 ) -> Callable[[Array, Array], Array] | None:
     """Returns EarlierInputs.choose for the next block, if its experts are in host memory."""

@@ -48,8 +48,8 @@ def expert_ffn(
       first_expert: int32 in 0 ... N - E, the expert of the first group. None: E must equal N.
       scales: float32 [N, 2F] and [N, W], one scale per output of int8 weights. These always run as
         "cpu", forward only.
-      window_of: (E', N'), if these are copies of some experts of a layer of E' in a stack of N'.
-        "cpu" then computes as for that layer, so that results are equal bit by bit. Forward only.
+      window_of: (E', N') if these are copies from a layer of E' experts in a stack of N'. The
+        results of "cpu" then equal that layer's bit by bit. Forward only.
 
     Returns:
       [M, W] in the dtype of rows, accumulated in float32.
@@ -72,8 +72,7 @@ def expert_ffn(
     _check(rows, gate_up, down, group_sizes, row_weights, first_expert, scales is not None)
     first = 0 if first_expert is None else first_expert
     if scales is not None:
-        arguments = (rows, gate_up, down, group_sizes, row_weights, first, scales)
-        return cpu.forward(*arguments, window_of)
+        return cpu.forward(rows, gate_up, down, group_sizes, row_weights, first, scales, window_of)
     how = _how(rows, implementation, interpret, window_of=window_of)
     run = tuple(w[None] for w in of_window(gate_up, down, first, len(group_sizes)))
     y, run = _ffn(how, rows, row_weights, run, gate_up, down, group_sizes, first, 0)
