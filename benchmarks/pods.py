@@ -54,6 +54,8 @@ PAPER = 2048  # sequences of 8192 tokens a step
 def slices() -> Iterator[Row]:
     """Slices with the paper's recipe, one sequence per device at a time."""
     yield Row("0.5B lean", "qwen0p5b.py:lean", "v5e:1x1", (1, 1, 1, 1), 1)
+    yield Row("0.5B lean", "qwen0p5b.py:lean", "v5e:2x4", (1, 1, 8, 1), 1,
+              ("--config.data.global_batch_size=64",))  # fmt: skip
     for name, config, topology, mesh in (
         ("0.5B", "qwen0p5b.py", "v5e:2x4", (1, 1, 8, 1)),
         ("1.5B", "qwen1p5b.py", "v5e:4x4", (1, 1, 16, 1)),

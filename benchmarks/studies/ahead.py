@@ -150,7 +150,10 @@ def main(checkpoint: str, text: Path, rows: int, length: int, output: Path | Non
     found = {k: agreement(model, ids, k) for k in DISTANCES if k <= most}
     print(table(found))
     if output:
-        values = {k: jax.tree.map(np.ndarray.tolist, one._asdict()) for k, one in found.items()}
+        values = {
+            k: {name: np.asarray(shares).tolist() for name, shares in one._asdict().items()}
+            for k, one in found.items()
+        }
         write(output, to_json(values, indent=1) + "\n")
 
 

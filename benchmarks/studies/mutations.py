@@ -95,6 +95,12 @@ MUTATIONS = (
         "tests/moe/test_pools.py -k gradient", OF_ROUTING,
     ),
     Mutation(
+        "routers that should read an earlier layer read their own", "finermoe_jax/model/block.py",
+        "return inputs[-1], (own",
+        "return own, (own",
+        "tests/model/test_route_ahead.py -k loop",
+    ),
+    Mutation(
         "weights are a softmax in the activations' dtype", ROUTING,
         "by_logit, axis=-1).astype(jnp.float32)",
         "by_logit, axis=-1).astype(weight_dtype)",

@@ -19,7 +19,7 @@ from finermoe_jax.config.run import RunConfig
 from finermoe_jax.runtime.disk import free_text
 from finermoe_jax.training.monitor import memory_gib
 from finermoe_jax.training.run import check_run
-from finermoe_jax.training.storage import readable_workdir
+from finermoe_jax.training.storage import Workdir, readable_workdir
 from finermoe_jax.training.workdir import claim
 
 _GIB = 2**30
@@ -99,12 +99,8 @@ def dry_run(
     began = time.perf_counter()
     compiled = program.lower().compile()
     say(f"compiled the step in {time.perf_counter() - began:.0f} s")
-    disk = _existing(found) if isinstance(found, Path) else None
-    free = None if disk is None else shutil.disk_usage(disk).free
-    needs = _needs(program, compiled, free, devices)
-    room = [] if disk is None else [f"  {free_text(disk)} there"]
-    files = _files(needs, config, str(found), room)
-    for line in (*_memory(needs, devices), *_time(program, peak), *files):
+    needs = _needs(program, compiled, found, devices)
+    for line in (*_memory(needs, devices), *_time(program, peak), *_files(needs, config, found)):
         say(line)
     return needs
 
@@ -113,7 +109,7 @@ def _silent(message: str) -> None:
     """Drops a message."""
 
 
-def _needs(program: Program, compiled: Any, free: int | None, devices: tuple) -> Needs:
+def _needs(program: Program, compiled: Any, workdir: Workdir, devices: tuple) -> Needs:
     found = memory_of(compiled)
     state = program.parameter_bytes + program.optimizer_bytes
     memory = {
@@ -131,6 +127,7 @@ def _needs(program: Program, compiled: Any, free: int | None, devices: tuple) ->
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     train, checkpoint = program.config.train, program.whole_state_bytes
     kept = train.keep_checkpoints + train.keep_best + 1  # one more while it is saved
+    free = shutil.disk_usage(_existing(workdir)).free if isinstance(workdir, Path) else None
     slack = 2.0 if devices[0].platform == "cpu" else 1.0
     return Needs(memory, limit, checkpoint, kept * checkpoint, free, slack)
 
@@ -172,13 +169,13 @@ def _time(program: Program, peak: float | None) -> list[str]:
     ]
 
 
-def _files(needs: Needs, config: RunConfig, workdir: str, room: list[str]) -> list[str]:
+def _files(needs: Needs, config: RunConfig, workdir: Workdir) -> list[str]:
     train = config.train
     best = f" and the {train.keep_best} best" if train.keep_best else ""
     return [
         f"written to {workdir}: logs, tokenizer/, plots and checkpoints/",
         f"  a checkpoint of {needs.checkpoint / _GIB:.3f} GiB every {train.checkpoint_every} steps",
         f"  the newest {train.keep_checkpoints}{best} are kept: up to {needs.disk / _GIB:.3f} GiB",
-        *room,
+        *([f"  {free_text(_existing(workdir))} there"] if isinstance(workdir, Path) else []),
         "FITS" if needs.surely_fits else "MAY NOT FIT" if needs.fits else "DOES NOT FIT",
     ]

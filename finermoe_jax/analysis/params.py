@@ -14,7 +14,7 @@ from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.counts import Counts, true_counts
 from finermoe_jax.model.decoder import with_shapes
-from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.buckets import locate
 from finermoe_jax.weights.hf_weights import read_config, resolve_source
 from finermoe_jax.weights.upcycle import adds_pools, upcycled_config
 
@@ -24,7 +24,7 @@ def run_model(config: RunConfig) -> ModelConfig:
     if not config.init_from:
         assert config.dense is not None
         return dataclasses.replace(config.dense, moe=config.moe)
-    model = config.dense or read_config(resolve_source(find(config.init_from)))
+    model = config.dense or read_config(resolve_source(locate(config.init_from)))
     if config.moe and model.moe is None:
         model = upcycled_config(model, config.moe)
     elif config.moe and adds_pools(model, config.moe):

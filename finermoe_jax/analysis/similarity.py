@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.model.decoder import parameter_kinds
-from finermoe_jax.runtime.paths import local
+from finermoe_jax.runtime import buckets
 from finermoe_jax.training.compare import aligned
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import steps_of
@@ -218,7 +217,7 @@ def _text(value: float | None) -> str:
 
 def checkpoints_of(workdir: str) -> dict[int, str]:
     """Returns {step: path} of a run's checkpoints. Raises InputError if there are none."""
-    steps = steps_of(Path(local(workdir)).absolute())
+    steps = steps_of(buckets.place(workdir).absolute())
     found = {step: str(steps / str(step)) for step in saved_steps(steps)}
     if not found:
         raise InputError(f"{workdir} holds no checkpoints of a run: give a workdir")

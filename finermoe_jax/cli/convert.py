@@ -10,14 +10,21 @@ from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.buckets import BucketPath, Place, locate, place
 from finermoe_jax.runtime.json_files import to_json
 
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path("source", "HF directory, Hub id or finermoe checkpoint", required=True)
-    flags.add_path("target", "new or empty directory for the result", required=True)
+    flags.add_path(
+        "source",
+        "HF directory or finermoe checkpoint (local or gs://), or Hub id",
+        required=True,
+        buckets=True,
+    )
+    flags.add_path(
+        "target", "new or empty directory for the result, or gs://", required=True, buckets=True
+    )
     flags.add_config()
     flags.add_text(
         "to",
@@ -46,7 +53,7 @@ def main(flags: Flags) -> None:
         moe = config.moe if config else MoEConfig()
         print(to_json(dataclasses.asdict(moe) if moe else None, indent=2))
         return
-    source, target = str(find(flags.need("source"))), Path(flags.need("target"))
+    source, target = str(locate(flags.need("source"))), place(flags.need("target"))
     if flags.to not in ("orbax", "hf"):
         raise InputError(f"--to={flags.to} must be orbax or hf")
     if flags.to == "hf" and config:
@@ -62,6 +69,11 @@ def main(flags: Flags) -> None:
             f"--push_to_hub={flags.push_to_hub} sends a Hugging Face directory, but --to="
             f"{flags.to} writes a checkpoint: add --to=hf"
         )
+    if pushes and isinstance(target, BucketPath):
+        raise InputError(
+            f"--push_to_hub={flags.push_to_hub} sends a local directory, but --target={target}: "
+            "give a local --target"
+        )
     from finermoe_jax.runtime import publish
 
     repository = publish.repository(flags.push_to_hub) if pushes else ""
@@ -69,17 +81,19 @@ def main(flags: Flags) -> None:
     print(target)
     if repository:
         print(f"sending {target} to {repository} …", file=sys.stderr)
+        assert isinstance(target, Path)
         print(publish.send(target, repository))
 
 
 def _convert(
-    flags: Flags, config: RunConfig | None, source: str, target: Path, repository: str
+    flags: Flags, config: RunConfig | None, source: str, target: Place, repository: str
 ) -> None:
     """Converts and verifies, as the flags ask. Creates the repository, if one is named."""
     from finermoe_jax.runtime import publish
     from finermoe_jax.training.history import training_run
     from finermoe_jax.weights.convert import Export, convert
-    from finermoe_jax.weights.hf_config import unpublished_keys
+    from finermoe_jax.weights.hf_config import not_in_vllm, unpublished_keys
+    from finermoe_jax.weights.targets import is_occupied
     from finermoe_jax.weights.verify import verify
 
     asked: dict[str, Any] = {
@@ -89,7 +103,7 @@ def _convert(
         "dtype": flags.dtype or None,
         "stated": config is not None,
     }
-    there = flags.verify and target.is_dir() and any(target.iterdir())
+    there = flags.verify and is_occupied(target)
     if not there:
 
         def ready() -> None:
@@ -111,6 +125,8 @@ def _convert(
                 "can read it, not the authors' code",
                 file=sys.stderr,
             )
+        if flags.to == "hf" and (limit := not_in_vllm(written)):
+            print(f"{target}: {limit}", file=sys.stderr)
     if flags.verify:
         form = flags.to if flags.given("to") or not there else None
         print(verify(source, target, form, **asked))

@@ -201,7 +201,7 @@ class Command(NamedTuple):
 
 
 class _PathParser(flags.ArgumentParser):
-    """Parses a flag's value with paths.local or paths.local_list."""
+    """Parses a flag's value with `local`, `local_list` or `placed`."""
 
     def __init__(self, read: Callable[[str], str]):
         self.read = read

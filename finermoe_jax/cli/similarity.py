@@ -16,6 +16,7 @@ from finermoe_jax.analysis.similarity import (
 )
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.buckets import is_url, placed
 from finermoe_jax.runtime.files import write
 from finermoe_jax.runtime.json_files import to_json
 from finermoe_jax.runtime.paths import local
@@ -78,9 +79,9 @@ def labelled(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         label, equals, source = argument.partition("=")
-        if not equals or Path(local(argument)).exists():
+        if not equals or is_url(argument) or Path(local(argument)).exists():
             label, source = Path(argument).name or argument, argument
-        source = local(source)
+        source = placed(source)
         if not source:
             raise InputError(f"{argument} has no checkpoint after the label; give LABEL=CHECKPOINT")
         if label in sources:

@@ -73,15 +73,15 @@ def main(flags: Flags) -> int:
     if not workdir:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         workdir = distributed.exchange(f"runs/{flags.config_name}-{stamp}")[0]
-    allowed = flags.allow_changes
+    run_place, allowed = place(workdir), flags.allow_changes
     if flags.dry_run:
         from finermoe_jax.analysis.dry_run import dry_run
 
-        needs = dry_run(config, workdir, telemetry.peak_flops, allow_changes=allowed)
+        needs = dry_run(config, run_place, telemetry.peak_flops, allow_changes=allowed)
         return 0 if needs.fits else 1
     scratch = flags.scratch or None
-    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(place(workdir))):
-        run.train(config, workdir, telemetry=telemetry, allow_changes=allowed, scratch=scratch)
+    with heartbeat.heartbeats(heartbeat_seconds, lambda: resume_hint(run_place)):
+        run.train(config, run_place, telemetry=telemetry, allow_changes=allowed, scratch=scratch)
     return 0
 
 

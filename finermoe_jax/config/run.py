@@ -8,15 +8,15 @@ from typing import Literal
 from finermoe_jax.config.model import ModelConfig, MoEConfig, check_fields
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, near_misses
-from finermoe_jax.runtime.paths import local, local_list
+from finermoe_jax.runtime.buckets import placed, placed_list
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The training data, in rows of sequence_length tokens (docs/data.md)."""
 
-    # Text, a directory written by `finermoe prepare`, a Megatron .bin/.idx pair, or a mixture
-    # "path:weight,path:weight".
+    # Text, tokens written by `finermoe prepare` (local or gs://), a Megatron .bin/.idx pair, or a
+    # mixture "path:weight,path:weight".
     path: str = ""
     # "stream": windows of the token stream, across documents. "documents": whole documents packed
     # into rows, with separate attention, positions and loss.
@@ -37,9 +37,9 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", local_list(self.path, "data.path"))
+        object.__setattr__(self, "path", placed_list(self.path, "data.path"))
         for name in ("tokenizer", "eval_path"):
-            object.__setattr__(self, name, local(getattr(self, name), f"data.{name}"))
+            object.__setattr__(self, name, placed(getattr(self, name), f"data.{name}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,8 @@ class RunConfig:
     moe: MoEConfig | None = None
     # Initialisation of the experts.
     upcycle: UpcycleConfig = PUBLISHED_UPCYCLING
-    # HF directory, Hub id or finermoe checkpoint to start from; empty: random weights.
+    # HF directory, Hub id or finermoe checkpoint to start from, local or gs://; empty: random
+    # weights.
     init_from: str = ""
     # Prompts to continue at every evaluation, as a sample of the model's text.
     prompts: tuple[str, ...] = ()
@@ -246,7 +247,7 @@ class RunConfig:
             # The model config records the biases, so checkpoints with and without them differ.
             moe = dataclasses.replace(self.moe, selection_bias=True)
             object.__setattr__(self, "moe", moe)
-        object.__setattr__(self, "init_from", local(self.init_from, "init_from"))
+        object.__setattr__(self, "init_from", placed(self.init_from, "init_from"))
         if self.dense is None and not self.init_from:
             raise InputError(
                 "init_from and dense are both empty: set init_from (weights to start from) or "

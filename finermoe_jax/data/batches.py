@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from finermoe_jax.config.run import DataConfig
+from finermoe_jax.data.bucket_tokens import download_prepared
 from finermoe_jax.data.megatron import megatron_prefix, open_megatron
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.rows import Mixture, Packed, Rows, Windows
@@ -28,6 +29,7 @@ from finermoe_jax.data.token_files import (
     tokenizer_hash,
 )
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.buckets import BucketPath, Place, is_url, place
 from finermoe_jax.runtime.files import find
 
 if TYPE_CHECKING:
@@ -49,11 +51,11 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
     if _exists(text):
         return [(text, Fraction(1))]
     found: dict[str, Fraction] = {}
-    places: dict[Path, str] = {}
+    places: dict[Place, str] = {}
     items = [item.strip() for item in text.split(",")]
     for item in items:
         path, colon, weight = item.rpartition(":")
-        if not colon:
+        if not colon or weight.startswith("//"):  # the colon of a URL
             path, weight = item, "1" if len(items) == 1 else ""
         try:
             share = Fraction(weight)
@@ -66,30 +68,34 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
             raise InputError(
                 f"data.path: {item!r} must be a path and a weight of at least 0, path:weight"
             )
-        place = _canonical(path)
-        if place in places:
-            first = places[place]
+        where = _canonical(path)
+        if where in places:
+            first = places[where]
             spelt = "" if first == path else f" (as {first})"
             raise InputError(
                 f"data.path names {path} twice{spelt}, with weights {float(found[first])} and "
                 f"{float(share)}: name it once, with their sum"
             )
-        places[place], found[path] = path, share
+        places[where], found[path] = path, share
     if not any(found.values()):
         raise InputError(f"data.path={text!r}: all weights are 0; at least one must be above")
     return [(path, share) for path, share in found.items() if share]
 
 
 def _exists(name: str) -> bool:
-    """True if the path names something to read."""
+    """True if the path names something to read here."""
+    if is_url(name):
+        return False
     try:
         return find(name).exists() or megatron_prefix(find(name)) is not None
     except OSError:  # not a valid file name, e.g. too long
         return False
 
 
-def _canonical(name: str) -> Path:
+def _canonical(name: str) -> Place:
     """Returns the same path for all spellings of a source."""
+    if is_url(name):
+        return place(name, "data.path")
     if not _exists(name):
         return Path(name)
     path = find(name)
@@ -104,7 +110,8 @@ def open_source(
     Raises InputError if the data is of no known kind or damaged.
     """
     try:
-        path = find(name)
+        url = place(name) if is_url(name) else None
+        path = download_prepared(url) if isinstance(url, BucketPath) else find(name)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if (path / MANIFEST).is_file():

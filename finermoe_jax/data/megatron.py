@@ -23,17 +23,13 @@ def megatron_prefix(path: Path) -> Path | None:
     return None
 
 
-def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
-    """Opens a .bin/.idx pair of Megatron-Core's IndexedDataset, memory-mapped.
+def _read_index(
+    index: Path, content: np.ndarray, data: Path
+) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Returns the tokens' dtype, the first token of each sequence and the end, document marks.
 
-    Reads all tokens once for their smallest and largest id and a hash, which the format does not
-    state.
-
-    Raises InputError for a header or sizes that contradict each other, a missing file, or negative
-    ids.
+    A mark is the number of a document's first sequence; the last one is the number of sequences.
     """
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    content = map_file(index, np.dtype("u1"))
     head = len(_HEADER) + 25
     if len(content) < head or content[:9].tobytes() != _HEADER:
         refuse_pointer(index)
@@ -60,6 +56,21 @@ def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
         raise InputError(f"{index}: its sequences are not contiguous in {data}")
     if marks[0] != 0 or marks[-1] != sequences or (np.diff(marks) < 0).any():
         raise InputError(f"{index}: its document marks do not ascend from 0 to {sequences}")
+    return dtype, starts, marks
+
+
+def open_megatron(prefix: Path, show_progress: bool = False) -> Corpus:
+    """Opens a .bin/.idx pair of Megatron-Core's IndexedDataset, memory-mapped.
+
+    Reads all tokens once for their smallest and largest id and a hash, which the format does not
+    state.
+
+    Raises InputError for a header or sizes that contradict each other, a missing file, or negative
+    ids.
+    """
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    content = map_file(index, np.dtype("u1"))
+    dtype, starts, marks = _read_index(index, content, data)
     total = int(starts[-1])
     if not total:
         raise InputError(f"{data} is empty")

@@ -48,6 +48,7 @@ from finermoe_jax.data.tokenizers import (
 )
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import disk
+from finermoe_jax.runtime.buckets import locate
 from finermoe_jax.runtime.files import find, make_directory, sync
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 from finermoe_jax.runtime.paths import local
@@ -88,7 +89,7 @@ def prepare(
         if value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
     target, sources = Path(local(target)), [local(source) for source in sources]
-    tokenizer_files = tokenizer_directory(find(tokenizer_files))
+    tokenizer_files = tokenizer_directory(locate(tokenizer_files))
     tokenizer = open_tokenizer(tokenizer_files, ANY_VOCABULARY)
     found = expand(sources, split, text_field)
     vocab_size = vocabulary(tokenizer)

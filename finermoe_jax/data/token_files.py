@@ -26,7 +26,7 @@ from tqdm import tqdm
 from finermoe_jax.config.parse import from_dict
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
-from finermoe_jax.runtime.json_files import read_json, to_json
+from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
 from finermoe_jax.runtime.paths import local
 
 FORMAT = "finermoe-jax tokens 1"
@@ -171,10 +171,19 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """Reads a manifest. Raises InputError if it is not one or has another format."""
-    values = read_json(path)
+    return _manifest(read_json(path), str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """Parses a manifest's content. Raises as `read_manifest`, naming `path`."""
+    values = parse_json(content, path)
+    return _manifest(values if isinstance(values, dict) else {}, path)
+
+
+def _manifest(values: dict[str, Any], path: str) -> Manifest:
     if (found := values.get("format")) != FORMAT:
         raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
-    manifest: Manifest = from_dict(Manifest, values, str(path))
+    manifest: Manifest = from_dict(Manifest, values, path)
     for shard in manifest.shards:
         if len(shard.end) != 2 or min(*shard.end, shard.tokens, shard.documents) < 0:
             raise InputError(

@@ -20,9 +20,15 @@ from finermoe_jax.model.decoder import Decoder
 def log_likelihood(
     logits: Float[Array, "M V"], targets: Int[Array, " M"]
 ) -> tuple[Float[Array, " M"], Float[Array, "M V"]]:
-    """Returns log p of each target and of every token, in nats, from float32 logits."""
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0], log_p
+    """Returns log p of each target and of every token, in nats, from float32 logits.
+
+    The targets' values are taken from the logits, so that a caller who needs only a function of
+    log p writes no array of it. In training it would be a fifth of the loss's HBM bytes.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    total = jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1) - top - total
+    return chosen[:, 0], logits - top - total
 
 
 @jax.named_scope("loss")
@@ -126,15 +132,8 @@ def _pieces(hidden: Array, targets: Array, mask: Array, chunk: int) -> tuple[Arr
 def _chunk_loss(
     piece: tuple[Array, Array, Array], weight: Float[Array, "V D"]
 ) -> tuple[Float[Array, ""], Float[Array, "M V"]]:
-    """Returns a chunk's summed loss and p of every token.
-
-    Computes what `log_likelihood` computes, but log p is not an array of its own. Written in
-    float32 and read again, it would be a fifth of the loss's HBM bytes.
-    """
+    """Returns a chunk's summed loss and p of every token."""
     h, target, real = piece
     logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=jnp.float32)
-    top = logits.max(axis=-1, keepdims=True)
-    total = jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
-    chosen = jnp.take_along_axis(logits, target[:, None], axis=-1) - top - total
-    loss = -jnp.where(real, chosen[:, 0], 0.0).sum()
-    return loss, jnp.exp(logits - top - total)
+    chosen, log_p = log_likelihood(logits, target)
+    return -jnp.where(real, chosen, 0.0).sum(), jnp.exp(log_p)

@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finermoe_jax.errors import InputError, RunEnded, first_line
+from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.install import require
-from finermoe_jax.runtime.paths import ADDRESS, local
+from finermoe_jax.runtime.paths import address, local
 from finermoe_jax.runtime.preemption import EXIT_CODE
 
 # Seconds for which a request is repeated while the server cannot be reached.
@@ -249,7 +250,7 @@ Place = Path | BucketPath
 
 def is_url(text: str | os.PathLike) -> bool:
     """Returns True for scheme://…, in contrast to a local path or Hub id."""
-    return ADDRESS.match(os.fspath(text)) is not None
+    return address(text) is not None
 
 
 def place(text: str | os.PathLike, what: str = "") -> Place:
@@ -259,8 +260,7 @@ def place(text: str | os.PathLike, what: str = "") -> Place:
     """
     if isinstance(text, BucketPath):
         return text
-    found = ADDRESS.match(os.fspath(text))
-    scheme, rest = (found[1].lower(), found[2]) if found else ("", "")
+    scheme, rest = address(text) or ("", "")
     if scheme != "gs":
         if scheme == "s3":
             raise InputError(
@@ -278,9 +278,19 @@ def place(text: str | os.PathLike, what: str = "") -> Place:
     return BucketPath(bucket, key)
 
 
-def placed(text: str) -> str:
-    """Returns `place(text)` as text, for flags; an empty text stays."""
-    return str(place(text)) if is_url(text) else local(text)
+def placed(text: str, what: str = "") -> str:
+    """Returns `place(text)` as text, for flags and fields; an empty text stays."""
+    return str(place(text, what)) if is_url(text) else local(text, what)
+
+
+def placed_list(texts: str, what: str = "") -> str:
+    """Applies `placed` to each part of a comma-separated list, such as a mixture path:weight,…"""
+    return re.sub(r"[^\s,][^,]*", lambda part: placed(part[0], what), texts)
+
+
+def locate(text: str | os.PathLike) -> Place:
+    """Returns a bucket path, or a local path that is also looked for in the package (`find`)."""
+    return place(text) if is_url(text) else find(text)
 
 
 def crc32c(content: bytes | Path) -> str:

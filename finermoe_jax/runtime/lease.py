@@ -24,9 +24,20 @@ TTL_SECONDS = 60.0
 class Lease:
     """The lock of a bucket path, renewed in a thread until `close`."""
 
-    def __init__(self, path: BucketPath, say: Callable[[str], None]):
-        """`say` is called if the lock of a killed run delays the start."""
-        self.path, self.object, self.say = path, path / LEASE, say
+    def __init__(
+        self,
+        path: BucketPath,
+        say: Callable[[str], None],
+        flag: str = "--workdir",
+        lock: BucketPath | None = None,
+    ):
+        """`say` is called if the lock of a killed run delays the start.
+
+        `flag` is the user's flag for the path, for messages. `lock` is the object, by default
+        path/lock.
+        """
+        self.path, self.object, self.say = path, lock or path / LEASE, say
+        self.flag = flag
         self.generation, self.lost = 0, ""
         self._beat, self._writing, self._over = 0, threading.Lock(), threading.Event()
         since = datetime.datetime.now().isoformat(" ", "seconds")
@@ -116,7 +127,7 @@ class Lease:
     def _in_use(self, holder: str) -> InputError:
         return InputError(
             f"{self.path} is in use by {holder}: wait for that run, stop it, or give another "
-            "--workdir"
+            f"{self.flag}"
         )
 
     def _keep(self) -> None:

@@ -1,7 +1,7 @@
-"""User-given paths: expands `~` and rejects URLs such as gs://bucket/run.
+"""User-given paths: expands `~` and rejects URLs.
 
-Every path from a flag, a config field or the Python API passes through `local` first. To support a
-URL scheme, let it through here.
+Every path from a flag, a config field or the Python API passes through `local` first or, where
+gs:// is supported, through `buckets.place`.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from finermoe_jax.errors import InputError
 
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # pathlib collapses the two slashes. No scheme has a single letter.
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", re.DOTALL)
 _HUB_HOSTS = ("huggingface.co/", "www.huggingface.co/", "hf.co/")
@@ -26,12 +26,18 @@ def local(name: str | os.PathLike, what: str = "") -> str:
 
     Raises InputError for a URL (scheme://…), which would become a directory named `gs:`.
     """
-    path = os.fspath(name)
-    found = (_COLLAPSED if isinstance(name, PurePath) else ADDRESS).match(path)
-    if found:
-        message = _url_message(found[1].lower(), found[2])
-        raise InputError((f"{what}: " if what else "") + message)
-    return os.path.expanduser(path)
+    if found := address(name):
+        raise InputError((f"{what}: " if what else "") + _url_message(*found))
+    return os.path.expanduser(os.fspath(name))
+
+
+def address(name: str | os.PathLike) -> tuple[str, str] | None:
+    """Splits a URL into its scheme, in lower case, and the rest; None for a local path."""
+    text = os.fspath(name)
+    found = _ADDRESS.match(text)
+    if found is None and isinstance(name, PurePath):
+        found = _COLLAPSED.match(text)
+    return (found[1].lower(), found[2]) if found else None
 
 
 def local_list(names: str, what: str = "") -> str:
@@ -41,9 +47,9 @@ def local_list(names: str, what: str = "") -> str:
 
 def _url_message(scheme: str, rest: str) -> str:
     """Returns the error message for a URL."""
-    address = f"{scheme}://{rest}"
+    url = f"{scheme}://{rest}"
     if scheme == "file":
-        return f"{address} is a URL: give the path alone, /{rest.partition('/')[2]}"
+        return f"{url} is a URL: give the path alone, /{rest.partition('/')[2]}"
     if scheme in ("http", "https"):
         host = next((host for host in _HUB_HOSTS if rest.startswith(host)), None)
         hub_name = rest.removeprefix(host) if host else ""
@@ -52,15 +58,16 @@ def _url_message(scheme: str, rest: str) -> str:
     found = re.match(r"(?:(?:datasets|models)/)?([\w.-]+/[\w.-]+)", hub_name)
     if found:
         return (
-            f"{address} is a URL: give the Hub id {found[1]} if Hub ids are allowed here; "
+            f"{url} is a URL: give the Hub id {found[1]} if Hub ids are allowed here; "
             f"otherwise download it (hf download {found[1]} --local-dir DIR) and give DIR"
         )
     if scheme in _COPYING:
         return (
-            f"{address} is a bucket URL, but only local and mounted paths are supported: copy it "
-            f"with `{_COPYING[scheme]}` or mount the bucket, and give the local path"
+            f"{url} is a bucket URL, but only local paths are supported here: copy it with "
+            f"`{_COPYING[scheme]}`, and give the local path. docs/howto/buckets.md lists the flags "
+            "that take gs://"
         )
     return (
-        f"{address} is a URL, but only local and mounted paths are supported: copy the files from "
-        "or to a local directory, and give its path"
+        f"{url} is a URL, but only local paths are supported: copy the files from or to a local "
+        "directory, and give its path"
     )

@@ -16,7 +16,7 @@ from finermoe_jax.runtime import disk, distributed
 from finermoe_jax.runtime.buckets import Place, Unreachable, is_outage
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.preemption import EXIT_CODE
-from finermoe_jax.training.storage import LocalStorage, Storage
+from finermoe_jax.training.storage import LocalStorage, Storage, files_of
 from finermoe_jax.weights import lazy, orbax_files
 from finermoe_jax.weights.checkpoint import (
     ASYNC,
@@ -83,7 +83,11 @@ class TrainingCheckpoints:
     def _temporary_path(self) -> Any:
         if isinstance(self.directory, Path):
             return durable()
-        return committing(self.directory, self.storage.before_commit, self._committed.append)
+
+        def after(name: str) -> None:
+            self._committed.append(int(name))
+
+        return committing(self.directory, self.storage.before_commit, after)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete step; None in a new workdir."""
@@ -221,9 +225,11 @@ class TrainingCheckpoints:
 
     def _ended(self, error: Exception) -> RunEnded:
         if is_outage(error):
+            reason = first_line(error)  # tensorstore's names the cause at its end
+            reason = reason if len(reason) < 200 else f"… {reason[-150:]}"
             return Unreachable(
                 f"step {self._step} was not saved: {self.directory} cannot be reached "
-                f"({first_line(error)}). {self._complete()}. Run the same command again when it "
+                f"({reason}). {self._complete()}. Run the same command again when it "
                 "can be reached",
                 EXIT_CODE,
                 alone=True,
@@ -239,8 +245,11 @@ class TrainingCheckpoints:
         )
 
     def _full(self) -> str:
+        # Of a run in a bucket, the scratch directory's.
+        here = self.directory
+        place = here if isinstance(here, Path) else files_of(self.storage.workdir)
         return (
-            f"the disk of {self.directory} is full ({disk.free_text(self.directory)}). "
+            f"the disk of {place} is full ({disk.free_text(place)}). "
             f"{self._complete()}. Free some space, then run the same command again"
         )
 

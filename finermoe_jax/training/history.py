@@ -15,9 +15,10 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.runtime.json_files import read_json, read_log
 from finermoe_jax.training.plot import DENSE_BASE
-from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of
+from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of, readable_workdir
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 from finermoe_jax.weights.model_card import TrainingRun
 
@@ -113,16 +114,21 @@ def _spent(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps, tokens, seconds
 
 
-def training_run(checkpoint: Path) -> TrainingRun | None:
+def training_run(checkpoint: Place) -> TrainingRun | None:
     """Returns the run that saved a checkpoint; None if the checkpoint is not in a workdir.
 
     Figures that the workdir's logs do not have are omitted. Raises InputError for a damaged config.
     """
-    workdir, number = checkpoint.parent.parent, checkpoint.name
+    place, number = checkpoint.parent.parent, checkpoint.name
     steps_folder = checkpoint.parent.name == "checkpoints" and number.isdecimal()
-    if not steps_folder or not (workdir / "config.json").is_file():
+    if not steps_folder or not (place / "config.json").is_file():
         return None
-    step, config = int(number), run_config(read_json(workdir / "config.json"))
+    with readable_workdir(place) as opened:
+        return _training_run(files_of(opened), int(number))
+
+
+def _training_run(workdir: Path, step: int) -> TrainingRun:
+    config = run_config(read_json(workdir / "config.json"))
     evals = [line for _, line in read_log(workdir / "evals.jsonl")]
     losses = {
         line["step"]: float(line["loss"])

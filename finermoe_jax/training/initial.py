@@ -16,8 +16,7 @@ from finermoe_jax.data.token_files import tokenizer_hash
 from finermoe_jax.data.tokenizers import has_tokenizer, tokenizer_directory
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import Decoder, with_shapes
-from finermoe_jax.runtime.buckets import Place
-from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.buckets import Place, locate
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import read_description, read_stored_origin
 from finermoe_jax.weights.lazy import Weights
@@ -56,7 +55,7 @@ def initial_model(config: RunConfig) -> InitialModel:
     compute, stored = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.param_dtype)
     key = jax.random.key(config.train.seed)
     named = config.data.tokenizer
-    tokenizer = tokenizer_directory(find(named)) if named else None
+    tokenizer = tokenizer_directory(locate(named)) if named else None
     if not config.init_from:
         if tokenizer is None:
             raise InputError(
@@ -81,7 +80,7 @@ def initial_model(config: RunConfig) -> InitialModel:
             lambda shardings: jax.jit(build, out_shardings=shardings)(),
             tokenizer,
         )
-    source = open_model(find(config.init_from), stored)
+    source = open_model(locate(config.init_from), stored)
     if config.dense is not None:
         _check_agreement(config, source.config)
     files = tokenizer or source.files

@@ -127,8 +127,8 @@ def _muon(
     if not any(kind.outputs for kind in kinds.values()):
         parts = dict.fromkeys(kind.part for kind in KINDS.values() if kind.outputs)
         raise InputError(
-            "optimizer.name=muon, but no matrix is left to Muon: remove one of "
-            f"{', '.join(parts)} from train.freeze, or set optimizer.name to adamw"
+            "optimizer.name=muon, but no matrix is left to Muon: remove a part with matrices "
+            f"({', '.join(parts)}) from train.freeze, or set optimizer.name to adamw"
         )
 
     def matrices(params: Any, orthogonal: bool = True) -> Any:

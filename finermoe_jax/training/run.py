@@ -215,15 +215,7 @@ def check_run(
     check_microbatch(config, mesh)
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     _check_frozen(config, initial.model, say)
-    if config.balance.kind == "bias" and not (model.moe and model.moe.selection_bias):
-        raise InputError(
-            "balance.kind=bias moves the selection biases of experts, but the model has none: "
-            + (
-                "start a new --workdir with init_from set to this checkpoint"
-                if model.moe
-                else "set moe, or another balance.kind"
-            )
-        )
+    _check_balance(config, model)
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(
@@ -273,6 +265,26 @@ def _with_mesh(
     if note:
         say(note)
     return dataclasses.replace(config, mesh=chosen)
+
+
+def _check_balance(config: RunConfig, model: ModelConfig) -> None:
+    """Raises InputError for a balancing that this model's experts do not have."""
+    balance, moe = config.balance, model.moe
+    if balance.kind == "bias" and not (moe and moe.selection_bias):
+        raise InputError(
+            "balance.kind=bias moves the selection biases of experts, but the model has none: "
+            + (
+                "start a new --workdir with init_from set to this checkpoint"
+                if moe
+                else "set moe, or another balance.kind"
+            )
+        )
+    if balance.over == "pool" and (moe is None or moe.experts_across == 1):
+        found = "no experts" if moe is None else "moe.experts_across=1"
+        raise InputError(
+            "balance.over=pool is for layers that share a pool of experts, but the model has "
+            f"{found}: set balance.over=layer, or moe.experts_across to 2 or more"
+        )
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ import jax
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, Unreachable, is_outage, place
+from finermoe_jax.runtime.downloads import cache
 from finermoe_jax.runtime.lease import LEASE, Lease
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 
@@ -320,9 +321,8 @@ def default_scratch(bucket: BucketPath) -> Path:
 
     Its name is the workdir's, which pictures and W&B show.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     key = hashlib.sha256(str(bucket).encode()).hexdigest()[:16]
-    return Path(cache).expanduser() / "finermoe-jax" / key / bucket.name
+    return cache() / key / bucket.name
 
 
 @contextlib.contextmanager

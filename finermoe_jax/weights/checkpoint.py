@@ -42,14 +42,14 @@ from finermoe_jax.model.decoder import (
 )
 from finermoe_jax.model.offload import check_place, host_arguments
 from finermoe_jax.runtime.buckets import BucketPath, Place, place
-from finermoe_jax.runtime.files import commit, new_directory
+from finermoe_jax.runtime.files import commit
 from finermoe_jax.runtime.json_files import read_json
-from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import integrity, lazy, orbax_files
 from finermoe_jax.weights.hf_weights import to_save
 from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.model_card import UNKNOWN, Origin
 from finermoe_jax.weights.orbax_files import save_errors
+from finermoe_jax.weights.targets import new_target
 
 CONFIG, PARAMS, TOKENIZER, OPTIMIZER = "config", "params", "tokenizer", "optimizer"
 NOT_READ = (OPTIMIZER, "metrics")  # items not needed to load the model
@@ -119,15 +119,17 @@ def write_checkpoint(
     config: ModelConfig,
     dtype: DTypeLike,
     weights: Weights,
-    target: Path,
+    target: Place,
     tokenizer: Path | None,
     written: Callable[[int], None] = lambda size: None,
     origin: Origin = UNKNOWN,
+    before_last: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes weights block by block as an Orbax checkpoint at `target`, which must not exist.
 
-    dtype is that of the activations. written(bytes) is called for each block of weights. `origin`
-    is stored for the model card of a later export.
+    dtype is that of the activations. written(bytes) is called for each block of weights,
+    before_last() before the mark that completes a checkpoint in a bucket. `origin` is stored for
+    the model card of a later export.
 
     Raises InputError, before anything is written, if the saved tokenizer would behave differently
     (`check_kept`).
@@ -144,17 +146,22 @@ def write_checkpoint(
         }
     )
     arrays = orbax_files.ArrayHandler(written)
-    partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
-    with save_errors(), integrity.hash_while_written(partial) as known:
+    with save_errors(), contextlib.ExitStack() as hashing:
+        kind: type[ocp.path.atomicity.TemporaryPathBase]
+        if isinstance(target, BucketPath):
+            kind = committing(target.parent, before_last, lambda name: None)
+        else:
+            partial = target.with_name(f"{target.name}{_PARTIAL}")  # where Orbax writes it
+            kind = durable(hashing.enter_context(integrity.hash_while_written(partial)))
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=ASYNC),
             handler_registry=registry(arrays),
         )
         with ocp.AsyncCheckpointer(
-            handler, async_options=ASYNC, temporary_path_class=durable(known)
+            handler, async_options=ASYNC, temporary_path_class=kind
         ) as checkpointer:
             try:
-                checkpointer.save(target, args=items)
+                checkpointer.save(epath.Path(target), args=items)
                 checkpointer.wait_until_finished()
             finally:
                 arrays.settle()
@@ -167,7 +174,7 @@ def save_checkpoint(
 
     Args:
       model: the decoder to save.
-      path: a new or empty directory. It appears only when complete.
+      path: a new or empty directory, or gs://…. It is a checkpoint only when complete.
       tokenizer: a directory whose tokenizer files are copied into the checkpoint.
 
     Raises:
@@ -179,8 +186,10 @@ def save_checkpoint(
       >>> fm.save_checkpoint(model, "demo_orbax", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
-    with new_directory(path) as directory:
-        write_checkpoint(model.config, model.dtype, weights, directory, files)
+    with new_target(path) as new:
+        write_checkpoint(
+            model.config, model.dtype, weights, new.path, files, before_last=new.confirm
+        )
 
 
 # If a thread fails to create the directories, Orbax's writers wait for minutes.
@@ -217,25 +226,26 @@ def durable(
 
 
 def committing(
-    steps: BucketPath, before: Callable[[], None], after: Callable[[int], None]
+    parent: BucketPath, before: Callable[[], None], after: Callable[[str], None]
 ) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
     """Returns Orbax's class of checkpoints in a bucket, with checksums before the commit mark.
 
-    `before` is called between the checksums and the mark; if it raises, nothing is committed.
-    `after` is called with the committed step. Orbax finalizes as for `durable`.
+    `parent` is the checkpoints' common prefix. `before` is called between the checksums and the
+    mark; if it raises, nothing is committed. `after` is called with the committed checkpoint's
+    name. Orbax finalizes as for `durable`.
     """
 
     class Committing(ocp.path.atomicity.CommitFileTemporaryPath):
         _final_path: epath.Path
 
         async def finalize(self) -> None:
-            checkpoint = steps / self._final_path.name
+            checkpoint = parent / self._final_path.name
             if str(self._final_path) != str(checkpoint):  # an item
                 return await super().finalize()
             integrity.write_checksums(checkpoint)
             before()
             await super().finalize()
-            after(int(checkpoint.name))
+            after(checkpoint.name)
 
     return Committing
 
@@ -302,7 +312,7 @@ def read_description(checkpoint: Place) -> tuple[ModelConfig, str, str]:
     return config, str(dtype), str(param_dtype)
 
 
-def read_stored_origin(checkpoint: Path) -> Origin:
+def read_stored_origin(checkpoint: Place) -> Origin:
     """Returns where a checkpoint's weights come from, as far as it states that."""
     path = checkpoint / CONFIG / "metadata"
     origin = read_json(path).get("origin") or {}
@@ -357,7 +367,7 @@ def load_checkpoint(
     """Loads a model from a finermoe Orbax checkpoint.
 
     Args:
-      path: a checkpoint, or a training workdir (its newest step).
+      path: a checkpoint, or a training workdir (its newest step); local or gs://.
       mesh: shards the weights over these devices; each reads only its own part
         (`layers.sharding`). None: all weights go to one device.
       experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
@@ -376,16 +386,16 @@ def load_checkpoint(
       4
     """
     check_path("path", path)
-    path = Path(local(path)).absolute()
+    where = place(path).absolute()
 
     def load() -> Decoder:
-        directory = whole_checkpoint(path, (*NOT_READ, TOKENIZER))
+        directory = whole_checkpoint(where, (*NOT_READ, TOKENIZER))
         config, weights, dtype, param_dtype = open_checkpoint(directory)
         with readable(directory):
             weights = lazy.cast(weights, param_dtype, parameter_kinds(config))
             return assembled(config, weights, dtype, mesh, experts)
 
-    return integrity.in_training(steps_of(path), load)
+    return integrity.in_training(steps_of(where), load)
 
 
 def open_checkpoint(directory: Place) -> tuple[ModelConfig, Weights, str, str]:

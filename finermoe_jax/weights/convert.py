@@ -14,14 +14,16 @@ from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.files import new_directory, refuse_occupied
-from finermoe_jax.runtime.paths import local
+from finermoe_jax.runtime.buckets import BucketPath, Place, place
+from finermoe_jax.runtime.downloads import cache
 from finermoe_jax.runtime.preemption import INTERRUPTED, stop_requests
 from finermoe_jax.weights.checkpoint import write_checkpoint
 from finermoe_jax.weights.hf_config import model_config_to_hf
 from finermoe_jax.weights.hf_weights import write_hf
 from finermoe_jax.weights.model_card import TrainingRun, model_card, upcycled_origin
+from finermoe_jax.weights.safetensors_files import largest_file
 from finermoe_jax.weights.source import ModelSource, open_model
+from finermoe_jax.weights.targets import new_target, refuse_occupied
 from finermoe_jax.weights.upcycle import upcycled
 
 
@@ -36,7 +38,7 @@ class Export:
     """
 
     name: str | None = None
-    run_of: Callable[[Path], TrainingRun | None] = lambda checkpoint: None
+    run_of: Callable[[Place], TrainingRun | None] = lambda checkpoint: None
     ready: Callable[[], None] = lambda: None
 
 
@@ -45,7 +47,7 @@ PLAIN = Export()
 
 def convert(
     source: str,
-    target: Path,
+    target: Place,
     to: Literal["orbax", "hf"],
     moe: MoEConfig | None,
     *,
@@ -58,8 +60,8 @@ def convert(
     """Converts `source` to `target`. Only a few blocks of the model are in memory at a time.
 
     Args:
-      source: a HF directory, a Hub id, a finermoe checkpoint or a workdir.
-      target: a new or empty directory. It appears only when complete.
+      source: a HF directory, a finermoe checkpoint or a workdir, local or gs://; or a Hub id.
+      target: a new or empty directory, or gs://…. It is a model only when complete.
       to: "orbax" upcycles a dense source and imports a FineRMoE unchanged; "hf" exports the source.
       moe: the experts; None imports a dense source unchanged.
       upcycling: choices that the architecture leaves open.
@@ -73,7 +75,7 @@ def convert(
     Raises InputError if the source, the target or the sizes are wrong or the disk is too small, and
     RunEnded on SIGTERM and Ctrl-C. After either nothing of the target is left.
     """
-    target = Path(local(target))
+    target = place(target)
     refuse_occupied(target.absolute())
     model = open_model(source, dtype)
     config, weights = model.config, model.weights
@@ -98,51 +100,68 @@ def convert(
 
 def _write(
     model: ModelSource,
-    target: Path,
+    target: Place,
     card: str | None,
     dtype: str | None,
     ready: Callable[[], None],
 ) -> None:
-    """Writes the model block by block, with a progress bar. The target appears when complete.
+    """Writes the model block by block, with a progress bar. It is a model only when complete.
 
     With a model card the target is a Hugging Face directory, else a checkpoint.
     """
-    size = sum(array.nbytes for array in model.weights.values())
+    sizes = [array.nbytes for array in model.weights.values()]
     with (
         stop_requests() as stopped,
-        _room(target, size),
-        new_directory(target) as directory,
+        _room(target, sizes, "orbax" if card is None else "hf"),
+        new_target(target) as new,
         contextlib.ExitStack() as opened,
     ):
         ready()
-        bar = opened.enter_context(tqdm(total=size, desc=target.name, unit="B", unit_scale=True))
+        bar = opened.enter_context(
+            tqdm(total=sum(sizes), desc=target.name, unit="B", unit_scale=True)
+        )
 
         def written(size: int) -> None:
             bar.update(size)
             if stopped(0):
                 raise RunEnded(f"interrupted; nothing of {target} is left", INTERRUPTED)
 
+        def before_last() -> None:
+            new.confirm()
+            model.refuse_changed()
+
         config, weights, files = model.config, model.weights, model.files
         try:
             if card is not None:
-                for block in write_hf(config, weights, directory, files, card):
+                for block in write_hf(config, weights, new.path, files, card, before_last):
                     written(block)
             else:
                 activations, origin = dtype or model.dtype, model.origin
-                write_checkpoint(config, activations, weights, directory, files, written, origin)
+                write_checkpoint(
+                    config, activations, weights, new.path, files, written, origin, before_last
+                )
         finally:
             model.refuse_changed()  # a changed source explains any other error
 
 
 @contextlib.contextmanager
-def _room(target: Path, size: int) -> Iterator[None]:
-    """Raises InputError if the disk is too small for the weights or fills up meanwhile."""
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    if not disk.has_room(place, size):
-        free = disk.text(shutil.disk_usage(place).free)
+def _room(target: Place, sizes: list[int], to: Literal["orbax", "hf"]) -> Iterator[None]:
+    """Raises InputError if the disk is too small for the weights or fills up meanwhile.
+
+    A bucket needs local space for one file of a Hugging Face directory at a time (`write_hf`).
+    """
+    size, local, its = sum(sizes), target, "its disk"
+    if isinstance(target, BucketPath):
+        size, local = largest_file(sizes) if to == "hf" else 0, cache()
+        its = f"the disk of {local}, where each file is written first,"
+    assert isinstance(local, Path)
+    existing = next(parent for parent in local.absolute().parents if parent.exists())
+    if not disk.has_room(existing, size):
+        free = disk.text(shutil.disk_usage(existing).free)
         raise InputError(
-            f"{target} needs {disk.text(size)}, but its disk has {free} free: free some space, or "
-            "choose another disk"
+            f"{target} needs {disk.text(size)}, but {its} has {free} free: free some space, or "
+            f"{'set XDG_CACHE_HOME to' if isinstance(target, BucketPath) else 'choose'} another "
+            "disk"
         )
     filled = (
         f"the disk filled up while {target} ({disk.text(size)}) was written. Nothing of it is "

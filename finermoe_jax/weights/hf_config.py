@@ -23,6 +23,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_finer_moe.FineRMoeModel",
     "AutoModelForCausalLM": "modeling_finer_moe.FineRMoeForCausalLM",
 }
+# Head sizes of the attention in vLLM's CPU build.
+VLLM_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +279,16 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
+
+
+def not_in_vllm(config: ModelConfig) -> str | None:
+    """Returns a sentence if vLLM cannot serve the export of this model on a CPU, else None."""
+    if config.attention_head_dim in VLLM_HEADS:
+        return None
+    return (
+        f"vLLM on a CPU cannot serve it: head_dim={config.attention_head_dim} is not one of "
+        f"{', '.join(map(str, VLLM_HEADS))}; use transformers (docs/howto/serve.md)"
+    )
 
 
 def unpublished_keys(moe: MoEConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from finermoe_jax.model.decoder import (
     with_params,
 )
 from finermoe_jax.model.offload import check_place, host_arguments
-from finermoe_jax.runtime.files import find, new_directory
+from finermoe_jax.runtime.buckets import BucketPath, Place, locate
+from finermoe_jax.runtime.downloads import cache, named_after
+from finermoe_jax.runtime.files import make_directory
 from finermoe_jax.runtime.hub import directory_of
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
@@ -56,6 +59,7 @@ from finermoe_jax.weights.safetensors_files import (
     listing,
     write_tensors,
 )
+from finermoe_jax.weights.targets import new_target
 
 # Computed buffers that old exports contain.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -150,8 +154,8 @@ def load_hf(
     """Loads a dense (Qwen2, Qwen3, Llama, Mistral) or FineRMoE model from Hugging Face files.
 
     Args:
-      source: a directory with config.json and safetensors, a Hub id ("Qwen/Qwen2.5-0.5B"), or
-        "demo/model", the dense model that comes with the package.
+      source: a directory (local or gs://) with config.json and safetensors, a Hub id
+        ("Qwen/Qwen2.5-0.5B"), or "demo/model", the dense model that comes with the package.
       dtype: float dtype of weights and activations; None keeps that of the embedding.
       experts: "device", "host" or "host_compute": the memory of the experts, as in `generate`.
 
@@ -176,7 +180,10 @@ def load_hf(
         known = False
     if not known:
         raise InputError(f"dtype={dtype!r} must be {', '.join(FLOATS)}, or None")
-    config, weights = open_hf(resolve_source(find(source)), dtype)
+    given = locate(source)
+    directory = resolve_source(given)
+    with named_after(given if isinstance(given, BucketPath) else directory, directory):
+        config, weights = open_hf(directory, dtype)
     check_place(experts, config)
     params = lazy.in_memory(weights, *host_arguments(config, experts))
     return with_params(config, params, dtype=weights["embed", "weight"].dtype)
@@ -245,16 +252,52 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
 
 
 def write_hf(
-    config: ModelConfig, weights: Weights, directory: Path, tokenizer: Path | None, card: str
+    config: ModelConfig,
+    weights: Weights,
+    target: Place,
+    tokenizer: Path | None,
+    card: str,
+    before_last: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Writes a HF directory, which must not exist yet; yields the bytes of weights as written.
 
     config.json has the published keys. `tokenizer` is a directory whose tokenizer files are copied
     and whose end-of-text tokens are written (`generation_settings`). `card` is the model card.
 
+    In a bucket, each file of weights is written to the local cache, uploaded and deleted.
+    config.json is uploaded last, after before_last(): without it the rest is no model.
+
     Raises InputError if the variant has no HF form, if files of the tokenizer cannot be read, or if
     the exported tokenizer would behave differently (`check_kept`).
     """
+    if isinstance(target, Path):
+        yield from _write_local(config, weights, target, tokenizer, card, lambda file: None)
+        return
+
+    def upload(file: Path) -> None:
+        (target / str(file.relative_to(staged))).write(file, if_generation=0)
+        file.unlink()
+
+    make_directory(cache())
+    with tempfile.TemporaryDirectory(prefix="upload-", dir=cache()) as folder:
+        staged = Path(folder) / target.name
+        yield from _write_local(config, weights, staged, tokenizer, card, upload)
+        last = (INDEX_FILE, "config.json")
+        rest = [file for file in staged.rglob("*") if file.is_file() and file.name not in last]
+        for file in [*rest, *(staged / name for name in last if (staged / name).exists())]:
+            if file.name == last[-1]:
+                before_last()
+            upload(file)
+
+
+def _write_local(
+    config: ModelConfig,
+    weights: Weights,
+    directory: Path,
+    tokenizer: Path | None,
+    card: str,
+    finished: Callable[[Path], None],
+) -> Iterator[int]:
     texts = json_files(config, str(weights["embed", "weight"].dtype), tokenizer)
     if tokenizer is not None:
         check_kept(tokenizer, texts)
@@ -272,7 +315,7 @@ def write_hf(
         for path, array in weights.items()
         for name, shape in table[path].shapes(array.shape)
     ]
-    yield from write_tensors(directory, entries, _pieces(weights, table))
+    yield from write_tensors(directory, entries, _pieces(weights, table), finished)
 
 
 def json_files(config: ModelConfig, dtype: str, tokenizer: Path | None) -> dict[str, str]:
@@ -338,7 +381,7 @@ def save_hf(
 
     Args:
       model: a dense decoder, or a FineRMoE variant that the published HF model can express.
-      path: a new or empty directory. It appears only when complete.
+      path: a new or empty directory, or gs://…. It is a model only when complete.
       tokenizer: a directory whose tokenizer files are copied. Without it transformers does not know
         which token ends a text.
 
@@ -354,7 +397,7 @@ def save_hf(
       >>> fm.save_hf(model, "demo_moe_hf", tokenizer="finermoe_jax/demo/model")
     """
     weights, files = to_save(model, path, tokenizer)
-    with new_directory(path) as directory:
+    with new_target(path) as new:
         card = model_card(model.config, UNKNOWN)
-        for _ in write_hf(model.config, weights, directory, files, card):
+        for _ in write_hf(model.config, weights, new.path, files, card, new.confirm):
             pass

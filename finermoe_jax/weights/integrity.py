@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,8 +131,8 @@ def damage(
                 return []
         values = read_json(directory / CHECKSUMS)
         algorithm = values["algorithm"]
-        if algorithm not in _HASHES:
-            return [f"{CHECKSUMS} uses algorithm {algorithm}, not {' or '.join(_HASHES)}"]
+        if algorithm not in (_ALGORITHM, _SERVERS):
+            return [f"{CHECKSUMS} uses algorithm {algorithm}, not {_ALGORITHM} or {_SERVERS}"]
         stated = {
             name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()
         }
@@ -141,7 +141,7 @@ def damage(
     names = sorted(name for name in stated if name.partition("/")[0] not in skip)
     if isinstance(directory, BucketPath):
         return _damage_in_bucket(directory, {name: stated[name] for name in names}, algorithm)
-    path_of, hash_of = directory.joinpath, _HASHES[algorithm]
+    path_of, hash_of = directory.joinpath, _hash if algorithm == _ALGORITHM else crc32c
 
     def compare(name: str) -> str | None:
         size, digest = stated[name]
@@ -235,9 +235,6 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
-_HASHES = {_ALGORITHM: _hash, _SERVERS: crc32c}
-
-
 def _describe(step: Place, found: list[str]) -> str:
     more = f" (and {len(found) - 3} more files)" if len(found) > 3 else ""
     return f"WARNING: checkpoint {step} is damaged: {'; '.join(found[:3])}{more}."
@@ -255,7 +252,7 @@ def saved_steps(steps: Place) -> list[int]:
     return []
 
 
-def set_aside(steps: Place) -> list[Place]:
+def set_aside(steps: Place) -> Sequence[Place]:
     """Returns the damaged checkpoints of a run that `set_aside_damaged` has moved away."""
     if isinstance(steps, BucketPath):
         aside = steps.with_name(_ASIDE)

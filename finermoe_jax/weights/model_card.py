@@ -176,6 +176,7 @@ def _architecture(config: ModelConfig) -> str:
             "layers that share a pool of experts": (
                 moe.experts_across if moe.experts_across > 1 else None
             ),
+            "layers by which routers read ahead": moe.route_ahead or None,
         }
     return f"## Architecture\n\n{_table(rows)}"
 
@@ -264,7 +265,7 @@ model = fm.load_hf("{name}")
 def _terms(origin: Origin) -> str:
     if origin.license:
         return f"## Licence\n\nThe base model's: {origin.license_name or origin.license}."
-    return "## Licence\n\nThe licence of the base model is not known here, so none is stated."
+    return "## Licence\n\nThe licence is not known here, so none is stated."
 
 
 _CITATION = """## Citation

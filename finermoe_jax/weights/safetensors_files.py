@@ -166,8 +166,16 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def largest_file(sizes: Sequence[int]) -> int:
+    """Returns the most bytes that a file of `write_tensors` has for tensors of these sizes."""
+    return min(sum(sizes), max(_SHARD_BYTES, *sizes))
+
+
 def write_tensors(
-    directory: Path, entries: Sequence[Entry], pieces: Iterable[tuple[str, np.ndarray]]
+    directory: Path,
+    entries: Sequence[Entry],
+    pieces: Iterable[tuple[str, np.ndarray]],
+    finished: Callable[[Path], None] = lambda file: None,
 ) -> Iterator[int]:
     """Writes safetensors, sharded and indexed if large; yields bytes as written.
 
@@ -177,6 +185,7 @@ def write_tensors(
       directory: target directory.
       entries: every tensor, in the order of `pieces`.
       pieces: (name, values); a tensor may come in several pieces, row by row.
+      finished: called with each complete file of tensors; may move it elsewhere.
     """
     shards: list[list[Entry]] = [[]]
     size = 0
@@ -201,6 +210,7 @@ def write_tensors(
                     left -= stream.write(np.ascontiguousarray(values).view(np.uint8).data)
                     yield values.nbytes
                     flush()
+        finished(directory / file)
     assert next(coming, None) is None
     if count > 1:
         index = {

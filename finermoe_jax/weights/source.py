@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import cpu
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk
-from finermoe_jax.runtime.files import State, find, state
+from finermoe_jax.runtime.buckets import BucketPath, Place, Stored, locate, place
+from finermoe_jax.runtime.downloads import identity, local_copy, named_after
+from finermoe_jax.runtime.files import State, state
 from finermoe_jax.runtime.json_files import read_json
-from finermoe_jax.runtime.paths import local
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import (
     NOT_READ,
@@ -43,8 +45,9 @@ class ModelSource:
     """A model that is opened but not read yet.
 
     dtype is that of the activations, stored lists the dtypes of the stored weights. files is the
-    directory with the tokenizer. states are those of the weight files and, for a checkpoint, of the
-    tokenizer files, when opened. checkpoint is the checkpoint's directory, if it is one.
+    directory with the tokenizer; of a model in a bucket, it is a local copy of `home`. states are
+    those of the weight files and, for a checkpoint, of the tokenizer files, when opened. checkpoint
+    is the checkpoint's directory, if it is one.
     """
 
     config: ModelConfig
@@ -52,9 +55,10 @@ class ModelSource:
     dtype: jnp.dtype
     stored: list[str]
     files: Path
-    states: dict[Path, State]
+    home: Place
+    states: Mapping[Place, State | Stored]
     origin: Origin = UNKNOWN
-    checkpoint: Path | None = None
+    checkpoint: Place | None = None
 
     @property
     def announcement(self) -> str:
@@ -67,28 +71,52 @@ class ModelSource:
 
         Call it after a long read: blocks read after a change may be wrong.
         """
+        found = self._states_now()
         for path, before in self.states.items():
-            if not path.is_file():
+            if path not in found:
                 raise InputError(
                     f"{path} was removed while it was read: do not change the source meanwhile. "
                     "If the run is still training, copy one of its checkpoints and read the copy"
                 )
-            if state(path) != before:
+            if found[path] != before:
                 raise InputError(
                     f"{path} was changed while it was read: do not change the source meanwhile"
                 )
 
+    def was_removed(self) -> bool:
+        """Returns True if a file was removed since the source was opened."""
+        return bool(self.states.keys() - self._states_now().keys())
 
-def _is_hf(directory: Path) -> bool:
+    def _states_now(self) -> Mapping[Place, State | Stored]:
+        if isinstance(self.checkpoint, BucketPath):
+            return _bucket_states(self.checkpoint)
+        files = [path for path in self.states if isinstance(path, Path) and path.is_file()]
+        return {path: state(path) for path in files}
+
+
+def _bucket_states(checkpoint: BucketPath) -> dict[Place, State | Stored]:
+    """Returns the states of a checkpoint's weights and tokenizer in a bucket, in one LIST."""
+    return {
+        checkpoint / name: each
+        for name, each in checkpoint.objects().items()
+        if name.partition("/")[0] in (PARAMS, TOKENIZER)
+    }
+
+
+def _is_hf(directory: Place) -> bool:
     """True for a Hugging Face directory.
 
     A workdir also has a config.json, and a Hugging Face directory may contain a trainer's
     checkpoints/.
     """
-    if any(directory.glob("*.safetensors")):
+    if isinstance(directory, BucketPath):
+        names = directory.names()
+    else:
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if any(name.endswith(".safetensors") for name in names):
         return True
-    if not (directory / "checkpoints").is_dir():
-        return (directory / "config.json").is_file()
+    if "checkpoints" not in names:
+        return "config.json" in names
     with contextlib.suppress(InputError):
         return "model_type" in read_json(directory / "config.json")
     return False
@@ -100,28 +128,47 @@ def open_model(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Model
     dtype casts the weights; None keeps theirs. Raises InputError if there is no model or it is
     damaged.
     """
-    path = local(path)
-    place = Path(path).absolute()
-    if not place.exists() or _is_hf(place):
+    given = place(path)
+    where = given.absolute()
+    if not where.exists() or _is_hf(where):
         directory = resolve_source(path)
-        states = {file: state(file) for file in directory.glob("*.safetensors") if file.is_file()}
-        config, weights = open_hf(directory, dtype)
+        tensors = [file for file in directory.glob("*.safetensors") if file.is_file()]
+        states: dict[Place, State | Stored] = {file: state(file) for file in tensors}
+        home = given if isinstance(given, BucketPath) else directory
+        with named_after(home, directory):
+            config, weights = open_hf(directory, dtype)
+            stored = stored_dtypes(directory)
         dtype = weights["embed", "weight"].dtype
-        origin = read_origin(directory, None if place.exists() else path)
-        stored = stored_dtypes(directory)
-        return ModelSource(config, weights, dtype, stored, directory, states, origin)
+        origin = read_origin(directory, None if where.exists() else str(path))
+        return ModelSource(config, weights, dtype, stored, directory, home, states, origin)
 
     def load() -> ModelSource:
-        step = whole_checkpoint(place, NOT_READ)
-        files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+        step = whole_checkpoint(where, NOT_READ)
         with readable(step):
-            states = {file: state(file) for file in files if file.is_file()}
+            states, files = _checkpoint_states(step)
         config, weights, computed, held = open_checkpoint(step)
         weights = lazy.cast(weights, dtype, parameter_kinds(config))
-        tokenizer, origin, compute = step / TOKENIZER, read_stored_origin(step), jnp.dtype(computed)
-        return ModelSource(config, weights, compute, [held], tokenizer, states, origin, step)
+        origin, compute, home = read_stored_origin(step), jnp.dtype(computed), step / TOKENIZER
+        return ModelSource(
+            config, weights, compute, [held], files, home, states, origin, checkpoint=step
+        )
 
-    return in_training(steps_of(place), load)
+    return in_training(steps_of(where), load)
+
+
+def _checkpoint_states(step: Place) -> tuple[Mapping[Place, State | Stored], Path]:
+    """Returns the states of a checkpoint's files, and a local directory with its tokenizer."""
+    if isinstance(step, BucketPath):
+        states = _bucket_states(step)
+        item = step / TOKENIZER
+        objects = {
+            str(path).removeprefix(f"{item}/"): each
+            for path, each in states.items()
+            if str(path).startswith(f"{item}/") and isinstance(each, Stored)
+        }
+        return states, local_copy(item, objects, f"models/{identity(item, objects)}")
+    files = [file for item in (PARAMS, TOKENIZER) for file in (step / item).rglob("*")]
+    return {file: state(file) for file in files if file.is_file()}, step / TOKENIZER
 
 
 def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
@@ -137,7 +184,7 @@ def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
         source.refuse_changed()  # before the caller reads the tokenizer
         return model, source.files
 
-    return in_training(steps_of(Path(local(path))), load)
+    return in_training(steps_of(place(path)), load)
 
 
 def read_model(
@@ -154,9 +201,9 @@ def read_model(
         try:
             return _read_model(source, path, mesh, experts)
         except InputError:
-            if all(file.exists() for file in source.states):
+            if not source.was_removed():
                 raise
-        if not saved_steps(steps_of(Path(local(path)))):
+        if not saved_steps(steps_of(place(path))):
             break
         source = open_model(path, source.weights["embed", "weight"].dtype)
     source.refuse_changed()
@@ -170,7 +217,7 @@ def _read_model(
     experts: str = "device",
 ) -> Decoder:
     dtype = cpu.activation_dtype(source.dtype)
-    with readable(Path(path)):
+    with readable(place(path)):
         return assembled(source.config, source.weights, dtype, mesh, experts)
 
 
@@ -189,7 +236,7 @@ def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, froz
         source.refuse_changed()  # the tokenizer's optional files may have been removed unnoticed
         return source, tokenizer, ends
 
-    return in_training(steps_of(Path(local(path))), load)
+    return in_training(steps_of(place(path)), load)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
@@ -212,4 +259,4 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
       'Return the'
     """
     check_path("path", path)
-    return open_with_tokenizer(find(path))[1]
+    return open_with_tokenizer(locate(path))[1]

@@ -228,10 +228,14 @@ def upcycled(
     if moe is not None and config.moe is not None and stated:
         # Biases belong to the weights: the source's are kept, missing ones are not an error.
         moe = dataclasses.replace(moe, selection_bias=config.moe.selection_bias)
+        wanted = upcycled_config(config, moe)
+        if wanted.shared_expert_size == config.shared_expert_size:  # None may stand for the width
+            stands = config.moe.shared_expert_intermediate_size
+            moe = dataclasses.replace(moe, shared_expert_intermediate_size=stands)
         refuse_differences(
             f"{source} already has experts, which differ from config.moe",
             dataclasses.asdict(config),
-            dataclasses.asdict(upcycled_config(config, moe)),
+            dataclasses.asdict(dataclasses.replace(wanted, moe=moe)),
             "change config.moe, or start from a dense model",
         )
         _refuse_without_effect(source, upcycling, PUBLISHED_UPCYCLING)

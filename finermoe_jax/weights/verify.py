@@ -6,7 +6,6 @@ slice of the dense FFN that its number implies.
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -20,7 +19,8 @@ from finermoe_jax.config.upcycle import PUBLISHED_UPCYCLING, UpcycleConfig
 from finermoe_jax.data.tokenizers import GENERATION_FILE, kept_files
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.model.decoder import parameter_kinds
-from finermoe_jax.runtime.paths import local
+from finermoe_jax.runtime import buckets
+from finermoe_jax.runtime.buckets import Place
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.hf_names import Parts, bank_layers, parts, run_layers
 from finermoe_jax.weights.hf_weights import json_files, model_code
@@ -60,7 +60,7 @@ class Report:
 
 def verify(
     source: str,
-    target: Path,
+    target: Place,
     to: Literal["orbax", "hf"] | None,
     moe: MoEConfig | None,
     *,
@@ -87,7 +87,7 @@ def verify(
       InputError: another format or architecture than these arguments imply, damage, or tensors that
         differ; the message lists them.
     """
-    target = Path(local(target))
+    target = buckets.place(target)
     if to is not None:
         _check_form(target, to)
     made = open_model(str(target))
@@ -104,7 +104,7 @@ def verify(
         key = jax.random.key(seed or 0)
         wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
-    _check_files(given, made.files, to, str(stored))
+    _check_files(given, made.home, to, str(stored))
     recomputed = bool(upcycling.drop_ratio or upcycling.function_preserving)
     report = _compared(given, made, again, seed is not None, recomputed, f"verifying {target.name}")
     for model in (given, made):
@@ -154,7 +154,7 @@ def _compared(
     return report
 
 
-def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
+def _check_form(target: Place, to: Literal["orbax", "hf"]) -> None:
     found = "hf" if (target / "config.json").is_file() else "orbax"
     if found != to:
         forms = {"hf": "a Hugging Face directory", "orbax": "an Orbax checkpoint"}
@@ -164,7 +164,7 @@ def _check_form(target: Path, to: Literal["orbax", "hf"]) -> None:
         )
 
 
-def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> None:
+def _check_files(given: ModelSource, made: Place, to: str | None, dtype: str) -> None:
     """Compares the files beside the weights: the tokenizer and, for an export, config and code."""
     exported = (made / "config.json").is_file()
     # An export has its own generation_config.json.
@@ -185,7 +185,7 @@ def _check_files(given: ModelSource, made: Path, to: str | None, dtype: str) -> 
             )
 
 
-def _check_architectures(source: str, given: ModelConfig, target: Path, made: ModelConfig) -> None:
+def _check_architectures(source: str, given: ModelConfig, target: Place, made: ModelConfig) -> None:
     def comparable(config: ModelConfig) -> dict[str, Any]:
         values = dataclasses.asdict(config)
         # Not stated in a Hugging Face directory.

@@ -195,14 +195,16 @@ IN_PLACE = [
     ("v5e:2x4", "eval", ["--config.mesh.expert=8"]),
     ("v5e:1x1", "prefill", []),
     ("v5e:1x1", "decode", []),
-    ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]),
+    ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4", "--bytes"]),
 ]
 # Its experts are in host memory, and known one layer early.
 FROM_HOST = ("v5e:1x1", "decode", ["--config.moe.route_ahead=1", "--experts=host"])
-RUN_ALL = """
+BEGIN = "begin of a program"
+RUN_ALL = f"""
 import json, sys
 from finermoe_jax.cli.main import run
 for command in json.loads(sys.argv[1]):
+    print({BEGIN!r}, flush=True)
     try:
         run("aot", command)
     except SystemExit as end:
@@ -210,15 +212,19 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.slow
-def test_experts_are_neither_copied_nor_sliced(tmp_path):
-    """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
+@pytest.fixture(scope="module")
+def for_tpus(tmp_path_factory):
+    """Each program's text and figures, and what the command says of it.
+
+    By a process of the environment that can compile for TPUs.
+    """
     python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
+    place = tmp_path_factory.mktemp("tpu")
     commands = [
         ["--config=demo", f"--topology={topology}", f"--program={program}",
          "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1",
          "--config.data.global_batch_size=16", "--config.data.sequence_length=256", *overrides,
-         f"--output={tmp_path / f'{i}.json'}", f"--hlo={tmp_path / f'{i}.txt'}"]
+         f"--output={place / f'{i}.json'}", f"--hlo={place / f'{i}.txt'}"]
         for i, (topology, program, overrides) in enumerate([*IN_PLACE, FROM_HOST])
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -227,9 +233,17 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
         capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for i, case in enumerate(IN_PLACE):
-        figures = json.loads((tmp_path / f"{i}.json").read_text())
-        assert "tpu_custom_call" in (tmp_path / f"{i}.txt").read_text()
+    return [
+        ((place / f"{i}.txt").read_text(), json.loads((place / f"{i}.json").read_text()), said)
+        for i, said in enumerate(done.stdout.split(BEGIN)[1:])
+    ]
+
+
+@pytest.mark.slow
+def test_experts_are_neither_copied_nor_sliced(for_tpus):
+    """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
+    for case, (text, figures, _) in zip(IN_PLACE, for_tpus[:-1], strict=True):
+        assert "tpu_custom_call" in text
         copies = [each for each in figures["expert_copies"] if not each.startswith("outside")]
         if "--config.mesh.fsdp=2" in case[2]:
             assert copies and figures["expert_bytes_in_loops"] > 0
@@ -237,7 +251,7 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
         assert copies == [] and figures["expert_bytes_in_loops"] == 0, case
         if case[1] != "train":  # small stacks go to the chip and back for the update
             assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
-    figures = json.loads((tmp_path / f"{len(IN_PLACE)}.json").read_text())
+    _, figures, _ = for_tpus[-1]
     layers, active, expert = 4, 2, 2 * (128 * 128 + 64 * 64)
     assert figures["host_moved_bytes"] == layers * active * expert
     assert figures["host_transfers"] == 2 * layers * active
@@ -246,28 +260,15 @@ def test_experts_are_neither_copied_nor_sliced(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tpu_slice(tmp_path):
-    """In a process of its own, with the environment that can compile for TPUs."""
-    python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
-    command = [
-        python, "-m", "finermoe_jax", "aot", "--config=configs/demo.py", "--topology=v5e:2x4",
-        "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
-        "--config.data.global_batch_size=8", "--config.train.compute_dtype=bfloat16",
-        "--bytes", f"--output={tmp_path / 'figures.json'}",
-    ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "FITS" in done.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
+def test_a_tpu_slice(for_tpus):
+    _, figures, said = for_tpus[len(IN_PLACE) - 1]
+    assert "FITS" in said
     state = figures["parameter_bytes"] + figures["optimizer_bytes"]
     assert state < figures["argument_bytes"]  # tiny axes are padded to whole tiles
     assert figures["kernel_flops"] > 0 and figures["matmul_flops"] > 0
     assert sum(figures["bytes_by"].values()) == pytest.approx(figures["hbm_bytes"])
     assert figures["bytes_by"]["routed experts: backward"] > 0
-    assert "HBM bytes by cause" in done.stdout and "norms and residual" in done.stdout
+    assert "HBM bytes by cause" in said and "norms and residual" in said
     assert {"all-gather", "ragged-all-to-all"} <= figures["sent_bytes"].keys()
     loops = [note for note in figures["counting_notes"] if "data-dependent trip count" in note]
     assert all("shard_map" in note for note in loops)  # the exchange's further rounds alone

@@ -173,6 +173,7 @@ def test_a_dense_export_says_that_nothing_was_upcycled(capsys, tmp_path):
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'hf'}\n"
     assert f"{TIED} is a dense model" in said.err and "does not upcycle" in said.err
+    assert f"{tmp_path / 'hf'}: vLLM on a CPU cannot serve it: head_dim=6 is not one" in said.err
 
 
 @pytest.mark.parametrize(

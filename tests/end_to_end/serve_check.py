@@ -11,7 +11,7 @@ cores and 5 GiB of memory are enough. Checks, each a line with its counts:
     router              bfloat16: every router's logits equal the float32 product
     batching            transformers' continuous batching, with sdpa and with eager attention
     variants            pools, selection biases, q/k norms, scaled rotary embeddings, mixed layers
-                        and concat_proj, in vLLM without a server
+                        routing ahead and concat_proj, in vLLM without a server
 
 In float32 the token ids must be equal to `fm.generate`'s. In bfloat16 the order of roundings
 differs between the two programs and with the size of the batch, so near ties fall otherwise. There
@@ -264,6 +264,7 @@ def variants():
         "llama3": drawn(plain, rope_scaling=llama3),
         "yarn": drawn(plain, rope_scaling=yarn),
         "every other layer": drawn(fm.MoEConfig(4, 2, 1, 2, 1, decoder_sparse_step=2)),
+        "routed one layer ahead": drawn(fm.MoEConfig(4, 2, 1, 2, 1, route_ahead=1)),
         "concat_proj": drawn(fm.MoEConfig(4, 2, 1, 2, 1, concat_proj="routed")),
     }
 

@@ -1,7 +1,5 @@
 """expert_ffn_of_run: every implementation reads, and writes gradients, in a run of layers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,10 @@ def run_of(stored):
     return layers, stacks
 
 
+# Compiled once for all layers, and once more for their gradients.
+one_layer = jax.jit(expert_ffn_of_run, static_argnames=("implementation", "interpret", "adds"))
+
+
 def by_run(layers, stacks, before, kept, **options):
     """Output and gradients of every layer; the stacks of gradients begin as `before`."""
 
@@ -37,7 +39,7 @@ def by_run(layers, stacks, before, kept, **options):
         outputs = []
         for layer, (rows, weights) in enumerate(each):
             sizes = layers[layer][0]["group_sizes"]
-            y, carried = expert_ffn_of_run(
+            y, carried = one_layer(
                 rows, *stacks, sizes, weights, jnp.int32(layer), carried, **options
             )
             outputs.append(y)
@@ -86,12 +88,9 @@ def test_a_run_is_read_and_written_in_place(implementation, stored, kept):
     # Whatever memory holds: each of the gradients is written, once.
     before = tuple(jnp.full(s.shape, jnp.nan, kept) for s in stacks)
     interpret = implementation == "tpu"
-    run = jax.jit(
-        functools.partial(
-            by_run, layers, kept=kept, implementation=implementation, interpret=interpret
-        )
+    results = by_run(
+        layers, stacks, before, kept, implementation=implementation, interpret=interpret
     )
-    results = run(stacks, before)
     assert all(w.dtype == kept for w in results[2])
     compare(layers, results, tolerance=TOLERANCE[stored])
 
@@ -154,13 +153,14 @@ def test_hopper_reads_a_run_in_place():
     layers, stacks = run_of(BF16)
     layers, stacks = layers[:2], [s[:2] for s in stacks]
     before = tuple(jnp.full(s.shape, jnp.nan, BF16) for s in stacks)
-    run = functools.partial(by_run, layers, kept=BF16, implementation="gpu", interpret=True)
-    compare(layers, jax.jit(run)(stacks, before), tolerance=TOLERANCE[BF16])
+    results = by_run(layers, stacks, before, BF16, implementation="gpu", interpret=True)
+    compare(layers, results, tolerance=TOLERANCE[BF16])
 
 
 @pytest.mark.slow
 def test_experts_larger_than_the_chip(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "plan_call", lambda *_, **__: None)
+    monkeypatch.setitem(globals(), "one_layer", expert_ffn_of_run)  # compiled with another plan
     layers, stacks = run_of(F32)
     before = tuple(jnp.full(s.shape, jnp.nan, F32) for s in stacks)
     compare(layers, by_run(layers, stacks, before, F32, implementation="tpu", interpret=True))

@@ -68,6 +68,13 @@ def compute(rows, weights, sizes, cotangent, transpose=False, implementation="cp
     return {"y": y, "rows": drows, "weights": dweights}
 
 
+@functools.cache
+def computed(name, dtype, transpose, implementation):
+    """The arguments of a case and what the implementation makes of them, once for all tests."""
+    arguments = make(name, dtype, transpose)
+    return arguments, compute(*arguments, transpose, implementation)
+
+
 @pytest.mark.parametrize(
     ("name", "transpose", "dtype", "implementation"),
     [
@@ -84,8 +91,7 @@ def compute(rows, weights, sizes, cotangent, transpose=False, implementation="cp
     ],
 )  # fmt: skip
 def test_output_and_gradients(name, transpose, dtype, implementation):
-    arguments = make(name, dtype, transpose)
-    got = compute(*arguments, transpose, implementation)
+    arguments, got = computed(name, dtype, transpose, implementation)
     assert all(array.dtype == dtype for array in got.values())
     assert_close(got, truth(*arguments, transpose), TOLERANCE[dtype])
 
@@ -140,11 +146,11 @@ def test_the_tolerance_catches_one_wrong_row(dtype):
 @pytest.mark.parametrize("implementation", ["cpu", *SLOW_ON_GPU[2:]])
 def test_experts_without_rows_are_not_read(implementation):
     """The weights of an idle expert reach no output; its gradient is exactly 0."""
-    rows, weights, sizes, cotangent = make("empty groups", jnp.float32)
+    arguments, clean = computed("empty groups", jnp.float32, False, implementation)
+    rows, weights, sizes, cotangent = arguments
     idle = np.flatnonzero(np.asarray(sizes) == 0)
-    clean = compute(rows, weights, sizes, cotangent, implementation=implementation)
     dirty = weights.at[idle].set(jnp.nan)
-    got = compute(rows, dirty, sizes, cotangent, implementation=implementation)
+    got = compute(rows, dirty, sizes, cotangent, False, implementation)
     for name, array in clean.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
     assert not np.asarray(got["weights"])[idle].any()
@@ -152,11 +158,12 @@ def test_experts_without_rows_are_not_read(implementation):
 
 @pytest.mark.parametrize("implementation", SLOW_ON_GPU)
 def test_a_row_reaches_only_itself_and_its_expert(implementation):
-    rows, weights, sizes, cotangent = make("ragged", jnp.float32)
-    clean = compute(rows, weights, sizes, cotangent, implementation=implementation)
+    (rows, weights, sizes, cotangent), clean = computed(
+        "ragged", jnp.float32, False, implementation
+    )
     row, expert = 17, 4
     rows, cotangent = rows.at[row].set(jnp.nan), cotangent.at[row].set(jnp.nan)
-    got = compute(rows, weights, sizes, cotangent, implementation=implementation)
+    got = compute(rows, weights, sizes, cotangent, False, implementation)
     for name, alone in (("y", row), ("rows", row), ("weights", expert)):
         assert np.isnan(got[name][alone]).all(), name
         others = np.arange(len(got[name])) != alone

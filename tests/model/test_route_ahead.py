@@ -224,6 +224,8 @@ def test_a_trained_model_routes_ahead_with_its_own_weights(tmp_path, capsys):
     done = command("convert", f"--source={tmp_path}/early", f"--target={tmp_path}/hf", "--to=hf")
     assert done.returncode == 0 and "has route_ahead=1: only the code in it" in done.stderr
     assert config_of(tmp_path / "hf")["route_ahead"] == 1
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| layers by which routers read ahead | 1 |" in card
     assert "route_ahead" not in model_config_to_hf(demo.config, "float32")
     stated = dict(shared_expert_intermediate_size=512)
     assert fm.load_hf(tmp_path / "hf").config == changed(early.config, **stated)

@@ -111,7 +111,13 @@ def shared_handed_out():
         return gradients(model=mixture_model(SHARED))
 
 
-@pytest.mark.parametrize("case", SHARED_CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (each == "copies in microbatches"))
+        for each in SHARED_CASES
+    ],
+)
 def test_gradients_of_shared_experts_add_up(case, shared_handed_out):
     got = gradients(*SHARED_CASES[case], model=mixture_model(SHARED))
     for path, want in shared_handed_out.items():

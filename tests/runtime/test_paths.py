@@ -1,4 +1,4 @@
-"""Paths as users name them: `~` is expanded, addresses are refused before any work."""
+"""Paths as users name them: `~` is expanded, URLs are supported or refused before any work."""
 
 import dataclasses
 import importlib
@@ -28,6 +28,14 @@ from tests.support import GOLDEN, command, invoke
 
 MIXTURE = GOLDEN / "e_conv_split"
 BUCKET = "gs://bucket/run"
+S3 = "s3://bucket/run"
+# What place() says of URLs that are supported nowhere.
+REFUSED = {
+    S3: "s3://bucket/run is not supported: Orbax",
+    "az://bucket/run": "az://bucket/run is a URL",
+    "hf://owner/name": "hf://owner/name is a URL: give the Hub id owner/name",
+    "https://example.org/x": "https://example.org/x is a URL",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +51,7 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("gs://b/x", ["gs://b/x", "gcloud storage cp -r", "mount"]),
+        ("gs://b/x", ["gs://b/x", "gcloud storage cp -r", "docs/howto/buckets.md"]),
         ("GS://b/x", ["gcloud storage cp -r"]),
         ("s3://b/x", ["aws s3 cp --recursive"]),
         ("az://b/x", ["az://b/x", "copy the files", "local directory"]),
@@ -87,9 +95,14 @@ def test_the_home_directory():
 
 # --- every way in ---------------------------------------------------------------------------
 
+# Flags that take gs:// URLs.
+BUCKETS = {
+    "convert": {"source", "target"}, "eval": {"checkpoint"}, "generate": {"checkpoint"},
+    "prepare": {"tokenizer", "upload"}, "train": {"workdir"},
+}  # fmt: skip
 # Of the flags that take text, those that name no path.
 NO_PATHS = {"wandb", "profile_steps", "program", "to", "dtype", "prompt", "system", "topology",
-            "text_field", "split", "config", "push_to_hub"}  # fmt: skip
+            "text_field", "split", "config", "push_to_hub", "experts"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -102,8 +115,16 @@ def test_every_path_flag(command, monkeypatch):
         flag = defined.values[name]
         if type(flag) is not flags.Flag or flag.flag_type() != "string":
             continue
-        with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*gcloud"):
-            flag.parse(BUCKET)
+        if name in BUCKETS.get(command, ()):
+            flag.parse(f"{BUCKET}/")
+            assert flag.value == BUCKET
+            for url, words in REFUSED.items():
+                with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*{words}"):
+                    flag.parse(url)
+        else:
+            for url, words in ((BUCKET, "gcloud"), (S3, "aws s3 cp"), ("az://b/x", "is a URL")):
+                with pytest.raises(flags.IllegalFlagValueError, match=f"--{name}=.*{words}"):
+                    flag.parse(url)
         flag.parse("~/x")
         assert flag.value == "/home/user/x"
 
@@ -127,14 +148,16 @@ def test_every_field_of_a_config():
             return getattr(DataConfig(**{field: value}), field)
 
         assert made("~/x") == "/home/user/x"
-        with pytest.raises(fm.InputError, match=f"^{name}: {BUCKET} .*gcloud"):
-            made(BUCKET)
+        assert made(BUCKET) == BUCKET
+        for url, words in REFUSED.items():
+            with pytest.raises(fm.InputError, match=f"^{name}: {words}"):
+                made(url)
     assert DataConfig(path="~/a:1,~/b:2").path == "/home/user/a:1,/home/user/b:2"
     with pytest.raises(fm.InputError, match=r"data\.path: s3://b/c:2 "):
         DataConfig(path="~/a:1,s3://b/c:2")
 
 
-@pytest.mark.parametrize("address", [BUCKET, Path(BUCKET)])
+@pytest.mark.parametrize("address", [S3, Path(S3)])
 @pytest.mark.parametrize(
     "call",
     [
@@ -150,7 +173,7 @@ def test_every_field_of_a_config():
     ],
 )
 def test_every_call(call, address):
-    with pytest.raises(fm.InputError, match=r"gs://bucket/run.*gcloud"):
+    with pytest.raises(fm.InputError, match=r"s3://bucket/run.*(Orbax|aws s3 cp)"):
         call(address)
 
 
@@ -160,40 +183,54 @@ OUT = Path("out")
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: fm.preset(BUCKET),
-        lambda: plot.draw(Path(BUCKET)),
-        lambda: TextFile(Path(BUCKET)),
-        lambda: token_files.verify(Path(BUCKET)),
-        lambda: train(RunConfig(init_from="x"), Path(BUCKET)),
-        lambda: convert(str(MIXTURE), Path(BUCKET), "orbax", None, seed=0),
-        lambda: convert(BUCKET, OUT, "orbax", None, seed=0),
-        lambda: verify(str(MIXTURE), Path(BUCKET), None, None),
-        lambda: evaluate(BUCKET),
-        lambda: evaluate("x", text=Path(BUCKET)),
-        lambda: evaluate("x", tasks=Tasks(["arc_easy"], data_dir=Path(BUCKET))),
-        lambda: prepare(["x"], Path(BUCKET), OUT),
-        lambda: prepare(["x"], OUT, Path(BUCKET)),
-        lambda: prepare([BUCKET], OUT, OUT),
+        lambda url: fm.preset(url),
+        lambda url: plot.draw(Path(url)),
+        lambda url: TextFile(Path(url)),
+        lambda url: token_files.verify(Path(url)),
+        lambda url: evaluate("x", text=Path(url)),
+        lambda url: evaluate("x", tasks=Tasks(["arc_easy"], data_dir=Path(url))),
+        lambda url: prepare(["x"], Path(url), OUT),
+        lambda url: prepare([url], OUT, OUT),
     ],
 )
-def test_every_call_of_a_command(call):
+def test_every_call_of_a_command_for_local_paths(call):
     with pytest.raises(fm.InputError, match=r"gs://bucket/run.*gcloud"):
+        call(BUCKET)
+    with pytest.raises(fm.InputError, match=r"s3://bucket/run.*aws s3 cp"):
+        call(S3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: train(RunConfig(init_from="x"), Path(S3)),
+        lambda: convert(str(MIXTURE), Path(S3), "orbax", None, seed=0),
+        lambda: convert(S3, OUT, "orbax", None, seed=0),
+        lambda: verify(str(MIXTURE), Path(S3), None, None),
+        lambda: evaluate(S3),
+        lambda: prepare(["x"], OUT, Path(S3)),
+    ],
+)
+def test_every_call_of_a_command_that_takes_buckets(call):
+    with pytest.raises(fm.InputError, match=r"s3://bucket/run is not supported: Orbax"):
         call()
 
 
-@pytest.mark.parametrize("argument", [BUCKET, f"label={BUCKET}", f"{BUCKET}=x"])
+@pytest.mark.parametrize("argument", [S3, f"label={S3}", f"{S3}=x"])
 def test_similarity_and_plot(argument, capsys):
     assert invoke("similarity", argument) == 2
-    assert "gcloud" in capsys.readouterr().err
+    assert "Orbax" in capsys.readouterr().err
     assert invoke("similarity", MIXTURE, f"--output={BUCKET}.png") == 2
     assert "gcloud" in capsys.readouterr().err
     assert invoke("plot", argument) == 2
     assert labelled(["~/a", "b=~/c"]) == {"a": "/home/user/a", "b": "/home/user/c"}
+    assert labelled([f"a={BUCKET}", BUCKET]) == {"a": BUCKET, "run": BUCKET}
 
 
-def test_nothing_is_left_of_a_run(place):
-    flags = [f"--workdir={BUCKET}", "--config.train.steps=1"]
-    result = command("train", *flags, cwd=place)
+@pytest.mark.parametrize("flag", ["--workdir=s3://bucket/run", "--workdir=az://bucket/run",
+                                  "--config.init_from=s3://bucket/run"])  # fmt: skip
+def test_nothing_is_left_of_a_run(place, flag):
+    result = command("train", flag, "--config.train.steps=1", cwd=place)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("error: ") == 1 and "gcloud" in result.stderr
+    assert result.stderr.count("error: ") == 1 and "//bucket/run" in result.stderr
     assert "Traceback" not in result.stderr

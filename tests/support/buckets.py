@@ -67,7 +67,9 @@ def emulated():
     with server() as url, pytest.MonkeyPatch.context() as patch:
         for name, value in settings(url).items():
             patch.setenv(name, value)
+        buckets._client.cache_clear()  # of another module's server
         yield url
+    buckets._client.cache_clear()
 
 
 def new_bucket(url=None):

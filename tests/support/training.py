@@ -1,6 +1,7 @@
 """Small models, runs and steps that tests of training share."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import BalanceConfig, RunConfig
+from finermoe_jax.config.run import BalanceConfig, MeshConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import trained_kinds
@@ -49,6 +50,11 @@ def small_run(rows, balance=None, **train_settings):
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _routing(graphdef, params, batch):
+    return rebuild(graphdef, params).features(batch.tokens[:, :-1]).routing
+
+
 def take_steps(config: RunConfig, mesh_config, count=3, model_config=MOE):
     """Losses [count, 3], the first step's gradients, the last parameters, the first routing.
 
@@ -64,8 +70,7 @@ def take_steps(config: RunConfig, mesh_config, count=3, model_config=MOE):
     params = jax.device_put(jax.device_get(nnx.to_pure_dict(state)), shardings)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
-    route = jax.jit(lambda p, b: rebuild(graphdef, p).features(b.tokens[:, :-1]).routing)
-    chosen = [np.asarray(routing.experts) for routing in route(params, batch)]
+    chosen = [np.asarray(routing.experts) for routing in _routing(graphdef, params, batch)]
     tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
@@ -117,6 +122,7 @@ def demo_run(steps, **settings):
         config,
         prompts=("Return the",),
         prompt_tokens=4,
+        mesh=MeshConfig(1, 8, 1, 1),  # eight whole models would be most of a worker's memory
         data=dataclasses.replace(
             config.data, sequence_length=32, global_batch_size=8, eval_windows=4
         ),

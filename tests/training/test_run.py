@@ -445,6 +445,13 @@ def test_a_run_without_selection_biases_cannot_resume_with_them(biased, tmp_path
         train(tiny_run(changed), biased, say=silent, allow_changes=["balance"])
 
 
+def test_balancing_over_pools_needs_pools(tmp_path):
+    for moe, found in ((dict(intermediate_granularity=4), "experts_across=1"), (None, "no expert")):
+        values = TINY | {"moe": moe, "balance": dict(over="pool")}
+        with pytest.raises(InputError, match=rf"balance\.over=pool is .*the model has .*{found}"):
+            train(tiny_run(values), tmp_path / "run", say=silent)
+
+
 @pytest.mark.slow
 def test_a_workdir_keeps_its_config(straight):
     before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))

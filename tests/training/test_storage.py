@@ -1,10 +1,14 @@
 """Runs in a bucket: what they write where, damage, locks, and servers that refuse or vanish."""
 
+import re
+import signal
+import socket
+
 import pytest
 
 import finermoe_jax as fm
 from benchmarks import bucket_kills
-from benchmarks.kill_campaign import assert_same
+from benchmarks.kill_campaign import assert_same, ends, lines, logged, wait_for
 from finermoe_jax.errors import RunEnded
 from finermoe_jax.runtime import buckets, lease
 from finermoe_jax.runtime.lease import Lease
@@ -13,6 +17,7 @@ from finermoe_jax.training.run import train
 from finermoe_jax.weights.integrity import CHECKSUMS, COMMITTED, damage, saved_steps
 from tests.support import assert_refused, command
 from tests.support import buckets as support
+from tests.support.processes import Process
 from tests.support.training import silent, tiny_run
 
 
@@ -31,10 +36,26 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(server, tmp_path_factory):
+def commits():
+    """For each step of `finished`: the objects when it was about to be committed."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(server, commits, tmp_path_factory):
     """A run in a bucket with steps 0, 2 and 4."""
-    run = support.new_bucket()
-    train(tiny_run(), str(run), silent, scratch=tmp_path_factory.mktemp("scratch") / "run")
+    run, confirm = support.new_bucket(), Lease.confirm
+
+    def look(self):
+        confirm(self)
+        names = set(run.objects())
+        step = max(int(name.split("/")[1]) for name in names if name.startswith("checkpoints/"))
+        commits[step] = names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those before commits
+        patch.setattr(Lease, "confirm", look)
+        train(tiny_run(), str(run), silent, scratch=tmp_path_factory.mktemp("scratch") / "run")
     return run
 
 
@@ -68,31 +89,13 @@ def test_a_run_in_a_bucket_equals_a_local_one(finished, local, tmp_path):
     assert "has checksum" in damage(step)[0]
 
 
-def _committed_last(run, monkeypatch, tmp_path):
-    """What each commit found in the bucket."""
-    found = {}
-    confirm = Lease.confirm
-
-    def look(self):
-        confirm(self)
-        for step in run.names() and (run / "checkpoints").names():
-            names = set((run / "checkpoints" / step).objects())
-            found.setdefault(int(step), (names, (run / "metrics.jsonl").exists()))
-
-    monkeypatch.setattr(Lease, "confirm", look)
-    train(tiny_run(), str(run), silent, scratch=tmp_path / "scratch")
-    return found
-
-
-def test_the_commit_mark_comes_last_after_checksums_and_logs(server, monkeypatch, tmp_path):
-    run = support.new_bucket()
-    monkeypatch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those before commits
-    found = _committed_last(run, monkeypatch, tmp_path)
-    assert sorted(found) == [0, 2, 4]
-    for step, (names, has_metrics) in found.items():
-        assert CHECKSUMS in names and COMMITTED not in names
-        assert f"params/{COMMITTED}" in names and f"optimizer/{COMMITTED}" in names
-        assert has_metrics == (step > 0)
+def test_the_commit_mark_comes_last_after_checksums_and_logs(finished, commits):
+    assert sorted(commits) == [0, 2, 4]
+    for step, names in commits.items():
+        place = f"checkpoints/{step}"
+        assert f"{place}/{CHECKSUMS}" in names and f"{place}/{COMMITTED}" not in names
+        assert {f"{place}/params/{COMMITTED}", f"{place}/optimizer/{COMMITTED}"} <= names
+        assert "config.json" in names and ("metrics.jsonl" in names) == (step > 0)
 
 
 def test_another_machine_resumes_and_a_changed_config_is_refused(copy, tmp_path):
@@ -125,7 +128,11 @@ def _changed(step):
 
 @pytest.mark.parametrize(
     ("harm", "words"),
-    [(_torn, ""), (_lost, "is missing ("), (_changed, "has checksum")],
+    [
+        (_lost, "is missing ("),
+        pytest.param(_torn, "", marks=pytest.mark.slow),
+        pytest.param(_changed, "has checksum", marks=pytest.mark.slow),
+    ],
 )
 def test_a_harmed_checkpoint_is_passed_over_and_made_again(copy, local, tmp_path, harm, words):
     harm(copy / "checkpoints" / "4")

@@ -4,14 +4,15 @@ Read as source: torch is not installed here. tests/end_to_end/serve_check.py ser
 """
 
 import ast
+import dataclasses
 import re
 
 import pytest
 from safetensors import safe_open
 
-from finermoe_jax.weights.hf_config import AUTO_MAP
+from finermoe_jax.weights.hf_config import AUTO_MAP, not_in_vllm
 from finermoe_jax.weights.hf_weights import model_code
-from tests.support import DATA, GOLDEN
+from tests.support import DATA, GOLDEN, SMALL
 
 CONFIGURATION, MODELING = (ast.parse(path.read_text()) for path in model_code())
 # Weights of two axes that every device holds whole.
@@ -114,3 +115,10 @@ def test_tensor_parallelism_splits_every_large_weight():
             assert patterns[pattern] == ("rowwise" if inwards else "colwise")
         used.update(fits)
     assert used == set(patterns)
+
+
+def test_an_export_says_that_vllm_has_no_such_heads():
+    assert not_in_vllm(dataclasses.replace(SMALL, head_dim=32)) is None
+    said = not_in_vllm(dataclasses.replace(SMALL, head_dim=24))
+    assert said.startswith("vLLM on a CPU cannot serve it: head_dim=24 is not one of 32, 64, 80")
+    assert said.endswith("use transformers (docs/howto/serve.md)")

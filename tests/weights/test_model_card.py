@@ -50,7 +50,7 @@ def test_of_a_model_alone(tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["finermoe", "moe", "mixture-of-experts", "arxiv:2603.13364", "finermoe-jax"],
     }
-    assert "licence of the base model is not known here, so none is stated" in card.text
+    assert "licence is not known here, so none is stated" in card.text
     assert "How it was made" not in card.text and "## Training" not in card.text
     assert 'from_pretrained("path/to/this/directory", trust_remote_code=True)' in card.text
     assert "eprint = {2603.13364}" in card.text
