@@ -84,7 +84,7 @@ def host_shapes(shapes: dict, places: dict, config: ModelConfig, experts: str) -
         layer = jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
         for into, leaf in ((flat, layer), (flat_places, place)):
             into[path] = HostLayers((leaf,) * stack.shape[0], computed)
-    return tuple(nnx.traversals.unflatten_mapping(tree) for tree in (flat, flat_places))
+    return nnx.traversals.unflatten_mapping(flat), nnx.traversals.unflatten_mapping(flat_places)
 
 
 def with_experts(model: Decoder, experts: str) -> Decoder:

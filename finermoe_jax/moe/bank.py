@@ -169,8 +169,9 @@ class HostBank:
                 x, chosen = lax.optimization_barrier((x, chosen))
             copies = [stack.experts(self.layer, chosen) for stack in stacks]
         copies = cpu.materialized(copies)
-        gate_up, down, *scales = (copy[None] for copy in copies)
-        bank = ExpertBank(gate_up, down, scales=tuple(scales) or None, window_of=self._window_of)
+        gate_up, down, *rest = (copy[None] for copy in copies)
+        scales: Any = tuple(rest) or None
+        bank = ExpertBank(gate_up, down, scales=scales, window_of=self._window_of)
         return bank, experts.astype(jnp.int32), x
 
     def on_host(
@@ -258,9 +259,8 @@ def bank_of_run(
     None if the experts are sharded over fsdp. `frozen`: no gradient.
     """
     if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
-        scales, kind = (gate_up.scale, down.scale), ExpertBank
-        if isinstance(gate_up.values, HostLayers):
-            kind = HostBank
+        scales = gate_up.scale, down.scale
+        kind: Any = HostBank if isinstance(gate_up.values, HostLayers) else ExpertBank
         return CarriedBank(kind(gate_up.values, down.values, scales=scales), placement)
     if isinstance(gate_up, HostLayers):
         return CarriedBank(HostBank(gate_up, down), placement)
@@ -282,7 +282,9 @@ def bank_of_layer(gate_up: Any, down: Any, placement: Placement) -> ExpertBank:
     run = bank_of_run(gate_up, down, placement)
     if run is None:  # routed_experts gathers them and returns their gradients
         return ExpertBank(gate_up, down)
-    return dataclasses.replace(run.bank.at(0, run.carried), ends=run)
+    bank = run.bank.at(0, run.carried)
+    assert isinstance(bank, ExpertBank)
+    return dataclasses.replace(bank, ends=run)
 
 
 @dataclasses.dataclass(frozen=True)
