@@ -42,7 +42,9 @@ _ROWS_AT_A_TIME = 8
 class BothChoices(fm.FineRMoE):
     """Computes with the choice from its own input, and records that from the earlier input too."""
 
-    def __call__(self, x: Any, mask: Any, placement: Any, router_input: Any) -> Any:
+    def __call__(  # type: ignore[override]  # called with all four, by position
+        self, x: Any, mask: Any, placement: Any, router_input: Any
+    ) -> Any:
         """Returns what a layer with route_ahead=0 does; `experts` has both choices, [B, T, 2A]."""
         y, routing, aux_loss = super().__call__(x, mask, placement)
         ahead, _ = self.route(self._with_depth(router_input))
@@ -81,12 +83,12 @@ def agreement(model: Decoder, ids: np.ndarray, distance: int) -> Agreement:
     group_of = np.empty(moe.pool_size, int)
     members = np.asarray(in_groups(jnp.arange(moe.pool_size), moe)).reshape(-1, moe.pool_group_size)
     group_of[members] = np.arange(len(members))[:, None]
-    found = {
+    shares = {
         number: _of_layer(np.concatenate(layer).reshape(-1, 2, moe.num_active), moe, group_of)
         for number, layer in zip(numbers, zip(*batches, strict=True), strict=True)
         if number
     }
-    return Agreement(tuple(found), *map(np.array, zip(*found.values(), strict=True)))
+    return Agreement(tuple(shares), *map(np.array, zip(*shares.values(), strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

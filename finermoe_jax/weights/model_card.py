@@ -105,12 +105,13 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     upcycled = origin.upcycling is not None
+    licence: dict[str, Any] = {key: getattr(origin, key) or None for key in _LICENSE}
     data = ModelCardData(
         base_model=_one_or_all(origin.base_model),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_tags(config.moe, upcycled),
-        **{key: getattr(origin, key) or None for key in _LICENSE},
+        **licence,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
