@@ -28,6 +28,7 @@ from flax import nnx
 
 import finermoe_jax as fm
 from finermoe_jax.data.text import TextFile, encode
+from finermoe_jax.layers.sharding import ONE_DEVICE
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.moe.routing import in_groups
 from finermoe_jax.runtime.files import write
@@ -42,8 +43,8 @@ _ROWS_AT_A_TIME = 8
 class BothChoices(fm.FineRMoE):
     """Computes with the choice from its own input, and records that from the earlier input too."""
 
-    def __call__(  # type: ignore[override]  # called with all four, by position
-        self, x: Any, mask: Any, placement: Any, router_input: Any
+    def __call__(
+        self, x: Any, mask: Any, placement: Any = ONE_DEVICE, router_input: Any = None
     ) -> Any:
         """Returns what a layer with route_ahead=0 does; `experts` has both choices, [B, T, 2A]."""
         y, routing, aux_loss = super().__call__(x, mask, placement)
@@ -69,8 +70,8 @@ def agreement(model: Decoder, ids: np.ndarray, distance: int) -> Agreement:
     """
     moe = model.config.moe
     if moe is None or moe.route_ahead:
-        found = "no experts" if moe is None else f"route_ahead={moe.route_ahead}"
-        raise fm.InputError(f"the model has {found}: give a FineRMoE with route_ahead=0")
+        has = "no experts" if moe is None else f"route_ahead={moe.route_ahead}"
+        raise fm.InputError(f"the model has {has}: give a FineRMoE with route_ahead=0")
     ahead = dataclasses.replace(moe, route_ahead=distance)
     config = dataclasses.replace(model.config, moe=ahead)
     params = nnx.to_pure_dict(nnx.state(model))
@@ -83,12 +84,12 @@ def agreement(model: Decoder, ids: np.ndarray, distance: int) -> Agreement:
     group_of = np.empty(moe.pool_size, int)
     members = np.asarray(in_groups(jnp.arange(moe.pool_size), moe)).reshape(-1, moe.pool_group_size)
     group_of[members] = np.arange(len(members))[:, None]
-    shares = {
+    found = {
         number: _of_layer(np.concatenate(layer).reshape(-1, 2, moe.num_active), moe, group_of)
         for number, layer in zip(numbers, zip(*batches, strict=True), strict=True)
         if number
     }
-    return Agreement(tuple(shares), *map(np.array, zip(*shares.values(), strict=True)))
+    return Agreement(tuple(found), *map(np.array, zip(*found.values(), strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

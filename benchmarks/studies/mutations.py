@@ -357,8 +357,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed run forgets the skipped steps", TRAINING,
-        "workdir, first - int(updates_made(opt_state)), in_a_row, say)",
-        "workdir, 0, in_a_row, say)",
+        "here, first - int(updates_made(opt_state)), in_a_row, say)",
+        "here, 0, in_a_row, say)",
         f"{INTERRUPTED} -k poisoned", OF_RUNS,
     ),
     Mutation(
