@@ -308,7 +308,7 @@ def test_the_kernel_asked_for_computes_the_layer(monkeypatch):
     weights, x, mask = clear_case(s, 2, 6)
     y, _, _ = run(s, parameters(weights), x, mask, "cpu")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("the other implementation")
 
     monkeypatch.setattr(cpu, "forward", refuse)
