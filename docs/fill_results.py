@@ -184,7 +184,7 @@ STUDIES = {
     ),
     "pools_upcycled": Study(
         "Pools in the upcycled demo, 60 steps",
-        (*POOLS, "similarity of copies"),
+        POOLS,
         {
             "upcycled": "no pools",
             "upcycled+rex2": "r = 2",
