@@ -22,7 +22,7 @@ copies are a bank of one layer (docs/host_experts.md).
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Union
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ class HostBank:
 
     def fetch(
         self, experts: Int[Array, "B T A"], x: Float[Array, "B T D"]
-    ) -> tuple["ExpertBank | HostBank", Int[Array, "B T A"], Float[Array, "B T D"]]:
+    ) -> tuple[Union[ExpertBank, "HostBank"], Int[Array, "B T A"], Float[Array, "B T D"]]:
         """Copies the experts that a layer has chosen to the device.
 
         A decoding step copies one expert for each of S = B * A slots. If S is more than half of the
