@@ -82,7 +82,9 @@ def main() -> None:
     upcycled = {"moe": MoEConfig(), "tie_word_embeddings": False}
     shutil.rmtree(source, ignore_errors=True)
     make_source(dataclasses.replace(SHAPES[given.shape], **upcycled), source)
-    process = subprocess.Popen([sys.executable, *sys.argv, "--child"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--child"], stdout=subprocess.PIPE
+    )
     peak = peak_memory(process)
     assert process.stdout is not None
     output = process.stdout.read()
