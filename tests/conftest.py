@@ -112,3 +112,12 @@ def _resident_bytes():
             return int(pages.read().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The URL of a Cloud Storage server on loopback, which this process uses."""
+    from tests.support.buckets import emulated
+
+    with emulated() as url:
+        yield url

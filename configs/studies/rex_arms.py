@@ -20,8 +20,7 @@ order, with the same number of active experts. All but wide have the same expert
 
 from ml_collections import ConfigDict
 
-from finermoe_jax import default_config
-from finermoe_jax.errors import InputError
+from finermoe_jax import InputError, default_config, preset
 
 FORMS = ("plain", "fine", "upcycled")
 MOE = {
@@ -82,21 +81,8 @@ def _upcycled(config: ConfigDict) -> None:
 
 
 def _from_scratch(config: ConfigDict, form: str) -> None:
-    config.dense = ConfigDict(
-        dict(
-            vocab_size=2048,
-            hidden_size=128,
-            intermediate_size=1024 if form == "plain" else 512,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rope_theta=10_000.0,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            initializer_range=0.02,
-        )
-    )
+    config.dense = preset("demo_dense").dense
+    config.dense.update(num_hidden_layers=8, intermediate_size=1024 if form == "plain" else 512)
     if form == "plain":
         config.moe.update(
             intermediate_granularity=16,

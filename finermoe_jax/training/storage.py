@@ -1,4 +1,4 @@
-"""Where a run's files are kept: in a directory, or in a bucket.
+"""The storage of a run's files: a directory or a bucket.
 
 A run in a bucket works on a local scratch directory. Orbax writes checkpoints/ straight into the
 bucket; all other files are written locally and uploaded whole, every UPLOAD_SECONDS and before each

@@ -23,9 +23,9 @@ _AT_A_TIME = 16
 
 
 class NewTarget(NamedTuple):
-    """Where to write; call `confirm` before the object that completes a target in a bucket.
+    """A path to write to, and a check to call before the object that completes a bucket's target.
 
-    It raises RunEnded if another process has taken over the target.
+    `confirm` raises RunEnded if another process has taken over the target.
     """
 
     path: Place

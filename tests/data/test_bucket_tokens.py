@@ -23,10 +23,7 @@ MODEL = find("demo/model")
 TEXT = find("demo/LICENSE.pydoc.txt")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with support.emulated() as url:
-        yield url
+pytestmark = pytest.mark.usefixtures("server")
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,6 @@ from finermoe_jax.runtime.buckets import BucketPath, Changed, crc32c, place
 from tests.support import buckets as support
 
 
-@pytest.fixture(scope="module")
-def server():
-    with support.emulated() as url:
-        yield url
-
-
 @pytest.fixture
 def run(server):
     return support.new_bucket()

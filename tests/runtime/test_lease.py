@@ -12,12 +12,6 @@ from finermoe_jax.runtime.lease import Lease
 from tests.support import buckets as support
 
 
-@pytest.fixture(scope="module")
-def server():
-    with support.emulated() as url:
-        yield url
-
-
 @pytest.fixture
 def run(server, monkeypatch):
     monkeypatch.setattr(lease, "TTL_SECONDS", 0.8)

@@ -23,10 +23,10 @@ from tests.support.training import silent, tiny_run
 
 
 @pytest.fixture(scope="module")
-def server():
-    with support.emulated() as url, pytest.MonkeyPatch.context() as patch:
+def server(server):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "TTL_SECONDS", 0.8)
-        yield url
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,7 @@ MOE = fm.MoEConfig(4, 2, 1, 2, 1)
 SEED = dict(seed=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with support.emulated() as url:
-        yield url
+pytestmark = pytest.mark.usefixtures("server")
 
 
 @pytest.fixture(autouse=True)

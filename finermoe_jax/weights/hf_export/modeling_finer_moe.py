@@ -532,25 +532,20 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         recompute = self.gradient_checkpointing and self.training
         if recompute or texts is not None:
             cache = None
-        elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        elif cache is None and given(use_cache, self.config.use_cache):
             cache = DynamicCache()
         if position_ids is None:
             position_ids = counted_positions(attention_mask, x, past)
         angles = rotary_angles(position_ids, self.config)
         mask = attention_mask if served else additive_mask(attention_mask, texts, x, past)
-
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        output_hidden_states = given(output_hidden_states, self.config.output_hidden_states)
+        output_router_logits = given(output_router_logits, self.config.output_router_logits)
         hidden_states = router_logits = ()
         stored = None if cache is None else (cache, past)
         earlier = deque(maxlen=self.config.route_ahead)  # FFN inputs of the last layers
         for layer in self.layers:
             hidden_states += (x,) if output_hidden_states else ()
-            call = functools.partial(layer, **kwargs)
-            if recompute:
-                call = functools.partial(self._gradient_checkpointing_func, call)
+            call = self.call_of(layer, recompute, kwargs)
             x, logits, normed = call(x, angles, mask, stored, earlier[0] if earlier else None)
             earlier.append(normed)
             router_logits += (logits,) if output_router_logits and logits is not None else ()
@@ -563,11 +558,20 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         )
         return dict_or_tuple(out, return_dict, self.config)
 
+    def call_of(self, layer, recompute, kwargs):
+        """Returns the layer's call; with `recompute` the backward pass repeats it."""
+        call = functools.partial(layer, **kwargs)
+        return functools.partial(self._gradient_checkpointing_func, call) if recompute else call
+
+
+def given(value, default):
+    """Returns the value, or the default for None."""
+    return default if value is None else value
+
 
 def dict_or_tuple(out, return_dict, config):
     """Returns the output, or a tuple if return_dict (default: the config's) is False."""
-    whole = config.return_dict if return_dict is None else return_dict
-    return out if whole else out.to_tuple()
+    return out if given(return_dict, config.return_dict) else out.to_tuple()
 
 
 class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
