@@ -23,7 +23,11 @@ def define(flags: Flags) -> None:
         required=True,
     )
     flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
-    flags.add_text("experts", "device", f"memory of the experts, with decode: {', '.join(PLACES)}")
+    flags.add_text(
+        "experts",
+        "device",
+        f"memory of the experts: {', '.join(PLACES)} (host…: decode and prefill only)",
+    )
     flags.add_integer("num_slices", 1, "number of TPU slices; only mesh.data spans them")
     flags.add_boolean(
         "suggest",

@@ -56,8 +56,8 @@ def download_prepared(prefix: BucketPath) -> Path:
                 verify(copy)
         except InputError as error:
             raise InputError(
-                f"{error}\nDelete them, and upload them again with finermoe prepare … "
-                f"--upload={prefix}"
+                f"{error}\nDelete the objects below {prefix}, and upload the tokens again with "
+                f"finermoe prepare … --upload={prefix}"
             ) from None
 
     return local_copy(prefix, {each: listed[each] for each in wanted}, name, check)

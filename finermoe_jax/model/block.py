@@ -26,9 +26,9 @@ from finermoe_jax.moe.routing import Routing
 class EarlierInputs(NamedTuple):
     """FFN inputs, after post_norm, of the k = moe.route_ahead layers before a layer.
 
-    The router of layer l reads that of layer max(l - k, 0). `choose`, if given, lets the next layer
-    choose its experts from what its router reads. It gets a layer's FFN input and that, and returns
-    the FFN input.
+    The router of layer l reads that of layer max(l - k, 0). `choose(x, router_input)`, if given,
+    chooses the next layer's experts: x is this layer's FFN input, router_input is what the next
+    layer's router reads. Returns x.
     """
 
     inputs: tuple[Float[Array, "B T D"], ...] = ()  # of the k last layers, the last one first

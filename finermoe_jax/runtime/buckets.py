@@ -273,7 +273,7 @@ def place(text: str | os.PathLike, what: str = "") -> Place:
     if not bucket or not key or _SUSPECT.search(key):
         raise InputError(
             f"{what}{': ' if what else ''}gs://{rest} must be gs://BUCKET/NAME, without wildcards "
-            "and empty parts"
+            "or empty parts"
         )
     return BucketPath(bucket, key)
 
@@ -375,7 +375,7 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
     ) as error:
         raise Unreachable(
             f"{path} cannot be reached ({first_line(error)}). Run the same command again when it "
-            "can",
+            "can be reached",
             EXIT_CODE,
             alone=True,
         ) from None

@@ -59,13 +59,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunEnded if another run has taken the lock. Makes no request."""
+        """Raises RunEnded if this run can no longer hold the lock. Makes no request."""
         if self.lost:
-            raise RunEnded(
-                f"{self.lost}: another run has taken the lock of {self.path}. This run ends and "
-                "saves nothing more",
-                alone=True,
-            )
+            raise RunEnded(f"{self.lost}. This run ends and saves nothing more", alone=True)
 
     def confirm(self) -> None:
         """Renews the lock now. Raises RunEnded if another run has it, or Unreachable."""
@@ -74,7 +70,7 @@ class Lease:
             try:
                 self._write(self.generation)
             except Changed as error:
-                self.lost = str(error)
+                self.lost = f"{error}: another run has taken the lock of {self.path}"
             self.check()
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ class LocalStorage:
         self._path, self._lock = workdir, Lock(workdir, "--workdir")
 
     def open(self) -> None:
-        """Locks a bucket and downloads the files of a run to resume."""
+        """No-op: only a bucket is locked and read before `take`."""
 
     def take(self) -> None:
         """Locks the workdir, if it exists. Raises InputError if another run has locked it."""

@@ -115,7 +115,7 @@ def test_lost_and_changed_objects_are_refused(uploaded, whole, cache):
     changed[5] ^= 1
     shard.write(bytes(changed))
     with pytest.raises(
-        fm.InputError, match=rf"(?s)damaged files:\n  {shard}: .*Delete them"
+        fm.InputError, match=rf"(?s)damaged files:\n  {shard}: .*Delete the objects below gs://"
     ) as error:
         download_prepared(uploaded)
     assert ".partial" not in str(error.value)

@@ -77,3 +77,19 @@ def test_an_outage_is_no_loss(run, server, monkeypatch):
         ours.check()
         gate.closed = False
         ours.confirm()
+
+
+def test_withdrawn_rights_are_not_called_another_run(run, server, monkeypatch):
+    with (
+        support.gate(server, monkeypatch) as gate,
+        contextlib.closing(Lease(run, pytest.fail)) as ours,
+    ):
+        ours.take()
+        gate.close()  # connections that are open would go on
+        gate.answer, gate.closed = support.DENIED, False
+        until = time.monotonic() + 30
+        while not ours.lost and time.monotonic() < until:  # renewed every quarter of TTL_SECONDS
+            time.sleep(0.05)
+        with pytest.raises(RunEnded, match=r"access is denied .*saves nothing more") as error:
+            ours.check()
+        assert "another run" not in str(error.value)
