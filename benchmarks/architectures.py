@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from finermoe_jax.analysis.paper_tables import ROWS
-from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.presets import ARCHITECTURES, architecture
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.weights.hf_weights import read_config

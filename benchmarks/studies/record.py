@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.analysis.similarity import expert_similarity
 from finermoe_jax.config.parse import run_config
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
 from finermoe_jax.training.history import History

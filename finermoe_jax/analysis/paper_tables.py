@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from finermoe_jax.analysis.params import Counts, paper_counts, true_counts
+from finermoe_jax.analysis.params import paper_counts
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.presets import QWEN2P5, architecture
+from finermoe_jax.model.counts import Counts, true_counts
 from finermoe_jax.weights.upcycle import upcycled_config
 
 

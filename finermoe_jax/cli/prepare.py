@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.data import text
-from finermoe_jax.data.bucket_tokens import upload_prepared
+from finermoe_jax.data.bucket_tokens import refuse_unknown, upload_prepared
 from finermoe_jax.data.prepare import prepare, summary
 from finermoe_jax.data.token_files import verify
 from finermoe_jax.errors import InputError
@@ -47,7 +47,7 @@ def main(flags: Flags) -> None:
     if isinstance(upload, Path):
         raise InputError(f"--upload={upload} must be a gs:// URL; --target names the directory")
     if upload:
-        upload.probe()  # before the work of hours
+        refuse_unknown(upload, Path(target))  # before the work of hours
     prepare(
         [each.strip() for each in sources.split(",") if each.strip()],
         Path(target),

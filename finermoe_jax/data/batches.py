@@ -30,6 +30,7 @@ from finermoe_jax.data.token_files import (
 )
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.buckets import BucketPath, Place, is_url, place
+from finermoe_jax.runtime.downloads import named_after
 from finermoe_jax.runtime.files import find
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def open_source(
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if (path / MANIFEST).is_file():
-        return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id, show_progress)
+        with named_after(url or path, path):
+            return open_prepared(path, tokenizer_hash(files), tokenizer.eos_token_id, show_progress)
     if (path / PARTIAL).is_file():
         raise InputError(
             f"{path} is not fully prepared: rerun finermoe prepare "
@@ -147,8 +149,9 @@ def open_source(
 
 
 def _refuse_mixture(eval_path: str) -> None:
-    name, colon, _ = eval_path.rpartition(":")
-    if not _exists(eval_path) and ("," in eval_path or (colon and _exists(name))):
+    name, colon, weight = eval_path.rpartition(":")
+    weighted = colon and not weight.startswith("//") and (is_url(name) or _exists(name))
+    if not _exists(eval_path) and ("," in eval_path or weighted):
         raise InputError(
             f"data.eval_path={eval_path} must name one source, without a weight: only data.path "
             "takes a mixture"

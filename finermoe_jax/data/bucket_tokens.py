@@ -63,6 +63,15 @@ def download_prepared(prefix: BucketPath) -> Path:
     return local_copy(prefix, {each: listed[each] for each in wanted}, name, check)
 
 
+def refuse_unknown(prefix: BucketPath, directory: Path) -> None:
+    """Raises InputError if there are objects that a directory, not yet prepared, cannot explain."""
+    if (names := prefix.names()) and not (directory / MANIFEST).is_file():
+        raise InputError(
+            f"--upload={prefix} is not empty: it has {names[0]}, and {directory} is not prepared. "
+            "Nothing is overwritten: give a new prefix"
+        )
+
+
 def upload_prepared(directory: Path, prefix: BucketPath, say: Callable[[str], None]) -> None:
     """Uploads a prepared directory, the manifest last. A repeated call resumes.
 

@@ -148,8 +148,8 @@ class HostBank:
 
         Returns:
           The bank of the copies (or, for the host to compute with, this one), the experts' numbers
-          in it, and x. What reads this x is scheduled
-          after the choice of the experts, so that the transfers start first.
+          in it, and x. What reads this x is scheduled after the choice of the experts, so that the
+          transfers start first.
         """
         tokens, active = experts.shape[1:]
         slots, stacks = experts.size, self._stacks

@@ -18,7 +18,7 @@ from typing import Any
 from finermoe_jax.errors import InputError, RunEnded, first_line
 from finermoe_jax.runtime.files import find
 from finermoe_jax.runtime.install import require
-from finermoe_jax.runtime.paths import address, local
+from finermoe_jax.runtime.paths import address, each_of, local
 from finermoe_jax.runtime.preemption import EXIT_CODE
 
 # Seconds for which a request is repeated while the server cannot be reached.
@@ -285,7 +285,7 @@ def placed(text: str, what: str = "") -> str:
 
 def placed_list(texts: str, what: str = "") -> str:
     """Applies `placed` to each part of a comma-separated list, such as a mixture path:weight,…"""
-    return re.sub(r"[^\s,][^,]*", lambda part: placed(part[0], what), texts)
+    return each_of(texts, lambda part: placed(part, what))
 
 
 def locate(text: str | os.PathLike) -> Place:
@@ -295,6 +295,7 @@ def locate(text: str | os.PathLike) -> Place:
 
 def crc32c(content: bytes | Path) -> str:
     """Returns the CRC-32C of bytes or of a local file, as a server reports it."""
+    require("google_crc32c", "gcs", "a checksum of a bucket")
     import google_crc32c
 
     checksum = google_crc32c.Checksum()

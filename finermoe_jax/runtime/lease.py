@@ -74,8 +74,8 @@ class Lease:
             self.check()
 
     def close(self) -> None:
-        """Releases the lock if this run still has it."""
-        self._over.set()
+        """Releases the lock if this run still has it; during an outage it expires by itself."""
+        self.abandon()
         if self._thread.is_alive():
             self._thread.join()
         if self.generation and not self.lost:
@@ -83,15 +83,28 @@ class Lease:
                 # The precondition alone would do, but some emulators ignore it.
                 if self.object.stat().generation == self.generation:
                     self.object.delete(self.generation)
-            except (Changed, FileNotFoundError):
+            except (Changed, FileNotFoundError, Unreachable):
                 pass
         self.generation = 0
+
+    def abandon(self) -> None:
+        """Renews the lock no more: it expires."""
+        self._over.set()
 
     def _write(self, generation: int) -> None:
         """Replaces the given generation. Raises Changed if the lock has another one."""
         self._beat += 1
         content = f"{self._who}\n{self._token} {self._beat}\n"
-        self.generation = self.object.write(content, generation)
+        try:
+            self.generation = self.object.write(content, generation)
+        except Changed:  # perhaps by an earlier write from here whose answer got lost
+            try:
+                held, found = self.object.read()
+            except FileNotFoundError:
+                held, found = b"", 0
+            if self._token.encode() not in held:
+                raise
+            self.generation = self.object.write(content, found)
 
     def _write_over(self) -> None:
         """Takes the lock of a killed run; raises InputError if its holder writes meanwhile."""
@@ -127,7 +140,7 @@ class Lease:
         )
 
     def _keep(self) -> None:
-        """Renews the lock until `close`; an outage is not a loss, since nobody can take it then."""
+        """Renews the lock until `close`. After an outage the next write shows who has the lock."""
         while not self._over.wait(TTL_SECONDS / 4):
             try:
                 self.confirm()

@@ -6,6 +6,7 @@ gs:// is supported, through `buckets.place`.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import PurePath
 
 from finermoe_jax.errors import InputError
@@ -41,8 +42,13 @@ def address(name: str | os.PathLike) -> tuple[str, str] | None:
 
 
 def local_list(names: str, what: str = "") -> str:
-    """Applies `local` to each part of a comma-separated list, such as a mixture path:weight,…"""
-    return re.sub(r"[^\s,][^,]*", lambda part: local(part[0], what), names)
+    """Applies `local` to each part of a comma-separated list."""
+    return each_of(names, lambda part: local(part, what))
+
+
+def each_of(names: str, convert: Callable[[str], str]) -> str:
+    """Converts each part of a comma-separated list, such as a mixture path:weight,…"""
+    return re.sub(r"[^\s,][^,]*", lambda part: convert(part[0]), names)
 
 
 def _url_message(scheme: str, rest: str) -> str:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from finermoe_jax.errors import RunEnded, first_line
 from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, distributed
-from finermoe_jax.runtime.buckets import Place, Unreachable, is_outage
+from finermoe_jax.runtime.buckets import Place, Unreachable
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.runtime.preemption import EXIT_CODE
 from finermoe_jax.training.storage import LocalStorage, Storage, files_of
@@ -154,7 +154,7 @@ class TrainingCheckpoints:
 
     def _settle(self) -> None:
         """Blocks until no write is in flight; after an outage Orbax may retry for minutes."""
-        if not any(map(is_outage, self.failures)):
+        if not any(map(self.storage.is_outage, self.failures)):
             self.arrays.settle()
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
@@ -178,7 +178,7 @@ class TrainingCheckpoints:
             self._settle()
             # After a failure the manager would wait forever for the other processes' parts.
             if not self.failures or (
-                jax.process_count() == 1 and not any(map(is_outage, self.failures))
+                jax.process_count() == 1 and not any(map(self.storage.is_outage, self.failures))
             ):
                 with contextlib.suppress(Exception):  # repeats the failure
                     self.manager.wait_until_finished()
@@ -224,7 +224,7 @@ class TrainingCheckpoints:
             raise self._ended(error) from error
 
     def _ended(self, error: Exception) -> RunEnded:
-        if is_outage(error):
+        if self.storage.is_outage(error):
             reason = first_line(error)  # tensorstore's names the cause at its end
             reason = reason if len(reason) < 200 else f"… {reason[-150:]}"
             return Unreachable(

@@ -81,7 +81,7 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "groups": {
             group.name: {
-                "runs": {str(run.workdir): _curves(run) for run in group.runs},
+                "runs": {run.name: _curves(run) for run in group.runs},
                 "held_out_loss_mean": _mean(group, "held_out_loss"),
                 "held_out_loss_std": (
                     float(np.std(group.finals("held_out_loss"), ddof=1))

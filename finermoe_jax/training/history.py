@@ -32,7 +32,8 @@ class History:
     """The held-out losses of one run.
 
     Attributes:
-      workdir: the run's workdir.
+      name: the run's workdir as it was given, a path or URL.
+      workdir: the local directory with the run's files.
       config: the run's config.
       held_out: identifies the tokenizer and the held-out rows; if it differs, losses cannot be
         compared.
@@ -43,6 +44,7 @@ class History:
       seconds: time of the steps up to each, without compilation, evaluations and saves.
     """
 
+    name: str
     workdir: Path
     config: RunConfig
     held_out: dict[str, Any]
@@ -96,7 +98,7 @@ def read_history(place: Workdir) -> History:
     )
     losses = np.array([scores[step] for step in scored])
     flops, held_out = tokens * per_token, _held_out(workdir, config)
-    return History(workdir, config, held_out, scored, losses, tokens, flops, seconds)
+    return History(str(place), workdir, config, held_out, scored, losses, tokens, flops, seconds)
 
 
 def _spent(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -173,7 +175,7 @@ def refuse_incomparable(histories: Sequence[History]) -> None:
         if changed := differences(first.held_out, other.held_out):
             name, (ours, theirs) = next(iter(changed.items()))
             raise InputError(
-                f"the losses of {first.workdir} and {other.workdir} cannot be compared: {name} is "
+                f"the losses of {first.name} and {other.name} cannot be compared: {name} is "
                 f"{ours!r} there and {theirs!r} here. Use one tokenizer for both, and score both "
                 "on one held-out text (data.eval_path)"
             )

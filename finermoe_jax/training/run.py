@@ -28,7 +28,6 @@ from finermoe_jax.layers.parameters import kinds, trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
-from finermoe_jax.runtime.buckets import is_outage
 from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.preemption import EXIT_CODE, stop_requests
 from finermoe_jax.training import goodput, plot
@@ -136,7 +135,7 @@ def _train_in(
         except OSError as error:
             # Usually a failing file system, not invalid input.
             hint = resume_hint(storage.workdir)
-            code = EXIT_CODE if is_outage(error) else 1
+            code = EXIT_CODE if storage.is_outage(error) else 1
             raise RunEnded(f"{error}. {hint}", code, alone=True) from error
         best = checkpoints.best_step()
         if best is not None:
@@ -154,7 +153,7 @@ def _claimed(
     telemetry: metrics.Telemetry,
     allow_changes: Sequence[str],
 ) -> RunSetup:
-    """Reads and checks all input, then locks and prepares the workdir."""
+    """Reads and checks all input, then locks and prepares the workdir (a bucket is locked)."""
     first, workdir = jax.process_index() == 0, storage.workdir
     steps, here = checkpoints_of(workdir), files_of(workdir)
     with distributed.together():

@@ -20,8 +20,16 @@ import jax
 
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.buckets import BucketPath, Changed, Place, Unreachable, is_outage, place
-from finermoe_jax.runtime.downloads import cache
+from finermoe_jax.runtime.buckets import (
+    BucketPath,
+    Changed,
+    Place,
+    Unreachable,
+    crc32c,
+    is_outage,
+    place,
+)
+from finermoe_jax.runtime.downloads import cache, named_after
 from finermoe_jax.runtime.lease import LEASE, Lease
 from finermoe_jax.runtime.locks import LOCK_FILE, Lock
 
@@ -94,8 +102,9 @@ def readable_workdir(text: str | os.PathLike) -> Iterator[Workdir]:
     with tempfile.TemporaryDirectory(prefix="finermoe-") as folder:
         workdir = BucketWorkdir(found, Path(folder) / found.bucket / found.key)
         workdir.scratch.mkdir(parents=True)
-        fetch(workdir)
-        yield workdir
+        with named_after(found, workdir.scratch):
+            fetch(workdir)
+            yield workdir
 
 
 def fetch(workdir: BucketWorkdir) -> dict[str, int]:
@@ -139,7 +148,7 @@ class LocalStorage:
             self._lock.take()
 
     def publish(self) -> None:
-        """Makes the files that process 0 has written available to all processes."""
+        """No-op: the processes share the directory."""
 
     def receive(self) -> None:
         """Waits until process 0's workdir is visible here; network file systems may be slow.
@@ -165,6 +174,10 @@ class LocalStorage:
         """Releases the lock. `error` is what ended the run."""
         self._lock.close()
 
+    def is_outage(self, error: BaseException | None) -> bool:
+        """Returns False: no error of a file system says that a server cannot be reached."""
+        return False
+
 
 class BucketStorage:
     """A workdir in a bucket, with the methods of LocalStorage. Process 0 has the lock."""
@@ -176,6 +189,7 @@ class BucketStorage:
         # Of uploaded files by name: the local state and the generation.
         self._states: dict[str, files.State] = {}
         self._generations: dict[str, int] = {}
+        self._unanswered: dict[str, set[str]] = {}  # CRC-32C of writes without an answer
         self._publishing, self._over = threading.Lock(), threading.Event()
         self._uploader = threading.Thread(target=self._keep_uploading, name="upload", daemon=True)
         self._failure = ""
@@ -227,7 +241,8 @@ class BucketStorage:
         """
         self._over.set()
         try:
-            if is_outage(error):
+            if self.is_outage(error):
+                self._lease.abandon()
                 return
             if self._uploader.is_alive():
                 self._uploader.join()
@@ -237,6 +252,10 @@ class BucketStorage:
                 self._lease.close()
         finally:
             self._lock.close()
+
+    def is_outage(self, error: BaseException | None) -> bool:
+        """Returns True if an error says that the bucket cannot be reached."""
+        return is_outage(error)
 
     def before_commit(self) -> None:
         """Uploads the logs, then confirms the lease. Orbax calls it in a thread of process 0.
@@ -262,6 +281,8 @@ class BucketStorage:
         self._lock.take()
         files.write(owner, str(self.bucket))
         for path in self.scratch.iterdir():
+            if path.name == "wandb":  # of WANDB_MODE=offline, not synced yet
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path not in (owner, self._lock.path):
@@ -293,14 +314,35 @@ class BucketStorage:
                     content = (self.scratch / name).read_bytes()
                 except FileNotFoundError:
                     continue  # removed since it was listed
-                # An unknown object is new, except below prefixes that `fetch` does not list.
-                known = self._generations.get(name, None if "/" in name else 0)
                 try:
-                    self._generations[name] = (self.bucket / name).write(content, known)
+                    self._generations[name] = self._write(name, content)
                 except Changed as error:
                     self._failure = f"{error}: another run writes to {self.bucket}"
                     self.check()
                 self._states[name] = state
+
+    def _write(self, name: str, content: bytes) -> int:
+        """Writes an object that this run wrote last, or that is new; returns its generation.
+
+        Raises Changed if another process has written it. A write whose answer got lost may have
+        arrived: it was this run's.
+        """
+        target, lost = self.bucket / name, self._unanswered.setdefault(name, set())
+        # An unknown object is new, except below prefixes that `fetch` does not list.
+        known = self._generations.get(name, None if "/" in name else 0)
+        try:
+            try:
+                generation = target.write(content, known)
+            except Changed:
+                found = target.stat() if lost and target.is_file() else None
+                if found is None or found.crc32c not in lost:
+                    raise
+                generation = target.write(content, found.generation)
+        except Unreachable:
+            lost.add(crc32c(content))
+            raise
+        lost.clear()
+        return generation
 
     def _keep_uploading(self) -> None:
         while not self._over.wait(UPLOAD_SECONDS):

@@ -125,7 +125,7 @@ def fill_workdir(
     """
     if jax.process_index() != 0:
         return
-    # In this order: if killed in between, the same command still works (_unfinished).
+    # In this order: if killed in between, the same command still works (is_run).
     files.make_directory(workdir / "checkpoints")
     files.write(workdir / "config.json", to_json(dataclasses.asdict(config), indent=2) + "\n")
     if tokenizer_files != workdir / "tokenizer":

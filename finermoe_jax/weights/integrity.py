@@ -122,8 +122,11 @@ def damage(
     local = isinstance(directory, Path)
     if not local and part:
         return []
-    if found := _not_openable(directory) if isinstance(directory, Path) else []:
-        return found
+    if isinstance(directory, Path):
+        if found := _not_openable(directory):
+            return found
+    else:
+        (directory / CHECKSUMS).is_file()  # raises if the bucket cannot be read now
     try:
         if local:
             described = read_json(directory / "config" / "metadata")

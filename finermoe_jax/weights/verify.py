@@ -77,11 +77,19 @@ def verify(
     Only a few blocks are in memory at a time.
 
     Args:
+      source: a directory, local or gs://, or a Hub id, as `convert` takes it.
+      target: what was written, local or gs://.
+      moe: the layer's granularities if a dense source was upcycled; None: it was imported.
+      upcycling: the initialisation of the experts.
+      stated: True if `moe` was asked for; a source with experts must then agree with it.
       to: the target's format. None accepts both formats as the result of "orbax", to compare an
         export with the original dense model.
       seed: random values are drawn again and compared up to the last few bits, which depend on the
         CPU. None: random values only have to be finite.
       dtype: dtype of the target's weights; None: the source's.
+
+    Returns:
+      What was compared, with the largest differences.
 
     Raises:
       InputError: another format or architecture than these arguments imply, damage, or tensors that

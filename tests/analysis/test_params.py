@@ -9,11 +9,12 @@ from flax import nnx
 
 from finermoe_jax.analysis.paper_tables import ROWS
 from finermoe_jax.analysis.paper_tables import text as paper_tables_text
-from finermoe_jax.analysis.params import paper_counts, run_model, sharding_table, true_counts
+from finermoe_jax.analysis.params import paper_counts, run_model, sharding_table
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers.sharding import ONE_DEVICE
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from tests.support import SMALL, load_preset
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from finermoe_jax.analysis.hlo_costs import analyse
-from finermoe_jax.analysis.params import true_counts
 from finermoe_jax.config.flops import forward_flops, newton_schulz_flops, training_flops
 from finermoe_jax.config.hardware import BANDWIDTHS, CHIPS, PEAKS, peak_bandwidth, peak_flops
 from finermoe_jax.config.model import MoEConfig
@@ -19,6 +18,7 @@ from finermoe_jax.config.run import PARTS, OptimizerConfig, RunConfig, TrainConf
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import batch_loss

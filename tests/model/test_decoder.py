@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
-from finermoe_jax.analysis.params import sharding_table, true_counts
+from finermoe_jax.analysis.params import sharding_table
 from finermoe_jax.config.model import RopeScaling
 from finermoe_jax.config.presets import QWEN3
 from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_config import model_config_from_hf, model_config_to_hf
 from tests.oracles import naive, naive_decoder

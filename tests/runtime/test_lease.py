@@ -93,3 +93,32 @@ def test_withdrawn_rights_are_not_called_another_run(run, server, monkeypatch):
         with pytest.raises(RunEnded, match=r"access is denied .*saves nothing more") as error:
             ours.check()
         assert "another run" not in str(error.value)
+
+
+def test_a_write_whose_answer_got_lost_was_ours(run, server, monkeypatch):
+    monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "TTL_SECONDS", 60)  # nothing else renews it
+    with (
+        support.gate(server, monkeypatch) as gate,
+        contextlib.closing(Lease(run, pytest.fail)) as ours,
+    ):
+        ours.take()
+        before = ours.generation
+        gate.mute = True
+        with pytest.raises(buckets.Unreachable):
+            ours.confirm()
+        gate.mute = False
+        assert ours.object.stat().generation != before == ours.generation
+        ours.confirm()
+        ours.close()
+        assert not ours.object.exists()
+
+
+def test_an_abandoned_lock_expires(run):
+    ours = Lease(run, pytest.fail)
+    ours.take()
+    ours.abandon()
+    said = []
+    with contextlib.closing(Lease(run, said.append)) as theirs:
+        theirs.take()
+    assert "is locked by" in said[0]

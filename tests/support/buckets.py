@@ -88,11 +88,12 @@ class Gate:
     """A TCP proxy before a server. While it is closed no connection is made and none stays open.
 
     `answer`: while set, the bytes that every request gets instead of the server's answer.
+    `mute`: while set, requests arrive, and their answers get lost.
     """
 
     def __init__(self, url):
         self.target = int(url.rpartition(":")[2])
-        self.answer, self.closed, self._open = None, False, set()
+        self.answer, self.mute, self.closed, self._open = None, False, False, set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -127,7 +128,9 @@ class Gate:
                 return
             with socket.create_connection(("127.0.0.1", self.target)) as outer:
                 self._open |= {inner, outer}
-                back = threading.Thread(target=_pass, args=(outer, inner), daemon=True)
+                back = threading.Thread(
+                    target=_pass, args=(outer, inner, lambda: self.mute), daemon=True
+                )
                 back.start()
                 _pass(inner, outer)
                 back.join()
@@ -147,9 +150,9 @@ def gate(server, monkeypatch):
         buckets._client.cache_clear()
 
 
-def _pass(source, target):
+def _pass(source, target, mute=bool):
     with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
+        while (data := source.recv(1 << 16)) and not mute():
             target.sendall(data)
     for each in (source, target):
         with contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 """Runs in a bucket: what they write where, damage, locks, and servers that refuse or vanish."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ from finermoe_jax.errors import RunEnded
 from finermoe_jax.runtime import buckets, lease
 from finermoe_jax.runtime.lease import Lease
 from finermoe_jax.training import storage
+from finermoe_jax.training.checkpoints import TrainingCheckpoints
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.integrity import CHECKSUMS, COMMITTED, damage, saved_steps
 from tests.support import assert_refused, command
@@ -228,6 +230,52 @@ def test_logs_written_by_another_process_end_the_run(server, tmp_path):
         train(tiny_run(), str(run), say, scratch=tmp_path / "scratch")
     assert saved_steps(run / "checkpoints") == []
     assert not (run / "lock").exists()
+
+
+def test_a_log_whose_answer_got_lost_is_this_runs(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "TTL_SECONDS", 60)
+    monkeypatch.setattr(storage, "UPLOAD_SECONDS", 3600)
+    with support.gate(server, monkeypatch) as gate:
+        kept = storage.BucketStorage(support.new_bucket(server), tmp_path / "scratch", silent)
+        kept.open()
+        log = kept.scratch / "metrics.jsonl"
+        log.write_text("1\n")
+        kept.publish()
+        log.write_text("1\n2\n")
+        gate.mute = True
+        with pytest.raises(buckets.Unreachable):
+            kept.publish()
+        gate.mute = False
+        log.write_text("1\n2\n3\n")
+        kept.publish()
+        kept.close()
+        assert (kept.bucket / "metrics.jsonl").read_bytes() == b"1\n2\n3\n"
+
+
+def test_unsynced_runs_of_weights_and_biases_stay(server, tmp_path):
+    run, scratch = support.new_bucket(), tmp_path / "scratch"
+    for _ in range(2):
+        with contextlib.closing(storage.BucketStorage(run, scratch, silent)) as kept:
+            kept.open()
+            assert not (scratch / "old").exists()
+            (scratch / "wandb").mkdir(exist_ok=True)
+            (scratch / "old").touch()
+    assert (scratch / "wandb").is_dir()
+
+
+def test_errors_of_a_file_system_are_no_outages(tmp_path):
+    error = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+    assert buckets.is_outage(error)
+    with contextlib.closing(TrainingCheckpoints(tmp_path / "checkpoints", 2)) as checkpoints:
+        assert not checkpoints.storage.is_outage(error)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(copy, server, monkeypatch):
+    with support.gate(server, monkeypatch) as gate:
+        gate.answer = support.DENIED
+        with pytest.raises(fm.InputError, match="access is denied"):
+            damage(copy / "checkpoints" / "4")
 
 
 @pytest.mark.parametrize("names", [["notes.txt"], ["config.json", "model.safetensors"], ["a/b"]])
