@@ -255,13 +255,12 @@ def test_a_log_whose_answer_got_lost_is_this_runs(server, monkeypatch, tmp_path)
 
 def test_unsynced_runs_of_weights_and_biases_stay(server, tmp_path):
     run, scratch = support.new_bucket(), tmp_path / "scratch"
-    for _ in range(2):
+    for made in (("wandb", "old"), ()):
         with contextlib.closing(storage.BucketStorage(run, scratch, silent)) as kept:
             kept.open()
-            assert not (scratch / "old").exists()
-            (scratch / "wandb").mkdir(exist_ok=True)
-            (scratch / "old").touch()
-    assert (scratch / "wandb").is_dir()
+            for name in made:
+                (scratch / name).mkdir()
+    assert (scratch / "wandb").is_dir() and not (scratch / "old").exists()
 
 
 def test_errors_of_a_file_system_are_no_outages(tmp_path):
