@@ -1,4 +1,4 @@
-"""What causes a compiled program's HBM bytes: named scopes in its text, and in a training step."""
+"""Causes of a compiled program's HBM bytes: named scopes in its text, and in a training step."""
 
 import dataclasses
 

@@ -102,7 +102,7 @@ def ours(directory, asked, new=TOKENS):
 
 
 def margins(directory, asked, answers):
-    """How far each served token is below the largest of `fm`'s bfloat16 logits, [tokens]."""
+    """Distance of each served token below the largest of `fm`'s bfloat16 logits, [tokens]."""
     import jax.numpy as jnp
     import numpy as np
 
