@@ -58,7 +58,7 @@ ELSEWHERE = {
     "studies.record": "needs a finished sweep; tests/training/test_sweep.py records one",
     "studies.ahead": "needs a FineRMoE; tests/model/test_route_ahead.py runs it",
     "tpu_compiler": "is no command",
-    "tpu_kernels": "needs a compiler for TPUs; .ci/run runs it",
+    "tpu_kernels": "needs a compiler for TPUs; .ci/nightly runs it",
 }
 RUN = """
 import importlib, runpy, sys

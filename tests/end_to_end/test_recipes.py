@@ -1,6 +1,6 @@
 """The Dockerfile and the recipes: their commands are ours, their files pass their own tools.
 
-RECIPE_TOOLS names a folder with hadolint, shellcheck and kubernetes-validate (.ci/run). What is
+RECIPE_TOOLS names a folder with hadolint, shellcheck and kubernetes-validate (.ci/nightly). What is
 neither there nor on PATH is skipped.
 """
 
@@ -40,7 +40,7 @@ def tool(name):
     """The path of a linter; skips the test without it."""
     found = shutil.which(name, path=f"{os.environ.get('RECIPE_TOOLS', '')}:{os.environ['PATH']}")
     if not found:
-        pytest.skip(f"needs {name}: name its folder in RECIPE_TOOLS, as .ci/run does")
+        pytest.skip(f"needs {name}: name its folder in RECIPE_TOOLS, as .ci/nightly does")
     return found
 
 

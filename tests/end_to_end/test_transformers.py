@@ -1,7 +1,7 @@
 """Exported directories in current transformers, beside our logits and tokens and the authors'.
 
 torch and transformers' models run in a Python of their own, or in several with other versions:
-TRANSFORMERS_TEST_PYTHON names them, with colons between, and .ci/run makes them. All cases go
+TRANSFORMERS_TEST_PYTHON names them, with colons between, and .ci/nightly makes them. All cases go
 through one process of tests/end_to_end/transformers_check.py for each.
 """
 
@@ -228,7 +228,7 @@ def found(request, tmp_path_factory):
     if not request.param:
         pytest.skip(
             "needs torch and transformers in an environment of their own: name its python in "
-            "TRANSFORMERS_TEST_PYTHON, as .ci/run does (docs/huggingface.md)"
+            "TRANSFORMERS_TEST_PYTHON, as .ci/nightly does (docs/huggingface.md)"
         )
     place = request.getfixturevalue("exports")
     modules = tmp_path_factory.mktemp("modules")
@@ -262,6 +262,7 @@ def test_logits_tokens_losses_and_gradients(found):
             assert reports[name][kind] < 1e-4, (name, reports[name])
 
 
+@pytest.mark.slow
 def test_models_with_experts_run_the_exported_code(found):
     place, reports = found
     for name, report in reports.items():

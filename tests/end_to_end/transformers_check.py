@@ -3,7 +3,7 @@
     python tests/end_to_end/transformers_check.py DIR...
 
 Runs in an environment of its own, with torch, transformers, safetensors and, for a run by Trainer,
-accelerate (.ci/run makes one).
+accelerate (.ci/nightly makes one).
 Each DIR holds `model/`, an exported Hugging Face directory, and `wanted.safetensors`, float32 and
 int32:
 

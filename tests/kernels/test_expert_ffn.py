@@ -170,6 +170,7 @@ def test_an_idle_expert_is_out_of_its_neighbours_reach():
         assert not got[name][jnp.array([1, 3, 4, 7])].any()
 
 
+@pytest.mark.slow
 def test_single_buffers_of_a_small_chip(monkeypatch):
     monkeypatch.setattr(tiles_tpu, "choices", lambda *_: iter([(128, 128, 1)]))
     for stored in TOLERANCE:

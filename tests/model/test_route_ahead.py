@@ -108,6 +108,7 @@ def test_the_parameters_are_those_of_a_model_that_does_not():
         assert parameter_shapes(changed(route_ahead=distance)) == parameter_shapes(FOUR)
 
 
+@pytest.mark.slow
 def test_generation_is_the_models_own_next_token():
     """With pools, and dense layers in a pattern."""
     model = ahead_of(base(num_hidden_layers=6, mlp_only_layers=(0, 3), experts_across=2), 2)
@@ -169,6 +170,7 @@ def test_eight_devices_compute_what_one_does():
     assert_same_steps(take_steps(config, MeshConfig(2, 1, 4, 1), 1, model), wanted)
 
 
+@pytest.mark.slow
 def test_masks_biases_and_even_loads_act_on_the_choice_as_ever():
     ids = random_tokens(2, 16)
     alone = ahead_of(base(), 1)
@@ -205,6 +207,7 @@ def with_biases(params):
     return params
 
 
+@pytest.mark.slow
 def test_a_trained_model_routes_ahead_with_its_own_weights(tmp_path, capsys):
     """Converted there and back, exported, and at the start of a run."""
     demo = fm.upcycle(fm.load_hf(DEMO), intermediate_granularity=8)
@@ -263,6 +266,7 @@ def test_distances_that_do_not_fit_are_refused(changes, words):
     assert [word for word in words if word not in str(error.value)] == []
 
 
+@pytest.mark.slow
 def test_agreement_of_the_choices():
     """The study's shares, beside loops over the choices of models that route ahead at one layer."""
     model, ids = base(**MIXED), np.asarray(random_tokens(3, 11))

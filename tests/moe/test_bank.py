@@ -89,10 +89,7 @@ def handed_out():
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(each, marks=[pytest.mark.slow] * (each not in ("one device", "pieces")))
-        for each in CASES
-    ],
+    [pytest.param(each, marks=[pytest.mark.slow] * (each != "one device")) for each in CASES],
 )
 def test_gradients_are_those_of_layers_handed_out(case, handed_out):
     sizes, settings, stored = CASES[case]

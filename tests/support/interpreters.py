@@ -19,6 +19,6 @@ def interpreter(variable: str, package: str, extra: str) -> str:
     if importlib.util.find_spec(package) is None:
         pytest.skip(
             f"needs the extra {extra}, in an environment of its own: name its python in "
-            f"{variable}, as .ci/run does"
+            f"{variable}, as .ci/nightly does"
         )
     return sys.executable

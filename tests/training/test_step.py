@@ -213,6 +213,7 @@ def test_the_loss_of_bfloat16_activations_is_summed_in_float32():
     assert error.max() < 2**-8
 
 
+@pytest.mark.slow
 def test_masked_experts_return_and_a_resumed_run_masks_the_same():
     """psr in the middle of its schedule; one program serves all of its steps."""
     moe = dataclasses.replace(MOE.moe, experts_across=2)

@@ -333,7 +333,7 @@ def test_refusals_on_the_command_line(server, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_killed_runs_end_as_the_straight_one(server, tmp_path):
     """The short form of benchmarks/bucket_kills.py."""
-    found = bucket_kills.campaign(tmp_path, support.new_bucket(), 2, 20, popen=Process)
+    found = bucket_kills.campaign(tmp_path, support.new_bucket(), 2, 60, popen=Process)
     assert len(found) == 2 and not any(one["done"] for one in found)
 
 
