@@ -8,9 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from flax import nnx
 
+import finermoe_jax as fm
 from benchmarks.kernels import gpu_first_hour, gpu_shapes
-from benchmarks.studies import mutations
+from benchmarks.studies import low_rank, mutations
+from finermoe_jax.model.decoder import with_params
 from tests.support import ROOT
 
 CONFIG = """
@@ -57,6 +60,7 @@ ELSEWHERE = {
     "power_cuts": "needs root",
     "studies.record": "needs a finished sweep; tests/training/test_sweep.py records one",
     "studies.ahead": "needs a FineRMoE; tests/model/test_route_ahead.py runs it",
+    "studies.low_rank": "needs a trained FineRMoE; a test below measures one",
     "tpu_compiler": "is no command",
     "tpu_kernels": "needs a compiler for TPUs; .ci/nightly runs it",
 }
@@ -201,3 +205,33 @@ def test_bytes_of_the_gpu_kernels_by_cause():
         5 * 2048 * 640 * 2,
         128 * 2 * 592 * 3584 * 2,
     ]
+
+
+def test_differences_of_known_rank():
+    """Copies differ by matrices of rank 2: two singular values hold all, one does not."""
+    config = fm.ModelConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, rope_theta=1e4, rms_norm_eps=1e-6,
+        max_position_embeddings=32, tie_word_embeddings=True, initializer_range=0.5,
+        moe=fm.MoEConfig(2, 2, 1, 2, 1),
+    )  # fmt: skip
+    model = fm.Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model))
+    [block] = low_rank.blocks(params)
+    rng = np.random.default_rng(0)
+    for name, parts in (("gate_up", 2), ("down", 1)):
+        slots = 2, 2, 2, 2  # layers, slots, copies, slices
+        rows, columns = block[name].shape[-2:]
+        shape = (*slots, parts, rows // parts)
+        values = rng.normal(size=(2, 2, 1, 2, parts, rows // parts, columns))
+        left, right = rng.normal(size=(*shape, 2)), rng.normal(size=(*slots, parts, 2, columns))
+        # The second copy has the opposite difference: the mean stays, and so does the rank.
+        left[:, :, 1], right[:, :, 1] = -left[:, :, 0], right[:, :, 0]
+        block[name] = np.asarray(values + left @ right, np.float32).reshape(block[name].shape)
+    model = with_params(config, params, dtype="float32")
+    found = low_rank.measure(model, rng.integers(0, 32, (3, 16)), (0, 1, 2))
+    assert found["2"]["loss"] == pytest.approx(found["all"]["loss"], abs=1e-5)
+    assert abs(found["0"]["loss"] - found["all"]["loss"]) > 1e-3
+    for name in low_rank.MATRICES:
+        assert found["0"][name] == 0 and found["2"][name] == pytest.approx(1)
+        assert 0.5 < found["1"][name] < 0.99
