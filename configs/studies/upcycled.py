@@ -1,0 +1,91 @@
+"""Studies on the base of configs/studies/base.py, 4.1 M parameters besides the vocabulary.
+
+    S=configs/studies/upcycled.py
+    finermoe sweep --seeds=3 --workdir=runs/table1 \\
+        --config=$S:{inter_out_fg,ct,c32a2,s16a4,du,nvshard,scratch}
+    finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{8x1,8x2,8x4,32x1,32x2,32x4}
+    finermoe sweep --seeds=1 --workdir=runs/starts \\
+        --config=$S:{inter_out_fg,function_preserving,drop}+lr{1,2,3}
+    finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
+
+The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
+All variants train on the same tokens in the same order. No results are recorded yet.
+
+    inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
+    scratch                the dense model with as many parameters as inter_out_fg uses per token
+    8x1 to 32x4            G_I x G_O from random weights. The shared expert's width makes the
+                           parameters that a token uses equal.
+    function_preserving, drop    another start of inter_out_fg: drop redraws half of each expert
+    lr1, lr2, lr3          the learning rate after warm-up: 3e-4, 1e-3 (the default), 3e-3
+    sequence, batch, bias, none  the kind of balancing; all checkpoints are kept
+"""
+
+import re
+
+from ml_collections import ConfigDict
+
+from finermoe_jax import preset
+from finermoe_jax.config.presets import apply_variant
+
+RATES = {"lr1": 3e-4, "lr2": 1e-3, "lr3": 3e-3}
+KINDS = ("sequence", "batch", "bias", "none")
+WIDTH, FFN, ACTIVE_FFN = 256, 640, 720
+
+
+def get_config(variant: str = "inter_out_fg") -> ConfigDict:
+    config = preset("demo")
+    config.init_from = "runs/base"
+    config.prompts = ()
+    config.data.update(path="build/base.txt", eval_path="build/held_out/code.txt", eval_windows=128)
+    config.train.update(steps=200, eval_every=50, checkpoint_every=200, keep_checkpoints=1)
+    apply_variant(config, "inter_out_fg")
+    for name in variant.split("+"):
+        _apply(config, name)
+    return config
+
+
+def _apply(config: ConfigDict, name: str) -> None:
+    if name in RATES:
+        rate = RATES[name]
+        config.optimizer.update(learning_rate=rate, final_learning_rate=rate / 10)
+    elif name in KINDS:
+        config.balance.kind = name
+        config.train.update(checkpoint_every=50, keep_checkpoints=5)
+    elif name == "drop":
+        config.upcycle.drop_ratio = 0.5
+    elif name == "scratch":
+        apply_variant(config, "ct")
+        _from_scratch(config, ACTIVE_FFN)
+    elif re.fullmatch(r"(8|32)x[124]", name):
+        _from_scratch(config, FFN)
+        slices, slots = map(int, name.split("x"))
+        config.moe.update(
+            intermediate_granularity=slices,
+            output_granularity=slots,
+            plain_top_k=False,
+            pre_softmax=slots == 1,
+            shared_expert_intermediate_size=shared_width(slices, slots),
+        )
+    else:
+        apply_variant(config, name)
+
+
+def _from_scratch(config: ConfigDict, width: int) -> None:
+    config.init_from = ""
+    config.dense = preset("demo_dense").dense
+    config.dense.update(hidden_size=WIDTH, intermediate_size=width, num_hidden_layers=6)
+    config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4)
+
+
+def shared_width(slices: int, slots: int) -> int:
+    """Returns the shared expert's width with which a token uses the parameters of 32 x 2.
+
+    Per unit of hidden size, an active expert has FFN / slices * (2 + 1 / slots) parameters, one is
+    active per slot, the router has a row for each of 2 * slices * slots experts, and the shared
+    expert has 3 per unit of its width.
+    """
+
+    def routed(slices: int, slots: int) -> float:
+        return FFN // slices * (2 * slots + 1) + 2 * slices * slots
+
+    return round(FFN + (routed(32, 2) - routed(slices, slots)) / 3)
