@@ -134,7 +134,7 @@ POOLS = (
 )  # fmt: skip
 STUDIES = {
     "balance": Study(
-        "Four kinds of balancing on the demo, 100 steps",
+        "Balancing on the demo, 100 steps",
         (
             "seeds",
             "held-out loss",
@@ -146,11 +146,12 @@ STUDIES = {
             "share of the larger group",
             "similarity of copies",
         ),
-        {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")},
+        {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")}
+        | {"z_loss": "`sequence`, z-loss 0.001", "frozen": "`sequence`, frozen router"},
     ),
     "muon": Study(
         "Muon beside AdamW on the demo, 60 steps",
-        ("seeds", "halfway", "held-out loss", "difference"),
+        ("seeds", "halfway", "held-out loss", "difference", "similarity of copies"),
         {
             f"{optimizer}_lr{place}": f"{label}, {rate}"
             for optimizer, label in (("adamw", "AdamW"), ("muon", "Muon"))

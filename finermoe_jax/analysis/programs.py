@@ -22,13 +22,12 @@ from finermoe_jax.generation.decode import bucket, decode, prefill
 from finermoe_jax.generation.sampling import Sampling
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.kv_cache import init_cache
-from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement, per_device_bytes
 from finermoe_jax.layers.stored import HostLayers
 from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.model.offload import check_place, host_shapes
 from finermoe_jax.training.mesh import choose_mesh, gradient_bytes
-from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.optimizer import run_optimizer
 from finermoe_jax.training.step import abstract_optimizer, check_microbatch, jit_step
 from finermoe_jax.weights.checkpoint import abstract_params
 
@@ -124,7 +123,7 @@ def _lowered(jitted: Any, arguments: tuple, mesh: Mesh, target: Target) -> Calla
 def _train(name: str, config: RunConfig, target: Target, mesh: Mesh) -> Program:
     check_microbatch(config, mesh)
     model, params, shardings, notes = _model(config, mesh, config.train.param_dtype)
-    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
+    tx = run_optimizer(config, model)
     state = abstract_optimizer(tx, params, shardings, mesh)
     graphdef = nnx.split(model)[0]
     step, _ = jit_step(graphdef, config, tx, params, state, shardings, mesh)

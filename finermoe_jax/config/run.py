@@ -88,9 +88,10 @@ class OptimizerConfig:
 class BalanceConfig:
     """Balancing of the experts' load (docs/howto/balance.md)."""
 
-    # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or
-    # over each microbatch with train.grad_accumulation. "bias": no loss; biases that are used only
-    # to choose experts move against the load error. "none": no balancing.
+    # "sequence": the paper's Eq. 11, a loss per sequence. "batch": Eq. 11 over the whole batch, or,
+    # with train.grad_accumulation, over a microbatch and the earlier ones of its step. "bias": no
+    # loss; biases that are used only to choose experts move against the load error. "none": no
+    # balancing.
     kind: Literal["sequence", "batch", "bias", "none"] = "sequence"
     # Weight of the loss of "sequence" and "batch": total = mean cross-entropy + weight * sum over
     # layers. The published training code sums the cross-entropy over tokens instead, so its
@@ -309,7 +310,10 @@ class RunConfig:
                     f"train.freeze: a model has no part {name!r}. {near_misses(name, PARTS)}"
                 )
         if self.train.freeze == PARTS:
-            raise InputError("train.freeze names all parts, so nothing is trained: remove some")
+            raise InputError(
+                f"train.freeze={','.join(PARTS)} names all parts, so nothing is trained: remove "
+                "some"
+            )
 
     def _check_contradictions(self) -> None:
         """Raises InputError for fields that contradict each other."""

@@ -128,6 +128,6 @@ def trained_kinds(model: nnx.Module, freeze: Sequence[str] = ()) -> dict[Path, K
         parts = sorted({kind.part for kind in found.values()})
         raise InputError(
             f"train.freeze={','.join(freeze)} leaves nothing of this model to train: its parts are "
-            f"{', '.join(parts)}"
+            f"{', '.join(parts)}. Remove one of them from train.freeze"
         )
     return left

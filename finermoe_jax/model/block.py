@@ -103,6 +103,8 @@ class Block(nnx.Module):
         ahead = {} if router_input is None else {"router_input": router_input}
         y, routing, aux_loss = self.moe(normed, real, placement, **ahead)
         with jax.named_scope("router"):
-            load = measure(routing, aux_loss, real, balance, self.moe.allowed)
+            load = measure(
+                routing, aux_loss, real, balance, self.moe.allowed, self.moe.tokens_before
+            )
         with jax.named_scope("norms"):
             return x + y, written, (routing, load), inputs

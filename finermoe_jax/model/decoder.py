@@ -179,6 +179,7 @@ class Decoder(nnx.Module):
         frozen_experts: bool = False,
         balance: BalanceConfig = PUBLISHED_BALANCE,
         psr: Reuse | None = None,
+        tokens_before: Float[Array, "L E"] | None = None,
     ) -> Features:
         """Returns the final hidden states, [B, T, D] in `dtype`, and the routing of each MoE layer.
 
@@ -191,6 +192,8 @@ class Decoder(nnx.Module):
           frozen_experts: omits the gradient of the routed experts' weights.
           balance: chooses Eq. 11 per sequence or per batch, and the z-loss. No weight is applied.
           psr: masks experts of the pools, in training only.
+          tokens_before: tokens of a step's earlier microbatches that selected each expert, for
+            balance.kind="batch" (moe/balance.py).
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
@@ -207,6 +210,7 @@ class Decoder(nnx.Module):
         shared = Pass(
             angles, segment_ids, real, self.placement, slot, visible, remat, unroll,
             frozen_experts, balance, psr, self.config.moe.route_ahead if self.config.moe else 0,
+            tokens_before,
         )  # fmt: skip
         with jax.named_scope("embedding"):
             x = self.embed(input_ids, self.dtype, self.placement)

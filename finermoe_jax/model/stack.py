@@ -43,7 +43,7 @@ class Pass(NamedTuple):
     With a cache, slot is the next free slot and visible marks the slots that a single token sees.
     remat is a key of REMAT_POLICIES or "none"; unroll is the number of repeats per loop iteration.
     frozen_experts get no gradient. balance chooses the MoE layers' losses. psr masks experts of the
-    pools. route_ahead is MoEConfig's.
+    pools. route_ahead is MoEConfig's. tokens_before as in `Decoder.features`.
     """
 
     angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -58,6 +58,7 @@ class Pass(NamedTuple):
     balance: BalanceConfig = PUBLISHED_BALANCE
     psr: Reuse | None = None
     route_ahead: int = 0
+    tokens_before: Float[Array, "L E"] | None = None
 
 
 class Traces(NamedTuple):
@@ -176,8 +177,13 @@ class _Parts:
         with jax.named_scope("weights"):
             state = sharding.gather_dense(state, dtype, shared.placement)
         blocks = nnx.merge(self.graphdef, _in_place(self.of_banks, layer, ONE_DEVICE), state)
-        if shared.psr is not None:
-            _mask(blocks, shared.psr, self.first, layer)
+        layers = [block.moe for block in blocks if hasattr(block, "moe")]
+        for place, moe in enumerate(layers):
+            index = self.first + layer * len(layers) + place
+            if shared.psr is not None:
+                moe.allowed = shared.psr.allowed(moe.moe, index, moe.place)
+            if shared.tokens_before is not None:
+                moe.tokens_before = shared.tokens_before[index]
         return blocks
 
     def body(self, carry: tuple, here: tuple) -> tuple:
@@ -205,13 +211,6 @@ def _pools(run: Any) -> list[int | None]:
 
 def _last(pools: list[int | None]) -> int:
     return next(pool for pool in reversed(pools) if pool is not None)
-
-
-def _mask(blocks: Any, psr: Reuse, first: int, layer: Array | int) -> None:
-    """Sets the experts that each MoE layer of a repeat may choose; `first` as in `run_layers`."""
-    layers = [block.moe for block in blocks if hasattr(block, "moe")]
-    for index, moe in enumerate(layers):
-        moe.allowed = psr.allowed(moe.moe, first + layer * len(layers) + index, moe.place)
 
 
 def _bank(block: Block, differentiated: bool, shared: Pass) -> CarriedBank | None:
@@ -307,7 +306,10 @@ def _balanced_over_pools(blocks: Any, pools: list[int | None], traces: list, sha
     losses = {}
     for pool in {*pools} - {None}:
         members = [place for place, of in enumerate(pools) if of == pool]
-        layers = [(traces[place][0], blocks[place].moe.allowed) for place in members]
+        layers = [
+            (traces[place][0], blocks[place].moe.allowed, blocks[place].moe.tokens_before)
+            for place in members
+        ]
         losses[pool] = pool_balancing_loss(layers, shared.real, shared.balance.kind)
     return [
         trace if pool is None else (trace[0], trace[1]._replace(aux_loss=losses[pool]))

@@ -30,15 +30,17 @@ def measure(
     mask: Bool[Array, "B T"],
     config: BalanceConfig,
     allowed: Bool[Array, " E"] | None = None,
+    before: Float[Array, " E"] | None = None,
 ) -> Balance:
     """Returns the losses and the load that `config` asks for.
 
-    aux_loss is the layer's Eq. 11 per sequence. kind="batch" replaces it. `allowed` as in `route`.
+    aux_loss is the layer's Eq. 11 per sequence. kind="batch" replaces it. `allowed` as in `route`,
+    `before` as in `batch_load_balancing_loss`.
     """
     # The losses count the tokens too; XLA merges the computations.
     tokens = expert_tokens(routing.experts, mask, routing.logits.shape[-1])
     if config.kind == "batch":
-        aux_loss = batch_load_balancing_loss(routing.logits, routing.experts, mask, allowed)
+        aux_loss = batch_load_balancing_loss(routing.logits, routing.experts, mask, allowed, before)
     z_loss = router_z_loss(routing.logits, mask, allowed) if config.z_loss else None
     return Balance(aux_loss, tokens, z_loss)
 
@@ -61,7 +63,7 @@ def load_balancing_loss(
     mask: Bool[Array, "B T"],
     allowed: Bool[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
-    """Returns the sequence-level load-balancing loss, weight not applied (paper Eq. 11).
+    """Returns the sequence-level load-balancing loss, without weight (arXiv 2603.13364, Eq. 11).
 
     Per sequence of L real tokens: the sum over experts of f_i * P_i, P_i the mean over tokens of
     the softmax over all experts, f_i = N / (A * L) * (tokens that selected i). Averaged over the
@@ -77,6 +79,7 @@ def batch_load_balancing_loss(
     experts: Int[Array, "B T A"],
     mask: Bool[Array, "B T"],
     allowed: Bool[Array, " E"] | None = None,
+    before: Float[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Returns Eq. 11 over the whole batch as one sequence, weight not applied (arXiv 2501.11873).
 
@@ -86,25 +89,26 @@ def batch_load_balancing_loss(
     sharding. f has no gradient. `allowed` as in `load_balancing_loss`.
 
     With gradient accumulation the batch is a microbatch, and a step's loss is the mean over its
-    microbatches. (The paper accumulates the counts over the microbatches instead.)
+    microbatches. `before` then counts the tokens of the step's earlier microbatches that selected
+    each expert. f covers them and this microbatch, P this microbatch alone.
     """
-    fraction, mean_probability = _shares(logits, experts, mask, allowed, whole_batch=True)
+    fraction, mean_probability = _shares(logits, experts, mask, allowed, True, before)
     return (fraction * mean_probability).sum()
 
 
 def pool_balancing_loss(
-    layers: list[tuple[Routing, Bool[Array, " E"] | None]],
+    layers: list[tuple[Routing, Bool[Array, " E"] | None, Float[Array, " E"] | None]],
     mask: Bool[Array, "B T"],
     kind: Literal["sequence", "batch", "bias", "none"],
 ) -> Float[Array, ""]:
     """Returns the balancing loss of a pool's layers together (balance.over="pool").
 
-    f and P of Eq. 11 are means over the r layers. `layers` has each layer's routing and its
-    `allowed` (`route`).
+    f and P of Eq. 11 are means over the r layers. `layers` has each layer's routing, its `allowed`
+    (`route`) and its `before` (`batch_load_balancing_loss`).
     """
     shares = [
-        _shares(each.logits, each.experts, mask, allowed, whole_batch=kind == "batch")
-        for each, allowed in layers
+        _shares(each.logits, each.experts, mask, allowed, kind == "batch", before)
+        for each, allowed, before in layers
     ]
     fraction, mean_probability = (sum(values) / len(layers) for values in zip(*shares, strict=True))
     if kind == "batch":
@@ -127,8 +131,12 @@ def _shares(
     mask: Bool[Array, "B T"],
     allowed: Bool[Array, " E"] | None,
     whole_batch: bool = False,
+    before: Float[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "S E"], Float[Array, "S E"]]:
-    """Returns f and P of every sequence, S = B, or of the whole batch as one, S = 1."""
+    """Returns f and P of every sequence, S = B, or of the whole batch as one, S = 1.
+
+    Of the whole batch, f covers the choices that `before` counts, too.
+    """
     num_experts, active = logits.shape[-1], experts.shape[-1]
     logits, choices = _open(logits, allowed)
     real = mask.astype(jnp.float32)
@@ -140,8 +148,11 @@ def _shares(
         length, probability, tokens = (
             each.sum(axis=0, keepdims=True) for each in (length, probability, tokens)
         )
-    length = jnp.maximum(length, 1.0)
-    return tokens * choices / (active * length), probability / length
+    counted = length
+    if whole_batch and before is not None:
+        tokens, counted = tokens + before[None], length + before.sum() / active
+    length, counted = (jnp.maximum(each, 1.0) for each in (length, counted))
+    return tokens * choices / (active * counted), probability / length
 
 
 def _over_sequences(

@@ -57,10 +57,12 @@ class FineRMoE(nnx.Module):
       ((1, 3, 128), (1, 3, 2))
     """
 
-    # Set by model/stack.py for each layer: its pool's experts, which of them tokens may choose, and
-    # the choice, if it was made while an earlier layer was computed.
+    # Set by model/stack.py for each layer: its pool's experts, which of them tokens may choose, the
+    # choices of earlier microbatches (balance.kind="batch"), and the layer's choice, if it was made
+    # while an earlier layer was computed.
     bank: ExpertBank | HostBank | None = None
     allowed: Bool[Array, " E"] | None = None
+    tokens_before: Float[Array, " E"] | None = None
     chosen: Chosen | None = None
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, place: int = 0):

@@ -14,10 +14,9 @@ from jax.sharding import AbstractMesh
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import MeshConfig, RunConfig
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import per_device_bytes
 from finermoe_jax.model.decoder import with_shapes
-from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.optimizer import run_optimizer
 from finermoe_jax.training.step import abstract_optimizer
 from finermoe_jax.weights.checkpoint import abstract_params
 
@@ -94,9 +93,7 @@ def estimated_bytes(config: RunConfig, model: ModelConfig, mesh: MeshConfig) -> 
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     shardings, _ = sharding.param_shardings(decoder, abstract)
     params = abstract_params(model, config.train.param_dtype, shardings)
-    tx = optimizer(
-        config.optimizer, config.train.steps, trained_kinds(decoder, config.train.freeze)
-    )
+    tx = run_optimizer(config, decoder)
     state = per_device_bytes(params) + per_device_bytes(
         abstract_optimizer(tx, params, shardings, abstract)
     )

@@ -12,9 +12,10 @@ import optax.contrib
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from finermoe_jax.config.run import OptimizerConfig
+from finermoe_jax.config.run import OptimizerConfig, RunConfig
 from finermoe_jax.errors import InputError
-from finermoe_jax.layers.parameters import KINDS, Kind, Path
+from finermoe_jax.layers.parameters import Kind, Path, trained_kinds
+from finermoe_jax.layers.parameters import kinds as all_kinds
 
 # Kind of every trained parameter (parameters.trained_kinds).
 type Kinds = Mapping[Path, Kind]
@@ -76,11 +77,28 @@ def completed(params: dict, part: dict) -> dict:
     return nnx.traversals.unflatten_mapping(flatten(params) | flatten(part))
 
 
+def run_optimizer(config: RunConfig, model: nnx.Module) -> optax.GradientTransformation:
+    """Returns the optimizer of a run, for the parameters that train.freeze does not name.
+
+    Raises InputError if nothing is left to train, or to Muon.
+    """
+    freeze = config.train.freeze
+    left = trained_kinds(model, freeze)
+    if config.optimizer.name == "muon" and not any(kind.outputs for kind in left.values()):
+        frozen = {kind.part for kind in all_kinds(model).values() if kind.outputs}
+        raise InputError(
+            f"optimizer.name=muon, but train.freeze={','.join(freeze)} leaves no matrix to Muon: "
+            f"remove {' or '.join(part for part in freeze if part in frozen)} from train.freeze, "
+            "or set optimizer.name to adamw"
+        )
+    return optimizer(config.optimizer, config.train.steps, left)
+
+
 def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.GradientTransformation:
     """Clips by global norm, then applies AdamW (Table 5), Adafactor or Muon.
 
     Weight decay is multiplied by the learning rate. Gradients and state cover the parameters in
-    `kinds` only. Raises InputError if `kinds` has no matrix for Muon.
+    `kinds` only.
     """
     mask = functools.partial(decayed, kinds=kinds)
     if config.name == "adafactor":
@@ -124,12 +142,6 @@ def _muon(
     config: OptimizerConfig, steps: int, mask: Callable[[Any], Any], kinds: Kinds
 ) -> optax.GradientTransformation:
     """Muon for matrices (Kind.outputs), AdamW for all other parameters; one rate for both."""
-    if not any(kind.outputs for kind in kinds.values()):
-        parts = dict.fromkeys(kind.part for kind in KINDS.values() if kind.outputs)
-        raise InputError(
-            "optimizer.name=muon, but no matrix is left to Muon: remove a part with matrices "
-            f"({', '.join(parts)}) from train.freeze, or set optimizer.name to adamw"
-        )
 
     def matrices(params: Any, orthogonal: bool = True) -> Any:
         return jax.tree_util.tree_map_with_path(

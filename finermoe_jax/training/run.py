@@ -17,14 +17,14 @@ from flax import nnx
 from finermoe_jax.config.hardware import device_memory
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import RunConfig
+from finermoe_jax.config.run import BalanceConfig, RunConfig
 from finermoe_jax.data import batches as data
 from finermoe_jax.data.tokenizers import check_kept, open_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.generation.text import stream_text
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import kinds, trained_kinds
+from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import distributed, files
@@ -41,7 +41,7 @@ from finermoe_jax.training.initial import InitialModel, initial_model, resumed_m
 from finermoe_jax.training.loop import Loop, RunSetup
 from finermoe_jax.training.mesh import choose_mesh, is_automatic
 from finermoe_jax.training.nonfinite import Guard
-from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.optimizer import run_optimizer
 from finermoe_jax.training.step import (
     abstract_optimizer,
     check_microbatch,
@@ -215,6 +215,8 @@ def check_run(
     initial.model.placement = Placement(mesh, kernel, exchange, config.train.force_balance)
     _check_frozen(config, initial.model, say)
     _check_balance(config, model)
+    if newest is None:
+        _check_balance_fields(config.balance)
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(
@@ -286,12 +288,26 @@ def _check_balance(config: RunConfig, model: ModelConfig) -> None:
         )
 
 
+def _check_balance_fields(balance: BalanceConfig) -> None:
+    """Raises InputError for a field that the kind of balancing ignores.
+
+    For new runs only: older versions accepted such configs, and their runs can resume.
+    """
+    for name, used_by in (("weight", ("sequence", "batch")), ("bias_rate", ("bias",))):
+        value = getattr(balance, name)
+        if balance.kind not in used_by and value not in (0, getattr(BalanceConfig, name)):
+            raise InputError(
+                f"balance.{name}={value} has no effect with balance.kind={balance.kind}: set "
+                f"balance.kind={' or '.join(used_by)}, or remove balance.{name}"
+            )
+
+
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:
     """Names parts in train.freeze that the model lacks.
 
     Raises InputError if nothing is left to train, or to Muon.
     """
-    optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
+    run_optimizer(config, model)
     absent = {*config.train.freeze} - {kind.part for kind in kinds(model).values()}
     if absent:
         say(f"train.freeze: this model has no {' and no '.join(sorted(absent))}")
@@ -326,7 +342,7 @@ def _train(
         )
     opened.push(lambda kind, *_: monitor.close(failed=kind is not None))
     report = functools.partial(_report, setup, monitor)
-    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
+    tx = run_optimizer(config, model)
     if first is None:
         params, opt_state = _begin(setup, checkpoints, shardings, tx, report, log)
         first, in_a_row = 0, 0

@@ -38,8 +38,9 @@ def train_step(
     The loss is the mean cross-entropy in nats per counted target, plus balance.weight times the sum
     over layers of Eq. 11, plus balance.z_loss times the sum over layers of the router z-loss. With
     grad_accumulation = n, n microbatches give the gradient of the whole batch: the cross-entropy is
-    divided by the batch's counted targets, and Eq. 11 is per sequence. With balance.kind="batch",
-    and for the z-loss, it is the mean over the microbatches.
+    divided by the batch's counted targets, and Eq. 11 is per sequence. The loss of
+    balance.kind="batch" and the z-loss are means over the microbatches. That of "batch" counts the
+    choices of a microbatch together with those of the earlier ones.
 
     With balance.kind="bias" the selection biases move after the update, by the tokens of the whole
     batch (`moe.balance.updated_bias`).
@@ -149,22 +150,25 @@ def _accumulated(
     with jax.named_scope("weights"):
         weights = {path: lax.stop_gradient(_narrowed(free[path], model.dtype)) for path in banks}
 
-    def loss(by: dict, sums: dict, part: Batch) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        by: dict, sums: dict, before: Array | None, part: Batch
+    ) -> tuple[Array, dict[str, Array]]:
         summed = {path: Summed(weights[path], sums[path], by[path]) for path in banks}
-        whole = nnx.traversals.unflatten_mapping(by | summed)
-        total, metrics = batch_loss(graphdef, config, completed(params, whole), part, targets, psr)
+        whole = completed(params, nnx.traversals.unflatten_mapping(by | summed))
+        total, metrics = batch_loss(graphdef, config, whole, part, targets, psr, before)
         return total / parts, metrics
 
     def body(carry: Any, part: Batch) -> tuple[Any, Array]:
-        sums, totals = carry
+        sums, totals, before = carry
         # Placeholders to differentiate by; their values are never read.
         by = free | {path: jnp.zeros_like(sums[path]) for path in banks}
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(by, sums, part)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(by, sums, before, part)
         tokens = metrics.pop("expert_tokens")
         with jax.named_scope("sums"):
             totals = jax.tree.map(lambda a, b: a + b / parts, totals, metrics)
             sums = {p: g if p in banks else sums[p] + g for p, g in grads.items()}
-        return (sums, totals), tokens
+            before = None if before is None else before + tokens
+        return (sums, totals, before), tokens
 
     with jax.named_scope("sums"):
         sums = {
@@ -175,9 +179,12 @@ def _accumulated(
     totals = {"loss": jnp.float32(0), "layer_aux_loss": jnp.zeros(layers)}
     if config.balance.z_loss and layers:
         totals["z_loss"] = jnp.zeros(layers)
+    before = None
+    if config.balance.kind == "batch" and model.config.moe:
+        before = jnp.zeros((layers, model.config.moe.pool_size))
     # Row r of every microbatch comes from block r of the batch, so each device keeps its rows.
     pieces = jax.tree.map(lambda x: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1), batch)
-    (sums, metrics), tokens = jax.lax.scan(body, (sums, totals), pieces)
+    (sums, metrics, _), tokens = jax.lax.scan(body, (sums, totals, before), pieces)
     metrics["expert_tokens"] = tokens.sum(axis=0)
     with jax.named_scope("sums"):
         sums |= {path: places.total(sums[path]) for path, places in banks.items()}
@@ -212,19 +219,21 @@ def batch_loss(
     batch: Batch,
     count: Float[Array, ""] | None = None,
     psr: Reuse | None = None,
+    tokens_before: Float[Array, "L E"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the total training loss of a microbatch and its metrics.
 
     The cross-entropy sum is divided by `count`; None: by the number of targets. `psr` masks experts
-    (moe/psr.py). Metrics: `loss` (cross-entropy, []), `layer_aux_loss` [L], `expert_tokens` [L, E]
-    and, if asked for, `z_loss` [L].
+    (moe/psr.py). tokens_before as in `Decoder.features`. Metrics: `loss` (cross-entropy, []),
+    `layer_aux_loss` [L], `expert_tokens` [L, E] and, if asked for, `z_loss` [L].
     """
     model, balance = rebuild(graphdef, params), config.balance
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     settings = config.train
     features = model.features(
         inputs, remat=settings.remat, unroll=settings.scan_unroll,
-        frozen_experts="experts" in settings.freeze, balance=balance, psr=psr, **masks(batch),
+        frozen_experts="experts" in settings.freeze, balance=balance, psr=psr,
+        tokens_before=tokens_before, **masks(batch),
     )  # fmt: skip
     total = cross_entropy_sum(
         model, features.hidden, targets, counted(batch), config.train.loss_chunk_tokens

@@ -21,9 +21,8 @@ from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.model.decoder import Decoder
-from finermoe_jax.training.optimizer import optimizer
+from finermoe_jax.training.optimizer import run_optimizer
 from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import init_optimizer, jit_step
@@ -216,7 +215,7 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
     shardings, _ = sharding.param_shardings(model, mesh)
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), shardings)
-    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
+    tx = run_optimizer(config, model)
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)

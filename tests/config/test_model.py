@@ -151,7 +151,7 @@ def test_sizes_that_do_not_fit_are_named(changes, values):
         ("train.aux_loss_weight", -0.1, ["balance.weight=-0.1 must be between 0"]),
         ("train.aux_loss_weight", "a", ["balance.weight='a' must be a number"]),
         ("train.freeze", ["norms", "rooter"], ["no part 'rooter'", "Did you mean router?"]),
-        ("train.freeze", PARTS, ["train.freeze names all parts"]),
+        ("train.freeze", PARTS, ["train.freeze=embedding,", "lm_head names all parts"]),
         ("train.freeze", "router", ["train.freeze='router'", "list"]),
     ],
 )

@@ -91,6 +91,17 @@ def test_batch_loss_and_z_loss_against_numpy():
     got = batch_load_balancing_loss(logits, experts, mask)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     assert abs(got - load_balancing_loss(logits, experts, mask)) > 1e-3
+    # With earlier microbatches, f is a mean over all of them.
+    earlier = _batch(seed=1)
+    before = expert_tokens(*earlier[1:], MOE.num_experts).sum(axis=0)
+    counts = np.zeros(MOE.num_experts)
+    for chosen, real in ((earlier[1], earlier[2]), (experts, mask)):
+        np.add.at(counts, np.asarray(chosen)[np.asarray(real)].reshape(-1), 1)
+    shares = np.asarray(jax.nn.softmax(logits), np.float64)[np.asarray(mask)].mean(axis=0)
+    wanted = MOE.num_experts * (counts / counts.sum() * shares).sum()
+    running = batch_load_balancing_loss(logits, experts, mask, before=before)
+    np.testing.assert_allclose(running, wanted, rtol=1e-5)
+    assert abs(running - got) > 1e-3
     # One row: both losses are the same.
     np.testing.assert_allclose(
         batch_load_balancing_loss(logits[:1], experts[:1], mask[:1]),
@@ -216,11 +227,12 @@ def test_losses_of_a_pool_against_numpy(masked):
     allowed = np.ones((2, 8), bool)
     if masked:
         allowed[0, [1, 4]] = allowed[1, [0, 7]] = False
-    layers, shares = [], {"sequence": [], "batch": []}
+    layers, running, shares = [], [], {"sequence": [], "batch": []}
     for layer in range(2):
         open_to = jnp.asarray(allowed[layer]) if masked else None
         routing, _ = route(jnp.asarray(logits[layer]), moe, jnp.float32, allowed=open_to)
-        layers.append((routing, open_to))
+        before = rng.integers(0, 5, 8) * allowed[layer]
+        layers.append((routing, open_to, jnp.float32(before)))
         experts, choices = np.asarray(routing.experts), allowed[layer].sum()
         assert allowed[layer][experts].all()
         odds = np.where(allowed[layer], np.exp(logits[layer]), 0)
@@ -232,6 +244,9 @@ def test_losses_of_a_pool_against_numpy(masked):
                 count = np.bincount(experts[these][real].ravel(), minlength=8)
                 f = choices / (2 * real.sum()) * count
                 found.append((f, odds[these][real].mean(0)))
+            if kind == "batch":  # with the choices of earlier microbatches
+                f = choices * (count + before) / (2 * real.sum() + before.sum())
+                running.append((f, found[0][1]))
             shares[kind].append(found)
         for kind, loss in (("sequence", load_balancing_loss), ("batch", batch_load_balancing_loss)):
             wanted = np.mean([f @ p for f, p in shares[kind][-1]])
@@ -244,8 +259,12 @@ def test_losses_of_a_pool_against_numpy(masked):
         wanted = np.mean(
             [((f + g) / 2) @ ((p + q) / 2) for (f, p), (g, q) in zip(one, other, strict=True)]
         )
-        got = pool_balancing_loss(layers, jnp.asarray(mask), kind)
+        alone = [(routing, open_to, None) for routing, open_to, _ in layers]
+        got = pool_balancing_loss(alone, jnp.asarray(mask), kind)
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    (f, p), (g, q) = running
+    got = pool_balancing_loss(layers, jnp.asarray(mask), "batch")
+    np.testing.assert_allclose(got, ((f + g) / 2) @ ((p + q) / 2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooled_as", ["copies", "candidates"])

@@ -14,10 +14,9 @@ from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import BalanceConfig, MeshConfig, RunConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.layers import sharding
-from finermoe_jax.layers.parameters import trained_kinds
 from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.model.decoder import Decoder
-from finermoe_jax.training.optimizer import learning_rate, optimizer
+from finermoe_jax.training.optimizer import learning_rate, run_optimizer
 from finermoe_jax.training.step import init_optimizer, jit_step, rebuild
 from tests.support import SMALL, load_preset
 
@@ -71,7 +70,7 @@ def take_steps(config: RunConfig, mesh_config, count=3, model_config=MOE):
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put(Batch(random_tokens(config.data.global_batch_size)), rows)
     chosen = [np.asarray(routing.experts) for routing in _routing(graphdef, params, batch)]
-    tx = optimizer(config.optimizer, config.train.steps, trained_kinds(model, config.train.freeze))
+    tx = run_optimizer(config, model)
     opt_state = init_optimizer(tx, params, shardings, mesh)
     step, places = jit_step(graphdef, config, tx, params, opt_state, shardings, mesh)
     params, opt_state = jax.device_put((params, opt_state), places)

@@ -354,11 +354,17 @@ def _collectives(text):
     ]
 
 
-def test_muon_without_a_matrix_is_refused():
-    left = {path: kind for path, kind in MUON_KINDS.items() if not kind.outputs}
-    words = r"no matrix is left to Muon: remove a part with matrices \(attention, "
+def test_muon_without_a_matrix_is_refused(tmp_path):
+    values = TINY | {"optimizer": {"name": "muon"}}
+    run = tiny_run(values, freeze=("norms", "dense_ffn", "attention", "experts"))
+    words = (
+        r"optimizer\.name=muon, but train\.freeze=attention,norms,dense_ffn,experts leaves no "
+        r"matrix to Muon: remove attention or dense_ffn from train\.freeze, or set optimizer\.name "
+        "to adamw"
+    )
     with pytest.raises(InputError, match=words):
-        optimizer(MUON, 10, left)
+        train(run, tmp_path / "run", say=silent)
+    assert not (tmp_path / "run").exists()
 
 
 # --- schedules ------------------------------------------------------------------------------

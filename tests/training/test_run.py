@@ -31,7 +31,7 @@ from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.monitor import MEASURED
 from finermoe_jax.training.optimizer import decayed, learning_rate
 from finermoe_jax.training.plot import read_lines
-from finermoe_jax.training.run import train
+from finermoe_jax.training.run import check_run, train
 from finermoe_jax.training.step import batch_loss, rebuild, train_step
 from finermoe_jax.weights.checkpoint import load_checkpoint, read_stored_origin, save_checkpoint
 from finermoe_jax.weights.model_card import Origin
@@ -49,6 +49,25 @@ from tests.support.training import (
     take_steps,
     tiny_run,
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batch", "bias"])
+def test_balancing_is_the_same_on_a_mesh(kind):
+    """The load is that of the global batch, also with accumulation."""
+    balance = dict(kind=kind, weight=0.5, z_loss=0.01, bias_rate=0.1)
+    moe = dataclasses.replace(MOE.moe, selection_bias=kind == "bias")
+    model = dataclasses.replace(MOE, num_hidden_layers=1, moe=moe)
+    config = small_run(8, balance=balance, grad_accumulation=2 if kind == "batch" else 1)
+    meshes = MeshConfig(1, 1, 1, 1), MeshConfig(2, 2, 2, 1)
+    one, eight = (take_steps(config, mesh, 2, model) for mesh in meshes)
+    assert_same_steps(eight, one)
+    flat = nnx.traversals.flatten_mapping
+    biases = {path: leaf for path, leaf in flat(one[2]).items() if path[-1].endswith("_bias")}
+    assert len(biases) == (2 if kind == "bias" else 0)
+    for path, leaf in biases.items():
+        assert np.abs(leaf).max() > 0.05
+        np.testing.assert_allclose(flat(eight[2])[path], leaf, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -479,6 +498,27 @@ def test_a_foreign_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not empty and contains no run"):
         train(demo_run(4), tmp_path, say=lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_fields_that_the_kind_of_balancing_ignores(tmp_path):
+    for balance, words in (
+        (
+            dict(kind="bias", weight=0.5),
+            r"balance\.weight=0\.5 .* balance\.kind=bias: set .*sequence",
+        ),
+        (dict(kind="none", weight=0.5), r"balance\.weight=0\.5 has no effect with .*kind=none"),
+        (dict(bias_rate=0.5), r"bias_rate=0\.5 .*=sequence: set balance\.kind=bias, or remove"),
+    ):
+        config = tiny_run(TINY | {"moe": dict(intermediate_granularity=4), "balance": balance})
+        with pytest.raises(InputError, match=words):
+            check_run(config, tmp_path, silent)
+
+
+def test_frozen_parts_that_the_model_lacks(tmp_path):
+    said = []
+    config = tiny_run(freeze=("norms", "shared_gate", "router"))
+    check_run(config, tmp_path, said.append)
+    assert "train.freeze: this model has no router and no shared_gate" in said
 
 
 @pytest.mark.slow

@@ -73,33 +73,53 @@ def test_only_the_kinds_with_a_loss_add_it():
 
 
 @pytest.mark.slow
-def test_batch_balancing_of_microbatches_is_their_mean():
-    graphdef, state = nnx.split(mixture_model(ONE_LAYER))
+def test_batch_balancing_counts_the_earlier_microbatches():
+    """Losses are means over the microbatches, f of Eq. 11 is a running mean over their counts."""
+    graphdef, state = nnx.split(mixture_model())
     balance = dict(kind="batch", weight=0.5, z_loss=0.01)
-    config = small_run(4, balance=balance, grad_accumulation=2)
-    tokens, tx = random_tokens(4), _taking(0.0)
+    config = small_run(6, balance=balance, grad_accumulation=3)
+    tokens, tx = random_tokens(6), _taking(0.0)
 
     @jax.jit
-    def both(params):
-        step = train_step(graphdef, config, tx, params, tx.init(params), Batch(tokens))
-        halves = [
-            jax.value_and_grad(batch_loss, argnums=2, has_aux=True)(
-                graphdef, config, params, Batch(tokens[part::2])
-            )
-            for part in range(2)
-        ]
-        return step[1][1], step[2], halves
+    def chosen(params):
+        model = rebuild(graphdef, params)
+        return model.features(tokens[:, :-1]).routing
 
-    grads, metrics, (one, other) = both(nnx.to_pure_dict(state))
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, one[1], other[1])
+    routing = jax.device_get(chosen(nnx.to_pure_dict(state)))
+    counts = np.zeros((2, MOE.moe.num_experts))
+    before, losses = [], []  # [3, 2, E], [3, 2]
+    for part in range(3):
+        layers = [jax.tree.map(lambda rows, part=part: rows[part::3], each) for each in routing]
+        before.append(np.float32(counts))
+        for count, each in zip(counts, layers, strict=True):
+            np.add.at(count, each.experts.reshape(-1), 1)
+        shares = [np.exp(each.logits) for each in layers]
+        shares = [(e / e.sum(-1, keepdims=True)).mean(axis=(0, 1)) for e in shares]
+        fractions = counts.shape[1] * counts / counts.sum(axis=1, keepdims=True)
+        losses.append((fractions * shares).sum(axis=1))
+
+    @jax.jit
+    def both(params, before):
+        step = train_step(graphdef, config, tx, params, tx.init(params), Batch(tokens))
+
+        def alone(part):
+            part, counts = part
+            loss = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+            return loss(graphdef, config, params, Batch(part), tokens_before=counts)
+
+        parts = jax.lax.map(alone, (jnp.stack([tokens[part::3] for part in range(3)]), before))
+        return step[1][1], step[2], parts
+
+    grads, metrics, ((_, of_parts), parts) = both(nnx.to_pure_dict(state), np.stack(before))
+    np.testing.assert_allclose(metrics["layer_aux_loss"], np.mean(losses, axis=0), rtol=1e-5)
+    mean = jax.tree.map(lambda each: each.mean(axis=0), parts)
     assert max(relative_distances(grads, mean).values()) < 1e-5
     for name, total in (("layer_aux_loss", "aux_loss"), ("z_loss", "z_loss")):
-        parts = [np.asarray(half[0][1][name]) for half in (one, other)]
-        np.testing.assert_allclose(metrics[total], np.mean(parts, axis=0).sum(), rtol=1e-6)
-        assert np.abs(parts[0] - parts[1]).max() > 1e-3
-    np.testing.assert_array_equal(
-        metrics["expert_tokens"], one[0][1]["expert_tokens"] + other[0][1]["expert_tokens"]
-    )
+        found = np.asarray(of_parts[name])
+        np.testing.assert_allclose(metrics[total], np.mean(found, axis=0).sum(), rtol=1e-6)
+        assert np.abs(found[0] - found[1]).max() > 1e-3
+    np.testing.assert_array_equal(metrics["expert_tokens"], counts)
+    np.testing.assert_array_equal(counts, of_parts["expert_tokens"].sum(axis=0))
 
 
 @pytest.mark.slow
