@@ -11,7 +11,7 @@ import pytest
 
 from finermoe_jax.analysis import aot, candidates, programs, report, topology
 from finermoe_jax.analysis.hlo_costs import Costs
-from finermoe_jax.config.flops import training_flops
+from finermoe_jax.config.flops import newton_schulz_flops, training_flops
 from finermoe_jax.config.run import MeshConfig, OptimizerConfig
 from finermoe_jax.errors import InputError
 from tests.support import ROOT, load_preset
@@ -35,8 +35,9 @@ def _config(**mesh):
 
 @pytest.fixture(scope="module")
 def compiled():
-    target = _target()
-    step = programs.abstract_program(_config(data=1, fsdp=2, expert=4), target)
+    target, config = _target(), _config(data=1, fsdp=2, expert=4)
+    muon = dataclasses.replace(config.optimizer, name="muon")
+    step = programs.abstract_program(dataclasses.replace(config, optimizer=muon), target)
     return step, target, aot.compile_program(step, target, say=lambda _: None)
 
 
@@ -49,6 +50,9 @@ def test_state_is_what_the_compiler_takes_as_arguments(compiled):
     length = step.config.data.sequence_length
     assert figures["model_flops_per_token"] == training_flops(step.model, length)
     assert {"all-gather", "all-to-all"} <= figures["sent_bytes"].keys()
+    assert figures["newton_schulz_flops"] == newton_schulz_flops(step.model) > 0
+    assert figures["bytes_by"]["Newton-Schulz: update"] > 0
+    assert figures["bytes_by"]["optimizer: update"] > 0
 
 
 @pytest.mark.slow
@@ -57,7 +61,7 @@ def test_the_report_names_every_assumption(compiled):
     text = report.text(figures, target)
     for words in (
         "compiler estimate", "nothing measured", "197.0 TFLOP/s", "819 GB/s", "200 GB/s", "FITS",
-        "MFU at most", "tokens/s/device",
+        "MFU at most", "tokens/s/device", "Newton-Schulz (Muon)",
     ):  # fmt: skip
         assert words in text, words
     json.dumps(figures)
