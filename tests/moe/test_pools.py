@@ -330,6 +330,10 @@ def test_the_number_of_experts_grows_as_in_the_paper():
     stepwise = dict(psr="stepwise", steps=48, psr_start=10 / 48, psr_end=30 / 48)
     found = [kept_at(step, paper, **stepwise) for step in (0, 9, 10, 19, 20, 29, 30, 47)]
     assert found == [64, 64, 128, 128, 192, 192, 256, 256]
+    # With two layers stepwise is a single step, at psr_start.
+    two = dataclasses.replace(moe, experts_across=2)
+    found = [kept_at(step, two, psr="stepwise") for step in (0, 19, 20, 59, 60, 99)]
+    assert found == [8, 8, 16, 16, 16, 16]
     # Without pools, the control: from half of the layer's own experts to all.
     alone = MoEConfig(16, 1, 1, 1, 2)
     assert [kept_at(step, alone) for step in (0, 20, 40, 60)] == [8, 8, 12, 16]

@@ -452,6 +452,22 @@ def test_balancing_over_pools_needs_pools(tmp_path):
             train(tiny_run(values), tmp_path / "run", say=silent)
 
 
+@pytest.mark.parametrize(
+    ("settings", "moe", "words"),
+    [
+        (dict(psr_mask="foreign"), {}, r"psr_mask=foreign has no effect with train\.psr=none"),
+        (dict(psr="linear", force_balance=True), {}, r"force_balance=true .* train\.psr=linear"),
+        ({}, dict(pooled_as="candidates"), r"pooled_as=candidates .* moe\.experts_across=1"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, settings, moe, words):
+    """By a new run. A config.json with them is still read."""
+    config = tiny_run(TINY | {"moe": dict(intermediate_granularity=4) | moe}, **settings)
+    with pytest.raises(InputError, match=words):
+        train(config, tmp_path / "run", say=silent)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_workdir_keeps_its_config(straight):
     before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
