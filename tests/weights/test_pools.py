@@ -16,7 +16,8 @@ from finermoe_jax.layers.sharding import Placement
 from finermoe_jax.moe.psr import Reuse, first_kept
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.verify import verify
-from tests.support import GOLDEN
+from tests.recorded.before_pools import make as before_pools
+from tests.support import DATA, GOLDEN
 from tests.support.models import weights
 
 DENSE = GOLDEN / "upcycle" / "dense_untied"
@@ -64,6 +65,21 @@ def experts_of(model):
 
 def nnx_runs(model):
     return {p[-1]: a for p, a in weights(model).items() if p[:3] == ("runs", 0, 0) and len(p) == 5}
+
+
+@pytest.mark.slow
+def test_models_without_pools_are_those_of_the_code_before():
+    """A checkpoint that names no pools is read, and what was drawn then is drawn now: all bits."""
+    place = DATA / "before_pools"
+    assert "experts_across" not in (place / "checkpoint" / "config" / "metadata").read_text()
+    old, now = fm.load_checkpoint(place / "checkpoint"), before_pools.scratch()
+    assert old.config == now.config and old.config.moe.experts_across == 1
+    then, drawn = weights(old), weights(now)
+    assert then.keys() == drawn.keys()
+    for path, array in then.items():
+        np.testing.assert_array_equal(drawn[path], array, err_msg=str(path))
+    digest = (place / "upcycled.sha256").read_text().strip()
+    assert before_pools.digest(before_pools.upcycled()) == digest
 
 
 @pytest.mark.parametrize("start", ["random", "zero"])
