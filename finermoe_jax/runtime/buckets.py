@@ -239,10 +239,6 @@ class BucketPath:
         except NotFound:
             raise FileNotFoundError(2, "no such object", str(self)) from None
 
-    def probe(self) -> None:
-        """Checks that objects can be listed here. Raises InputError that says what is missing."""
-        self.is_dir()
-
 
 # A local or a bucket path.
 Place = Path | BucketPath

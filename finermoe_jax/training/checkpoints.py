@@ -197,8 +197,8 @@ class TrainingCheckpoints:
         full = not disk.has_room(self.directory, size, files)
         if distributed.exchange("full" if full else "")[0]:
             raise RunEnded(
-                f"step {step} was not saved: a checkpoint needs about {disk.text(size)} and "
-                f"{files} files, but {self._full()}"
+                f"step {step} was not saved: a checkpoint needs about {disk.format_bytes(size)} "
+                f"and {files} files, but {self._full()}"
             )
 
     @contextlib.contextmanager

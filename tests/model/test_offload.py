@@ -147,7 +147,7 @@ def test_refusals(tmp_path, monkeypatch):
         v for p, v in weights(model).items() if p[-2:] in (("moe", "gate_up"), ("moe", "down"))
     ]
     size = sum(bank.nbytes for bank in banks)
-    wanted = rf"the experts need {disk.text(size)} of host memory, but 1.00kB are available"
+    wanted = rf"the experts need {disk.format_bytes(size)} of host memory, but 1.00kB are available"
     for attempt in (
         lambda: fm.load_checkpoint(tmp_path / "saved", experts="host"),
         lambda: fm.generate(model, [[1]], experts="host"),
