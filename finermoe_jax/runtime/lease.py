@@ -48,7 +48,8 @@ class Lease:
     def take(self) -> None:
         """Acquires the lock if this object does not have it yet.
 
-        Waits up to TTL_SECONDS for a killed holder. Raises InputError if another run has the lock.
+        Waits up to TTL_SECONDS for a killed holder. Raises InputError if another run has the lock,
+        or if the bucket does not allow to overwrite objects (retention policies, holds).
         """
         if self.generation:
             return
@@ -56,6 +57,8 @@ class Lease:
             self._write(0)
         except Changed:
             self._write_over()
+        else:
+            self.confirm()  # only the second write shows a retention policy
         self._thread.start()
 
     def check(self) -> None:
