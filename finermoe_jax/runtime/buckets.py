@@ -388,7 +388,7 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
         requests.exceptions.RequestException,
         TransportError,
     ) as error:
-        raise Unreachable(str(path), first_line(error)) from None
+        raise Unreachable(str(path), _cause(error)) from None
     except GoogleAuthError as error:
         raise InputError(
             f"{path}: the Google credentials are not valid ({first_line(error)}). Run `gcloud auth "
@@ -400,6 +400,12 @@ def _said(error: Exception) -> str:
     """Returns the server's own message in an error that quotes its JSON, else the first line."""
     found = re.search(r'"message": *"([^"]+)"', str(error))
     return found[1] if found else first_line(error)
+
+
+def _cause(error: Exception) -> str:
+    """Returns the system's own words in an error of requests, such as Connection refused."""
+    found = re.search(r"\[Errno -?\d+\] ([^'\"()]+)|\w+\((?:\d+, )?'([^']+)'\)", str(error))
+    return found[1] or found[2] if found else first_line(error)
 
 
 def is_outage(error: BaseException | None) -> bool:

@@ -144,6 +144,6 @@ def test_a_server_that_is_gone_ends_the_command(server, monkeypatch):
     path = support.new_bucket()
     with support.gate(server, monkeypatch) as gate:
         gate.close()
-        with pytest.raises(RunEnded, match="cannot be reached") as error:
+        with pytest.raises(RunEnded, match=r"cannot be reached \([^()]*\)\. Run the same") as error:
             path.write("x")
     assert error.value.code == 75 and error.value.alone
