@@ -146,7 +146,8 @@ def faults(value, wanted, at="."):
         kind = wanted if isinstance(wanted, type) else type(wanted)
         return [] if type(value) is kind else [f"{at}: {value}"]
     known = {name.rstrip("!"): each for name, each in wanted.items()}
-    found = [f"{at}: no {name[:-1]}" for name in wanted if name[-1] == "!" and name[:-1] not in value]
+    required = [name[:-1] for name in wanted if name.endswith("!")]
+    found = [f"{at}: no {name}" for name in required if name not in value]
     for name, each in value.items():
         found += faults(each, known[name], f"{at}{name}.") if name in known else [f"{at}{name}"]
     return found
