@@ -55,10 +55,9 @@ class Lease:
             return
         try:
             self._write(0)
+            self._write(self.generation)  # a retention policy refuses only the second write
         except Changed:
             self._write_over()
-        else:
-            self.confirm()  # only the second write shows a retention policy
         self._thread.start()
 
     def check(self) -> None:
