@@ -22,8 +22,8 @@ def int8_weights(model: Decoder) -> Decoder:
     Weight-only: activations, routers, norms, biases and the shared expert's gate keep their dtypes
     (parameters.KINDS). The result can generate and score, not train or be saved.
 
-    Experts in host memory stay there. Raises InputError for a model on a mesh of several devices, or
-    if host memory cannot hold the int8 experts beside those of `model`.
+    Experts in host memory stay there. Raises InputError for a model on a mesh of several devices,
+    or if host memory cannot hold the int8 experts beside those of `model`.
     """
 
     def convert(path: tuple, variable: nnx.Variable) -> nnx.Variable:
