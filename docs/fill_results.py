@@ -37,6 +37,11 @@ def loss(runs: Seeds, _: Seeds) -> str:
     return spread(list(losses(runs).values()))
 
 
+def start(runs: Seeds, _: Seeds) -> str:
+    """The held-out loss before training."""
+    return spread([run["curve"]["loss"][0] for run in runs.values()])
+
+
 def halfway(runs: Seeds, _: Seeds) -> str:
     """The held-out loss after half of the steps."""
     halves = [run["curve"]["loss"][len(run["curve"]["loss"]) // 2] for run in runs.values()]
@@ -96,6 +101,7 @@ def copies(runs: Seeds, _: Seeds) -> str:
 COLUMNS: dict[str, Callable[[Seeds, Seeds], str]] = {
     "seeds": seeds,
     "held-out loss": loss,
+    "start": start,
     "halfway": halfway,
     "difference": difference,
     "parameters": total,
@@ -129,8 +135,8 @@ class Study:
 
 
 POOLS = (
-    "seeds", "held-out loss", "difference", "parameters", "fullest expert / mean",
-    "starved experts", "other layers' experts",
+    "seeds", "start", "halfway", "held-out loss", "difference", "parameters",
+    "fullest expert / mean", "starved experts", "other layers' experts",
 )  # fmt: skip
 STUDIES = {
     "balance": Study(

@@ -132,8 +132,8 @@ MUTATIONS = (
     ),
     Mutation(
         "Eq. 11 counts a token once per expert, not per active expert", BALANCE,
-        "choices / (active * length)",
-        "choices / length",
+        "choices / (active * counted)",
+        "choices / counted",
         "tests/moe/test_balance.py", OF_ROUTING,
     ),
     Mutation(

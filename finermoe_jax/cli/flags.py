@@ -266,7 +266,7 @@ def _take_configs(values: FlagValues) -> list[str]:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
-            # config.dense was once called config.model.
+            # The former name of config.dense is config.model.
             rest.append(re.sub(r"^(--?config\.)model\b", r"\1dense", argument))
         elif name := value if equals else next(arguments, ""):
             given.append(name)

@@ -141,7 +141,8 @@ class MoEConfig:
     # the whole pool (ReXMoE, docs/pooling.md). 1: each layer routes to its own experts.
     experts_across: int = 1
     # "copies": the other layers' experts are further members of each candidate group.
-    # "candidates": they are further candidate groups of each slot. No effect if experts_across=1.
+    # "candidates": they are further candidate groups of each slot. New runs with experts_across=1
+    # refuse it, since it would have no effect.
     pooled_as: Literal["copies", "candidates"] = "copies"
     # Adds a learned vector per layer, initially zero, to the input of router and routed experts.
     depth_vector: bool = False

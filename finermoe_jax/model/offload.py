@@ -45,8 +45,9 @@ def check_room(size: int, what: str = "the experts") -> None:
     free = host_memory.available()
     if free is not None and size > free:
         raise InputError(
-            f"{what} need {disk.text(size)} of host memory, but {disk.text(free)} are "
-            "available: free some, use a smaller model, or use a machine with more"
+            f"{what} need {disk.format_bytes(size)} of host memory, but "
+            f"{disk.format_bytes(free)} are available: free some, use a smaller model, "
+            "or use a machine with more"
         )
 
 

@@ -13,7 +13,7 @@ docs/pooling.md. Letters: config/model.py.
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +138,11 @@ def home(
     return layer - layer % experts_across + expert % experts_across, expert // experts_across
 
 
-def in_groups(pool: Shaped[Array, "*T E"], moe: MoEConfig) -> Shaped[Array, "*T O R G"]:
-    """Sorts an array over the pool's experts into slots, candidate groups and their members."""
+def in_groups(pool: Shaped[Any, "*T E"], moe: MoEConfig) -> Shaped[Any, "*T O R G"]:
+    """Sorts an array over the pool's experts into slots, candidate groups and their members.
+
+    A NumPy array stays one.
+    """
     slots, candidates, across = moe.output_granularity, moe.output_expansion, moe.experts_across
     first = pool.shape[:-1]
     if moe.pooled_as == "copies" or across == 1:

@@ -24,10 +24,10 @@ def free_text(directory: Path) -> str:
     """Describes the free space of a directory's disk: bytes, and files if they are limited."""
     found = os.statvfs(directory)
     more = f", room for {found.f_favail} more files" if found.f_files else ""
-    return f"{text(shutil.disk_usage(directory).free)} free{more}"
+    return f"{format_bytes(shutil.disk_usage(directory).free)} free{more}"
 
 
-def text(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Formats a number of bytes for humans."""
     return tqdm.format_sizeof(size, "B")
 

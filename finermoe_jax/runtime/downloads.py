@@ -112,9 +112,9 @@ def _download(
     make_directory(partial)
     if not disk.has_room(partial, size):
         raise InputError(
-            f"{prefix} needs {disk.text(size)} for a local copy in {target.parent}, but its disk "
-            f"has {disk.text(shutil.disk_usage(partial).free)} free: free some space, or set "
-            "XDG_CACHE_HOME to a directory on another disk"
+            f"{prefix} needs {disk.format_bytes(size)} for a local copy in {target.parent}, but "
+            f"its disk has {disk.format_bytes(shutil.disk_usage(partial).free)} free: free some "
+            "space, or set XDG_CACHE_HOME to a directory on another disk"
         )
     with (
         ThreadPoolExecutor(_AT_A_TIME) as pool,

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from finermoe_jax.config.model import MoEConfig
+from finermoe_jax.config.parse import from_dict
+from finermoe_jax.moe.routing import in_groups
 from finermoe_jax.runtime.json_files import read_json, read_log
 from finermoe_jax.training import style
 
@@ -19,7 +22,8 @@ def draw_load(workdir: Path) -> Path | None:
     """Draws each expert's load in each layer and over the steps; returns the PNG's path.
 
     Returns None, without drawing, for a dense run. Colours show tokens divided by the layer's mean,
-    neutral at 1 (even load). Plain top-k has no slots and candidates to show.
+    neutral at 1 (even load). Plain top-k has no slots and candidates to show. If the candidate
+    groups of a pool are those of its layers, the columns are sorted by group.
     """
     records = [record for _, record in read_log(workdir / "expert_load.jsonl")]
     if not records:
@@ -28,8 +32,11 @@ def draw_load(workdir: Path) -> Path | None:
     tokens = np.asarray(last["tokens"], float)
     candidates = np.asarray(last["candidates"])  # [L, slots, candidates]
     layers, slots, choices = candidates.shape
-    if _is_plain_top_k(workdir):
+    moe = _moe_of(workdir)
+    if moe.get("plain_top_k") is True:
         slots = choices = 1
+    numbers = _sorted_experts(moe, tokens.shape[1])
+    tokens = tokens[:, numbers]
     height = min(max(1.2, 0.19 * layers), 9.0)
     picture = style.figure(_WIDTH, height + 1.7 + 3.9)
     map_part, curve_part = picture.subfigures(2, 1, height_ratios=(height + 1.7, 3.9))
@@ -45,7 +52,7 @@ def draw_load(workdir: Path) -> Path | None:
     style.load_bar(map_part, image, [left, *right], shrink=0.7, pad=0.02)
     _over_steps(curve_part, records, layers)
     style.title(picture, f"{workdir.absolute().name}: load of the experts, step {last['step']}")
-    _mark(picture, left, tokens.shape, slots, choices)
+    _mark(picture, left, tokens.shape, slots, choices, numbers)
     if shares:
         _mark(picture, right[0], (layers, slots * choices), slots, choices)
         _percentages(right[0], candidates)
@@ -57,11 +64,19 @@ def draw_load(workdir: Path) -> Path | None:
     return path
 
 
-def _is_plain_top_k(workdir: Path) -> bool:
-    """Returns True if config.json sets plain top-k: the router ignores slots and candidates."""
+def _moe_of(workdir: Path) -> dict[str, Any]:
+    """Returns the fields of MoEConfig in config.json; empty without any."""
     path = workdir / "config.json"
     moe = read_json(path).get("moe") if path.is_file() else None
-    return isinstance(moe, dict) and moe.get("plain_top_k") is True
+    return moe if isinstance(moe, dict) else {}
+
+
+def _sorted_experts(moe: dict[str, Any], experts: int) -> np.ndarray:
+    """Returns the pool's experts [E], sorted by slot, candidate group and number."""
+    numbers = np.arange(experts)
+    if moe.get("pooled_as") != "candidates":
+        return numbers  # they are sorted already
+    return in_groups(numbers, from_dict(MoEConfig, moe, "config.moe")).reshape(-1)
 
 
 def _heat_map(axes: Any, ratio: np.ndarray) -> Any:
@@ -105,13 +120,20 @@ def _cell(axes: Any, shape: tuple[int, int]) -> tuple[float, float]:
     return box.width * scale / shape[1], box.height * scale / shape[0]
 
 
-def _mark(picture: Any, axes: Any, shape: tuple[int, int], slots: int, choices: int) -> None:
+def _mark(
+    picture: Any,
+    axes: Any,
+    shape: tuple[int, int],
+    slots: int,
+    choices: int,
+    numbers: np.ndarray | None = None,
+) -> None:
     """Numbers layers, columns, slots and candidates from 0, as many as fit; draws the borders.
 
-    The panel of candidates has no numbers of columns, and none but the leftmost panel names them.
+    `numbers` are those of the columns. The panel of candidates has none, and does not name them.
     """
     layers, columns = shape
-    group, leftmost = columns // (slots * choices), bool(axes.get_ylabel())
+    group, leftmost = columns // (slots * choices), numbers is not None
     picture.draw_without_rendering()
     width, height = _cell(axes, shape)
     for border in range(group, columns, group):
@@ -120,7 +142,8 @@ def _mark(picture: Any, axes: Any, shape: tuple[int, int], slots: int, choices: 
     width, height = width * columns, height * layers
     axes.set_yticks(range(0, layers, style.step_that_fits(layers, height, 12)))
     step = style.step_that_fits(columns, width, 8 + 6 * len(str(columns - 1)))
-    axes.set_xticks(range(0, columns, step) if leftmost else [])
+    places = range(0, columns, step) if numbers is not None else ()
+    axes.set_xticks(places, [str(numbers[place]) for place in places])
     rows = []
     if choices > 1 and style.step_that_fits(slots * choices, width, 14) == 1:
         rows.append(("candidate", choices, slots * choices, 1))

@@ -23,6 +23,7 @@ from finermoe_jax.config.hardware import peak_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.moe.routing import in_groups
 from finermoe_jax.runtime.install import require
 from finermoe_jax.training import goodput
 from finermoe_jax.training.trackers import TensorBoard, WeightsAndBiases
@@ -111,8 +112,8 @@ def load_of(
     tokens: Int[np.ndarray, "L E"], aux_loss: Float[np.ndarray, " L"], moe: MoEConfig
 ) -> Load:
     """Computes the load from the number of tokens that selected each expert of the pool."""
-    slots, candidates, across = moe.output_granularity, moe.output_expansion, moe.experts_across
-    per_group = tokens.reshape(-1, slots, candidates, moe.group_size * across)
+    across = moe.experts_across
+    per_group = in_groups(tokens, moe)
     groups = per_group.sum(axis=3)
     entropy, max_over_mean, dead = _evenness(tokens)
     starved = foreign = None

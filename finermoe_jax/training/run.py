@@ -217,6 +217,7 @@ def check_run(
     _check_balance(config, model)
     if newest is None:
         _check_balance_fields(config.balance)
+        _check_pools(config)
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(
@@ -300,6 +301,29 @@ def _check_balance_fields(balance: BalanceConfig) -> None:
                 f"balance.{name}={value} has no effect with balance.kind={balance.kind}: set "
                 f"balance.kind={' or '.join(used_by)}, or remove balance.{name}"
             )
+
+
+def _check_pools(config: RunConfig) -> None:
+    """Raises InputError for settings of pools and PSR that have no effect.
+
+    Only for new runs: an older run with such a setting can still be read and resumed.
+    """
+    train, moe = config.train, config.moe
+    if train.psr == "none" and train.psr_mask == "foreign":
+        raise InputError(
+            "train.psr_mask=foreign has no effect with train.psr=none: set train.psr=linear or "
+            "stepwise, or psr_mask=random"
+        )
+    if train.psr != "none" and train.force_balance:
+        raise InputError(
+            f"train.force_balance=true ignores the masks of train.psr={train.psr}: set "
+            "force_balance=false, or psr=none"
+        )
+    if moe is not None and moe.pooled_as == "candidates" and moe.experts_across == 1:
+        raise InputError(
+            "moe.pooled_as=candidates has no effect with moe.experts_across=1: set experts_across "
+            "to 2 or more, or pooled_as=copies"
+        )
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:

@@ -260,7 +260,7 @@ class Log:
                 files.write(path, b"".join(lines))
 
     def _record_lost(self, step: int) -> None:
-        """Adds the seconds of logged steps after `step` to time.jsonl: they are made again."""
+        """Adds the seconds of logged steps after `step` to time.jsonl: they are repeated."""
         lines = plot.read_lines(self.workdir / "metrics.jsonl")
         if lost := [line for line in lines if line["step"] > step]:
             since = max([0, *(line["step"] for line in lines if line["step"] <= step)])

@@ -157,15 +157,15 @@ def _room(target: Place, sizes: list[int], to: Literal["orbax", "hf"]) -> Iterat
     assert isinstance(local, Path)
     existing = next(parent for parent in local.absolute().parents if parent.exists())
     if not disk.has_room(existing, size):
-        free = disk.text(shutil.disk_usage(existing).free)
+        free = disk.format_bytes(shutil.disk_usage(existing).free)
         raise InputError(
-            f"{target} needs {disk.text(size)}, but {its} has {free} free: free some space, or "
-            f"{'set XDG_CACHE_HOME to' if isinstance(target, BucketPath) else 'choose'} another "
-            "disk"
+            f"{target} needs {disk.format_bytes(size)}, but {its} has {free} free: free some "
+            f"space, or {'set XDG_CACHE_HOME to' if isinstance(target, BucketPath) else 'choose'} "
+            "another disk"
         )
     filled = (
-        f"the disk filled up while {target} ({disk.text(size)}) was written. Nothing of it is "
-        "left; free some space, or choose another disk"
+        f"the disk filled up while {target} ({disk.format_bytes(size)}) was written. Nothing of it "
+        "is left; free some space, or choose another disk"
     )
     with disk.refusing_full(filled):
         yield

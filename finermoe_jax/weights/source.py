@@ -64,7 +64,7 @@ class ModelSource:
     def announcement(self) -> str:
         """The line to print before the weights are read, which can take minutes."""
         size = sum(array.nbytes for array in self.weights.values())
-        return f"reading {disk.text(size)} of weights …"
+        return f"reading {disk.format_bytes(size)} of weights …"
 
     def refuse_changed(self) -> None:
         """Raises InputError if a file was changed or removed since the source was opened.

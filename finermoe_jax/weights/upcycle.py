@@ -188,8 +188,9 @@ def pooled_weights(
             return _with_foreign(owned, own, _pool_place(config, path), across, upcycling)
         if name[-1] in ("expert_bias", "group_bias"):
             across = router_layers(moe, "group_router" if name[-1] == "group_bias" else "router")
-            zero = UpcycleConfig(reuse_start="zero")
-            return _with_foreign(owned, [], _pool_place(config, path), across, zero)
+            if across > 1:
+                zero = UpcycleConfig(reuse_start="zero")
+                return _with_foreign(owned, [], _pool_place(config, path), across, zero)
         return owned
 
     return config, {path: make(path, shape) for path, shape in parameter_shapes(config).items()}

@@ -181,9 +181,6 @@ def test_a_dense_export_says_that_nothing_was_upcycled(capsys, tmp_path):
     [
         ("finermoe_jax.params", "params"),
         ("finermoe_jax.aot", "aot"),
-        ("finermoe_jax.plot", "plot"),
-        ("finermoe_jax.similarity", "similarity"),
-        ("finermoe_jax.prepare_data", "prepare"),
         ("train", "train"),
         ("eval", "eval"),
         ("generate", "generate"),

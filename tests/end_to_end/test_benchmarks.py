@@ -12,7 +12,7 @@ from flax import nnx
 
 import finermoe_jax as fm
 from benchmarks.kernels import gpu_first_hour, gpu_shapes
-from benchmarks.studies import low_rank, mutations
+from benchmarks.studies import low_rank, mutations, pool_order
 from finermoe_jax.model.decoder import with_params
 from tests.support import ROOT
 
@@ -60,6 +60,7 @@ ELSEWHERE = {
     "power_cuts": "needs root",
     "studies.record": "needs a finished sweep; tests/training/test_sweep.py records one",
     "studies.ahead": "needs a FineRMoE; tests/model/test_route_ahead.py runs it",
+    "studies.pool_order": "needs a run with pools; a test below reads one",
     "studies.low_rank": "needs a trained FineRMoE; a test below measures one",
     "tpu_compiler": "is no command",
     "tpu_kernels": "needs a compiler for TPUs; .ci/nightly runs it",
@@ -235,3 +236,17 @@ def test_differences_of_known_rank():
     for name in low_rank.MATRICES:
         assert found["0"][name] == 0 and found["2"][name] == pytest.approx(1)
         assert 0.5 < found["1"][name] < 0.99
+
+
+def test_devices_share_the_rows_of_a_pool(tmp_path, monkeypatch, capsys):
+    """Layers that use only their own experts, and experts that all are used alike."""
+    own = np.array([[4, 0, 4, 0, 4, 0, 4, 0], [0, 6, 0, 2, 0, 2, 0, 6]])
+    assert pool_order.fullest(own, 2, 2) == (1.0, 2.0)
+    assert pool_order.fullest(own, 2, 4) == ((1.0 + 1.5) / 2, 2.0)
+    config = fm.preset("demo:rex2")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    record = {"step": 1, "tokens": [[3] * 64] * 4, "foreign": [0.5] * 4}
+    (tmp_path / "expert_load.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr(sys, "argv", ["pool_order", str(tmp_path), "--devices=4"])
+    pool_order.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "| 1 | 0.50 | 1.00 | 1.00 |"

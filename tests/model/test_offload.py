@@ -244,7 +244,7 @@ def test_refusals(tmp_path, monkeypatch):
         v for p, v in weights(model).items() if p[-2:] in (("moe", "gate_up"), ("moe", "down"))
     ]
     size = sum(bank.nbytes for bank in banks)
-    wanted = rf"the experts need {disk.text(size)} of host memory, but 1.00kB are available"
+    wanted = rf"the experts need {disk.format_bytes(size)} of host memory, but 1.00kB are available"
     for attempt in (
         lambda: fm.load_checkpoint(tmp_path / "saved", experts="host"),
         lambda: fm.generate(model, [[1]], experts="host"),
@@ -273,8 +273,9 @@ def test_int8_copies_need_room_beside_the_experts(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "available", lambda: needed - 1)
     done = command("generate", *arguments)
     assert_refused(
-        done, f"the experts and their int8 copies need {disk.text(needed)} of host memory, but",
-        f"{disk.text(needed - 1)} are available",
+        done,
+        f"the experts and their int8 copies need {disk.format_bytes(needed)} of host memory, but",
+        f"{disk.format_bytes(needed - 1)} are available",
     )  # fmt: skip
     assert "reading" not in done.stderr
 

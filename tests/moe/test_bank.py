@@ -55,7 +55,7 @@ def kept():
     )
 
 
-def gradients(sizes=(1, 1, 1, 1), settings=None, stored="float32", model=None):
+def gradients(sizes=(1, 1, 1, 1), settings=None, stored="float32", model=None, over="layer"):
     """Every parameter's gradient by a train step, float32."""
     model = model or mixture_model(THREE)
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
@@ -65,7 +65,9 @@ def gradients(sizes=(1, 1, 1, 1), settings=None, stored="float32", model=None):
     params = jax.tree.map(lambda p: p.astype(stored), jax.device_get(nnx.to_pure_dict(state)))
     params = jax.device_put(params, shardings)
     batch = jax.device_put(Batch(random_tokens(ROWS)), sharding.batch_sharding(mesh))
-    config = small_run(ROWS, balance=dict(weight=0.1), **(settings or {}))
+    config = small_run(ROWS, balance=dict(weight=0.1, over=over))
+    train = dataclasses.replace(config.train, **(settings or {}))
+    config = dataclasses.replace(config, moe=model.config.moe, train=train)
     run = functools.partial(train_step, graphdef, config, kept())
     _, (_, grads), _ = jax.jit(run)(params, kept().init(params), batch)
     flat = nnx.traversals.flatten_mapping(jax.device_get(grads))
@@ -120,6 +122,20 @@ def test_gradients_of_shared_experts_add_up(case, shared_handed_out):
     for path, want in shared_handed_out.items():
         error = np.linalg.norm(got[path] - want) / np.linalg.norm(want)
         assert error < 1e-5, (path, error)
+
+
+@pytest.mark.slow
+def test_masks_and_balanced_pools_are_the_same_on_a_mesh_and_in_microbatches(shared_handed_out):
+    given = dict(model=mixture_model(SHARED), over="pool")
+    masked = dict(psr="linear", psr_start=0.0)  # half of the experts at the first step
+    wanted = gradients((1, 1, 1, 1), masked, **given)
+    got = gradients((2, 1, 4, 1), masked | {"grad_accumulation": 2}, **given)
+    for path, want in wanted.items():
+        error = np.linalg.norm(got[path] - want) / np.linalg.norm(want)
+        assert error < 1e-5, (path, error)
+    down = next(path for path in wanted if path[-2:] == ("moe", "down"))
+    unused = [(each[down] == 0).all(axis=(2, 3)).sum() for each in (wanted, shared_handed_out)]
+    assert unused[0] > unused[1] + 4, unused  # masked in both layers
 
 
 def test_the_bank_is_what_computes_them(monkeypatch, handed_out):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import finermoe_jax as fm
 from finermoe_jax.config.model import ModelConfig, MoEConfig
@@ -22,8 +23,9 @@ from finermoe_jax.moe.psr import Reuse, first_kept, reuse_at
 from finermoe_jax.moe.routing import home, route
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.upcycle import pooled_weights
-from tests.oracles import naive, naive_pool
+from tests.oracles import naive, naive_decoder, naive_pool
 from tests.support import SMALL
+from tests.support.models import config_of
 from tests.support.training import MOE, mixture_model, random_tokens
 
 POOLED = ("copies", "candidates")
@@ -73,6 +75,7 @@ SETTINGS = {
     "no shared expert": dict(shared=False),
     "pre_softmax": dict(pre_softmax=True),
     "plain_top_k": dict(plain_top_k=True, G_O=1),
+    "separate routers": dict(separate_routers=True),
 }
 
 
@@ -94,6 +97,7 @@ def pool_config(s, across, pooled_as, **moe):
             shared_expert_intermediate_size=None if s.shared else 0,
             plain_top_k=s.plain_top_k,
             pre_softmax=s.pre_softmax,
+            separate_routers=s.separate_routers,
             experts_across=across,
             pooled_as=pooled_as,
             **moe,
@@ -134,6 +138,9 @@ def test_layers_of_a_pool_compute_what_the_loop_does(name, pooled_as, masked):
         own = layers[place]
         module.router[...] = own["gate"].reshape(-1, s.hidden_size)
         module.depth_vector[...] = depth
+        if s.separate_routers:
+            rows = own["group_gate"] if pooled_as == "candidates" else own["group_gate"][:, 0]
+            module.group_router[...] = rows.reshape(-1, s.hidden_size)
         if s.shared:
             module.shared_gate[...] = own["shared_expert_gate"][0]
             for part in ("gate", "up", "down"):
@@ -207,6 +214,22 @@ def test_without_foreign_experts_the_model_is_that_of_layers_alone(pooled_as):
     assert not np.array_equal(free.hidden, alone.hidden)
     for layer, routing in enumerate(free.routing):
         assert np.mean(np.asarray(routing.experts) % 2 != layer % 2) > 0.1  # foreign ones
+
+
+@pytest.mark.parametrize("pooled_as", POOLED)
+def test_the_loop_over_layers_and_tokens(tmp_path, pooled_as):
+    """Which pool a layer reads, and which of its routers' rows are whose: four layers in NumPy."""
+    model, ids = pooled(pooled_as), random_tokens(1, 6)
+    fm.save_hf(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    settings = naive.Settings(32, 64, G_I=4, G_O=2, R_I=1, R_O=2, T_I=1)
+    loop = functools.partial(
+        naive_decoder.decoder, ids[0], tensors, config_of(tmp_path / "out"), settings, 0, 2
+    )
+    got = np.asarray(model(ids).logits[0])
+    np.testing.assert_allclose(got, loop(pooled_as), atol=2e-4)
+    other = next(each for each in POOLED if each != pooled_as)
+    assert np.abs(got - loop(other)).max() > 0.1
 
 
 def test_a_layers_experts_serve_its_group_alone():
@@ -330,6 +353,10 @@ def test_the_number_of_experts_grows_as_in_the_paper():
     stepwise = dict(psr="stepwise", steps=48, psr_start=10 / 48, psr_end=30 / 48)
     found = [kept_at(step, paper, **stepwise) for step in (0, 9, 10, 19, 20, 29, 30, 47)]
     assert found == [64, 64, 128, 128, 192, 192, 256, 256]
+    # With two layers stepwise is a single step, at psr_start.
+    two = dataclasses.replace(moe, experts_across=2)
+    found = [kept_at(step, two, psr="stepwise") for step in (0, 19, 20, 59, 60, 99)]
+    assert found == [8, 8, 16, 16, 16, 16]
     # Without pools, the control: from half of the layer's own experts to all.
     alone = MoEConfig(16, 1, 1, 1, 2)
     assert [kept_at(step, alone) for step in (0, 20, 40, 60)] == [8, 8, 12, 16]

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from tests.oracles import naive
+from tests.oracles import naive, naive_pool
 
 
 def _norm(x, scale, eps):
@@ -136,12 +136,13 @@ def _experts(w, prefix, settings):
     return parts
 
 
-def decoder(ids, tensors, config, settings=None, ahead=0):
+def decoder(ids, tensors, config, settings=None, ahead=0, across=1, pooled_as="copies"):
     """Logits [L, V] of one sequence of tokens.
 
     tensors and config are a HF directory's, by its names; settings (tests/oracles/naive.py)
     makes every layer with a router a FineRMoE with a shared expert. Its router reads the FFN's
-    normed input of `ahead` layers before, or of the first layer where there are fewer.
+    normed input of `ahead` layers before, or of the first layer where there are fewer. With
+    across=r, r neighbouring layers use the experts of all of them (naive_pool.py); `ahead` is 0.
     """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     eps = config["rms_norm_eps"]
@@ -155,7 +156,15 @@ def decoder(ids, tensors, config, settings=None, ahead=0):
         normed = np.stack([_norm(token, scale, eps) for token in x])
         ffn_inputs.append(normed)
         if f"{layer}mlp.gate.weight" in w:
-            experts = _experts(w, f"{layer}mlp.", settings)
+            first = number - number % across
+            experts, *rest = (
+                _experts(w, f"model.layers.{each}.mlp.", settings)
+                for each in (number, *range(first, first + across))
+            )
+            if across > 1:
+                rows = experts["gate"].reshape(settings.N, across, -1)
+                x = x + naive_pool.layer(normed, rows, rest, experts, settings, pooled_as)[0]
+                continue
             read = ffn_inputs[max(number - ahead, 0)]
             x = x + naive.layer(normed[None], experts, settings, read[None])["output"][0]
             continue

@@ -10,11 +10,12 @@ import numpy as np
 from tests.oracles import naive
 
 
-def route(logits, s, pooled_as, allowed=None):
+def route(logits, s, pooled_as, allowed=None, second=None):
     """Routes one token: [((e, j), weight)], by falling logit. logits and allowed are [N, r].
 
     "copies": a candidate group has the r * G_I * R_I experts of all layers; "candidates": each slot
-    has r * R_O groups, of one layer each.
+    has r * R_O groups, of one layer each. second: the second router's logits of all groups, in
+    order; the weights of a slot are multiplied by the chosen group's probability.
     """
     N, r = logits.shape
     allowed = np.ones((N, r), bool) if allowed is None else allowed
@@ -32,16 +33,22 @@ def route(logits, s, pooled_as, allowed=None):
                 else:
                     groups += [[(e, j) for e in range(first, first + size)] for j in range(r)]
             slots.append(groups)
-    chosen = []
-    for groups in slots:
-        best, kept = -np.inf, None
-        for group in groups:
+    chosen, scale = [], {}
+    for o, groups in enumerate(slots):
+        best, kept, scores = -np.inf, None, []
+        for number, group in enumerate(groups):
             members = [place for place in group if allowed[place]]
-            score = sum(logits[place] for place in members) if members else -np.inf
-            if score > best:
-                best, kept = score, members
+            score = sum(logits[place] for place in members)
+            if second is not None:
+                score = second[o * len(groups) + number]
+            scores.append(score if members else -np.inf)
+            if scores[-1] > best:
+                best, kept = scores[-1], members
         active = s.A if s.plain_top_k else s.T_I
-        chosen += sorted(kept, key=lambda place: (-logits[place], place))[:active]
+        taken = sorted(kept, key=lambda place: (-logits[place], place))[:active]
+        share = 1 / np.exp(np.array(scores) - best).sum()
+        scale |= dict.fromkeys(taken, 1.0 if second is None else share)
+        chosen += taken
     chosen = sorted(chosen, key=lambda place: (-logits[place], place))
     values = np.array([logits[place] for place in chosen])
     if s.pre_softmax:
@@ -50,6 +57,7 @@ def route(logits, s, pooled_as, allowed=None):
     else:
         weights = np.exp(values - values.max())
         weights /= weights.sum()
+    weights = weights * [scale[place] for place in chosen]
     return list(zip(chosen, weights, strict=True))
 
 
@@ -64,7 +72,11 @@ def layer(x, router, experts, own, s, pooled_as, allowed=None, depth=None):
     for token in np.asarray(x, np.float64):
         seen = token if depth is None else token + depth
         routed = np.zeros(s.hidden_size)
-        chosen = route(router @ seen, s, pooled_as, allowed)
+        second = None
+        if s.separate_routers:  # with "copies" a group is that of all layers
+            rows = own["group_gate"] if pooled_as == "candidates" else own["group_gate"][:, :1]
+            second = (rows @ seen).ravel()
+        chosen = route(router @ seen, s, pooled_as, allowed, second)
         for (e, j), weight in chosen:
             slot = e // (s.R_O * s.R_I * s.G_I)
             gate, up, down = (experts[j][f"experts_{part}"][e] for part in ("gate", "up", "down"))
@@ -84,8 +96,14 @@ def layer(x, router, experts, own, s, pooled_as, allowed=None, depth=None):
 
 
 def random_pool(rng, s, r):
-    """Each layer's weights (naive.random_weights), the router's rows included as gate [N, r, h]."""
+    """Each layer's weights (naive.random_weights), with rows of r layers for the routers.
+
+    gate is [N, r, h], and a second router's group_gate [G_O * R_O, r, h].
+    """
     layers = [naive.random_weights(rng, s) for _ in range(r)]
     for weights in layers:
         weights["gate"] = rng.standard_normal((s.N, r, s.hidden_size)) / np.sqrt(s.hidden_size)
+        if s.separate_routers:
+            rows = rng.standard_normal((s.G_O * s.R_O, r, s.hidden_size))
+            weights["group_gate"] = rows / np.sqrt(s.hidden_size)
     return layers

@@ -116,7 +116,9 @@ def assert_same_steps(result, reference):
 
 
 def demo_run(steps, **settings):
-    config = load_preset("demo")
+    """With pools, whose masks change in the middle of a run of four steps."""
+    config = load_preset("demo", "rex2")
+    settings = dict(psr="linear", psr_start=0.25, psr_end=0.75) | settings
     return dataclasses.replace(
         config,
         prompts=("Return the",),

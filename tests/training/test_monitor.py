@@ -55,6 +55,23 @@ def test_load_of_a_pool():
     np.testing.assert_array_equal(load_of(0 * tokens, np.zeros(2), moe).foreign, 0)
 
 
+def test_load_of_a_pool_whose_layers_are_candidates():
+    """Two slots, each with two candidate groups of two layers: p = 2 e + j."""
+    moe = dataclasses.replace(MOE, experts_across=2, pooled_as="candidates")
+    tokens = np.zeros((2, 16), int)
+    tokens[0, [0, 2, 3, 5]] = 8, 4, 3, 1  # slot 0: experts 0 and 1 of layer 0; 1 and 2 of layer 1
+    tokens[1, [8, 9, 10, 15]] = 1, 2, 3, 2  # slot 1: 4 and 5 of layer 0; 4 and 7 of layer 1
+    load = load_of(tokens, np.zeros(2), moe)
+    # Candidate groups in order: experts 0 and 1 of layer 0, of layer 1, 2 and 3 of layer 0, …
+    wanted = np.array([[[12, 3, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [4, 2, 0, 2]]])
+    np.testing.assert_allclose(
+        load.candidates, wanted / np.maximum(wanted.sum(2, keepdims=True), 1)
+    )
+    np.testing.assert_array_equal(load.group_dead[0, 0], [0, 1, 2, 1])
+    np.testing.assert_allclose(load.group_max_over_mean[1, 1], [1.5, 2, 0, 2])
+    assert len(metrics._load_scalars(load)) == 2 * (6 + 8 * 4)
+
+
 def test_load_of_one_expert_and_of_no_token():
     one = load_of(np.array([[5], [0]]), np.zeros(2), MoEConfig(1, 1, 1, 1, 1))
     np.testing.assert_array_equal(one.entropy, [1.0, 0.0])

@@ -1,5 +1,6 @@
 """Pictures of runs: looked at by hand, here that they are drawn, and of what."""
 
+import dataclasses
 import json
 
 import matplotlib.image
@@ -192,6 +193,25 @@ def test_a_map_of_loads_is_readable(tmp_path, monkeypatch, layers, moe):
         assert shown[0] == 0 and (count - 1) / 2 <= shown[-1] < count
         assert {str(number) for number in shown} <= set(words)
     assert min(text.get_fontsize() for text in texts) >= 7
+
+
+def test_a_map_of_a_pool_has_its_candidate_groups_side_by_side(tmp_path, monkeypatch):
+    """If the layers' experts are groups of their own."""
+    moe = MoEConfig(4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates")
+    tokens = np.arange(1, 65).reshape(2, 32)
+    _loads(tmp_path, tokens, moe)
+    (tmp_path / "config.json").write_text(json.dumps({"moe": dataclasses.asdict(moe)}))
+    with recorded(monkeypatch) as texts:
+        load_map.draw_load(tmp_path)
+    experts, shares = texts.axes[:2]
+    one = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # layer 0's experts of a group, then layer 1's
+    order = (np.arange(0, 32, 8)[:, None] + one).ravel()
+    ratio = tokens / tokens.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(experts.images[0].get_array(), style.octaves(ratio[:, order]))
+    assert shares.images[0].get_array().shape == (2, 2 * 4)
+    for tick, label in zip(experts.get_xticks(), experts.get_xticklabels(), strict=True):
+        assert label.get_text() == str(order[int(tick)])
+    assert texts.overlaps() == [] and texts.outside() == []
 
 
 def test_the_command_names_its_pictures_and_its_mistakes(tmp_path, capsys):

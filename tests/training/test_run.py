@@ -21,11 +21,13 @@ from finermoe_jax.data.packing import Batch
 from finermoe_jax.data.rows import Mixture, Packed
 from finermoe_jax.data.token_files import TokenStream
 from finermoe_jax.errors import InputError
+from finermoe_jax.evaluation.evaluate import held_out_loss
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
-from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.balance import load_balancing_loss
+from finermoe_jax.moe.psr import reuse_at
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.monitor import MEASURED
@@ -63,7 +65,8 @@ def test_balancing_is_the_same_on_a_mesh(kind):
     one, eight = (take_steps(config, mesh, 2, model) for mesh in meshes)
     assert_same_steps(eight, one)
     flat = nnx.traversals.flatten_mapping
-    biases = {path: leaf for path, leaf in flat(one[2]).items() if path[-1].endswith("_bias")}
+    names = "expert_bias", "group_bias"
+    biases = {path: leaf for path, leaf in flat(one[2]).items() if path[-1] in names}
     assert len(biases) == (2 if kind == "bias" else 0)
     for path, leaf in biases.items():
         assert np.abs(leaf).max() > 0.05
@@ -377,12 +380,30 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
         for name in MEASURED:
             del line[name]
     assert ours == theirs
+    # Step 3, the first one after, masks a quarter of a group's experts as the other run does.
+    loads = read_lines(workdir / "expert_load.jsonl")
+    assert loads == read_lines(straight / "expert_load.jsonl")
+    assert [min(load["dead"]) >= 32 for load in loads] == [True, False]  # half of them at step 1
     for a, b in zip(
         jax.tree.leaves(nnx.state(load_checkpoint(workdir))),
         jax.tree.leaves(nnx.state(load_checkpoint(straight))),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_evaluation_never_masks(straight, tmp_path, monkeypatch):
+    """The run's own held-out loss, in the middle of its masks, is that of the model without any."""
+    setup = check_run(demo_run(4), tmp_path / "none", silent)
+    recorded = {e["name"]: e["loss"] for e in read_lines(straight / "evals.jsonl")}["step 0"]
+    model, rows = load_checkpoint(straight / "checkpoints" / "0"), setup.data.held_out
+    assert held_out_loss(model, rows, 4, 1024) == pytest.approx(recorded, abs=1e-5)
+    psr = reuse_at(jnp.int32(0), setup.config.train, model.config.moe)
+    features = Decoder.features
+    monkeypatch.setattr(Decoder, "features", lambda *a, **k: features(*a, **k | {"psr": psr}))
+    masked = held_out_loss(model, rows, 4, 1023)  # another size: compiled anew
+    assert abs(masked - recorded) > 1e-3
 
 
 BIASED = TINY | {
@@ -469,6 +490,22 @@ def test_balancing_over_pools_needs_pools(tmp_path):
         values = TINY | {"moe": moe, "balance": dict(over="pool")}
         with pytest.raises(InputError, match=rf"balance\.over=pool is .*the model has .*{found}"):
             train(tiny_run(values), tmp_path / "run", say=silent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "moe", "words"),
+    [
+        (dict(psr_mask="foreign"), {}, r"psr_mask=foreign has no effect with train\.psr=none"),
+        (dict(psr="linear", force_balance=True), {}, r"force_balance=true .* train\.psr=linear"),
+        ({}, dict(pooled_as="candidates"), r"pooled_as=candidates .* moe\.experts_across=1"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, settings, moe, words):
+    """By a new run. A config.json with them is still read."""
+    config = tiny_run(TINY | {"moe": dict(intermediate_granularity=4) | moe}, **settings)
+    with pytest.raises(InputError, match=words):
+        train(config, tmp_path / "run", say=silent)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -11,12 +11,18 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import finermoe_jax as fm
+from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.layers.sharding import Placement
+from finermoe_jax.model.decoder import with_params
 from finermoe_jax.moe.psr import Reuse, first_kept
+from finermoe_jax.training.initial import initial_model
+from finermoe_jax.weights import lazy
 from finermoe_jax.weights.convert import convert
+from finermoe_jax.weights.upcycle import pooled_weights
 from finermoe_jax.weights.verify import verify
-from tests.support import GOLDEN
+from tests.recorded.before_pools import make as before_pools
+from tests.support import DATA, GOLDEN, invoke
 from tests.support.models import weights
 
 DENSE = GOLDEN / "upcycle" / "dense_untied"
@@ -66,6 +72,21 @@ def nnx_runs(model):
     return {p[-1]: a for p, a in weights(model).items() if p[:3] == ("runs", 0, 0) and len(p) == 5}
 
 
+@pytest.mark.slow
+def test_models_without_pools_are_those_of_the_code_before():
+    """A checkpoint that names no pools is read, and what was drawn then is drawn now: all bits."""
+    place = DATA / "before_pools"
+    assert "experts_across" not in (place / "checkpoint" / "config" / "metadata").read_text()
+    old, now = fm.load_checkpoint(place / "checkpoint"), before_pools.scratch()
+    assert old.config == now.config and old.config.moe.experts_across == 1
+    then, drawn = weights(old), weights(now)
+    assert then.keys() == drawn.keys()
+    for path, array in then.items():
+        np.testing.assert_array_equal(drawn[path], array, err_msg=str(path))
+    digest = (place / "upcycled.sha256").read_text().strip()
+    assert before_pools.digest(before_pools.upcycled()) == digest
+
+
 @pytest.mark.parametrize("start", ["random", "zero"])
 @pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
 def test_upcycled_pools_start_as_layers_alone(dense, alone, pooled_as, start):
@@ -91,6 +112,41 @@ def test_upcycled_pools_start_as_layers_alone(dense, alone, pooled_as, start):
         )
 
 
+def test_drop_upcycling_redraws_a_pools_experts_as_those_of_layers_alone(dense, alone):
+    drop = UpcycleConfig(drop_ratio=0.5)
+    pool, layers = (fm.upcycle_model(dense, m, jax.random.key(1), drop) for m in (POOLED, ALONE))
+    for got, wanted, whole in zip(*map(experts_of, (pool, layers, alone)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+        assert 0.2 < (wanted != whole).mean() < 0.8
+
+
+@pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
+def test_a_pool_keeps_the_biases_of_its_layers(dense, pooled_as):
+    """Other layers' experts, and candidate groups, get none; the first steps are the source's."""
+    moe = dataclasses.replace(ALONE, selection_bias=True)
+    source = fm.upcycle_model(dense, moe, jax.random.key(1))
+    biases, rng = {}, np.random.default_rng(5)
+    for name in ("expert_bias", "group_bias"):
+        parameter = getattr(source.runs[0][0].moe, name)
+        biases[name] = rng.normal(size=parameter.shape).astype(np.float32)
+        parameter[...] = jnp.asarray(biases[name])
+    given = lazy.of_params(nnx.to_pure_dict(nnx.state(source)))
+    pool = dataclasses.replace(moe, experts_across=2, pooled_as=pooled_as)
+    config, made = pooled_weights(source.config, given, pool, jax.random.key(2))
+    model = with_params(config, lazy.in_memory(made), dtype="float32")
+    for place, block in enumerate(model.runs[0]):
+        experts = np.asarray(block.moe.expert_bias[...])[0].reshape(-1, 2)
+        np.testing.assert_array_equal(experts[:, place], biases["expert_bias"][place])
+        assert not experts[:, 1 - place].any()
+        groups = np.asarray(block.moe.group_bias[...])[0]
+        if pooled_as == "candidates":
+            assert not groups.reshape(-1, 2)[:, 1 - place].any()
+            groups = groups.reshape(-1, 2)[:, place]
+        np.testing.assert_array_equal(groups, biases["group_bias"][place])
+    if pooled_as == "candidates":
+        np.testing.assert_array_equal(at_start(model), at_start(source))
+
+
 def test_from_a_trained_model_to_hugging_face_and_back(alone, tmp_path, capsys):
     fm.save_hf(alone, tmp_path / "trained")
     upcycling = UpcycleConfig(reuse_start="zero")
@@ -106,7 +162,20 @@ def test_from_a_trained_model_to_hugging_face_and_back(alone, tmp_path, capsys):
             source, tmp_path / "pooled", "orbax", POOLED, **asked | {"upcycling": UpcycleConfig()}
         )
 
-    convert(str(tmp_path / "pooled"), tmp_path / "hf", "hf", None, seed=0)
+    # A run with pools that starts from the trained model has the same weights.
+    moe = dataclasses.asdict(POOLED)
+    values = {"init_from": source, "moe": moe, "upcycle": {"reuse_start": "zero"}}
+    initial = initial_model(run_config(values | {"train": {"seed": 3}}))
+    assert initial.model.config == pooled.config and initial.dense is None
+    own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = initial.place(jax.tree.map(lambda _: own, nnx.to_pure_dict(nnx.state(initial.model))))
+    for path, array in nnx.traversals.flatten_mapping(placed).items():
+        np.testing.assert_array_equal(weights(pooled)[path], array, err_msg=str(path))
+
+    places = (f"--source={tmp_path / 'pooled'}", f"--target={tmp_path / 'hf'}")
+    assert invoke("convert", *places, "--to=hf") == 0
+    notice = "has experts_across=2, pooled_as=copies: only the code in it"
+    assert notice in capsys.readouterr().err
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("trained", "hf"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():

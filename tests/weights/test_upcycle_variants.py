@@ -268,9 +268,12 @@ def test_function_preserving_start_has_the_dense_logits():
     assert away(PRESERVING) < 1e-4 and away(UpcycleConfig()) > 1
 
 
-def test_function_preserving_start_holds_in_bfloat16_and_beside_ablations():
+@pytest.mark.parametrize("across", [1, 2])
+def test_function_preserving_start_holds_in_bfloat16_and_beside_ablations(across):
+    """With pools, too."""
     dense = _dense("bfloat16")
-    moe = MoEConfig(4, 2, 1, 2, 1, concat_proj="routed", separate_routers=True)
+    ablations = dict(concat_proj="routed", separate_routers=True)
+    moe = MoEConfig(4, 2, 1, 2, 1, experts_across=across, **ablations)
     model = fm.upcycle_model(dense, moe, jax.random.key(0), PRESERVING)
     np.testing.assert_allclose(model(_tokens()).logits, dense(_tokens()).logits, rtol=0, atol=1e-4)
 
