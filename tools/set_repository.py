@@ -2,9 +2,9 @@
 
     python tools/set_repository.py https://github.com/OWNER/NAME
 
-pyproject.toml stores it ([project.urls]); mkdocs.yml, CITATION.cff, README.md and the notebooks
-repeat it. Without an address, notebooks install from PyPI and link to it. Run it again after a
-move. Needs the extra notebooks.
+pyproject.toml stores it ([project.urls]); mkdocs.yml, CITATION.cff, README.md, the notebooks and
+the recipe for Kaggle repeat it. Without an address, notebooks install from PyPI and link to it. Run
+it again after a move. Needs the extra notebooks.
 """
 
 import importlib
@@ -32,6 +32,11 @@ _PLACES = {
         "```sh\ngit clone {address} && cd {name}\n```\n\n",
         "```sh\npython -m venv",
     ),
+    "recipes/qwen0p5b_kaggle/train.ipynb": (
+        r' *"SOURCE = .*\n',
+        '    "SOURCE = \\"git+{address}\\"\\n",\n',
+        '    "import subprocess\\n",\n',
+    ),
 }
 
 
@@ -42,7 +47,7 @@ def stored_address(root: Path = ROOT) -> str | None:
 
 
 def texts_with(address: str, root: Path = ROOT) -> dict[Path, str]:
-    """Returns the new text of every file with the address, except notebooks.
+    """Returns the new text of every file with the address, except notebooks/.
 
     Raises ValueError if a file lacks the place for it.
     """

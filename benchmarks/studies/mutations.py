@@ -101,6 +101,18 @@ MUTATIONS = (
         "tests/model/test_route_ahead.py -k loop",
     ),
     Mutation(
+        "experts in host memory are copied when their layer begins", STACK,
+        "following = self.ready.get(layer + 1)",
+        "following = None",
+        "tests/model/test_offload.py -k transfers_start",
+    ),
+    Mutation(
+        "products may be scheduled before the choice of experts", "finermoe_jax/moe/bank.py",
+        "x, chosen = lax.optimization_barrier((x, chosen))",
+        "_, chosen = lax.optimization_barrier((x, chosen))",
+        "tests/model/test_offload.py -k transfers_start",
+    ),
+    Mutation(
         "weights are a softmax in the activations' dtype", ROUTING,
         "by_logit, axis=-1).astype(jnp.float32)",
         "by_logit, axis=-1).astype(weight_dtype)",

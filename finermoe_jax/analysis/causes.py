@@ -24,6 +24,7 @@ SCOPES = {
     "weights": "weights, cast and gathered",
     "sums": "sums over microbatches",
     "optimizer": "optimizer",
+    "newton_schulz": "Newton-Schulz",
 }
 # Copies from HBM to HBM; and what a loop over layers slices from stacks or writes into them.
 COPIES, STACKS, OTHER = "copies", "layer stacks", "other"
@@ -102,7 +103,7 @@ def _scope(path: str) -> str | None:
 
 
 def _phase(path: str, scope: str | None) -> str:
-    if scope in ("optimizer", "sums"):
+    if scope in ("optimizer", "newton_schulz", "sums"):
         return "update"
     if "rematted_computation" in path:
         return "recompute"

@@ -47,7 +47,7 @@ def main(flags: Flags) -> None:
     from finermoe_jax.generation.sampling import Sampling
     from finermoe_jax.generation.text import check_prompt, conversation, stream_text
     from finermoe_jax.model.offload import check_place
-    from finermoe_jax.model.quantize import int8_weights
+    from finermoe_jax.model.quantize import check_int8_room, int8_weights
     from finermoe_jax.weights.source import open_with_tokenizer, read_model
 
     sampling = Sampling(*(getattr(flags, name) for name in Sampling._fields))
@@ -59,6 +59,8 @@ def main(flags: Flags) -> None:
     if flags.chat:
         first = conversation(tokenizer, [*messages, {"role": "user", "content": prompt or "?"}])
     check_place(flags.experts, source.config)
+    if flags.int8:
+        check_int8_room(source.config, source.weights, flags.experts)
     check_prompt(source.config, tokenizer, first, flags.max_new_tokens, flags.stop)
     print(source.announcement, file=sys.stderr, flush=True)
     model = read_model(source, path, experts=flags.experts)

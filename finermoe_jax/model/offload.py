@@ -40,12 +40,12 @@ def check_place(experts: Any, config: ModelConfig, mesh: Mesh | None = None) -> 
         )
 
 
-def check_room(size: int) -> None:
-    """Raises InputError if host memory cannot hold `size` more bytes."""
+def check_room(size: int, what: str = "the experts") -> None:
+    """Raises InputError if host memory cannot hold `size` more bytes, which `what` needs."""
     free = host_memory.available()
     if free is not None and size > free:
         raise InputError(
-            f"the experts need {disk.format_bytes(size)} of host memory, but "
+            f"{what} need {disk.format_bytes(size)} of host memory, but "
             f"{disk.format_bytes(free)} are available: free some, use a smaller model, "
             "or use a machine with more"
         )

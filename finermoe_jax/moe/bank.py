@@ -22,7 +22,7 @@ copies are a bank of one layer (docs/host_experts.md).
 import dataclasses
 import functools
 import math
-from typing import Any, Union
+from typing import Any, NoReturn, Union
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class ExpertBank:
 
 @dataclasses.dataclass
 class HostBank:
-    """The experts of L layers in host memory, and the layer in use. They get no gradient.
+    """The experts of L layers in host memory, and the layer in use. They cannot be trained.
 
     The layer copies them to the device (`fetch`), or the host multiplies with them (`on_host`).
 
@@ -168,7 +168,7 @@ class HostBank:
             else:
                 x, chosen = lax.optimization_barrier((x, chosen))
             copies = [stack.experts(self.layer, chosen) for stack in stacks]
-        copies = cpu.materialized(copies)
+        copies = _untrained(cpu.materialized(copies))
         gate_up, down, *rest = (copy[None] for copy in copies)
         scales: Any = tuple(rest) or None
         bank = ExpertBank(gate_up, down, scales=scales, window_of=self._window_of)
@@ -184,7 +184,7 @@ class HostBank:
         active = experts.shape[2]
         inputs = x.reshape(-1, x.shape[2]), experts.reshape(-1), weights.reshape(-1)
         moved = jax.device_put(inputs, jax.memory.Space.Host)
-        stacks = [stack.layers[self.layer] for stack in self._stacks]
+        stacks = _untrained([stack.layers[self.layer] for stack in self._stacks])
         y = compute_on(
             functools.partial(_rows_on_host, active),
             compute_type="device_host",
@@ -199,6 +199,20 @@ class HostBank:
     @property
     def _window_of(self) -> tuple[int, int]:
         return self.experts, self.experts * len(self.gate_up.layers)
+
+
+@jax.custom_jvp
+def _untrained(weights: list[Array]) -> list[Array]:
+    """Returns the weights. Raises InputError where they are differentiated."""
+    return weights
+
+
+@_untrained.defjvp
+def _refuse(weights: Any, tangents: Any) -> NoReturn:
+    raise InputError(
+        "experts in host memory have no gradients: load the model with experts='device' to train "
+        "it, or differentiate by its other parameters only"
+    )
 
 
 def _rows_on_host(

@@ -26,6 +26,8 @@ OUTAGE_SECONDS = 45.0
 _REQUEST_SECONDS = (10, 60)  # to connect, to answer
 # tensorstore's words for it
 _UNAVAILABLE = ("UNAVAILABLE", "CURL error", "DEADLINE_EXCEEDED")
+# The server's words for a retention policy and for the two kinds of holds
+_KEPT = re.compile(r"retention policy|object retention|active \S+ hold", re.I)
 # Wildcards and version suffixes of other tools; they are legal in names, but never meant.
 _SUSPECT = re.compile(r"[*?#\[\]]|//|(^|/)\.\.?(/|$)")
 
@@ -36,6 +38,16 @@ class Changed(Exception):
 
 class Unreachable(RunEnded):
     """The server did not answer for OUTAGE_SECONDS. Commands exit with code 75."""
+
+    def __init__(self, what: str, reason: str, state: str = ""):
+        """`what` cannot be reached because of `reason`; `state` is a sentence about the rest."""
+        super().__init__(
+            f"{what} cannot be reached ({reason}). {state}{'. ' if state else ''}Run the same "
+            "command again when it can be reached",
+            EXIT_CODE,
+            alone=True,
+        )
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +364,14 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
     try:
         yield
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+        if _KEPT.search(str(error)):
+            raise InputError(
+                f"{path}: the bucket keeps objects from being overwritten and deleted "
+                f"({_said(error)}). Commands overwrite locks and logs, and delete old "
+                "checkpoints: use a bucket without a retention policy and without holds"
+            ) from None
         raise InputError(
-            f"{path}: access is denied ({first_line(error)}). Reading needs the role "
+            f"{path}: access is denied ({_said(error)}). Reading needs the role "
             "roles/storage.objectViewer on the bucket, writing roles/storage.objectUser"
         ) from None
     except exceptions.NotFound:
@@ -370,17 +388,24 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
         requests.exceptions.RequestException,
         TransportError,
     ) as error:
-        raise Unreachable(
-            f"{path} cannot be reached ({first_line(error)}). Run the same command again when it "
-            "can be reached",
-            EXIT_CODE,
-            alone=True,
-        ) from None
+        raise Unreachable(str(path), _cause(error)) from None
     except GoogleAuthError as error:
         raise InputError(
             f"{path}: the Google credentials are not valid ({first_line(error)}). Run `gcloud auth "
             "application-default login`"
         ) from None
+
+
+def _said(error: Exception) -> str:
+    """Returns the server's own message in an error that quotes its JSON, else the first line."""
+    found = re.search(r'"message": *"([^"]+)"', str(error))
+    return found[1] if found else first_line(error)
+
+
+def _cause(error: Exception) -> str:
+    """Returns the system's own words in an error of requests, such as Connection refused."""
+    found = re.search(r"\[Errno -?\d+\] ([^'\"()]+)|\w+\((?:\d+, )?'([^']+)'\)", str(error))
+    return found[1] or found[2] if found else first_line(error)
 
 
 def is_outage(error: BaseException | None) -> bool:

@@ -48,12 +48,14 @@ class Lease:
     def take(self) -> None:
         """Acquires the lock if this object does not have it yet.
 
-        Waits up to TTL_SECONDS for a killed holder. Raises InputError if another run has the lock.
+        Waits up to TTL_SECONDS for a killed holder. Raises InputError if another run has the lock,
+        or if the bucket does not allow to overwrite objects (retention policies, holds).
         """
         if self.generation:
             return
         try:
             self._write(0)
+            self._write(self.generation)  # a retention policy refuses only the second write
         except Changed:
             self._write_over()
         self._thread.start()

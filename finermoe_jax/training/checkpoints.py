@@ -15,7 +15,6 @@ from finermoe_jax.model.decoder import Decoder, parameter_kinds
 from finermoe_jax.runtime import disk, distributed
 from finermoe_jax.runtime.buckets import Place, Unreachable
 from finermoe_jax.runtime.json_files import read_json
-from finermoe_jax.runtime.preemption import EXIT_CODE
 from finermoe_jax.training.storage import LocalStorage, Storage, files_of
 from finermoe_jax.weights import lazy, orbax_files
 from finermoe_jax.weights.checkpoint import (
@@ -51,7 +50,7 @@ class TrainingCheckpoints:
         origin: Origin = UNKNOWN,
         storage: Storage | None = None,
     ):
-        """`storage` of a run in a bucket is asked before each commit."""
+        """`storage` of a run in a bucket is asked before each save and before each commit."""
         self.directory, self.keep_best, self.origin = directory.absolute(), keep_best, origin
         self.storage = storage or LocalStorage(Path(directory).parent)
         self._step, self._committed = -1, saved_steps(self.directory)
@@ -113,7 +112,8 @@ class TrainingCheckpoints:
         `loss` is the held-out loss for keep_best, `logged` the size of each log in bytes,
         `skipped_in_a_row` the number of steps skipped directly before this save.
 
-        Raises RunEnded if the disk is full or the previous save failed.
+        Raises RunEnded if the disk is full, the previous save failed, or another run has taken the
+        bucket's lock.
         """
         if step in self.manager.all_steps():
             return
@@ -134,6 +134,7 @@ class TrainingCheckpoints:
         }
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else {}
         with self._saving():
+            self.storage.before_save()
             self.manager.save(
                 step, args=ocp.args.Composite(**items), metrics=metrics if self.keep_best else None
             )
@@ -225,14 +226,11 @@ class TrainingCheckpoints:
 
     def _ended(self, error: Exception) -> RunEnded:
         if self.storage.is_outage(error):
-            reason = first_line(error)  # tensorstore's names the cause at its end
+            reason = error.reason if isinstance(error, Unreachable) else first_line(error)
+            # tensorstore's names the cause at its end
             reason = reason if len(reason) < 200 else f"… {reason[-150:]}"
             return Unreachable(
-                f"step {self._step} was not saved: {self.directory} cannot be reached "
-                f"({reason}). {self._complete()}. Run the same command again when it "
-                "can be reached",
-                EXIT_CODE,
-                alone=True,
+                f"step {self._step} was not saved: {self.directory}", reason, self._complete()
             )
         if isinstance(error, RunEnded):
             return error

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from finermoe_jax.errors import InputError, RunEnded
-from finermoe_jax.runtime import files
+from finermoe_jax.runtime import distributed, files
 from finermoe_jax.runtime.buckets import (
     BucketPath,
     Changed,
@@ -167,6 +167,9 @@ class LocalStorage:
     def check(self) -> None:
         """Raises RunEnded if this run must not write any more."""
 
+    def before_save(self) -> None:
+        """No-op: the lock of a file system cannot be lost."""
+
     def before_commit(self) -> None:
         """Makes what a checkpoint refers to durable, and checks that it may be committed."""
 
@@ -256,6 +259,15 @@ class BucketStorage:
     def is_outage(self, error: BaseException | None) -> bool:
         """Returns True if an error says that the bucket cannot be reached."""
         return is_outage(error)
+
+    def before_save(self) -> None:
+        """Confirms the lease before any process writes an object of a checkpoint.
+
+        Raises RunEnded if the lease is lost, Unreachable, or InputError if access is denied.
+        """
+        if jax.process_index() == 0:
+            self._lease.confirm()
+        distributed.exchange("")  # if process 0 raises, its heartbeat ends the others
 
     def before_commit(self) -> None:
         """Uploads the logs, then confirms the lease. Orbax calls it in a thread of process 0.

@@ -178,7 +178,8 @@ def save_checkpoint(
       tokenizer: a directory whose tokenizer files are copied into the checkpoint.
 
     Raises:
-      InputError: `path` is not empty, or the tokenizer's files cannot be copied.
+      InputError: `path` is not empty, the weights are int8, or the tokenizer's files cannot be
+        copied.
 
     Examples:
       >>> import finermoe_jax as fm

@@ -30,6 +30,7 @@ from finermoe_jax.data.tokenizers import (
     write_files,
 )
 from finermoe_jax.errors import InputError
+from finermoe_jax.layers.stored import Quantized
 from finermoe_jax.model.decoder import (
     LOAD_A_MODEL,
     Decoder,
@@ -357,11 +358,17 @@ def model_code() -> list[Path]:
 def to_save(model: Any, path: Any, tokenizer: Any) -> tuple[Weights, Path | None]:
     """Checks the arguments of a save; returns the weights and the tokenizer's directory, if any.
 
-    Raises InputError for arguments of the wrong type, or if `tokenizer` is not a directory.
+    Raises InputError for arguments of the wrong type, for a model with int8 weights, or if
+    `tokenizer` is not a directory.
     """
     check_type("model", model, Decoder, LOAD_A_MODEL)
     check_path("path", path)
-    weights = lazy.of_params(nnx.to_pure_dict(nnx.state(model)))
+    params = nnx.to_pure_dict(nnx.state(model))
+    if any(isinstance(leaf, Quantized) for leaf in nnx.traversals.flatten_mapping(params).values()):
+        raise InputError(
+            "model has int8 weights, which cannot be saved: save it before int8_weights"
+        )
+    weights = lazy.of_params(params)
     if tokenizer is None:
         return weights, None
     check_path("tokenizer", tokenizer)
@@ -386,7 +393,8 @@ def save_hf(
         which token ends a text.
 
     Raises:
-      InputError: `path` is not empty, the variant has no HF form, or the tokenizer cannot be read.
+      InputError: `path` is not empty, the variant has no HF form, the weights are int8, or the
+        tokenizer cannot be read.
 
     Examples:
       >>> import jax

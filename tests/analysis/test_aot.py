@@ -203,8 +203,12 @@ IN_PLACE = [
     ("v5e:1x1", "decode", []),
     ("v5e:2x4", "train", ["--config.mesh.fsdp=2", "--config.mesh.expert=4", "--bytes"]),
 ]
-# Its experts are in host memory, and known one layer early.
-FROM_HOST = ("v5e:1x1", "decode", ["--config.moe.route_ahead=1", "--experts=host"])
+# Their experts are in host memory: known one layer early, chosen on demand, and multiplied there.
+FROM_HOST = [
+    ("v5e:1x1", "decode", ["--config.moe.route_ahead=1", "--experts=host"]),
+    ("v5e:1x1", "decode", ["--experts=host"]),
+    ("v5e:1x1", "decode", ["--experts=host_compute"]),
+]
 BEGIN = "begin of a program"
 RUN_ALL = f"""
 import json, sys
@@ -231,7 +235,7 @@ def for_tpus(tmp_path_factory):
          "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1",
          "--config.data.global_batch_size=16", "--config.data.sequence_length=256", *overrides,
          f"--output={place / f'{i}.json'}", f"--hlo={place / f'{i}.txt'}"]
-        for i, (topology, program, overrides) in enumerate([*IN_PLACE, FROM_HOST])
+        for i, (topology, program, overrides) in enumerate([*IN_PLACE, *FROM_HOST])
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -248,7 +252,7 @@ def for_tpus(tmp_path_factory):
 @pytest.mark.slow
 def test_experts_are_neither_copied_nor_sliced(for_tpus):
     """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
-    for case, (text, figures, _) in zip(IN_PLACE, for_tpus[:-1], strict=True):
+    for case, (text, figures, _) in zip(IN_PLACE, for_tpus[: len(IN_PLACE)], strict=True):
         assert "tpu_custom_call" in text
         copies = [each for each in figures["expert_copies"] if not each.startswith("outside")]
         pooled = "--config.moe.experts_across=2" in case[2]
@@ -260,12 +264,21 @@ def test_experts_are_neither_copied_nor_sliced(for_tpus):
         assert copies == [] and figures["expert_bytes_in_loops"] == 0, case
         if case[1] != "train":  # small stacks go to the chip and back for the update
             assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
-    _, figures, _ = for_tpus[-1]
+
+
+@pytest.mark.slow
+def test_experts_in_host_memory(for_tpus):
+    ahead, on_demand, computed = (figures for _, figures, _ in for_tpus[len(IN_PLACE) :])
     layers, active, expert = 4, 2, 2 * (128 * 128 + 64 * 64)
-    assert figures["host_moved_bytes"] == layers * active * expert
-    assert figures["host_transfers"] == 2 * layers * active
-    assert figures["host_argument_bytes"] >= figures["host_bytes"] > 0
-    assert figures["host_temporary_bytes"] == 0
+    for figures in (ahead, on_demand):
+        assert figures["host_moved_bytes"] == layers * active * expert
+        assert figures["host_transfers"] == 2 * layers * active
+    for figures in (ahead, on_demand, computed):
+        assert figures["host_argument_bytes"] >= figures["host_bytes"] > 0
+        assert figures["host_temporary_bytes"] == 0
+    assert ahead["host_covered_bytes"] > on_demand["host_covered_bytes"] > 0
+    # Only rows travel, and no experts pass through the device's memory.
+    assert computed["kernel_flops"] == 0 and computed["hbm_bytes"] < on_demand["hbm_bytes"]
 
 
 @pytest.mark.slow

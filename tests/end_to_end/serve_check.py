@@ -5,7 +5,8 @@
 Runs in the project's environment; SERVING_PYTHON is that of vLLM's own (.ci/serve makes both). Two
 cores and 5 GiB of memory are enough. Checks, each a line with its counts:
 
-    float32, bfloat16   vLLM's OpenAI server on loopback: one request, then sixteen at once
+    float32, bfloat16   vLLM's OpenAI server on loopback, asked by the package openai: one request,
+                        then sixteen at once
     tp2                 the same in float32 on two processes (tensor parallelism)
     compiled            without --enforce-eager, in float32
     router              bfloat16: every router's logits equal the float32 product
@@ -19,7 +20,6 @@ served text, must have each served token within MARGIN of the largest logit.
 """
 
 import argparse
-import concurrent.futures
 import json
 import os
 import signal
@@ -163,26 +163,6 @@ class Server:
                 self.process.wait()
         self.log.close()
 
-    def complete(self, ids):
-        """The new token ids after `ids`."""
-        body = {
-            "model": "demo", "prompt": ids, "max_tokens": TOKENS, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True,
-        }  # fmt: skip
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)["choices"][0]["token_ids"]
-
-    def answers(self, asked):
-        """The tokens of the first prompt alone, then of all at once."""
-        alone = self.complete(asked[0])
-        with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
-            return alone, list(pool.map(self.complete, asked))
-
 
 def equal(got, wanted):
     """Counts of equal texts and tokens, as text, and whether all are equal."""
@@ -208,7 +188,9 @@ def inside(python, work, *arguments, asked=None):
 def served(python, work, directory, asked, wanted, *flags, dtype="float32", **variables):
     """Answers of a server: a line about them, and whether they are right."""
     with Server(python, directory, dtype, work, *flags, **variables) as server:
-        alone, together = server.answers(asked)
+        job = {"prompts": asked, "new": TOKENS}
+        address = f"http://127.0.0.1:{server.port}/v1"
+        alone, together = inside(python, work, "client", address, "demo", asked=job)["tokens"]
     line = f"ready after {server.seconds:.0f} s; "
     if dtype == "float32":
         one, first = equal([alone], wanted[:1])

@@ -3,13 +3,15 @@
     python tests/end_to_end/serve_inside.py router DIR
     python tests/end_to_end/serve_inside.py tokens eager|compiled DIR…
     python tests/end_to_end/serve_inside.py batching DIR sdpa|eager
+    python tests/end_to_end/serve_inside.py client ADDRESS MODEL
 
 Runs in the environment that .ci/serve makes. `router` serves DIR in bfloat16 and compares every
 router with the float32 product of the rows it was given. The others read {"prompts": [[id, …], …],
-"new": N} from stdin and return the greedy tokens in float32: of vLLM, by DIR, or of transformers'
-continuous batching.
+"new": N} from stdin and return the greedy tokens: of vLLM in float32, by DIR, of transformers'
+continuous batching in float32, or of MODEL on the server at ADDRESS (http://HOST:PORT/v1).
 """
 
+import concurrent.futures
 import json
 import sys
 import time
@@ -125,6 +127,29 @@ def batching(directory, attention):
     return {"tokens": [texts[tuple(ids)] for ids in asked["prompts"]]}
 
 
+def client(address, model):
+    """The greedy tokens of the first prompt alone, then those of all prompts at once."""
+    from openai import OpenAI
+
+    asked = json.load(sys.stdin)
+    server = OpenAI(base_url=address, api_key="none", timeout=300, max_retries=0)
+
+    def complete(ids):
+        answer = server.completions.create(
+            model=model,
+            prompt=ids,
+            max_tokens=asked["new"],
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        return answer.choices[0].token_ids
+
+    alone = complete(asked["prompts"][0])
+    with concurrent.futures.ThreadPoolExecutor(len(asked["prompts"])) as pool:
+        return {"tokens": [alone, list(pool.map(complete, asked["prompts"]))]}
+
+
 if __name__ == "__main__":
     job, *arguments = sys.argv[1:]
-    print(json.dumps({"router": router, "tokens": tokens, "batching": batching}[job](*arguments)))
+    jobs = {"router": router, "tokens": tokens, "batching": batching, "client": client}
+    print(json.dumps(jobs[job](*arguments)))

@@ -21,12 +21,33 @@ from tests.support import ROOT, command
 RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_dir())
 SCRIPTS = sorted([*ROOT.glob("recipes/*/*.sh"), *ROOT.glob("recipes/*/*.sbatch")])
 JOBSET = ROOT / "recipes" / "qwen7b_v6e64" / "jobset.yaml"
-# Fields of the JobSet API, v1alpha2, and their types.
-JOBSET_SPEC = {
-    "failurePolicy": dict, "replicatedJobs": list, "successPolicy": dict, "network": dict,
-    "suspend": bool, "coordinator": dict, "managedBy": str, "ttlSecondsAfterFinished": int,
+# The JobSet API, v1alpha2: types of fields, or the values that they can have. Fields with ! are
+# required. The Job in it has Kubernetes' own schema.
+LABELS = {"annotations": dict, "labels": dict, "name": str, "namespace": str, "finalizers": [str]}
+FAILURE_RULE = {
+    "name!": str, "action!": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"},
+    "onJobFailureReasons": [str], "targetReplicatedJobs": [str],
 }  # fmt: skip
-REPLICATED_JOB = {"name": str, "replicas": int, "template": dict, "dependsOn": list}
+REPLICATED_JOB = {
+    "name!": str, "replicas": int, "groupName": str,
+    "template!": {"metadata": LABELS, "spec": dict},
+    "dependsOn": [{"name!": str, "status!": {"Ready", "Complete"}}],
+}  # fmt: skip
+JOBSET_API = {
+    "apiVersion!": {"jobset.x-k8s.io/v1alpha2"}, "kind!": {"JobSet"}, "metadata!": LABELS,
+    "spec!": {
+        "replicatedJobs": [REPLICATED_JOB],
+        "failurePolicy": {
+            "maxRestarts": int, "restartStrategy": {"Recreate", "BlockingRecreate"},
+            "rules": [FAILURE_RULE],
+        },
+        "successPolicy": {"operator!": {"All", "Any"}, "targetReplicatedJobs": [str]},
+        "startupPolicy": {"startupPolicyOrder!": {"AnyOrder", "InOrder"}},
+        "network": {"enableDNSHostnames": bool, "publishNotReadyAddresses": bool, "subdomain": str},
+        "coordinator": {"replicatedJob!": str, "jobIndex": int, "podIndex": int},
+        "suspend": bool, "managedBy": str, "ttlSecondsAfterFinished": int,
+    },
+}  # fmt: skip
 # What the compiler was asked, by recipe: topology and its devices.
 TOPOLOGIES = {
     "qwen0p5b_v5e8": ("v5e:2x4", 8),
@@ -91,7 +112,7 @@ def test_the_command_that_trains_is_the_one_that_was_compiled(recipe):
         assert compiled["optimizer"] == config["optimizer"]
         for name in ("sequence_length", "global_batch_size"):
             assert compiled["data"][name] == data[name]
-        for name in ("grad_accumulation", "remat", "param_dtype"):
+        for name in ("grad_accumulation", "remat", "param_dtype", "exchange"):
             assert compiled["train"][name] == train[name]
 
 
@@ -115,13 +136,39 @@ def test_scripts(path):
     checked(tool("shellcheck"), path)
 
 
+def faults(value, wanted, at="."):
+    """Where a value differs from a schema such as JOBSET_API."""
+    if isinstance(wanted, list) and isinstance(value, list):
+        return [each for item in value for each in faults(item, wanted[0], f"{at}[]")]
+    if isinstance(wanted, set):
+        return [] if value in wanted else [f"{at}: {value}"]
+    if not isinstance(wanted, dict) or not isinstance(value, dict):
+        kind = wanted if isinstance(wanted, type) else type(wanted)
+        return [] if type(value) is kind else [f"{at}: {value}"]
+    known = {name.rstrip("!"): each for name, each in wanted.items()}
+    required = [name[:-1] for name in wanted if name.endswith("!")]
+    found = [f"{at}: no {name}" for name in required if name not in value]
+    for name, each in value.items():
+        found += faults(each, known[name], f"{at}{name}.") if name in known else [f"{at}{name}"]
+    return found
+
+
+def test_the_schema_of_a_job_set_finds_faults():
+    jobset = yaml.safe_load(JOBSET.read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    jobset["spec"] |= {"failurepolicy": {}, "successPolicy": {"operator": "Most"}, "suspend": 1}
+    job["replicas"] = "1"
+    del job["template"]
+    assert faults(jobset, JOBSET_API) == [
+        ".spec.replicatedJobs.[]: no template", ".spec.replicatedJobs.[]replicas.: 1",
+        ".spec.failurepolicy", ".spec.successPolicy.operator.: Most", ".spec.suspend.: 1",
+    ]  # fmt: skip
+
+
 def test_the_job_set(tmp_path):
     jobset = yaml.safe_load(JOBSET.read_text())
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert jobset.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert faults(jobset, JOBSET_API) == []
     (job,) = jobset["spec"]["replicatedJobs"]
-    for values, known in ((jobset["spec"], JOBSET_SPEC), (job, REPLICATED_JOB)):
-        assert all(isinstance(value, known[name]) for name, value in values.items())
     spec = job["template"]["spec"]
     (container,) = spec["template"]["spec"]["containers"]
     chips = int(container["resources"]["limits"]["google.com/tpu"])

@@ -13,7 +13,8 @@ import pytest
 
 from tests.support import ROOT
 
-FILES = ("pyproject.toml", "mkdocs.yml", "CITATION.cff", "README.md")
+RECIPE = "recipes/qwen0p5b_kaggle/train.ipynb"
+FILES = ("pyproject.toml", "mkdocs.yml", "CITATION.cff", "README.md", RECIPE)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIRST, SECOND = "https://github.com/someone/moe", "https://github.com/others/finermoe-jax"
 
@@ -31,6 +32,7 @@ def clone(tmp_path):
     """A folder with the files that name the address."""
     for name in (*FILES, "docs", "notebooks", "tools"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -77,6 +79,8 @@ def test_every_place_names_the_address_and_a_second_one_replaces_it(tool, clone)
         assert len(text.splitlines()) - len(before.splitlines()) in (0, 1, 3, 4), name
     project = tomllib.loads((clone / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"] and project["dependencies"]
+    first = json.loads((clone / RECIPE).read_text())["cells"][1]["source"]
+    assert f'SOURCE = "git+{SECOND}"\n' in first
     assert f"git clone {SECOND} && cd finermoe-jax" in (clone / "README.md").read_text()
 
 

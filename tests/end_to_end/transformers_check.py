@@ -114,6 +114,9 @@ def clients(model, directory, ids):
     headless = load(directory / "model", base.dtype, AutoModel)
     assert type(headless).__name__ == "FineRMoeModel"
     hidden = headless(ids).last_hidden_state
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(ids, use_cache=False).logits
     return {
         "packed": max(
             far(packed.logits, apart), far(model(ids, position_ids=starts).logits, apart)
@@ -133,6 +136,7 @@ def clients(model, directory, ids):
         "static cache": int((static != grown).sum()),
         "AutoModel": far(model.lm_head(hidden), base),
         "every expert": every_expert(model),
+        "compiled": far(compiled, base),
         "tied": model.lm_head.weight is model.get_input_embeddings().weight,
     }
 

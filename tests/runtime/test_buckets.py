@@ -104,7 +104,7 @@ def test_a_write_needs_the_generation_it_names(run):
 
 def test_a_missing_bucket_and_denied_access_are_named(server, monkeypatch):
     away = BucketPath("there-is-none", "run")
-    for use in (BucketPath.objects, lambda path: path.write("x"), BucketPath.probe):
+    for use in (BucketPath.objects, lambda path: path.write("x"), BucketPath.is_dir):
         with pytest.raises(fm.InputError, match="there is no bucket there-is-none"):
             use(away)
     with support.gate(server, monkeypatch) as gate:
@@ -113,11 +113,37 @@ def test_a_missing_bucket_and_denied_access_are_named(server, monkeypatch):
             away.write("x")
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "Object 'b/o' is subject to bucket's retention policy or object retention and cannot "
+            "be deleted or overwritten until 2027-01-01T00:00:00-07:00",
+            "retentionPolicyNotMet",
+        ),
+        (
+            "Object 'b/o' is under active Event-Based hold and cannot be deleted, overwritten or "
+            "archived until hold is removed.",
+            "forbidden",
+        ),
+    ],
+)
+def test_a_bucket_that_keeps_objects_is_named(server, monkeypatch, message, reason):
+    with support.gate(server, monkeypatch) as gate:
+        gate.answer = support.refusal(message, reason)
+        for use in (BucketPath.delete, lambda path: path.write("x")):
+            with pytest.raises(fm.InputError) as error:
+                use(BucketPath("b", "o"))
+            assert "gs://b/o: the bucket keeps objects from being" in str(error.value)
+            assert message in str(error.value) and "access is denied" not in str(error.value)
+            assert str(error.value).endswith("without a retention policy and without holds")
+
+
 def test_a_server_that_is_gone_ends_the_command(server, monkeypatch):
     monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
     path = support.new_bucket()
     with support.gate(server, monkeypatch) as gate:
         gate.close()
-        with pytest.raises(RunEnded, match="cannot be reached") as error:
+        with pytest.raises(RunEnded, match=r"cannot be reached \([^()]*\)\. Run the same") as error:
             path.write("x")
     assert error.value.code == 75 and error.value.alone

@@ -95,6 +95,24 @@ def test_withdrawn_rights_are_not_called_another_run(run, server, monkeypatch):
         assert "another run" not in str(error.value)
 
 
+def test_a_bucket_that_keeps_objects_is_refused_before_anything_is_read(run, monkeypatch):
+    writes, write = [], type(run).write
+
+    def once(self, content, if_generation=None):
+        writes.append(if_generation)
+        if len(writes) > 1:
+            raise fm.InputError("the bucket keeps objects from being overwritten")
+        return write(self, content, if_generation)
+
+    monkeypatch.setattr(type(run), "write", once)
+    with (
+        contextlib.closing(Lease(run, pytest.fail)) as ours,
+        pytest.raises(fm.InputError, match="the bucket keeps objects"),
+    ):
+        ours.take()
+    assert len(writes) == 2 and writes[0] == 0 and writes[1]
+
+
 def test_a_write_whose_answer_got_lost_was_ours(run, server, monkeypatch):
     monkeypatch.setattr(buckets, "OUTAGE_SECONDS", 0.2)
     monkeypatch.setattr(lease, "TTL_SECONDS", 60)  # nothing else renews it

@@ -6,6 +6,7 @@ deletes an object whatever its generation.
 
 import contextlib
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -159,8 +160,14 @@ def _pass(source, target, mute=bool):
             each.shutdown(socket.SHUT_RDWR)
 
 
-_MESSAGE = b'{"error": {"code": 403, "message": "no permission storage.objects"}}'
-DENIED = (
-    b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (len(_MESSAGE), _MESSAGE)
-)
+def refusal(message, reason):
+    """A Gate's answer: 403, as Cloud Storage words it."""
+    error = {"message": message, "domain": "global", "reason": reason}
+    body = json.dumps({"error": {"code": 403, "message": message, "errors": [error]}}, indent=1)
+    return (
+        "HTTP/1.1 403 Forbidden\r\nContent-Type: application/json; charset=UTF-8\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+DENIED = refusal("no permission storage.objects", "forbidden")

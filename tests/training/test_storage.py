@@ -4,6 +4,7 @@ import contextlib
 import re
 import signal
 import socket
+import time
 
 import pytest
 
@@ -22,6 +23,8 @@ from tests.support import assert_refused, command
 from tests.support import buckets as support
 from tests.support.processes import Process
 from tests.support.training import silent, tiny_run
+
+STEPS = 40  # of the runs in processes: more than pass before an interruption is noticed
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +50,16 @@ def commits():
 @pytest.fixture(scope="module")
 def finished(server, commits, tmp_path_factory):
     """A run in a bucket with steps 0, 2 and 4."""
-    run, confirm = support.new_bucket(), Lease.confirm
+    run, before_commit = support.new_bucket(), storage.BucketStorage.before_commit
 
     def look(self):
-        confirm(self)
+        before_commit(self)
         names = set(run.objects())
         step = max(int(name.split("/")[1]) for name in names if name.startswith("checkpoints/"))
         commits[step] = names
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those before commits
-        patch.setattr(Lease, "confirm", look)
+        patch.setattr(storage.BucketStorage, "before_commit", look)
         train(tiny_run(), str(run), silent, scratch=tmp_path_factory.mktemp("scratch") / "run")
     return run
 
@@ -142,7 +144,10 @@ def test_a_local_workdir_is_moved_to_a_bucket(server, local, tmp_path):
 
 
 def _torn(step):
-    (step / COMMITTED).delete()
+    (step / COMMITTED).delete()  # alone: the checksums are there
+
+
+def _unlisted(step):
     (step / CHECKSUMS).delete()
 
 
@@ -184,12 +189,17 @@ def test_a_harmed_checkpoint_is_passed_over_and_made_again(copy, local, tmp_path
 
 
 def test_damage_survives_the_next_start_and_lost_checkpoints_are_named(copy, tmp_path):
-    for step in (0, 2, 4):
-        _changed(copy / "checkpoints" / str(step))
+    for step, harm in ((0, _changed), (2, _changed), (4, _unlisted)):
+        harm(copy / "checkpoints" / str(step))
+    said = []
     for _ in range(2):
         with pytest.raises(fm.InputError, match=r"holds no intact checkpoint: 0, 2, 4 are damaged"):
-            train(tiny_run(), str(copy), silent, scratch=tmp_path / "scratch")
+            train(tiny_run(), str(copy), said.append, scratch=tmp_path / "scratch")
         assert (copy / "damaged").names() == ["0", "2", "4"]
+    warnings = [line for line in said if line.startswith("WARNING: checkpoint")]
+    assert len(warnings) == 3
+    # It has the mark; it counts only with the checksums too.
+    assert "checkpoints/4 is damaged: " in warnings[0] and f"{CHECKSUMS} is missing" in warnings[0]
 
 
 def test_a_second_run_is_refused_and_changes_nothing(copy, tmp_path):
@@ -205,17 +215,30 @@ def test_a_second_run_is_refused_and_changes_nothing(copy, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_run_that_lost_its_lease_commits_nothing(server, tmp_path):
-    run = support.new_bucket()
+@pytest.mark.parametrize("lost", ["before a save", "during a save"])
+def test_a_run_that_lost_its_lease_commits_nothing(server, monkeypatch, tmp_path, lost):
+    monkeypatch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those of saves
+    run, before_save = support.new_bucket(), storage.BucketStorage.before_save
+
+    def take_over():
+        (run / "lock").write("another run\n")
 
     def say(message):
-        if message.startswith("drawing random weights"):
-            (run / "lock").write("another run\n")
+        if message.startswith("drawing random weights") and lost == "before a save":
+            take_over()
 
+    def save(self):
+        before_save(self)
+        take_over()
+
+    if lost == "during a save":
+        monkeypatch.setattr(storage.BucketStorage, "before_save", save)
     with pytest.raises(RunEnded, match=r"another run has taken the lock of gs://.*ends and") as end:
         train(tiny_run(), str(run), say, scratch=tmp_path / "scratch")
     assert end.value.code == 1
     assert saved_steps(run / "checkpoints") == []
+    written = [name for name in run.objects() if name.startswith("checkpoints/0/")]
+    assert bool(written) == (lost == "during a save")
     assert (run / "lock").read_bytes() == b"another run\n"
 
 
@@ -251,6 +274,22 @@ def test_a_log_whose_answer_got_lost_is_this_runs(server, monkeypatch, tmp_path)
         kept.publish()
         kept.close()
         assert (kept.bucket / "metrics.jsonl").read_bytes() == b"1\n2\n3\n"
+
+
+def test_logs_are_uploaded_between_checkpoints(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "UPLOAD_SECONDS", 0.1)
+    kept = storage.BucketStorage(support.new_bucket(server), tmp_path / "scratch", silent)
+    with contextlib.closing(kept):
+        kept.open()
+        log = kept.scratch / "metrics.jsonl"
+        log.write_text("1\n")
+        kept.publish()
+        with log.open("a") as file:
+            file.write("2\n")
+        until = time.monotonic() + 30
+        while (kept.bucket / log.name).read_bytes() != b"1\n2\n" and time.monotonic() < until:
+            time.sleep(0.05)
+        assert (kept.bucket / log.name).read_bytes() == b"1\n2\n"
 
 
 def test_unsynced_runs_of_weights_and_biases_stay(server, tmp_path):
@@ -363,7 +402,7 @@ def test_a_server_that_is_gone_costs_the_step_being_saved(server, monkeypatch, t
     with monkeypatch.context() as patch:
         for name, value in support.settings(gate.url).items():
             patch.setenv(name, value)
-        started = bucket_kills.start(tmp_path, str(run), scratch, 100000, Process)
+        started = bucket_kills.start(tmp_path, str(run), scratch, STEPS, Process)
     assert wait_for(lambda: 5 in saved_steps(run / "checkpoints"), [started])
     gate.end()
     assert ends([started]) == [75]
@@ -373,9 +412,36 @@ def test_a_server_that_is_gone_costs_the_step_being_saved(server, monkeypatch, t
     assert re.search(rf"step \d+ was not saved: {run}/checkpoints cannot be reached \(", said)
     assert f"Complete checkpoints: step {known[-1]}. Run the same command again" in said
     # Nothing is lost: the next run takes over the lock and resumes from there.
-    again = bucket_kills.start(tmp_path, str(run), scratch, known[-1] + 5, Process)
-    assert ends([again]) == [2]  # another number of steps
-    assert "to resume with the change" in (tmp_path / "log").read_text()
+    again = bucket_kills.start(tmp_path, str(run), scratch, STEPS, Process)
+    assert ends([again]) == [0]
+    said = (tmp_path / "log").read_text()
+    assert f"resumed from step {known[-1]} of {STEPS}" in said
+    whole = bucket_kills.start(tmp_path, str(tmp_path / "whole"), None, STEPS, Process)
+    assert ends([whole]) == [0]
+    assert_same(bucket_kills.downloaded(run, tmp_path / "run"), tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_rights_withdrawn_from_a_save_end_the_run(server, monkeypatch, tmp_path):
+    run, scratch = support.new_bucket(), tmp_path / "scratch"
+    gate = support.Gate(server)
+    # Before tensorstore alone, which writes the arrays: the lock and the logs are still written.
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gate.url)
+    started = bucket_kills.start(tmp_path, str(run), scratch, STEPS, Process)
+    assert wait_for(lambda: 5 in saved_steps(run / "checkpoints"), [started])
+    gate.answer = support.DENIED
+    gate.close()  # connections that are open would go on
+    gate.closed = False
+    assert ends([started]) == [1]
+    known = saved_steps(run / "checkpoints")
+    said = (tmp_path / "log").read_text().rpartition("compiled the step")[2]
+    assert "Traceback" not in said
+    (message,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert f"a checkpoint could not be written to {run}/checkpoints: " in message
+    assert "no permission storage.objects" in message
+    assert f"Complete checkpoints: step {known[-1]}. Fix the cause, then run the" in message
+    assert damage(run / "checkpoints" / str(known[-1])) == []
+    assert not (run / "lock").exists()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 import finermoe_jax as fm
+from finermoe_jax.layers.stored import Quantized
 from finermoe_jax.weights import safetensors_files as tensor_files
 from finermoe_jax.weights.hf_weights import read_config, stored_dtypes
 from finermoe_jax.weights.model_card import Origin
@@ -217,6 +218,16 @@ def test_export_in_shards(tmp_path, monkeypatch):
     assert index["weight_map"].keys() == names_in(tmp_path / "out") == names_in(MIXTURE)
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights(model).values())
     assert_same(fm.load_hf(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("save", [fm.save_hf, fm.save_checkpoint])
+def test_int8_weights_are_not_saved(tmp_path, save):
+    model = fm.load_hf(MIXTURE)
+    table = model.embed.weight  # as int8_weights leaves it
+    table.set_value(Quantized(np.zeros(table.shape, np.int8), np.zeros(len(table), np.float32)))
+    with pytest.raises(fm.InputError, match="int8 weights, which cannot be saved: save it before"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

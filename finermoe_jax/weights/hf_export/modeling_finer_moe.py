@@ -14,7 +14,6 @@ num_experts_per_tok.
 import functools
 import math
 import types
-from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -542,12 +541,13 @@ class FineRMoeModel(FineRMoePreTrainedModel):
         output_router_logits = given(output_router_logits, self.config.output_router_logits)
         hidden_states = router_logits = ()
         stored = None if cache is None else (cache, past)
-        earlier = deque(maxlen=self.config.route_ahead)  # FFN inputs of the last layers
+        # FFN inputs of the last layers. No deque: torch.compile keeps all values of an empty one.
+        ahead, earlier = self.config.route_ahead, []
         for layer in self.layers:
             hidden_states += (x,) if output_hidden_states else ()
             call = self.call_of(layer, recompute, kwargs)
             x, logits, normed = call(x, angles, mask, stored, earlier[0] if earlier else None)
-            earlier.append(normed)
+            earlier = [*earlier, normed][-ahead:] if ahead else []
             router_logits += (logits,) if output_router_logits and logits is not None else ()
         x = self.norm(x)
         out = MoeModelOutputWithPast(
