@@ -53,6 +53,11 @@ class Stack(HostLayers):
         rows = (lax.dynamic_slice(whole, (layer, e, *rest), sizes)[0] for e in chosen)
         return jax.numpy.concatenate([jax.device_put(r, jax.memory.Space.Device) for r in rows])
 
+    def whole(self, layer: Any) -> Any:
+        """As HostLayers."""
+        one = lax.dynamic_index_in_dim(self.layers[0], layer, keepdims=False)
+        return jax.device_put(one, jax.memory.Space.Device)
+
 
 def roll() -> None:
     """Makes this process compile a loop over the layers in place of written-out layers."""

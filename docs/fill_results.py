@@ -1,12 +1,12 @@
-"""Fills the tables of docs/results.md from docs/studies/*.json: python -m docs.fill_results
+"""Fills the tables of PAGES from docs/studies/*.json: python -m docs.fill_results
 
-The page's words are written by hand, its studies' figures never: between two comments
+The pages' words are written by hand, their studies' figures never: between two comments
 
     <!-- study: balance -->
     <!-- end of study -->
 
-stands the table that STUDIES describes. The script also draws each study's picture,
-docs/studies/NAME.png. `benchmarks/studies/record.py` writes the JSON files from sweeps.
+stands the table that STUDIES or TABLES describes. The script also draws the picture of each of
+STUDIES, docs/studies/NAME.png. `benchmarks/studies/record.py` writes the JSON files from sweeps.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.training import style
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "results.md"
+PAGES = (DOCS / "results.md", DOCS / "route_ahead.md")
 BLOCK = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
 
 Seeds = Mapping[str, Any]  # the figures of one variant's runs, by seed
@@ -189,6 +189,11 @@ STUDIES = {
             "fine+rex2+candidates+psr": "r = 2, `candidates`, PSR `random`",
         },
     ),
+    "ahead": Study(
+        "Routing ahead in the upcycled demo, 60 steps",
+        ("seeds", "start", "halfway", "held-out loss", "difference", "fullest expert / mean"),
+        {f"ahead{k}": f"k = {k}" for k in range(4)},
+    ),
     "pools_upcycled": Study(
         "Pools in the upcycled demo, 60 steps",
         POOLS,
@@ -210,6 +215,8 @@ def variants(name: str) -> dict[str, Seeds]:
 
 def table(name: str) -> str:
     """The study's table in Markdown."""
+    if name in TABLES:
+        return TABLES[name](read_json(DOCS / "studies" / f"{name}.json"))
     study, rows = STUDIES[name], variants(name)
     base = next(iter(rows.values()))
     lines = ["| |" + "".join(f" {column} |" for column in study.columns)]
@@ -218,6 +225,28 @@ def table(name: str) -> str:
         cells = (COLUMNS[column](runs, base) for column in study.columns)
         lines.append(f"| {label} |" + "".join(f" {cell} |" for cell in cells))
     return "\n".join(lines) + "\n"
+
+
+def shares(values: Mapping[str, Any]) -> str:
+    """Shares of equal choices by layer, slot and distance, as benchmarks/studies/ahead.py's."""
+    runs = list(values["seeds"].values())
+    distances = list(runs[0])
+    lines = ["| layer | slot |" + "".join(f" k = {k} |" for k in distances)]
+    lines.append("|---|---|" + "---|" * len(distances))
+    for place, layer in enumerate(runs[0]["1"]["layers"]):
+        for slot in range(len(runs[0]["1"]["same"][place])):
+            cells = []
+            for k in distances:
+                same, group = (
+                    spread([run[k][part][place][slot] for run in runs], digits=2)
+                    for part in ("same", "group")
+                )
+                cells.append(f"as k = {layer}" if int(k) > layer else f"{same} ({group})")
+            lines.append(f"| {layer} | {slot} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"ahead_shares": shares}
 
 
 @style.applied()
@@ -247,11 +276,13 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Writes the page and the pictures."""
-    text = PAGE.read_text()
-    PAGE.write_text(filled(text))
-    for found in BLOCK.finditer(text):
-        draw(found[2])
+    """Writes the pages and the pictures."""
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(filled(text))
+        for found in BLOCK.finditer(text):
+            if found[2] in STUDIES:
+                draw(found[2])
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def _mark(
     width, height = width * columns, height * layers
     axes.set_yticks(range(0, layers, style.step_that_fits(layers, height, 12)))
     step = style.step_that_fits(columns, width, 8 + 6 * len(str(columns - 1)))
-    places = range(0, columns, step) if numbers is not None else ()
-    axes.set_xticks(places, [str(numbers[place]) for place in places])
+    shown = [] if numbers is None else numbers[::step].tolist()
+    axes.set_xticks(range(0, columns, step) if shown else [], shown)
     rows = []
     if choices > 1 and style.step_that_fits(slots * choices, width, 14) == 1:
         rows.append(("candidate", choices, slots * choices, 1))

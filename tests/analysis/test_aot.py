@@ -195,6 +195,12 @@ IN_PLACE = [
     ("v5e:1x1", "train", ["--config.train.grad_accumulation=2"]),
     ("v5e:2x4", "train", ["--config.mesh.expert=8"]),
     ("v5e:2x4", "train", ["--config.mesh.data=2", "--config.mesh.expert=4"]),
+    ("v5e:1x1", "train", ["--config.train.remat=full", "--config.moe.experts_across=2"]),
+    (
+        "v5e:2x4",
+        "train",
+        ["--config.mesh.fsdp=2", "--config.mesh.expert=4", "--config.moe.experts_across=2"],
+    ),
     ("v5e:1x1", "eval", []),
     ("v5e:2x4", "eval", ["--config.mesh.expert=8"]),
     ("v5e:1x1", "prefill", []),
@@ -253,7 +259,10 @@ def test_experts_are_neither_copied_nor_sliced(for_tpus):
     for case, (text, figures, _) in zip(IN_PLACE, for_tpus[: len(IN_PLACE)], strict=True):
         assert "tpu_custom_call" in text
         copies = [each for each in figures["expert_copies"] if not each.startswith("outside")]
+        pooled = "--config.moe.experts_across=2" in case[2]
         if "--config.mesh.fsdp=2" in case[2]:
+            note = "experts_across=2: each of a pool's 2 layers gathers its 64 experts over fsdp"
+            assert (note in figures["notes"]) == pooled, figures["notes"]
             assert copies and figures["expert_bytes_in_loops"] > 0
             continue
         assert copies == [] and figures["expert_bytes_in_loops"] == 0, case

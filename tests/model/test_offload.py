@@ -274,9 +274,9 @@ def test_int8_copies_need_room_beside_the_experts(tmp_path, monkeypatch):
     done = command("generate", *arguments)
     assert_refused(
         done,
-        f"the experts and their int8 copies need {disk.format_bytes(needed)} of host memory, but",
-        f"{disk.format_bytes(needed - 1)} are available",
-    )  # fmt: skip
+        f"the experts and their int8 copies need {disk.format_bytes(needed)} of host memory",
+        f"but {disk.format_bytes(needed - 1)} are available",
+    )
     assert "reading" not in done.stderr
 
 
