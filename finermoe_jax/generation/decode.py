@@ -28,7 +28,7 @@ from finermoe_jax.layers import cpu, sharding
 from finermoe_jax.layers.kv_cache import KVCache, init_cache
 from finermoe_jax.layers.parameters import LAYER, axes_of, kind_of
 from finermoe_jax.model.decoder import LOAD_A_MODEL, Decoder
-from finermoe_jax.model.offload import on_host, with_experts
+from finermoe_jax.model.offload import with_experts
 
 SMALLEST_BUCKET = 32
 
@@ -124,8 +124,6 @@ def _tokens(
 ) -> Iterator[Int[np.ndarray, " B"]]:
     graphdef, state = nnx.split(model)
     state = sharding.as_kernels_read(state)
-    if on_host(model):  # prefill is written out, too: each slice of a stack would be a copy
-        state = layers_apart(state)
     lengths = mask.sum(axis=1)
     padded = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
     for row, length in enumerate(lengths):
@@ -134,7 +132,7 @@ def _tokens(
     cache = init_cache(model.config, len(ids), slots, model.dtype)
     arguments = padded, lengths.astype(np.int32), cache, sampling.scalars()
     token, running = prefill(graphdef, state, *arguments)
-    if max_new_tokens > 1 and not on_host(model):
+    if max_new_tokens > 1:
         state = layers_apart(state)
     for _ in range(1, max_new_tokens):
         # Dispatch the next step before fetching this token.

@@ -127,6 +127,16 @@ def separate_layers(stack: Array) -> Array | SeparateLayers:
     return SeparateLayers(tuple(layers))
 
 
+def after(x: Array, layer: int) -> tuple[Array, Array | int]:
+    """Returns both; on a CPU the layer's number is known once x is computed.
+
+    If layers are written out, its compiler would otherwise slice and cast all of them first.
+    """
+    if platform() != "cpu":
+        return x, layer
+    return jax.lax.optimization_barrier((x, jnp.int32(layer)))
+
+
 def materialized(arrays: Any) -> Any:
     """Keeps XLA on a CPU from fusing the computation of these arrays into their uses.
 

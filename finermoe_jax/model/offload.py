@@ -88,11 +88,6 @@ def host_shapes(shapes: dict, places: dict, config: ModelConfig, experts: str) -
     return nnx.traversals.unflatten_mapping(flat), nnx.traversals.unflatten_mapping(flat_places)
 
 
-def on_host(model: Decoder) -> bool:
-    """Returns True if the model's experts are in host memory."""
-    return any(map(_is_host, jax.tree.leaves(nnx.state(model), is_leaf=_is_host)))
-
-
 def with_experts(model: Decoder, experts: str) -> Decoder:
     """Returns the model with its experts placed as `experts` says; other weights are shared.
 

@@ -169,13 +169,19 @@ class _Parts:
         """True if experts are in host memory."""
         return any(bank is not None and isinstance(bank.bank, HostBank) for bank in self.banks)
 
-    def blocks(self, layer: Array | int, state: Any, dtype: DTypeLike) -> Any:
-        """Returns the blocks of one repeat; `state`: its parameters, if the loop sliced them."""
+    def blocks(self, layer: Array | int, state: Any, x: Array) -> tuple[Any, Array]:
+        """Returns the blocks of one repeat, and x for the caller to go on with.
+
+        `state`: the repeat's parameters, if the loop sliced them.
+        """
         shared = self.shared
         if state is None:
-            state = _in_place(self.stacked, layer, shared.placement)
+            place = layer
+            if self.on_host and not _all_separate(self.stacked):
+                x, place = cpu.after(x, layer)
+            state = _in_place(self.stacked, place, shared.placement)
         with jax.named_scope("weights"):
-            state = sharding.gather_dense(state, dtype, shared.placement)
+            state = sharding.gather_dense(state, x.dtype, shared.placement)
         blocks = nnx.merge(self.graphdef, _in_place(self.of_banks, layer, ONE_DEVICE), state)
         layers = [block.moe for block in blocks if hasattr(block, "moe")]
         for place, moe in enumerate(layers):
@@ -184,19 +190,22 @@ class _Parts:
                 moe.allowed = shared.psr.allowed(moe.moe, index, moe.place)
             if shared.tokens_before is not None:
                 moe.tokens_before = shared.tokens_before[index]
-        return blocks
+        return blocks, x
 
     def body(self, carry: tuple, here: tuple) -> tuple:
         """Applies one repeat: the body of the loop."""
         (x, inputs, caches, gradients), (layer, state) = carry, here
-        carry = x, EarlierInputs(inputs, layer == 0 if self.begins else False), caches, gradients
+        following = None
         if not self.on_host:
-            blocks, following = self.blocks(layer, state, x.dtype), None
+            blocks, x = self.blocks(layer, state, x)
         else:
-            blocks = self.ready.pop(layer, None) or self.blocks(layer, None, x.dtype)
+            blocks = self.ready.pop(layer, None)
+            if blocks is None:
+                blocks, x = self.blocks(layer, None, x)
             if layer + 1 < _repeats(self.stacked):
-                self.ready[layer + 1] = self.blocks(layer + 1, None, x.dtype)
-            following = self.ready.get(layer + 1)
+                following, x = self.blocks(layer + 1, None, x)
+                self.ready[layer + 1] = following
+        carry = x, EarlierInputs(inputs, layer == 0 if self.begins else False), caches, gradients
         return _apply(blocks, self.pools, self.banks, carry, layer, self.shared, following)
 
 

@@ -31,6 +31,8 @@ Index = tuple[slice, ...]
 ParamPath = tuple[Any, ...]
 # Most bytes in one block of a parameter.
 BLOCK_BYTES = 32 << 20
+# XLA on a CPU computes on NumPy's memory without a copy if its address is a multiple of this.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +151,26 @@ def in_memory(weights: Weights, host: Collection[ParamPath] = (), computed: bool
     check_room(sum(weights[path].nbytes for path in host))
     return nnx.traversals.unflatten_mapping(
         {
-            path: host_layers(_layers(array), computed) if path in host else jnp.array(array[:])
+            path: host_layers(map(_read, _rows(array)), computed)
+            if path in host
+            else jax.device_put(_read(array), may_alias=True)
             for path, array in weights.items()
         }
     )
 
 
-def _layers(array: LazyArray) -> Iterator[np.ndarray]:
-    """Yields the values at each position of the first axis, read block by block."""
-    for layer in map(array.row, range(array.shape[0])):
-        values = np.empty(layer.shape, layer.dtype)
-        for index in blocks(layer.shape, block_shape(layer)):
-            values[index] = layer[index]
-        yield values
+def _rows(array: LazyArray) -> Iterator[LazyArray]:
+    return map(array.row, range(array.shape[0]))
+
+
+def _read(array: LazyArray) -> np.ndarray:
+    """Returns the values, read block by block, in memory of its own that a CPU can compute on."""
+    raw = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    values = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    for index in blocks(array.shape, block_shape(array)):
+        values[index] = array[index]
+    return values
 
 
 def placed(weights: Weights, shardings: dict) -> dict:

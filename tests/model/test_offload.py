@@ -210,6 +210,22 @@ def test_loading_takes_a_layer_at_a_time_and_spares_the_device(tmp_path, monkeyp
         assert sum(seen.read) == 2 * 4 * sum(int(np.prod(shape)) for shape in shapes)
 
 
+@pytest.mark.slow  # compiles two models
+def test_a_prompt_needs_room_for_one_layer():
+    """Layers are written out. Without an order, all of them would be sliced and cast at first."""
+
+    def room(layers):
+        config = dataclasses.replace(WIDE, num_hidden_layers=layers, intermediate_size=2048)
+        model = fm.Decoder(config, dtype="float32", param_dtype="bfloat16", rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(with_experts(model, "host"))
+        cache = init_cache(config, 1, 64, model.dtype)
+        prompt = np.zeros((1, 32), np.int32), np.array([32], np.int32)
+        lowered = generation.prefill.lower(graphdef, state, *prompt, cache, Sampling().scalars())
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert room(6) < 1.1 * room(2)
+
+
 def test_loading_and_saving(tmp_path):
     model = model_of(MOE)
     fm.save_checkpoint(model, tmp_path / "orbax")
