@@ -58,7 +58,8 @@ def difference(runs: Seeds, base: Seeds) -> str:
 
 def spread(values: list[float], signed: bool = False, digits: int = 4) -> str:
     """Mean and standard deviation; one value alone has no deviation."""
-    mean = f"{np.mean(values):{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    rounded = round(float(np.mean(values)), digits) + 0.0  # no −0.0000
+    mean = f"{rounded:{'+' if signed else ''}.{digits}f}".replace("-", "−")
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
