@@ -127,7 +127,7 @@ def separate_layers(stack: Array) -> Array | SeparateLayers:
     return SeparateLayers(tuple(layers))
 
 
-def after(x: Array, layer: int) -> tuple[Array, Array | int]:
+def after(x: Array, layer: Array | int) -> tuple[Array, Array | int]:
     """Returns both; on a CPU the layer's number is known once x is computed.
 
     If layers are written out, its compiler would otherwise slice and cast all of them first.
