@@ -102,8 +102,8 @@ MUTATIONS = (
     ),
     Mutation(
         "experts in host memory are copied when their layer begins", STACK,
-        "following = self.ready.get(layer + 1)",
-        "following = None",
+        "self.ready[layer + 1] = following",
+        "self.ready[layer + 1], following = following, None",
         "tests/model/test_offload.py -k transfers_start",
     ),
     Mutation(
