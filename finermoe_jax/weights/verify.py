@@ -101,12 +101,7 @@ def verify(
     made = open_model(str(target))
     stored = made.weights["embed", "weight"].dtype
     given = open_model(source, stored)
-    asked = [dtype] if dtype else given.stored
-    if made.stored != asked or len(asked) > 1:
-        raise InputError(
-            f"{target} stores {' and '.join(made.stored)}, not {' and '.join(asked)}"
-            + ("" if dtype else f" as {source} does: pass the --dtype of the conversion")
-        )
+    _check_dtype(source, given.stored, target, made.stored, dtype)
     wanted, again = given.config, given.weights
     if to != "hf":
         key = jax.random.key(seed or 0)
@@ -169,6 +164,18 @@ def _check_form(target: Place, to: Literal["orbax", "hf"]) -> None:
         raise InputError(
             f"{target} is {forms[found]}, and --to={to} asks for {forms[to]}: pass --to={found} "
             "or name another target"
+        )
+
+
+def _check_dtype(
+    source: str, given: list[str], target: Place, made: list[str], dtype: str | None
+) -> None:
+    """Raises InputError unless the target's weights have the dtype asked for, or the source's."""
+    asked = [dtype] if dtype else given
+    if made != asked or len(asked) > 1:
+        raise InputError(
+            f"{target} stores {' and '.join(made)}, not {' and '.join(asked)}"
+            + ("" if dtype else f" as {source} does: pass the --dtype of the conversion")
         )
 
 
