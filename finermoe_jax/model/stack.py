@@ -176,10 +176,10 @@ class _Parts:
         """
         shared = self.shared
         if state is None:
-            place = layer
+            number = layer
             if self.on_host and not _all_separate(self.stacked):
-                x, place = cpu.after(x, layer)
-            state = _in_place(self.stacked, place, shared.placement)
+                x, number = cpu.after(x, layer)
+            state = _in_place(self.stacked, number, shared.placement)
         with jax.named_scope("weights"):
             state = sharding.gather_dense(state, x.dtype, shared.placement)
         blocks = nnx.merge(self.graphdef, _in_place(self.of_banks, layer, ONE_DEVICE), state)
