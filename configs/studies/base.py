@@ -19,9 +19,9 @@ def get_config(variant: str = "") -> ConfigDict:
         raise InputError(f"unknown variant {variant!r}: give active, or none")
     config = preset("demo_dense")
     config.prompts = ()
-    width = 720 if variant else 640
-    config.dense.update(hidden_size=256, intermediate_size=width, num_hidden_layers=6)
+    width = 580 if variant else 512
+    config.dense.update(hidden_size=192, intermediate_size=width, num_hidden_layers=6)
     config.data.update(path="build/base.txt", eval_path="build/held_out/code.txt", eval_windows=256)
     config.optimizer.update(learning_rate=2e-3, final_learning_rate=2e-4, warmup_fraction=0.02)
-    config.train.update(steps=2400, eval_every=200, checkpoint_every=100, keep_checkpoints=2)
+    config.train.update(steps=1400, eval_every=200, checkpoint_every=100, keep_checkpoints=2)
     return config

@@ -29,7 +29,7 @@ from finermoe_jax.config.presets import apply_variant
 
 RATES = {"lr1": 3e-4, "lr2": 1e-3, "lr3": 3e-3}
 KINDS = ("sequence", "batch", "bias", "none")
-WIDTH, FFN, ACTIVE_FFN = 256, 640, 720
+WIDTH, FFN, ACTIVE_FFN = 192, 512, 580
 
 
 def get_config(variant: str = "inter_out_fg") -> ConfigDict:

@@ -70,6 +70,8 @@ def _splits(weight: Array | LayerView) -> bool:
     return weight.dtype == jnp.bfloat16 and _multiplies_bfloat16()
 
 
+# Compiled as one function: layers written out share its trace, which has dozens of terms.
+@jax.jit
 def _times(x: Float[Array, "M K"], weight: Array) -> Float[Array, "M N"]:
     if len(x) == 1 and weight.dtype == jnp.float32:
         return (weight @ x[0])[None]
@@ -113,7 +115,7 @@ def activation_dtype(stored: DTypeLike) -> DTypeLike:
 class SeparateLayers:
     """All layers of a stack as separate arrays."""
 
-    layers: tuple[Array, ...]
+    layers: tuple[Any, ...]  # arrays, or their shapes
 
 
 def separate_layers(stack: Array) -> Array | SeparateLayers:

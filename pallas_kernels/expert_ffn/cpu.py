@@ -52,20 +52,27 @@ def _forward_block(
     return y if scales is None else y * scales[1][None]
 
 
+@jax.jit  # as layers/cpu.py's products: layers written out share its trace
 def _forward_rows(
     x: Array, gate_up: Array, down: Array, expert: Array, scales: tuple[Array, Array] | None
 ) -> Array:
     """y [M, W] of few rows, each with its own expert; float32."""
     x = x.astype(jnp.float32)[:, None]
-    hidden = row_products(lambda start, stop: gate_up[expert, :, start:stop], x)
+    # Without what indexing adds for negative and too large numbers.
+    expert = expert.astype(jnp.uint32)
+
+    def of_expert(weight: Array, *index: slice) -> Array:
+        return weight.at[expert, :, *index].get(mode="promise_in_bounds")
+
+    hidden = row_products(lambda start, stop: of_expert(gate_up, slice(start, stop)), x)
     if scales is not None:
         hidden *= scales[0][expert]
     gate, up = jnp.split(hidden, 2, axis=1)
-    # Rows f, f + step, … are an index of a separate axis, so the gather does not copy.
+    # Rows f, f + step, … have an axis of their own, so the gather does not copy.
     experts, f, width = down.shape
 
-    def rows(start: int, step: int) -> Array:
-        return down.reshape(experts, f // step, step, width)[expert, :, start]
+    def rows(start: int, stop: int, step: int) -> Array:
+        return of_expert(down.reshape(experts, f // step, step, width), slice(start, stop))
 
     y = combined_rows(rows, jax.nn.silu(gate) * up)
     return y if scales is None else y * scales[1][expert]

@@ -174,6 +174,28 @@ def test_few_rows(monkeypatch, native, dtype, rows):
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=99 * width * 2e-5)
 
 
+def test_a_layer_written_out_stays_short():
+    """The compiler's memory grows with the square of the length. Layers share their products."""
+
+    def lines(layers, **changes):
+        config = dataclasses.replace(
+            MOE, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers, **changes
+        )
+        model = Decoder(config, dtype="float32", param_dtype="bfloat16", rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(model)
+        state = generation.layers_apart(state)
+        running = generation._Running(
+            init_cache(config, 1, 32, model.dtype),
+            jnp.zeros((1, config.vocab_size), bool),
+            jnp.int32(0),
+        )
+        arguments = jnp.zeros(1, jnp.int32), running, Sampling().scalars()
+        return generation.decode.lower(graphdef, state, *arguments).as_text().count("\n")
+
+    two = lines(2)
+    assert two < 2800 and lines(4) - two < 1200
+
+
 @pytest.mark.slow
 def test_int8(model):
     small = int8_weights(model)
