@@ -1,4 +1,4 @@
-"""Studies on the base of configs/studies/base.py, 4.1 M parameters besides the vocabulary.
+"""Studies on the base of configs/studies/base.py, 2.4 M parameters besides the vocabulary.
 
     S=configs/studies/upcycled.py
     finermoe sweep --seeds=3 --workdir=runs/table1 \\
@@ -37,7 +37,7 @@ def get_config(variant: str = "inter_out_fg") -> ConfigDict:
     config.init_from = "runs/base"
     config.prompts = ()
     config.data.update(path="build/base.txt", eval_path="build/held_out/code.txt", eval_windows=128)
-    config.train.update(steps=200, eval_every=50, checkpoint_every=200, keep_checkpoints=1)
+    config.train.update(steps=60, eval_every=20, checkpoint_every=60, keep_checkpoints=1)
     apply_variant(config, "inter_out_fg")
     for name in variant.split("+"):
         _apply(config, name)
@@ -50,7 +50,7 @@ def _apply(config: ConfigDict, name: str) -> None:
         config.optimizer.update(learning_rate=rate, final_learning_rate=rate / 10)
     elif name in KINDS:
         config.balance.kind = name
-        config.train.update(checkpoint_every=50, keep_checkpoints=5)
+        config.train.update(checkpoint_every=20, keep_checkpoints=4)
     elif name == "drop":
         config.upcycle.drop_ratio = 0.5
     elif name == "scratch":
