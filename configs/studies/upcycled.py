@@ -1,8 +1,9 @@
 """Studies on the base of configs/studies/base.py, 2.4 M parameters besides the vocabulary.
 
+    finermoe prepare --source=build/base.txt --target=build/base_tokens --tokenizer=demo/model
     S=configs/studies/upcycled.py
     finermoe sweep --seeds=3 --workdir=runs/table1 \\
-        --config=$S:{inter_out_fg,ct,c32a2,s16a4,du,nvshard,scratch}
+        --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2}
     finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{8x1,8x2,8x4,32x1,32x2,32x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
         --config=$S:{inter_out_fg,function_preserving,drop}+lr{1,2,3}
@@ -16,7 +17,7 @@ All variants train on the same tokens in the same order. No results are recorded
     8x1 to 32x4            G_I x G_O from random weights. The shared expert's width makes the
                            parameters that a token uses equal.
     function_preserving, drop    another start of inter_out_fg: drop redraws half of each expert
-    lr1, lr2, lr3          the learning rate after warm-up: 3e-4, 1e-3 (the default), 3e-3
+    lr1, lr2, lr3          the learning rate after warm-up: 1e-4, 3e-4 (the default), 1e-3
     sequence, batch, bias, none  the kind of balancing; all checkpoints are kept
 """
 
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 from finermoe_jax import preset
 from finermoe_jax.config.presets import apply_variant
 
-RATES = {"lr1": 3e-4, "lr2": 1e-3, "lr3": 3e-3}
+RATES = {"lr1": 1e-4, "lr2": 3e-4, "lr3": 1e-3}
 KINDS = ("sequence", "batch", "bias", "none")
 WIDTH, FFN, ACTIVE_FFN = 192, 512, 580
 
@@ -36,8 +37,11 @@ def get_config(variant: str = "inter_out_fg") -> ConfigDict:
     config = preset("demo")
     config.init_from = "runs/base"
     config.prompts = ()
-    config.data.update(path="build/base.txt", eval_path="build/held_out/code.txt", eval_windows=128)
+    config.data.update(
+        path="build/base_tokens", eval_path="build/held_out/code.txt", eval_windows=256
+    )
     config.train.update(steps=60, eval_every=20, checkpoint_every=60, keep_checkpoints=1)
+    config.optimizer.update(learning_rate=RATES["lr2"], final_learning_rate=RATES["lr2"] / 10)
     apply_variant(config, "inter_out_fg")
     for name in variant.split("+"):
         _apply(config, name)
@@ -71,7 +75,7 @@ def _apply(config: ConfigDict, name: str) -> None:
 
 
 def _from_scratch(config: ConfigDict, width: int) -> None:
-    config.init_from = ""
+    config.init_from, config.data.tokenizer = "", "demo/model"
     config.dense = preset("demo_dense").dense
     config.dense.update(hidden_size=WIDTH, intermediate_size=width, num_hidden_layers=6)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4)
