@@ -16,25 +16,26 @@ from finermoe_jax.runtime.json_files import to_json
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config(required=True)
-    flags.add_text(
+    flags.add(
         "topology",
         "",
         "TPU slice (chips) or GPUs: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8",
         required=True,
     )
-    flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
-    flags.add_text(
+    flags.add("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
+    flags.add(
         "experts",
         "device",
         f"memory of the experts: {', '.join(PLACES)} (host…: decode and prefill only)",
     )
-    flags.add_integer("num_slices", 1, "number of TPU slices; only mesh.data spans them")
-    flags.add_boolean(
+    flags.add("num_slices", 1, "number of TPU slices; only mesh.data spans them")
+    flags.add(
         "suggest",
+        False,
         "if it does not fit, compile the proposed config changes until one fits (otherwise they "
         "are only estimated, not compiled)",
     )
-    flags.add_boolean("bytes", "also print HBM bytes by cause: attention, experts, loss, …")
+    flags.add("bytes", False, "also print HBM bytes by cause: attention, experts, loss, …")
     flags.add_path("output", "also write all figures to this JSON file")
     flags.add_path("hlo", "also write the compiled program's HLO text to this file")
 

@@ -25,29 +25,29 @@ def define(flags: Flags) -> None:
         buckets=True,
     )
     flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
-    flags.add_integer(
+    flags.add(
         "sequence_length", 0, "with --text: window size (default: the model's context, max. 2048)"
     )
-    flags.add_integer("stride", 0, "with --text: tokens between windows (default: half a window)")
-    flags.add_names(
+    flags.add("stride", 0, "with --text: tokens between windows (default: half a window)")
+    flags.add(
         "tasks",
+        [],
         "comma-separated lm-evaluation-harness tasks, such as arc_easy,hellaswag; finermoe stands "
         "for the paper's ten benchmarks and their mean",
     )
-    flags.add_integer("limit", None, "with --tasks: rows scored per task (default: all)")
-    flags.add_integer(
-        "num_fewshot", None, "with --tasks: examples per prompt (default: the task's)"
-    )
+    flags.add("limit", int, "with --tasks: rows scored per task (default: all)")
+    flags.add("num_fewshot", int, "with --tasks: examples per prompt (default: the task's)")
     flags.add_path("data_dir", "with --tasks: local rows (docs/evaluation.md); downloads nothing")
-    flags.add_boolean("skip_missing", "with --tasks: skip tasks that have no rows in --data_dir")
-    flags.add_boolean("apply_chat_template", "with --tasks: use the chat template, for chat models")
-    flags.add_boolean(
+    flags.add("skip_missing", False, "with --tasks: skip tasks that have no rows in --data_dir")
+    flags.add("apply_chat_template", False, "with --tasks: use the chat template, for chat models")
+    flags.add(
         "allow_code_execution",
+        False,
         "with --tasks: let tasks such as MBPP run programs that the model writes, with your "
         "permissions; cruxeval and longproc ignore this package's limits on time and memory",
     )
-    flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
-    flags.add_integer("batch_tokens", 2048, "tokens per batch and device, padding included")
+    flags.add("int8", False, "store weights as int8, with one scale per output channel")
+    flags.add("batch_tokens", 2048, "tokens per batch and device, padding included")
     flags.add_path("output", "also write the results to this JSON file")
 
 

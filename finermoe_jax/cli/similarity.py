@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from finermoe_jax.analysis.similarity import (
     Similarity,
     checkpoints_of,
@@ -28,8 +26,8 @@ _Curve = tuple[Sequence[int], Sequence[float]]
 def define(flags: Flags) -> None:
     """Defines the flags."""
     text = "also write this .png or .json file; may be repeated"
-    flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
-    flags.add_boolean("over_steps", "compare every checkpoint in the workdir of one run")
+    flags.add("output", (), text)
+    flags.add("over_steps", False, "compare every checkpoint in the workdir of one run")
 
 
 def main(flags: Flags) -> None:

@@ -19,10 +19,8 @@ def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_configs()
     flags.add_path("workdir", "new directory; rerun the same command to resume", required=True)
-    flags.add_integer(
-        "seeds", 3, "runs per config; run n, from 0, sets train.seed and data.seed to n"
-    )
-    flags.add_boolean("list", "print which runs are done and which remain, and exit")
+    flags.add("seeds", 3, "runs per config; run n, from 0, sets train.seed and data.seed to n")
+    flags.add("list", False, "print which runs are done and which remain, and exit")
 
 
 def main(flags: Flags) -> None:
