@@ -1,13 +1,10 @@
 """`finermoe aot`."""
 
-from pathlib import Path
-
 from finermoe_jax.analysis import candidates, report
 from finermoe_jax.analysis.aot import compile_program
 from finermoe_jax.analysis.programs import PROGRAMS, abstract_program
 from finermoe_jax.analysis.topology import describe
-from finermoe_jax.cli.flags import Command, Flags, print_config
-from finermoe_jax.errors import InputError
+from finermoe_jax.cli.flags import Command, Flags, print_config, writable
 from finermoe_jax.model.offload import PLACES
 from finermoe_jax.runtime.files import write
 from finermoe_jax.runtime.json_files import to_json
@@ -47,7 +44,7 @@ def main(flags: Flags) -> int:
     if flags.print_config:
         print_config(config)
         return 0
-    output, hlo = (_writable(flags, name) for name in ("output", "hlo"))
+    output, hlo = writable(flags.output), writable(flags.hlo, "--hlo")
     target = describe(flags.topology, flags.num_slices)
     program = abstract_program(config, target, flags.program, flags.experts)
     print(report.heading(program, target), flush=True)
@@ -62,17 +59,6 @@ def main(flags: Flags) -> int:
     if output:
         write(output, to_json(figures, indent=2) + "\n")
     return 0 if figures["fits"] else 1
-
-
-def _writable(flags: Flags, name: str) -> Path | None:
-    """Returns the path that a flag gives, or None. Raises InputError if its directory is absent."""
-    value = getattr(flags, name)
-    if not value:
-        return None
-    path = Path(value).absolute()
-    if not path.parent.is_dir():
-        raise InputError(f"--{name}={path}: its directory does not exist; create it first")
-    return path
 
 
 COMMAND = Command(

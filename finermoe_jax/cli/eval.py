@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from finermoe_jax.cli.flags import Command, Flags
+from finermoe_jax.cli.flags import Command, Flags, writable
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find, write
 from finermoe_jax.runtime.json_files import to_json
@@ -55,6 +55,7 @@ def main(flags: Flags) -> None:
     """Runs the command."""
     path = flags.need("checkpoint")
     _check(flags)
+    output = writable(flags.output)
     if flags.data_dir:
         # The libraries read these at import.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -80,12 +81,12 @@ def main(flags: Flags) -> None:
     )
     result = to_json(found, indent=2)
     print(result, flush=True)  # first: writing the file may fail
-    if flags.output:
-        write(Path(flags.output), result + "\n")
+    if output:
+        write(output, result + "\n")
 
 
 def _check(flags: Flags) -> None:
-    """Raises InputError for incompatible flags or an unwritable --output."""
+    """Raises InputError for incompatible flags."""
     if not flags.text and not flags.tasks:
         raise InputError("nothing to evaluate: give --text or --tasks; see --help")
     for needed, names in {"text": _TEXT_FLAGS, "tasks": _TASK_FLAGS}.items():
@@ -93,11 +94,6 @@ def _check(flags: Flags) -> None:
             flag = flags.values[name]
             if not flags.values[needed].value and flag.value != flag.default:
                 raise InputError(f"--{name}={flag.value} has no effect without --{needed}")
-    output = flags.output
-    if output and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"--output={output}: its directory does not exist; create it first")
-    if output and Path(output).is_dir():
-        raise InputError(f"--output={output} is a directory; name a file in it")
 
 
 COMMAND = Command(

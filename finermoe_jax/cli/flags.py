@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -205,6 +206,18 @@ class _PathParser(flags.ArgumentParser):
 def wants_help() -> bool:
     """Returns True if the command line asks for help."""
     return any(each in _HELP for each in sys.argv)
+
+
+def writable(output: str, flag: str = "--output") -> Path | None:
+    """Returns the file that a flag names, if any. Raises InputError if it cannot be created."""
+    if not output:
+        return None
+    path = Path(local(output, flag))
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{flag}={output}: its directory does not exist; create it first")
+    if path.is_dir():
+        raise InputError(f"{flag}={output} is a directory; name a file in it")
+    return path
 
 
 def print_config(config: RunConfig) -> None:

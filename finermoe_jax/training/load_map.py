@@ -8,7 +8,7 @@ import numpy as np
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import from_dict
 from finermoe_jax.moe.routing import in_groups
-from finermoe_jax.runtime.json_files import read_json, read_log
+from finermoe_jax.runtime.json_files import read_json, read_lines
 from finermoe_jax.training import style
 
 _WIDTH = 7.2  # inches
@@ -25,7 +25,7 @@ def draw_load(workdir: Path) -> Path | None:
     neutral at 1 (even load). Plain top-k has no slots and candidates to show. If the candidate
     groups of a pool are those of its layers, the columns are sorted by group.
     """
-    records = [record for _, record in read_log(workdir / "expert_load.jsonl")]
+    records = read_lines(workdir / "expert_load.jsonl")
     if not records:
         return None
     last = records[-1]

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.training.plot import read_lines
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.weights.source import load_model
 from tests.support import ROOT, processes
 

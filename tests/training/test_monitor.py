@@ -15,9 +15,9 @@ import pytest
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training.monitor import Telemetry, check, load_of, read_steps
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
 from finermoe_jax.weights.source import load_model
