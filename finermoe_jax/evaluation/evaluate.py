@@ -126,13 +126,6 @@ def _window(length: int, stride: int, limit: int) -> tuple[int, int]:
     return length, stride
 
 
-def perplexity(
-    checkpoint: str, text: Path, sequence_length: int = 0, stride: int = 0
-) -> dict[str, float | int]:
-    """Evaluates a text only; see `evaluate`."""
-    return evaluate(checkpoint, text=text, sequence_length=sequence_length, stride=stride)
-
-
 def _documents(
     pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
 ) -> list[tuple[int, np.ndarray]]:
