@@ -18,12 +18,7 @@ _TASK_FLAGS = (
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path(
-        "checkpoint",
-        "checkpoint, workdir or HF directory (local or gs://), or Hub id",
-        required=True,
-        buckets=True,
-    )
+    flags.add_checkpoint()
     flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
     flags.add(
         "sequence_length", 0, "with --text: window size (default: the model's context, max. 2048)"

@@ -85,6 +85,11 @@ class Flags:
         if required:
             self._required.append(name)
 
+    def add_checkpoint(self) -> None:
+        """Defines --checkpoint, the model to read."""
+        text = "checkpoint, workdir or HF directory (local or gs://), or Hub id"
+        self.add_path("checkpoint", text, required=True, buckets=True)
+
     def add_config(self, default: str | None = None, required: bool = False) -> None:
         """Defines --config and --print_config, and reads the config file.
 

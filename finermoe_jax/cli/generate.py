@@ -10,12 +10,7 @@ from finermoe_jax.errors import InputError
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path(
-        "checkpoint",
-        "checkpoint, workdir or HF directory (local or gs://), or Hub id",
-        required=True,
-        buckets=True,
-    )
+    flags.add_checkpoint()
     flags.add("prompt", "", "text to continue; required without --chat")
     flags.add("max_new_tokens", 64, "maximum number of new tokens")
     flags.add("temperature", 0.0, "sampling temperature; 0 takes the most likely token")
