@@ -1,15 +1,16 @@
 """The training loop, with logging, evaluations and saves."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
@@ -172,8 +173,21 @@ def _global_batches(
 ) -> Iterator[Batch]:
     """Yields global batches [B, T + 1]; each process reads the rows of its own devices."""
     shape = (config.data.global_batch_size, config.data.sequence_length + 1)
-    here = [index for index in sharding.addressable_devices_indices_map(shape).values() if index]
-    rows = sorted({row for index in here for row in range(shape[0])[index[0]]})
-    place = functools.partial(jax.make_array_from_process_local_data, sharding, global_shape=shape)
+
+    def rows_of(index: tuple[slice, ...] | None) -> range:
+        assert index is not None
+        return range(shape[0])[index[0]]
+
+    here = sharding.addressable_devices_indices_map(shape).values()
+    rows = sorted({row for index in here for row in rows_of(index)})
     for batch in data.train_batches(windows, config.data, first, rows):
-        yield jax.tree.map(place, batch)
+
+        def over_devices(local: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                wanted = rows_of(index)
+                start = rows.index(wanted[0])
+                return local[start : start + len(wanted)]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        yield jax.tree.map(over_devices, batch)
