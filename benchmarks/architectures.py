@@ -26,7 +26,7 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.presets import ARCHITECTURES, architecture
 from finermoe_jax.model.counts import true_counts
 from finermoe_jax.runtime.files import find
-from finermoe_jax.training.plot import read_lines
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.weights.hf_weights import read_config
 from finermoe_jax.weights.upcycle import upcycled_config
 

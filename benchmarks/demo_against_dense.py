@@ -20,7 +20,8 @@ from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import preset, run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.runtime.files import find
-from finermoe_jax.training.plot import draw_loss, read_lines
+from finermoe_jax.runtime.json_files import read_lines
+from finermoe_jax.training.plot import draw_loss
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled_config

@@ -21,8 +21,8 @@ import finermoe_jax as fm
 from benchmarks.demo_against_dense import demo
 from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training import style
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 
 STARTS = {"": "published start", "function_preserving": "function-preserving start"}

@@ -33,8 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.monitor import MEASURED
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.weights.integrity import damage, saved_steps
 
 ROOT = Path(__file__).parent.parent

@@ -65,7 +65,7 @@ import finermoe_jax as fm
 from finermoe_jax.runtime.files import find
 from finermoe_jax.training import style
 from finermoe_jax.training.run import train
-from finermoe_jax.weights.source import load_model
+from finermoe_jax.weights.source import open_model, read_model
 
 plt.rcParams.update(style.SETTINGS | {"axes.grid": False})  # its pictures are maps
 
@@ -77,7 +77,7 @@ if CHECKPOINT in ("runs/demo", "runs/tiny") and not list(Path(CHECKPOINT).glob("
         config.data.eval_windows = 16
     train(fm.run_config(config.to_dict()), Path(CHECKPOINT))
 
-model, _ = load_model(CHECKPOINT)
+model = read_model(open_model(CHECKPOINT), CHECKPOINT)
 tokenizer = fm.load_tokenizer(CHECKPOINT)
 moe = model.config.moe
 if moe is None:

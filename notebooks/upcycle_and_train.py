@@ -147,9 +147,10 @@ display(Image(workdir / "load.png", width=1000))
 # ## Use it
 
 # %%
-from finermoe_jax.weights.source import load_model
+from finermoe_jax.weights.source import open_model, read_model
 
-model, files = load_model(workdir)
+source = open_model(workdir)
+model = read_model(source, workdir)
 tokenizer = fm.load_tokenizer(workdir)
 prompt = "The following example shows"
 print(prompt + fm.complete(model, tokenizer, prompt, max_new_tokens=8 if TINY else 48))
@@ -162,7 +163,7 @@ print(prompt + fm.complete(model, tokenizer, prompt, max_new_tokens=8 if TINY el
 # %%
 exported = workdir / "exported"
 if not exported.exists():
-    fm.save_hf(model, exported, files)
+    fm.save_hf(model, exported, source.files)
 sorted(path.name for path in exported.iterdir())
 
 # %% [markdown]

@@ -16,9 +16,9 @@ from finermoe_jax.analysis.topology import Target
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.hardware import Chip, peak_flops
 from finermoe_jax.config.run import RunConfig
-from finermoe_jax.runtime.disk import free_text
+from finermoe_jax.runtime import disk
 from finermoe_jax.training.monitor import memory_gib
-from finermoe_jax.training.run import check_run
+from finermoe_jax.training.run import check_run, silent
 from finermoe_jax.training.storage import Workdir, readable_workdir
 from finermoe_jax.training.workdir import claim
 
@@ -81,7 +81,7 @@ def dry_run(
     Raises InputError as `train` does before its first step.
     """
     if jax.process_index() > 0:
-        say = _silent
+        say = silent
     say("reading and checking the input …")
     with readable_workdir(workdir) as found:
         claim(found, config, allow_changes)
@@ -105,10 +105,6 @@ def dry_run(
     return needs
 
 
-def _silent(message: str) -> None:
-    """Drops a message."""
-
-
 def _needs(program: Program, compiled: Any, workdir: Workdir, devices: tuple) -> Needs:
     found = memory_of(compiled)
     state = program.parameter_bytes + program.optimizer_bytes
@@ -127,14 +123,9 @@ def _needs(program: Program, compiled: Any, workdir: Workdir, devices: tuple) ->
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     train, checkpoint = program.config.train, program.whole_state_bytes
     kept = train.keep_checkpoints + train.keep_best + 1  # one more while it is saved
-    free = shutil.disk_usage(_existing(workdir)).free if isinstance(workdir, Path) else None
+    free = shutil.disk_usage(disk.existing(workdir)).free if isinstance(workdir, Path) else None
     slack = 2.0 if devices[0].platform == "cpu" else 1.0
     return Needs(memory, limit, checkpoint, kept * checkpoint, free, slack)
-
-
-def _existing(path: Path) -> Path:
-    """Returns the path, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _memory(needs: Needs, devices: tuple) -> list[str]:
@@ -172,10 +163,11 @@ def _time(program: Program, peak: float | None) -> list[str]:
 def _files(needs: Needs, config: RunConfig, workdir: Workdir) -> list[str]:
     train = config.train
     best = f" and the {train.keep_best} best" if train.keep_best else ""
+    local = disk.existing(workdir) if isinstance(workdir, Path) else None
     return [
         f"written to {workdir}: logs, tokenizer/, plots and checkpoints/",
         f"  a checkpoint of {needs.checkpoint / _GIB:.3f} GiB every {train.checkpoint_every} steps",
         f"  the newest {train.keep_checkpoints}{best} are kept: up to {needs.disk / _GIB:.3f} GiB",
-        *([f"  {free_text(_existing(workdir))} there"] if isinstance(workdir, Path) else []),
+        *([f"  {disk.free_text(local)} there"] if local else []),
         "FITS" if needs.surely_fits else "MAY NOT FIT" if needs.fits else "DOES NOT FIT",
     ]

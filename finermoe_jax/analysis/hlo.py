@@ -205,10 +205,7 @@ def source_targets(attributes: str) -> list[tuple[int, int]]:
 def flops(instruction: Instruction, inside: Computation) -> float:
     """Returns FLOPs of a dot or convolution, two per multiply-add; 0 for other instructions."""
     if instruction.opcode == "dot":
-        lhs = inside.instructions[instruction.operands[0]].leaves[0].dims
-        axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-        depth = math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
-        return 2.0 * math.prod(instruction.leaves[0].dims) * depth
+        return _product(instruction, inside, r"lhs_contracting_dims=\{([\d,]*)\}")
     if instruction.opcode == "convolution":
         return _convolution(instruction, inside)
     return 0.0
@@ -216,8 +213,13 @@ def flops(instruction: Instruction, inside: Computation) -> float:
 
 def library_flops(instruction: Instruction, inside: Computation) -> float:
     """Returns FLOPs of a cuBLAS call."""
+    return _product(instruction, inside, r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
+def _product(instruction: Instruction, inside: Computation, summed: str) -> float:
+    """Returns FLOPs of a matrix product; `summed` is the pattern of the axes that it sums over."""
     lhs = inside.instructions[instruction.operands[0]].leaves[0].dims
-    axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
+    axes = instruction.attribute(summed) or ""
     depth = math.prod(lhs[int(axis)] for axis in re.findall(r"\d+", axes))
     return 2.0 * math.prod(instruction.leaves[0].dims) * depth
 
@@ -308,9 +310,7 @@ def constant(name: str, frame: Frame) -> int | None:
     found = frame.computation.instructions[name]
     if found.opcode == "constant":
         return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
-    if found.opcode in ("copy", "bitcast", "copy-done", "reshape", "convert"):
-        return constant(found.operands[0], frame)
-    if found.opcode == "copy-start":
+    if found.opcode in ("copy", "copy-start", "copy-done", "bitcast", "reshape", "convert"):
         return constant(found.operands[0], frame)
     if found.opcode != "get-tuple-element":
         return None

@@ -342,9 +342,7 @@ class _Walk:
         # stays inside the slice.
         near = parts // spanned
         match kind:
-            case "all-reduce":
-                return _ring(kind, near, size), _ring(kind, spanned, size / near)
-            case "reduce-scatter":
+            case "all-reduce" | "reduce-scatter":
                 return _ring(kind, near, size), _ring(kind, spanned, size / near)
             case "all-gather":
                 return _ring(kind, near, size * spanned), _ring(kind, spanned, size)

@@ -135,10 +135,16 @@ def _memory(figures: dict[str, Any]) -> list[str]:
 
 
 def _costs(figures: dict[str, Any]) -> list[str]:
+    newton_schulz = []
+    if flops := figures.get("newton_schulz_flops"):
+        text = (
+            f"  Newton-Schulz (Muon)    {flops / 1e12:12.3f} T   over all devices, from a formula; "
+        )
+        newton_schulz = [text + "not in MFU"]
     lines = [
         "",
         f"FLOPs of products         {figures['matmul_flops'] / 1e12:12.3f} T   per step",
-        *_newton_schulz(figures),
+        *newton_schulz,
         f"FLOPs of kernels          {figures['kernel_flops'] / 1e12:12.3f} T   from their "
         "CostEstimate",
         f"FLOPs of attention        {figures['attention_flops'] / 1e12:12.3f} T   from a formula",
@@ -164,14 +170,6 @@ def _costs(figures: dict[str, Any]) -> list[str]:
     total = sum(figures["sent_bytes"].values()) / 1e9
     lines.append(f"{'sent, all':<26}{total:12.3f} GB")
     return lines + [f"  {note}" for note in figures["counting_notes"]]
-
-
-def _newton_schulz(figures: dict[str, Any]) -> list[str]:
-    if "newton_schulz_flops" not in figures:
-        return []
-    flops = figures["newton_schulz_flops"] / 1e12
-    text = f"  Newton-Schulz (Muon)    {flops:12.3f} T   over all devices, from a formula; "
-    return [text + "not in MFU"]
 
 
 def _times(figures: dict[str, Any], target: Target) -> list[str]:

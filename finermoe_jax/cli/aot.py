@@ -1,13 +1,10 @@
 """`finermoe aot`."""
 
-from pathlib import Path
-
 from finermoe_jax.analysis import candidates, report
 from finermoe_jax.analysis.aot import compile_program
 from finermoe_jax.analysis.programs import PROGRAMS, abstract_program
 from finermoe_jax.analysis.topology import describe
-from finermoe_jax.cli.flags import Command, Flags, print_config
-from finermoe_jax.errors import InputError
+from finermoe_jax.cli.flags import Command, Flags, print_config, writable
 from finermoe_jax.model.offload import PLACES
 from finermoe_jax.runtime.files import write
 from finermoe_jax.runtime.json_files import to_json
@@ -16,25 +13,26 @@ from finermoe_jax.runtime.json_files import to_json
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config(required=True)
-    flags.add_text(
+    flags.add(
         "topology",
         "",
         "TPU slice (chips) or GPUs: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h100:8",
         required=True,
     )
-    flags.add_text("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
-    flags.add_text(
+    flags.add("program", "train", f"program to compile: {', '.join(PROGRAMS)}")
+    flags.add(
         "experts",
         "device",
         f"memory of the experts: {', '.join(PLACES)} (host…: decode and prefill only)",
     )
-    flags.add_integer("num_slices", 1, "number of TPU slices; only mesh.data spans them")
-    flags.add_boolean(
+    flags.add("num_slices", 1, "number of TPU slices; only mesh.data spans them")
+    flags.add(
         "suggest",
+        False,
         "if it does not fit, compile the proposed config changes until one fits (otherwise they "
         "are only estimated, not compiled)",
     )
-    flags.add_boolean("bytes", "also print HBM bytes by cause: attention, experts, loss, …")
+    flags.add("bytes", False, "also print HBM bytes by cause: attention, experts, loss, …")
     flags.add_path("output", "also write all figures to this JSON file")
     flags.add_path("hlo", "also write the compiled program's HLO text to this file")
 
@@ -46,7 +44,7 @@ def main(flags: Flags) -> int:
     if flags.print_config:
         print_config(config)
         return 0
-    output, hlo = (_writable(flags, name) for name in ("output", "hlo"))
+    output, hlo = writable(flags.output), writable(flags.hlo, "--hlo")
     target = describe(flags.topology, flags.num_slices)
     program = abstract_program(config, target, flags.program, flags.experts)
     print(report.heading(program, target), flush=True)
@@ -61,17 +59,6 @@ def main(flags: Flags) -> int:
     if output:
         write(output, to_json(figures, indent=2) + "\n")
     return 0 if figures["fits"] else 1
-
-
-def _writable(flags: Flags, name: str) -> Path | None:
-    """Returns the path that a flag gives, or None. Raises InputError if its directory is absent."""
-    value = getattr(flags, name)
-    if not value:
-        return None
-    path = Path(value).absolute()
-    if not path.parent.is_dir():
-        raise InputError(f"--{name}={path}: its directory does not exist; create it first")
-    return path
 
 
 COMMAND = Command(

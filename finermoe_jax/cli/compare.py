@@ -1,9 +1,8 @@
 """`finermoe compare`."""
 
 import contextlib
-from pathlib import Path
 
-from finermoe_jax.cli.flags import Command, Flags
+from finermoe_jax.cli.flags import Command, Flags, writable
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import write
 from finermoe_jax.runtime.json_files import to_json
@@ -20,11 +19,12 @@ def main(flags: Flags) -> None:
     """Runs the command."""
     if not flags.rest:
         raise InputError("runs are needed: finermoe compare RUN RUN …")
+    output = writable(flags.output)
     with contextlib.ExitStack() as opened:
         groups = compare([opened.enter_context(readable_workdir(run)) for run in flags.rest])
     print(table(groups))
-    if flags.output:
-        write(Path(flags.output), to_json(summary(groups), indent=1) + "\n")
+    if output:
+        write(output, to_json(summary(groups), indent=1) + "\n")
 
 
 COMMAND = Command(

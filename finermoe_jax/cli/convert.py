@@ -26,19 +26,20 @@ def define(flags: Flags) -> None:
         "target", "new or empty directory for the result, or gs://", required=True, buckets=True
     )
     flags.add_config()
-    flags.add_text(
+    flags.add(
         "to",
         "orbax",
         "orbax: write a checkpoint, upcycling a dense source with the config's settings (without "
         "--config: 32,2,1,2); hf: export a checkpoint to a Hugging Face directory",
     )
-    flags.add_text("dtype", "", "float32 or bfloat16 weights (default: the source's dtype)")
-    flags.add_boolean(
+    flags.add("dtype", "", "float32 or bfloat16 weights (default: the source's dtype)")
+    flags.add(
         "verify",
+        False,
         "check every tensor of the target against the converted source; an existing target is "
         "only checked, not written",
     )
-    flags.add_text(
+    flags.add(
         "push_to_hub",
         "",
         "with --to=hf: send the target to this new Hub repository, owner/name or name, which is "

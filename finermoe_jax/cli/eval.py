@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from finermoe_jax.cli.flags import Command, Flags
+from finermoe_jax.cli.flags import Command, Flags, writable
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find, write
 from finermoe_jax.runtime.json_files import to_json
@@ -18,36 +18,31 @@ _TASK_FLAGS = (
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path(
-        "checkpoint",
-        "checkpoint, workdir or HF directory (local or gs://), or Hub id",
-        required=True,
-        buckets=True,
-    )
+    flags.add_checkpoint()
     flags.add_path("text", "compute the perplexity of this .txt or .jsonl file")
-    flags.add_integer(
+    flags.add(
         "sequence_length", 0, "with --text: window size (default: the model's context, max. 2048)"
     )
-    flags.add_integer("stride", 0, "with --text: tokens between windows (default: half a window)")
-    flags.add_names(
+    flags.add("stride", 0, "with --text: tokens between windows (default: half a window)")
+    flags.add(
         "tasks",
+        [],
         "comma-separated lm-evaluation-harness tasks, such as arc_easy,hellaswag; finermoe stands "
         "for the paper's ten benchmarks and their mean",
     )
-    flags.add_integer("limit", None, "with --tasks: rows scored per task (default: all)")
-    flags.add_integer(
-        "num_fewshot", None, "with --tasks: examples per prompt (default: the task's)"
-    )
+    flags.add("limit", int, "with --tasks: rows scored per task (default: all)")
+    flags.add("num_fewshot", int, "with --tasks: examples per prompt (default: the task's)")
     flags.add_path("data_dir", "with --tasks: local rows (docs/evaluation.md); downloads nothing")
-    flags.add_boolean("skip_missing", "with --tasks: skip tasks that have no rows in --data_dir")
-    flags.add_boolean("apply_chat_template", "with --tasks: use the chat template, for chat models")
-    flags.add_boolean(
+    flags.add("skip_missing", False, "with --tasks: skip tasks that have no rows in --data_dir")
+    flags.add("apply_chat_template", False, "with --tasks: use the chat template, for chat models")
+    flags.add(
         "allow_code_execution",
+        False,
         "with --tasks: let tasks such as MBPP run programs that the model writes, with your "
         "permissions; cruxeval and longproc ignore this package's limits on time and memory",
     )
-    flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
-    flags.add_integer("batch_tokens", 2048, "tokens per batch and device, padding included")
+    flags.add("int8", False, "store weights as int8, with one scale per output channel")
+    flags.add("batch_tokens", 2048, "tokens per batch and device, padding included")
     flags.add_path("output", "also write the results to this JSON file")
 
 
@@ -55,6 +50,7 @@ def main(flags: Flags) -> None:
     """Runs the command."""
     path = flags.need("checkpoint")
     _check(flags)
+    output = writable(flags.output)
     if flags.data_dir:
         # The libraries read these at import.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -80,12 +76,12 @@ def main(flags: Flags) -> None:
     )
     result = to_json(found, indent=2)
     print(result, flush=True)  # first: writing the file may fail
-    if flags.output:
-        write(Path(flags.output), result + "\n")
+    if output:
+        write(output, result + "\n")
 
 
 def _check(flags: Flags) -> None:
-    """Raises InputError for incompatible flags or an unwritable --output."""
+    """Raises InputError for incompatible flags."""
     if not flags.text and not flags.tasks:
         raise InputError("nothing to evaluate: give --text or --tasks; see --help")
     for needed, names in {"text": _TEXT_FLAGS, "tasks": _TASK_FLAGS}.items():
@@ -93,11 +89,6 @@ def _check(flags: Flags) -> None:
             flag = flags.values[name]
             if not flags.values[needed].value and flag.value != flag.default:
                 raise InputError(f"--{name}={flag.value} has no effect without --{needed}")
-    output = flags.output
-    if output and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"--output={output}: its directory does not exist; create it first")
-    if output and Path(output).is_dir():
-        raise InputError(f"--output={output} is a directory; name a file in it")
 
 
 COMMAND = Command(

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -26,6 +27,15 @@ _TEXT_AT = 26  # first column of the help texts
 _CONFIG_HELP = (
     "preset (demo) or FILE.py, optionally with :VARIANT; --config.FIELD=VALUE sets a field"
 )
+
+_DEFINE: dict[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    list: flags.DEFINE_list,
+    tuple: flags.DEFINE_multi_string,
+}
 
 
 class Flags:
@@ -47,34 +57,16 @@ class Flags:
         self.overrides: list[str] = []
         self._required: list[str] = []
 
-    def add(
-        self, define: Callable[..., Any], name: str, default: Any, text: str, required: bool = False
-    ) -> None:
-        """Defines a flag with one of absl's DEFINE_ functions."""
+    def add(self, name: str, default: Any, text: str, required: bool = False) -> None:
+        """Defines a flag of the default's type; a type as the default: not set unless given.
+
+        The values of a list are separated by commas, those of a tuple are given one by one.
+        """
         assert not hasattr(type(self), name), name
-        define(name, default, text, flag_values=self.values)
+        kind, default = (default, None) if isinstance(default, type) else (type(default), default)
+        _DEFINE[kind](name, default, text, flag_values=self.values)
         if required:
             self._required.append(name)
-
-    def add_boolean(self, name: str, text: str) -> None:
-        """Defines a flag that is off unless given."""
-        self.add(flags.DEFINE_bool, name, False, text)
-
-    def add_integer(self, name: str, default: int | None, text: str) -> None:
-        """Defines a flag for an integer."""
-        self.add(flags.DEFINE_integer, name, default, text)
-
-    def add_number(self, name: str, default: float | None, text: str) -> None:
-        """Defines a flag for a number."""
-        self.add(flags.DEFINE_float, name, default, text)
-
-    def add_text(self, name: str, default: str, text: str, required: bool = False) -> None:
-        """Defines a flag for text."""
-        self.add(flags.DEFINE_string, name, default, text, required)
-
-    def add_names(self, name: str, text: str) -> None:
-        """Defines a flag for a comma-separated list."""
-        self.add(flags.DEFINE_list, name, [], text)
 
     def add_path(
         self,
@@ -93,6 +85,11 @@ class Flags:
         if required:
             self._required.append(name)
 
+    def add_checkpoint(self) -> None:
+        """Defines --checkpoint, the model to read."""
+        text = "checkpoint, workdir or HF directory (local or gs://), or Hub id"
+        self.add_path("checkpoint", text, required=True, buckets=True)
+
     def add_config(self, default: str | None = None, required: bool = False) -> None:
         """Defines --config and --print_config, and reads the config file.
 
@@ -103,7 +100,7 @@ class Flags:
         name = given[-1] if given else None if wants_help() else default
         text = _CONFIG_HELP + (f" (default: {default})" if default else "")
         if name is None:
-            self.add(flags.DEFINE_string, "config", None, text)
+            self.add("config", str, text)
         else:
             config = preset(name)
             _add_former(config, sys.argv)
@@ -113,14 +110,14 @@ class Flags:
             self.config_name = re.sub(r"[:/]", "-", stem)
         if required:
             self._required.append("config")
-        self.add_boolean("print_config", "print the resolved config and exit")
+        self.add("print_config", False, "print the resolved config and exit")
 
     def add_configs(self) -> None:
         """Defines --config, given once or several times, with overrides that apply to each."""
         self.configs = _take_configs(self.values)
         self.overrides = [each for each in sys.argv if re.match(r"--?config\.", each)]
         sys.argv = [each for each in sys.argv if each not in self.overrides]
-        self.add(flags.DEFINE_string, "config", None, f"{_CONFIG_HELP}; may be given several times")
+        self.add("config", str, f"{_CONFIG_HELP}; may be given several times")
         self._required.append("config")
 
     def config_of(self, name: str) -> RunConfig:
@@ -214,6 +211,18 @@ class _PathParser(flags.ArgumentParser):
 def wants_help() -> bool:
     """Returns True if the command line asks for help."""
     return any(each in _HELP for each in sys.argv)
+
+
+def writable(output: str, flag: str = "--output") -> Path | None:
+    """Returns the file that a flag names, if any. Raises InputError if it cannot be created."""
+    if not output:
+        return None
+    path = Path(local(output, flag))
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{flag}={output}: its directory does not exist; create it first")
+    if path.is_dir():
+        raise InputError(f"{flag}={output} is a directory; name a file in it")
+    return path
 
 
 def print_config(config: RunConfig) -> None:

@@ -4,33 +4,26 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags as absl_flags
-
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.errors import InputError
 
 
 def define(flags: Flags) -> None:
     """Defines the flags."""
-    flags.add_path(
-        "checkpoint",
-        "checkpoint, workdir or HF directory (local or gs://), or Hub id",
-        required=True,
-        buckets=True,
-    )
-    flags.add_text("prompt", "", "text to continue; required without --chat")
-    flags.add_integer("max_new_tokens", 64, "maximum number of new tokens")
-    flags.add_number("temperature", 0.0, "sampling temperature; 0 takes the most likely token")
-    flags.add_integer("top_k", 0, "sample from the k most likely tokens; 0 means all")
-    flags.add_number("top_p", 1.0, "sample from the fewest tokens with this total probability")
-    flags.add_number("repetition_penalty", 1.0, "above 1 makes previous tokens less likely")
-    flags.add_integer("seed", 0, "seed for sampling")
+    flags.add_checkpoint()
+    flags.add("prompt", "", "text to continue; required without --chat")
+    flags.add("max_new_tokens", 64, "maximum number of new tokens")
+    flags.add("temperature", 0.0, "sampling temperature; 0 takes the most likely token")
+    flags.add("top_k", 0, "sample from the k most likely tokens; 0 means all")
+    flags.add("top_p", 1.0, "sample from the fewest tokens with this total probability")
+    flags.add("repetition_penalty", 1.0, "above 1 makes previous tokens less likely")
+    flags.add("seed", 0, "seed for sampling")
     stop_help = "stop before this text; may be repeated"
-    flags.add(absl_flags.DEFINE_multi_string, "stop", [], stop_help)
-    flags.add_boolean("chat", "chat: answer --prompt, if given, then each line of stdin")
-    flags.add_text("system", "", "with --chat: system message")
-    flags.add_boolean("int8", "store weights as int8, with one scale per output channel")
-    flags.add_text(
+    flags.add("stop", (), stop_help)
+    flags.add("chat", False, "chat: answer --prompt, if given, then each line of stdin")
+    flags.add("system", "", "with --chat: system message")
+    flags.add("int8", False, "store weights as int8, with one scale per output channel")
+    flags.add(
         "experts",
         "device",
         "where the experts are: device; host (in host memory, copied to the device when chosen); "

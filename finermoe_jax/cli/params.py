@@ -12,9 +12,9 @@ from finermoe_jax.model.decoder import parameter_shapes
 def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_config()
-    flags.add_boolean("shardings", "show how config.mesh shards every parameter")
-    flags.add_boolean("paper", "compare with the counts in the paper's Tables 1, 2, 4 and 8")
-    flags.add_integer(
+    flags.add("shardings", False, "show how config.mesh shards every parameter")
+    flags.add("paper", False, "compare with the counts in the paper's Tables 1, 2, 4 and 8")
+    flags.add(
         "devices",
         0,
         "with --shardings: number of devices (default: product of the mesh sizes, -1 as 1)",

@@ -29,10 +29,10 @@ def define(flags: Flags) -> None:
         buckets=True,
     )
     flags.add_path("upload", "then copy the result to this gs:// URL", buckets=True)
-    flags.add_integer("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
-    flags.add_text("text_field", "text", "field or column that contains the text")
-    flags.add_text("split", "train", "split of Hugging Face datasets")
-    flags.add_integer("shard_tokens", 1 << 27, "approximate tokens per shard")
+    flags.add("processes", os.cpu_count() or 1, "worker processes (default: one per core)")
+    flags.add("text_field", "text", "field or column that contains the text")
+    flags.add("split", "train", "split of Hugging Face datasets")
+    flags.add("shard_tokens", 1 << 27, "approximate tokens per shard")
     flags.add_path("verify", "only check this prepared directory against its checksums")
 
 

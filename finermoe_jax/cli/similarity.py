@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from finermoe_jax.analysis.similarity import (
     Similarity,
     checkpoints_of,
@@ -14,7 +12,7 @@ from finermoe_jax.analysis.similarity import (
     steps_table,
     table,
 )
-from finermoe_jax.cli.flags import Command, Flags
+from finermoe_jax.cli.flags import Command, Flags, writable
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.buckets import is_url, placed
 from finermoe_jax.runtime.files import write
@@ -28,20 +26,16 @@ _Curve = tuple[Sequence[int], Sequence[float]]
 def define(flags: Flags) -> None:
     """Defines the flags."""
     text = "also write this .png or .json file; may be repeated"
-    flags.add(absl_flags.DEFINE_multi_string, "output", [], text)
-    flags.add_boolean("over_steps", "compare every checkpoint in the workdir of one run")
+    flags.add("output", (), text)
+    flags.add("over_steps", False, "compare every checkpoint in the workdir of one run")
 
 
 def main(flags: Flags) -> None:
     """Runs the command."""
-    outputs = [Path(local(output, "--output")) for output in flags.output]
+    outputs = [path for output in flags.output if (path := writable(output))]
     for output in outputs:
         if output.suffix not in (".png", ".json"):
             raise InputError(f"--output={output} must end in .png or .json")
-        if not output.absolute().parent.is_dir():
-            raise InputError(
-                f"--output={output}: {output.absolute().parent} does not exist; create it first"
-            )
     if not flags.rest:
         raise InputError("no checkpoint given: finermoe similarity [LABEL=]CHECKPOINT …")
     found: Mapping[Any, Similarity]

@@ -1,16 +1,15 @@
 """`finermoe sweep`."""
 
-import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from finermoe_jax.cli.flags import Command, Flags
 from finermoe_jax.config.parse import find_config
 from finermoe_jax.errors import InputError, RunEnded
-from finermoe_jax.runtime.preemption import EXIT_CODE
+from finermoe_jax.runtime.preemption import EXIT_CODE, handled
 from finermoe_jax.training import sweep
 from finermoe_jax.training.compare import compare, draw, table
 
@@ -19,10 +18,8 @@ def define(flags: Flags) -> None:
     """Defines the flags."""
     flags.add_configs()
     flags.add_path("workdir", "new directory; rerun the same command to resume", required=True)
-    flags.add_integer(
-        "seeds", 3, "runs per config; run n, from 0, sets train.seed and data.seed to n"
-    )
-    flags.add_boolean("list", "print which runs are done and which remain, and exit")
+    flags.add("seeds", 3, "runs per config; run n, from 0, sets train.seed and data.seed to n")
+    flags.add("list", False, "print which runs are done and which remain, and exit")
 
 
 def main(flags: Flags) -> None:
@@ -62,7 +59,10 @@ def _train(arguments: Sequence[str], run: sweep.SweepRun) -> None:
     """Trains one run in a separate process, which frees its memory at the end."""
     command = [sys.executable, "-m", "finermoe_jax", "train", *arguments]
     # In a separate session, so that Ctrl-C reaches it only through this process.
-    with subprocess.Popen(command, start_new_session=True) as child, _passed_on(child):
+    with (
+        subprocess.Popen(command, start_new_session=True) as child,
+        handled((signal.SIGTERM, signal.SIGINT), lambda number, _: child.send_signal(number)),
+    ):
         code = child.wait()
     if code == EXIT_CODE:
         raise RunEnded("stopped on request. The same command resumes the sweep.", EXIT_CODE)
@@ -72,21 +72,6 @@ def _train(arguments: Sequence[str], run: sweep.SweepRun) -> None:
             f"Mend the cause, and the same command resumes the sweep. Its workdir: {run.workdir}",
             code if code > 0 else 1,
         )
-
-
-@contextlib.contextmanager
-def _passed_on(child: subprocess.Popen) -> Iterator[None]:
-    """Forwards SIGTERM and Ctrl-C to the process."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {
-        number: signal.signal(number, lambda number, _: child.send_signal(number))
-        for number in numbers
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 COMMAND = Command("--config=FILE:a --config=FILE:b … [--seeds=N] --workdir=DIR", define, main)

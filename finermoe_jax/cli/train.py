@@ -17,29 +17,31 @@ def define(flags: Flags) -> None:
     flags.add_path(
         "scratch", "local directory of a run in a bucket (default: one in ~/.cache/finermoe-jax)"
     )
-    flags.add_names(
+    flags.add(
         "allow_changes",
+        [],
         "config fields or groups that may differ from the resumed run's config, such as "
         "train.steps,optimizer.learning_rate",
     )
-    flags.add_boolean(
+    flags.add(
         "dry_run",
+        False,
         "check the input, compile the step, print what the run needs and writes, and exit",
     )
-    flags.add_number(
+    flags.add(
         "heartbeat_seconds", 60.0, "end the run if a process sends no heartbeat for this long"
     )
-    flags.add_number("start_timeout", 300.0, "seconds to wait for all processes to start")
-    flags.add_boolean("tensorboard", "also write TensorBoard event files to the workdir")
-    flags.add_text("wandb", "", "also log to this Weights & Biases project")
-    flags.add_text(
+    flags.add("start_timeout", 300.0, "seconds to wait for all processes to start")
+    flags.add("tensorboard", False, "also write TensorBoard event files to the workdir")
+    flags.add("wandb", "", "also log to this Weights & Biases project")
+    flags.add(
         "profile_steps",
         "",
         "A:B writes a trace of steps A to B to WORKDIR/profile (xprof, Perfetto)",
     )
-    flags.add_number(
+    flags.add(
         "peak_tflops",
-        None,
+        float,
         "peak TFLOP/s of one device, for MFU (default: the bfloat16 peak of a known TPU or GPU; "
         "otherwise no MFU)",
     )

@@ -9,13 +9,14 @@ from tqdm import tqdm
 from finermoe_jax.data.token_files import (
     MANIFEST,
     Manifest,
-    parse_manifest,
+    manifest_of,
     shard_files,
     verify,
 )
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.buckets import BucketPath, Changed, crc32c
 from finermoe_jax.runtime.downloads import local_copy, named_after
+from finermoe_jax.runtime.json_files import parse_json
 
 
 def _names(manifest: Manifest) -> list[str]:
@@ -40,7 +41,8 @@ def download_prepared(prefix: BucketPath) -> Path:
             f"with finermoe prepare … --upload={prefix}, and run the same command again if it was "
             "interrupted"
         ) from None
-    manifest = parse_manifest(content, str(prefix / MANIFEST))
+    where = str(prefix / MANIFEST)
+    manifest = manifest_of(parse_json(content, where), where)
     listed = prefix.objects()
     wanted = [MANIFEST, *_names(manifest)]
     if missing := [name for name in wanted if name not in listed]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from finermoe_jax.config.parse import from_dict
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import refuse_pointer
-from finermoe_jax.runtime.json_files import parse_json, read_json, to_json
+from finermoe_jax.runtime.json_files import read_json, to_json
 from finermoe_jax.runtime.paths import local
 
 FORMAT = "finermoe-jax tokens 1"
@@ -171,17 +171,13 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """Reads a manifest. Raises InputError if it is not one or has another format."""
-    return _manifest(read_json(path), str(path))
+    return manifest_of(read_json(path), str(path))
 
 
-def parse_manifest(content: bytes, path: str) -> Manifest:
-    """Parses a manifest's content. Raises as `read_manifest`, naming `path`."""
-    values = parse_json(content, path)
-    return _manifest(values if isinstance(values, dict) else {}, path)
-
-
-def _manifest(values: dict[str, Any], path: str) -> Manifest:
-    if (found := values.get("format")) != FORMAT:
+def manifest_of(values: Any, path: str) -> Manifest:
+    """Returns the manifest with this JSON content. Raises as `read_manifest`, naming `path`."""
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
         raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
     manifest: Manifest = from_dict(Manifest, values, path)
     for shard in manifest.shards:
@@ -371,7 +367,7 @@ def scan_bar(total: int, name: str) -> tqdm:
     )  # fmt: skip
 
 
-def id_range(tokens: np.ndarray, bar: tqdm | None = None, digest: Any = None) -> tuple[int, int]:
+def id_range(tokens: np.ndarray, bar: tqdm, digest: Any = None) -> tuple[int, int]:
     """Returns the smallest and largest of at least one token; feeds all to `digest`."""
     low, high, block = int(tokens[0]), int(tokens[0]), 1 << 20
     for first in range(0, len(tokens), block):
@@ -379,6 +375,5 @@ def id_range(tokens: np.ndarray, bar: tqdm | None = None, digest: Any = None) ->
         low, high = min(low, int(part.min())), max(high, int(part.max()))
         if digest is not None:
             digest.update(part)
-        if bar is not None:
-            bar.update(len(part))
+        bar.update(len(part))
     return low, high

@@ -40,8 +40,14 @@ from finermoe_jax.weights.source import open_with_tokenizer, read_model
 class Tasks:
     """The evaluation harness tasks to run, and their settings.
 
-    names, data_dir, num_fewshot, skip_missing and allow_code_execution are as in `tasks.select`.
-    limit: rows per task; None: all. chat: wraps prompts in the tokenizer's chat template.
+    Attributes:
+      names: the harness's names; "finermoe" stands for the keys of tasks.TEN.
+      data_dir: directory with local rows; nothing is downloaded. None: the Hub.
+      limit: rows per task; None: all.
+      num_fewshot: examples per prompt; None: the task's own number.
+      chat: wraps prompts in the tokenizer's chat template.
+      skip_missing: skips tasks that have no rows in data_dir.
+      allow_code_execution: allows tasks that run model-written programs.
     """
 
     names: Sequence[str]
@@ -126,13 +132,6 @@ def _window(length: int, stride: int, limit: int) -> tuple[int, int]:
     return length, stride
 
 
-def perplexity(
-    checkpoint: str, text: Path, sequence_length: int = 0, stride: int = 0
-) -> dict[str, float | int]:
-    """Evaluates a text only; see `evaluate`."""
-    return evaluate(checkpoint, text=text, sequence_length=sequence_length, stride=stride)
-
-
 def _documents(
     pieces: list[Piece], tokenizer: Any, show_progress: bool, text: Path | None
 ) -> list[tuple[int, np.ndarray]]:
@@ -197,13 +196,7 @@ def _select(tasks: Tasks) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch
     from finermoe_jax.evaluation.tasks import select
 
-    return select(
-        tasks.names,
-        tasks.data_dir,
-        num_fewshot=tasks.num_fewshot,
-        skip_missing=tasks.skip_missing,
-        allow_code_execution=tasks.allow_code_execution,
-    )
+    return select(tasks)
 
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:

@@ -4,6 +4,8 @@ Axis letters: config/model.py.
 """
 
 import functools
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -256,25 +258,17 @@ def _shapes(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.St
     )
 
 
-def parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
     """Returns every parameter's path and shape, stacked over its run's layers."""
-    return dict(_parameter_shapes(config))
-
-
-@functools.lru_cache(maxsize=8)
-def _parameter_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(with_shapes(config))))
-    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
-
-
-def parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
-    """Returns every parameter's path and kind."""
-    return dict(_parameter_kinds(config))
+    return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in flat.items()})
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter_kinds(config: ModelConfig) -> dict[Path, Kind]:
-    return kinds(with_shapes(config))
+def parameter_kinds(config: ModelConfig) -> Mapping[Path, Kind]:
+    """Returns every parameter's path and kind."""
+    return types.MappingProxyType(kinds(with_shapes(config)))
 
 
 def with_params(config: ModelConfig, params: dict, *, dtype: DTypeLike) -> Decoder:

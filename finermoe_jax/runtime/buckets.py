@@ -133,10 +133,9 @@ class BucketPath:
 
     def stat(self) -> Stored:
         """Returns the object's description. Raises FileNotFoundError if there is none."""
+        blob = _client().bucket(self.bucket).blob(self.key)
         with _requests(self):
-            blob = _client().bucket(self.bucket).get_blob(self.key, **_patience())
-        if blob is None:
-            raise FileNotFoundError(2, "no such object", str(self))
+            blob.reload(**_patience())
         return _stored(blob)
 
     def is_file(self) -> bool:
@@ -163,14 +162,9 @@ class BucketPath:
 
     def read(self) -> tuple[bytes, int]:
         """Returns the object's content and generation. Raises FileNotFoundError without one."""
-        from google.api_core.exceptions import NotFound
-
         blob = _client().bucket(self.bucket).blob(self.key)
-        try:
-            with _requests(self):
-                content = blob.download_as_bytes(**_patience())
-        except NotFound:
-            raise FileNotFoundError(2, "no such object", str(self)) from None
+        with _requests(self):
+            content = blob.download_as_bytes(**_patience())
         return content, int(blob.generation)
 
     def read_bytes(self) -> bytes:
@@ -179,15 +173,9 @@ class BucketPath:
 
     def download(self, target: Path) -> int:
         """Writes the object to a local file, and returns its generation. Raises as `read` does."""
-        from google.api_core.exceptions import NotFound
-
         blob = _client().bucket(self.bucket).blob(self.key)
-        try:
-            with _requests(self):
-                blob.download_to_filename(str(target), **_patience())
-        except NotFound:
-            target.unlink(missing_ok=True)
-            raise FileNotFoundError(2, "no such object", str(self)) from None
+        with _requests(self):
+            blob.download_to_filename(str(target), **_patience())
         return int(blob.generation)
 
     def write(self, content: bytes | str | Path, if_generation: int | None = None) -> int:
@@ -195,8 +183,6 @@ class BucketPath:
 
         Raises Changed unless the object has the generation `if_generation`; 0: it must not exist.
         """
-        from google.api_core.exceptions import PreconditionFailed
-
         blob = _client().bucket(self.bucket).blob(self.key)
         options = _patience() | {"if_generation_match": if_generation, "checksum": "crc32c"}
         data = content.encode() if isinstance(content, str) else content
@@ -206,12 +192,12 @@ class BucketPath:
                     blob.upload_from_filename(str(data), **options)
                 else:
                     blob.upload_from_string(data, "application/octet-stream", **options)
-        except PreconditionFailed:
-            return self._written_before(data)
+        except Changed as error:
+            return self._written_before(data, error)
         return int(blob.generation)
 
-    def _written_before(self, data: bytes | Path) -> int:
-        """Returns the generation if the object has this content; else raises Changed.
+    def _written_before(self, data: bytes | Path, changed: Changed) -> int:
+        """Returns the generation if the object has this content; else raises `changed`.
 
         A request that was repeated because its answer got lost finds the object that it wrote.
         """
@@ -220,36 +206,24 @@ class BucketPath:
         except FileNotFoundError:
             raise Changed(f"{self} was deleted") from None
         if found.crc32c != crc32c(data):
-            raise Changed(f"{self} was written by another process")
+            raise changed
         return found.generation
 
     def delete(self, if_generation: int | None = None) -> None:
         """Deletes the object; a no-op if there is none. Raises Changed as `write` does."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
         blob = _client().bucket(self.bucket).blob(self.key)
-        try:
-            with _requests(self):
-                blob.delete(if_generation_match=if_generation, **_patience())
-        except PreconditionFailed:
-            raise Changed(f"{self} was written by another process") from None
-        except NotFound:
-            return
+        with contextlib.suppress(FileNotFoundError), _requests(self):
+            blob.delete(if_generation_match=if_generation, **_patience())
 
     def copy(self, target: "BucketPath") -> None:
         """Copies the object inside the server. Raises FileNotFoundError if there is none."""
-        from google.api_core.exceptions import NotFound
-
         client = _client()
         new = client.bucket(target.bucket).blob(target.key)
         old = client.bucket(self.bucket).blob(self.key)
-        try:
-            with _requests(self):
-                token, *_ = new.rewrite(old, **_patience())
-                while token:  # objects above some size are copied in several calls
-                    token, *_ = new.rewrite(old, token=token, **_patience())
-        except NotFound:
-            raise FileNotFoundError(2, "no such object", str(self)) from None
+        with _requests(self):
+            token, *_ = new.rewrite(old, **_patience())
+            while token:  # objects above some size are copied in several calls
+                token, *_ = new.rewrite(old, token=token, **_patience())
 
 
 # A local or a bucket path.
@@ -353,7 +327,7 @@ def _patience() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
-    """Converts the client's errors; PreconditionFailed and an object's NotFound pass through.
+    """Converts the client's errors. An object may be missing or Changed.
 
     `whole_bucket`: NotFound means that the bucket does not exist.
     """
@@ -376,11 +350,13 @@ def _requests(path: BucketPath, whole_bucket: bool = False) -> Iterator[None]:
         ) from None
     except exceptions.NotFound:
         if not whole_bucket:
-            raise
+            raise FileNotFoundError(2, "no such object", str(path)) from None
         raise InputError(
             f"{path}: there is no bucket {path.bucket}, or these credentials may not see it. "
             f"Create it (gcloud storage buckets create gs://{path.bucket}), or correct the name"
         ) from None
+    except exceptions.PreconditionFailed:
+        raise Changed(f"{path} was written by another process") from None
     except (
         exceptions.RetryError,
         exceptions.ServerError,

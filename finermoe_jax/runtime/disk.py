@@ -20,6 +20,11 @@ def has_room(directory: Path, size: int, files: int = 0) -> bool:
     return size <= free and (not found.f_files or files <= found.f_favail)
 
 
+def existing(path: Path) -> Path:
+    """Returns the path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def free_text(directory: Path) -> str:
     """Describes the free space of a directory's disk: bytes, and files if they are limited."""
     found = os.statvfs(directory)

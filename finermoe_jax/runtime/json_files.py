@@ -101,6 +101,11 @@ def json_rows(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]
             yield number, parse_json(line, f"{path}, line {number}")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run's log (`read_log`)."""
+    return [value for _, value in read_log(path)]
+
+
 def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Returns a run's log records, raw and parsed: each line that is a JSON object with a step.
 

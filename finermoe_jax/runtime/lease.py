@@ -6,16 +6,14 @@ for TTL_SECONDS by its own clock and replaces it. So no clocks are compared, and
 replaced learns of it at its next write.
 """
 
-import datetime
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
 
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.runtime.buckets import BucketPath, Changed, Unreachable
+from finermoe_jax.runtime.locks import this_process
 
 LEASE = "lock"
 TTL_SECONDS = 60.0
@@ -40,8 +38,7 @@ class Lease:
         self.flag = flag
         self.generation, self.lost = 0, ""
         self._beat, self._writing, self._over = 0, threading.Lock(), threading.Event()
-        since = datetime.datetime.now().isoformat(" ", "seconds")
-        self._who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        self._who = this_process()
         self._token = secrets.token_hex(8)  # distinguishes processes of the same name
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 

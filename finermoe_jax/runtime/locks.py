@@ -29,6 +29,12 @@ def locked(descriptor: int) -> bool:
     return True
 
 
+def this_process() -> str:
+    """Names this process and the time, for others that find its lock."""
+    since = datetime.datetime.now().isoformat(" ", "seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+
+
 class Lock:
     """Locks a directory while this process runs, by a file that names the process."""
 
@@ -61,8 +67,7 @@ class Lock:
                 f"give another {self.flag}"
             )
         stream.truncate(0)
-        since = datetime.datetime.now().isoformat(" ", "seconds")
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        stream.write(f"{this_process()}\n")
         stream.flush()
         self.stream = stream
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
@@ -38,6 +38,17 @@ def redeliver_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def handled(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handles these signals inside the block."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields a function of the step that returns True if the run must stop after it.
 
@@ -63,13 +74,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)  # handled by JAX
 
     listened = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, listen) for number in listened}
-    try:
+    with handled(listened, listen):
         yield (
             multihost_utils.reached_preemption_sync_point
             if several
             else lambda step: bool(received)
         )
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finermoe_jax.runtime.json_files import read_log
+from finermoe_jax.runtime.json_files import read_lines
 
 LOG = "time.jsonl"
 STEPS, INPUT, LOST = "steps", "input", "lost"
@@ -36,8 +36,7 @@ def wall_seconds(workdir: Path) -> dict[str, float]:
 
     It lacks what a killed process did after its last record, and the time between processes.
     """
-    records = [line for _, line in read_log(workdir / LOG)]
-    lines = [line for _, line in read_log(workdir / "metrics.jsonl")]
+    records, lines = (read_lines(workdir / name) for name in (LOG, "metrics.jsonl"))
     if not records or not lines:
         return {}
     seconds = dict.fromkeys(KINDS, 0.0)

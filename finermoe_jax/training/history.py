@@ -16,7 +16,7 @@ from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, differences, flattened
 from finermoe_jax.runtime.buckets import Place
-from finermoe_jax.runtime.json_files import read_json, read_log
+from finermoe_jax.runtime.json_files import read_json, read_lines
 from finermoe_jax.training.plot import DENSE_BASE
 from finermoe_jax.training.storage import Workdir, checkpoints_of, files_of, readable_workdir
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
@@ -78,7 +78,7 @@ def read_history(place: Workdir) -> History:
         raise InputError(f"{workdir} holds no config.json: it is not the workdir of a run")
     config = run_config(read_json(workdir / "config.json"))
     try:
-        evals = [line for _, line in read_log(workdir / "evals.jsonl")]
+        evals = read_lines(workdir / "evals.jsonl")
         scores = {e["step"]: float(e["loss"]) for e in evals if e["name"] != DENSE_BASE}
         steps, tokens_by, seconds_by = _spent(workdir)
     except (KeyError, TypeError, ValueError) as error:
@@ -106,7 +106,7 @@ def _spent(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Raises KeyError, TypeError or ValueError for a record that is not a training run's.
     """
-    lines = [line for _, line in read_log(workdir / "metrics.jsonl")]
+    lines = read_lines(workdir / "metrics.jsonl")
     steps = np.array([0, *(line["step"] for line in lines)])
     lasted = np.diff(steps) * np.array([line["step_seconds"] for line in lines], float)
     speeds = np.array([line["tokens_per_second"] for line in lines], float)
@@ -131,10 +131,9 @@ def training_run(checkpoint: Place) -> TrainingRun | None:
 
 def _training_run(workdir: Path, step: int) -> TrainingRun:
     config = run_config(read_json(workdir / "config.json"))
-    evals = [line for _, line in read_log(workdir / "evals.jsonl")]
     losses = {
         line["step"]: float(line["loss"])
-        for line in evals
+        for line in read_lines(workdir / "evals.jsonl")
         if line.get("name") != DENSE_BASE and type(line.get("loss")) in (int, float)
     }
     tokens = None

@@ -1,13 +1,13 @@
 """The initial model and tokenizer of a run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.run import RunConfig
@@ -19,7 +19,6 @@ from finermoe_jax.model.decoder import Decoder, with_shapes
 from finermoe_jax.runtime.buckets import Place, locate
 from finermoe_jax.weights import lazy
 from finermoe_jax.weights.checkpoint import read_description, read_stored_origin
-from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.model_card import UNKNOWN, Origin, upcycled_origin
 from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.upcycle import upcycled, with_selection_bias
@@ -85,7 +84,6 @@ def initial_model(config: RunConfig) -> InitialModel:
         _check_agreement(config, source.config)
     files = tokenizer or source.files
     ends = source.files if _same_tokenizer(files, source.files) else files
-    given = _lazy_model(source.config, source.weights, compute, files, ends, source.origin)
     model, weights = upcycled(
         config.init_from, source.config, source.weights, config.moe, key, config.upcycle
     )
@@ -95,9 +93,14 @@ def initial_model(config: RunConfig) -> InitialModel:
     if weights is not source.weights:
         origin = upcycled_origin(origin, source.config, model, config.upcycle)
     # Without other weights, moe.route_ahead alone may differ from the source's.
-    made = _lazy_model(model, weights, compute, files, ends, origin)
-    dense = source.config.moe is None and weights is not source.weights
-    return dataclasses.replace(made, dense=given) if dense else made
+    made, dense = (
+        InitialModel(with_shapes(c, compute), functools.partial(lazy.placed, w), files, ends)
+        for c, w in ((model, weights), (source.config, source.weights))
+    )
+    if source.config.moe is None and weights is not source.weights:
+        made.dense = dense
+    made.origin = origin
+    return made
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
@@ -105,22 +108,6 @@ def _same_tokenizer(one: Path, other: Path) -> bool:
     if not (has_tokenizer(one) and has_tokenizer(other)):
         return True
     return tokenizer_hash(one) == tokenizer_hash(other)
-
-
-def _lazy_model(
-    config: ModelConfig,
-    weights: Weights,
-    compute: DTypeLike,
-    files: Path,
-    ends: Path,
-    origin: Origin,
-) -> InitialModel:
-    model = with_shapes(config, compute)
-
-    def place(shardings: dict) -> dict:
-        return lazy.placed(weights, shardings)
-
-    return InitialModel(model, place, files, ends, origin=origin)
 
 
 def resumed_model(config: RunConfig, checkpoint: Place, workdir: Path) -> InitialModel:

@@ -8,7 +8,7 @@ import numpy as np
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.config.parse import from_dict
 from finermoe_jax.moe.routing import in_groups
-from finermoe_jax.runtime.json_files import read_json, read_log
+from finermoe_jax.runtime.json_files import read_json, read_lines
 from finermoe_jax.training import style
 
 _WIDTH = 7.2  # inches
@@ -25,7 +25,7 @@ def draw_load(workdir: Path) -> Path | None:
     neutral at 1 (even load). Plain top-k has no slots and candidates to show. If the candidate
     groups of a pool are those of its layers, the columns are sorted by group.
     """
-    records = [record for _, record in read_log(workdir / "expert_load.jsonl")]
+    records = read_lines(workdir / "expert_load.jsonl")
     if not records:
         return None
     last = records[-1]
@@ -46,19 +46,24 @@ def draw_load(workdir: Path) -> Path | None:
         map_part.subplots(1, len(widths), width_ratios=widths, sharey=True)
     )
     ratio = tokens / np.maximum(tokens.mean(axis=1, keepdims=True), 1e-9)  # 1: even
-    image = _experts(left, ratio)
+    image = _heat_map(left, ratio)
+    left.set_xlabel(f"expert (black, cross: no token; {(ratio == 0).sum()} of {ratio.size})")
+    left.set_ylabel("MoE layer")
+    share = candidates.reshape(layers, -1)
     if shares:
-        _candidates(right[0], candidates)
+        _heat_map(right[0], share * choices)
+        right[0].set_xlabel("share of its slot")
+        right[0].tick_params(left=False, labelleft=False)
     style.load_bar(map_part, image, [left, *right], shrink=0.7, pad=0.02)
     _over_steps(curve_part, records, layers)
     style.title(picture, f"{workdir.absolute().name}: load of the experts, step {last['step']}")
     _mark(picture, left, tokens.shape, slots, choices, numbers)
     if shares:
         _mark(picture, right[0], (layers, slots * choices), slots, choices)
-        _percentages(right[0], candidates)
+        _write(right[0], share, "{:.0%}", share * choices)
     if slots * choices == 1:
         left.set_title("no slots or candidate groups")
-    _ratios(left, ratio)
+    _write(left, ratio, "{:.2f}", ratio)
     path = workdir / "load.png"
     picture.savefig(path)
     return path
@@ -95,23 +100,6 @@ def _heat_map(axes: Any, ratio: np.ndarray) -> Any:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     return image
-
-
-def _experts(axes: Any, ratio: np.ndarray) -> Any:
-    """Draws the map: a cell for each expert of each layer, [L, E]."""
-    image = _heat_map(axes, ratio)
-    dead = (ratio == 0).sum()
-    axes.set_xlabel(f"expert (black, cross: no token; {dead} of {ratio.size})")
-    axes.set_ylabel("MoE layer")
-    return image
-
-
-def _candidates(axes: Any, shares: np.ndarray) -> None:
-    """Draws each candidate's share of its slot's tokens, [L, slots, candidates]."""
-    layers, _, choices = shares.shape
-    _heat_map(axes, shares.reshape(layers, -1) * choices)
-    axes.set_xlabel("share of its slot")
-    axes.tick_params(left=False, labelleft=False)
 
 
 def _cell(axes: Any, shape: tuple[int, int]) -> tuple[float, float]:
@@ -163,31 +151,19 @@ def _mark(
             )  # fmt: skip
 
 
-def _write(axes: Any, words: list[list[str]], ratio: np.ndarray) -> None:
-    """Writes into the cells of a map, where they are large enough."""
+def _write(axes: Any, values: np.ndarray, form: str, ratio: np.ndarray) -> None:
+    """Writes the values into the cells of a map of loads, where they are large enough."""
     width, height = _cell(axes, ratio.shape)
-    longest = max(len(word) for row in words for word in row)
+    longest = max(len(form.format(value)) for value in values.flat)
     if height < 1.3 * _SMALL or width < 0.75 * _SMALL * longest:
         return
     strong = np.abs(np.nan_to_num(style.octaves(ratio))) > 1.7
     for (row, column), load in np.ndenumerate(ratio):
         if load > 0:
             axes.text(
-                column, row, words[row][column], ha="center", va="center", fontsize=_SMALL,
-                color="white" if strong[row, column] else style.INK,
+                column, row, form.format(values[row, column]), ha="center", va="center",
+                fontsize=_SMALL, color="white" if strong[row, column] else style.INK,
             )  # fmt: skip
-
-
-def _ratios(axes: Any, ratio: np.ndarray) -> None:
-    """Writes each expert's load over the even load, [L, E]."""
-    _write(axes, [[f"{value:.2f}" for value in row] for row in ratio], ratio)
-
-
-def _percentages(axes: Any, shares: np.ndarray) -> None:
-    """Writes each candidate's share of its slot, [L, slots, candidates]."""
-    layers, _, choices = shares.shape
-    flat = shares.reshape(layers, -1)
-    _write(axes, [[f"{value:.0%}" for value in row] for row in flat], flat * choices)
 
 
 def _over_steps(part: Any, records: list[dict], layers: int) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -100,21 +100,16 @@ def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.Gradie
     Weight decay is multiplied by the learning rate. Gradients and state cover the parameters in
     `kinds` only.
     """
-    mask = functools.partial(decayed, kinds=kinds)
-    if config.name == "adafactor":
-        second = _adafactor(config, steps, mask)
-    elif config.name == "muon":
-        second = _muon(config, steps, mask, kinds)
-    else:
-        second = optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=mask,
-            mu_dtype=config.moment_dtype,
-        )
-    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.chain(
+            *_scalings(config, kinds),
+            optax.add_decayed_weights(
+                config.weight_decay, mask=functools.partial(decayed, kinds=kinds)
+            ),
+            optax.scale_by_learning_rate(learning_rate(config, steps)),
+        ),
+    )
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return tx.update(grads, state, trained(params, kinds))
@@ -122,39 +117,28 @@ def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.Gradie
     return optax.GradientTransformation(lambda params: tx.init(trained(params, kinds)), update)
 
 
-def _adafactor(
-    config: OptimizerConfig, steps: int, mask: Callable[[Any], Any]
-) -> optax.GradientTransformation:
-    """Adafactor (Shazeer and Stern, 2018) with AdamW's schedule and decay.
+def _scalings(config: OptimizerConfig, kinds: Kinds) -> list[optax.GradientTransformation]:
+    """Returns what the optimizer does to gradients before weight decay and the learning rate.
 
-    Unlike optax.adafactor, it does not scale the rate by the parameter's root mean square, and
-    decay follows the schedule.
+    Adafactor (Shazeer and Stern, 2018): unlike optax.adafactor, it does not scale the rate by the
+    parameter's root mean square. Muon is for matrices (Kind.outputs), with AdamW for all others.
     """
-    return optax.chain(
-        in_float32(optax.scale_by_factored_rms()),
-        optax.clip_by_block_rms(1.0),  # d = 1 in the Adafactor paper
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
-    )
-
-
-def _muon(
-    config: OptimizerConfig, steps: int, mask: Callable[[Any], Any], kinds: Kinds
-) -> optax.GradientTransformation:
-    """Muon for matrices (Kind.outputs), AdamW for all other parameters; one rate for both."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+    if config.name == "adafactor":
+        clip = optax.clip_by_block_rms(1.0)  # d = 1 in the Adafactor paper
+        return [in_float32(optax.scale_by_factored_rms()), clip]
+    if config.name == "adamw":
+        return [adam]
 
     def matrices(params: Any, orthogonal: bool = True) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: bool(_kind_at(path, kinds).outputs) == orthogonal, params
         )
 
-    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
-    return optax.chain(
+    return [
         optax.masked(scale_by_muon(config.moment_dtype, kinds), matrices),
         optax.masked(adam, functools.partial(matrices, orthogonal=False)),
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
-    )
+    ]
 
 
 def scale_by_muon(moment_dtype: str, kinds: Kinds) -> optax.GradientTransformation:

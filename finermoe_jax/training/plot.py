@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.json_files import read_log
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.runtime.paths import local
 from finermoe_jax.training import style
 from finermoe_jax.training.load_map import draw_load
 
 # Name of the evaluation of the dense model before upcycling.
 DENSE_BASE = "dense base"
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Returns the records of a run's log (`json_files.read_log`); a missing file has none."""
-    return [values for _, values in read_log(path)]
+_LOGS = ("metrics.jsonl", "evals.jsonl")
 
 
 def draw(workdir: Path, rival: Path | None = None) -> list[Path]:
@@ -57,7 +53,7 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
 
     Raises InputError if workdir has no metrics, or rival neither metrics nor held-out losses.
     """
-    metrics, evals = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "evals"))
+    metrics, evals = (read_lines(workdir / name) for name in _LOGS)
     if not metrics:
         raise InputError(f"{workdir} holds no metrics.jsonl to draw")
     picture = style.figure(7.5, 8.5)
@@ -66,18 +62,23 @@ def draw_loss(workdir: Path, rival: Path | None = None) -> Path:
     steps, losses = _series(metrics, "loss")
     span = max(1, len(losses) // 20)
     ends: dict[Any, str] = {}
-    if rival is not None:
-        ends |= _rival_lines(top, rival, span)
+    name = ""
+    if rival is not None:  # behind the run's own
+        name, other = (f"{style.short(path.absolute().name)}\n" for path in (workdir, rival))
+        theirs = [read_lines(rival / log) for log in _LOGS]
+        named = [f"{other}training", f"{other}held-out"]
+        ends = _lines(top, theirs, span, named, (style.ORANGE, "s--"))
+        if not ends:
+            raise InputError(f"{rival} holds neither metrics.jsonl nor evals.jsonl to draw")
     elif base := _series([e for e in evals if e.get("name") == DENSE_BASE], "loss")[1]:
         line = top.axhline(base[-1], color=style.SLATE, linestyle="--", linewidth=1.2)
         ends[line] = f"held-out, dense base\nas loaded: {base[-1]:.3f}"
-    name = "" if rival is None else f"{style.short(workdir.absolute().name)}\n"
     top.plot(steps, losses, color=style.BLUE, linewidth=0.8, alpha=0.3)
     training = (
         f"training, mean of\n{span} logged steps" if span > 1 else "training, each logged step"
     )
-    ends |= _training_line(top, metrics, span, f"{name}{training}", style.BLUE)
-    ends |= _held_out_line(top, evals, f"{name}held-out", style.BLUE, "o-")
+    named = [f"{name}{training}", f"{name}held-out"]
+    ends |= _lines(top, [metrics, evals], span, named, (style.BLUE, "o-"))
     top.set_title("loss, nats per token" + (" (pale: each logged step)" if span > 1 else ""))
     top.margins(x=0.02)
     _draw_rates(metrics, *rates)
@@ -109,36 +110,24 @@ def _draw_rates(metrics: list[dict], rate: Any, norm: Any, speed: Any) -> None:
     speed.set_xlabel("step")
 
 
-def _training_line(
-    axes: Any, metrics: list[dict], span: int, label: str, colour: str
+def _lines(
+    axes: Any, logs: Sequence[list[dict]], span: int, names: Sequence[str], look: tuple[str, str]
 ) -> dict[Any, str]:
-    """Draws the running mean of the training losses; returns the line and its label."""
+    """Draws the running mean of a run's training losses, and its held-out losses.
+
+    logs are its metrics and evaluations, names those of the two lines, look their colour and the
+    form of the second. Returns the lines and their labels.
+    """
+    ends, (metrics, evals), (colour, form) = {}, logs, look
     steps, losses = _series(metrics, "loss")
-    if not losses:
-        return {}
-    [line] = axes.plot(steps, _running_mean(losses, span), color=colour, linewidth=1)
-    return {line: label}
-
-
-def _held_out_line(
-    axes: Any, evals: list[dict], name: str, colour: str, form: str
-) -> dict[Any, str]:
-    """Draws held-out losses over the run's steps; returns the line and its label."""
+    if losses:
+        [line] = axes.plot(steps, _running_mean(losses, span), color=colour, linewidth=1)
+        ends[line] = names[0]
     steps, losses = _series([e for e in evals if e.get("name") != DENSE_BASE], "loss")
-    if not losses:
-        return {}
-    [line] = axes.plot(steps, losses, form, color=colour, linewidth=2)
-    return {line: f"{name}: {losses[0]:.3f} → {losses[-1]:.3f}"}
-
-
-def _rival_lines(axes: Any, rival: Path, span: int) -> dict[Any, str]:
-    """Draws another run's losses, behind the run's own; returns the lines and their labels."""
-    metrics, evals = (read_lines(rival / f"{name}.jsonl") for name in ("metrics", "evals"))
-    name = style.short(rival.absolute().name)
-    training = _training_line(axes, metrics, span, f"{name}\ntraining", style.ORANGE)
-    if not training and not evals:
-        raise InputError(f"{rival} holds neither metrics.jsonl nor evals.jsonl to draw")
-    return training | _held_out_line(axes, evals, f"{name}\nheld-out", style.ORANGE, "s--")
+    if losses:
+        [line] = axes.plot(steps, losses, form, color=colour, linewidth=2)
+        ends[line] = f"{names[1]}: {losses[0]:.3f} → {losses[-1]:.3f}"
+    return ends
 
 
 def _running_mean(values: list[float], span: int) -> np.ndarray:

@@ -96,7 +96,7 @@ def train(
     started = time.perf_counter()
     first = jax.process_index() == 0
     if not first:
-        say = _silent
+        say = silent
     with contextlib.ExitStack() as opened:
         storage = opened.enter_context(open_storage(workdir, scratch, say))
         settings = to_json([dataclasses.asdict(config), str(storage.workdir), list(allow_changes)])
@@ -142,7 +142,7 @@ def _train_in(
             say(f"checkpoint with the lowest held-out loss: {steps}/{best}")
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     """Drops a message: `say` on all processes but the first."""
 
 

@@ -18,11 +18,10 @@ from finermoe_jax.config.parse import run_config
 from finermoe_jax.config.run import RunConfig
 from finermoe_jax.errors import InputError, refuse_differences
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.json_files import read_json, to_json
+from finermoe_jax.runtime.json_files import read_json, read_lines, to_json
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.training.goodput import step_seconds
 from finermoe_jax.training.history import History, read_history
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.workdir import Log
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 

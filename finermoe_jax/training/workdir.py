@@ -16,8 +16,8 @@ from finermoe_jax.data.tokenizers import kept_files, write_files
 from finermoe_jax.errors import InputError, differences, flattened, near_misses
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.buckets import BucketPath
-from finermoe_jax.runtime.json_files import read_json, read_log, to_json
-from finermoe_jax.training import goodput, plot
+from finermoe_jax.runtime.json_files import read_json, read_lines, read_log, to_json
+from finermoe_jax.training import goodput
 from finermoe_jax.training.storage import (
     Workdir,
     checkpoints_of,
@@ -237,15 +237,14 @@ class Log:
 
     def has_evaluation(self, step: int) -> bool:
         """Returns True if the model after this step has been evaluated."""
-        return any(
-            e.get("name") == f"step {step}" for e in plot.read_lines(self.workdir / "evals.jsonl")
-        )
+        evals = read_lines(self.workdir / "evals.jsonl")
+        return any(each.get("name") == f"step {step}" for each in evals)
 
     def config_changes(self, step: int, changes: dict[str, list]) -> None:
         """Records changed fields, {name: [before, after]}, in config_changes.jsonl."""
         if jax.process_index() == 0:
             path = self.workdir / "config_changes.jsonl"
-            lines = [*plot.read_lines(path), {"step": step, "changes": changes}]
+            lines = [*read_lines(path), {"step": step, "changes": changes}]
             files.write(path, "".join(to_json(line) + "\n" for line in lines))
 
     def cut(self, step: int) -> None:
@@ -261,7 +260,7 @@ class Log:
 
     def _record_lost(self, step: int) -> None:
         """Adds the seconds of logged steps after `step` to time.jsonl: they are repeated."""
-        lines = plot.read_lines(self.workdir / "metrics.jsonl")
+        lines = read_lines(self.workdir / "metrics.jsonl")
         if lost := [line for line in lines if line["step"] > step]:
             since = max([0, *(line["step"] for line in lines if line["step"] <= step)])
             seconds = sum(goodput.step_seconds(lost, since))
@@ -269,8 +268,8 @@ class Log:
 
     def last_step(self) -> int:
         """Returns the last step in any of the files; 0 without one."""
-        logs = [read_log(self.workdir / file) for file in self.CUT]
-        return max((values["step"] for log in logs for _, values in log), default=0)
+        logs = [read_lines(self.workdir / file) for file in self.CUT]
+        return max((line["step"] for log in logs for line in log), default=0)
 
     def sync(self) -> dict[str, int]:
         """Fsyncs the files and returns their sizes in bytes."""

@@ -155,7 +155,7 @@ def _room(target: Place, sizes: list[int], to: Literal["orbax", "hf"]) -> Iterat
         size, local = largest_file(sizes) if to == "hf" else 0, cache()
         its = f"the disk of {local}, where each file is written first,"
     assert isinstance(local, Path)
-    existing = next(parent for parent in local.absolute().parents if parent.exists())
+    existing = disk.existing(local.absolute().parent)
     if not disk.has_room(existing, size):
         free = disk.format_bytes(shutil.disk_usage(existing).free)
         raise InputError(

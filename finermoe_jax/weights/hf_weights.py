@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,10 @@ def load_hf(
 
 
 def _check_tensors(
-    files: TensorFiles, table: dict[lazy.ParamPath, Parts], shapes: dict, config: ModelConfig
+    files: TensorFiles,
+    table: Mapping[lazy.ParamPath, Parts],
+    shapes: Mapping[lazy.ParamPath, tuple[int, ...]],
+    config: ModelConfig,
 ) -> None:
     """Checks every name, shape and dtype on both sides; one InputError lists all faults."""
     # A damaged config may imply more tensors than can be listed.

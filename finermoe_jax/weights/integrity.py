@@ -330,28 +330,24 @@ def set_aside_damaged(steps: Place, say: Callable[[str], None]) -> None:
 def newest_whole(steps: Place, skip: tuple[str, ...]) -> Place | None:
     """Returns the newest intact checkpoint, or None; read-only, for commands other than training.
 
-    Reports every damaged checkpoint it skips on stderr. If a running training removes one
-    meanwhile, the new newest one is taken instead.
+    Reports every damaged checkpoint it skips on stderr.
 
     Raises:
-      InputError: the newest cannot be read, or holds another step than its name says.
+      InputError: the newest cannot be read, holds another step than its name says, or was removed
+        by a running training. Call it inside `in_training`, which then retries.
     """
-
-    def choose() -> tuple[Place | None, list[str]]:
-        known = saved_steps(steps)
-        warnings: list[str] = []
-        for step in reversed(known):
-            checkpoint = steps / str(step)
-            found = damage(checkpoint, skip)
-            if not found:
-                refuse_renamed(checkpoint)
-                return checkpoint, warnings
-            warnings.append(_describe(checkpoint, found) + " An older one is used.")
-            if saved_steps(steps)[-1:] != known[-1:]:
-                raise InputError(f"{checkpoint} is no longer the newest")  # in_training retries
-        return None, warnings
-
-    chosen, warnings = in_training(steps, choose)
+    known, chosen = saved_steps(steps), None
+    warnings: list[str] = []
+    for step in reversed(known):
+        checkpoint = steps / str(step)
+        found = damage(checkpoint, skip)
+        if not found:
+            refuse_renamed(checkpoint)
+            chosen = checkpoint
+            break
+        warnings.append(_describe(checkpoint, found) + " An older one is used.")
+        if saved_steps(steps)[-1:] != known[-1:]:
+            raise InputError(f"{checkpoint} is no longer the newest")
     for message in warnings:
         print(message, file=sys.stderr)
     return chosen

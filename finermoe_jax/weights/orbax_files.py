@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -283,7 +283,7 @@ def _opened(directory: Place, target: Any) -> Any:
     return arrays
 
 
-def read(directory: Place, shapes: dict[ParamPath, tuple[int, ...]]) -> Weights:
+def read(directory: Place, shapes: Mapping[ParamPath, tuple[int, ...]]) -> Weights:
     """Returns the lazy weights in an item's directory. Raises as `restore` does."""
     leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     arrays = _opened(directory, nnx.traversals.unflatten_mapping(leaves))

@@ -35,7 +35,7 @@ from finermoe_jax.weights.checkpoint import (
     whole_checkpoint,
 )
 from finermoe_jax.weights.hf_weights import open_hf, resolve_source, stored_dtypes
-from finermoe_jax.weights.integrity import TRIES, in_training, saved_steps
+from finermoe_jax.weights.integrity import in_training, saved_steps
 from finermoe_jax.weights.lazy import Weights
 from finermoe_jax.weights.model_card import UNKNOWN, Origin, read_origin
 
@@ -171,22 +171,6 @@ def _checkpoint_states(step: Place) -> tuple[Mapping[Place, State | Stored], Pat
     return {file: state(file) for file in files if file.is_file()}, step / TOKENIZER
 
 
-def load_model(path: str | os.PathLike) -> tuple[Decoder, Path]:
-    """Returns the model at `path` and the directory of its tokenizer.
-
-    path is a checkpoint, a workdir, a HF directory or a Hub id. On a CPU the activations of float16
-    or bfloat16 models are float32 (`cpu.activation_dtype`).
-    """
-
-    def load() -> tuple[Decoder, Path]:
-        source = open_model(path)
-        model = _read_model(source, path)
-        source.refuse_changed()  # before the caller reads the tokenizer
-        return model, source.files
-
-    return in_training(steps_of(place(path)), load)
-
-
 def read_model(
     source: ModelSource,
     path: str | os.PathLike,
@@ -195,30 +179,25 @@ def read_model(
 ) -> Decoder:
     """Reads the model that `open_model(path)` opened; mesh and experts as in `load_checkpoint`.
 
-    If a running training removed that checkpoint meanwhile, its newest one is read.
+    On a CPU the activations of float16 or bfloat16 models are float32 (`cpu.activation_dtype`). If
+    a running training removed that checkpoint meanwhile, its newest one is read.
     """
-    for _ in range(TRIES):
-        try:
-            return _read_model(source, path, mesh, experts)
-        except InputError:
-            if not source.was_removed():
-                raise
-        if not saved_steps(steps_of(place(path))):
-            break
-        source = open_model(path, source.weights["embed", "weight"].dtype)
-    source.refuse_changed()
-    raise AssertionError("a file of the source was missing and has reappeared")
+    steps = steps_of(place(path))
 
+    def read(opened: ModelSource) -> Decoder:
+        dtype = cpu.activation_dtype(opened.dtype)
+        with readable(place(path)):
+            return assembled(opened.config, opened.weights, dtype, mesh, experts)
 
-def _read_model(
-    source: ModelSource,
-    path: str | os.PathLike,
-    mesh: Mesh | None = None,
-    experts: str = "device",
-) -> Decoder:
-    dtype = cpu.activation_dtype(source.dtype)
-    with readable(place(path)):
-        return assembled(source.config, source.weights, dtype, mesh, experts)
+    try:
+        return read(source)
+    except InputError:
+        if not source.was_removed():
+            raise
+    if not saved_steps(steps):
+        source.refuse_changed()
+    dtype = source.weights["embed", "weight"].dtype
+    return in_training(steps, lambda: read(open_model(path, dtype)))
 
 
 def open_with_tokenizer(path: str | os.PathLike) -> tuple[ModelSource, Any, frozenset[int]]:

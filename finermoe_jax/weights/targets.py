@@ -6,6 +6,7 @@ config.json of a Hugging Face directory.
 """
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def new_target(path: str | os.PathLike) -> Iterator[NewTarget]:
             yield NewTarget(directory, lambda: None)
         return
     refuse_occupied(target)
-    lease = Lease(target, _say, "target", _claim(target))
+    lease = Lease(target, functools.partial(print, file=sys.stderr), "target", _claim(target))
     lease.take()
     with contextlib.closing(lease):
         refuse_occupied(target)  # again: the previous holder may have completed it
@@ -94,10 +95,6 @@ def _not_written(target: BucketPath, error: Exception) -> Exception:
         "command again",
         EXIT_CODE if is_outage(error) else 1,
     )
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _clear(target: BucketPath) -> None:

@@ -291,11 +291,8 @@ ROUTERS = ("router", "group_router")
 
 def router_layers(moe: MoEConfig, name: str) -> int:
     """Returns the number of layers for whose experts or candidate groups a router has rows."""
-    return (
-        moe.pool_candidates // moe.output_expansion
-        if name == "group_router"
-        else (moe.experts_across)
-    )
+    groups = name == "group_router"
+    return moe.pool_candidates // moe.output_expansion if groups else moe.experts_across
 
 
 def _pool_place(config: ModelConfig, path: ParamPath) -> int:

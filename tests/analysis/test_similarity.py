@@ -171,7 +171,7 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
         (["{here}/nothing"], "nothing"),
         (["{zero}", "{here}/x/../zero"], "have the same label zero"),
         (["{zero}", "--output={here}/a.pdf"], "must end in .png or .json"),
-        (["{zero}", "--output={here}/no/a.png"], "no does not exist"),
+        (["{zero}", "--output={here}/no/a.png"], "its directory does not exist"),
         (["{zero}", "{one}", "--over_steps"], "--over_steps takes one workdir, but 2 are given"),
         (["{zero}", "--over_steps"], "holds no checkpoints of a run"),
     ],

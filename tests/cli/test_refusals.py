@@ -16,7 +16,7 @@ import finermoe_jax as fm
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.data.text import TextFile
 from finermoe_jax.data.tokenizers import open_tokenizer
-from finermoe_jax.evaluation.evaluate import perplexity
+from finermoe_jax.evaluation.evaluate import evaluate
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.integrity import write_checksums
@@ -353,7 +353,7 @@ def test_bad_text(dense, tmp_path, name, content, words):
         path.write_bytes(content)
     refuses_training(words, tmp_path, dense, path)
     if "training windows" not in str(words):
-        refuses(words, perplexity, str(dense), path, 0)
+        refuses(words, evaluate, str(dense), text=path)
 
 
 def test_line_separators_inside_json_strings(tmp_path):
@@ -461,7 +461,8 @@ def test_workdirs_of_others(dense, tmp_path, kind):
     [(129, 0, ["129", "128"]), (-1, 0, ["-1"]), (16, 17, ["--stride=17", "16"]), (0, -1, ["-1"])],
 )
 def test_windows_that_cannot_be_scored(dense, tmp_path, length, stride, words):
-    refuses(words, perplexity, str(dense), text_file(tmp_path, 20), length, stride)
+    text, windows = text_file(tmp_path, 20), dict(sequence_length=length, stride=stride)
+    refuses(words, evaluate, str(dense), text=text, **windows)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import Decoder
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.optimizer import run_optimizer
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import init_optimizer, jit_step
 from finermoe_jax.weights import upcycle_variants as starts

@@ -23,7 +23,7 @@ from finermoe_jax.data.token_files import TokenStream
 from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
-from finermoe_jax.training.plot import read_lines
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.workdir import claim, claim_data, fill_workdir, record_data
 
 CONFIG = DataConfig(path="x.txt", sequence_length=8, global_batch_size=6, eval_fraction=0.1)

@@ -17,7 +17,7 @@ from finermoe_jax.config.run import DataConfig
 from finermoe_jax.data.batches import open_data
 from finermoe_jax.data.megatron import megatron_prefix, open_megatron
 from finermoe_jax.data.prepare import prepare
-from finermoe_jax.data.token_files import TokenStream, id_range, tokenizer_hash, verify
+from finermoe_jax.data.token_files import TokenStream, id_range, scan_bar, tokenizer_hash, verify
 from finermoe_jax.data.tokenizers import open_tokenizer
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.files import find
@@ -289,7 +289,7 @@ def test_streams_are_read_across_arrays():
     stream.read(2, out)
     np.testing.assert_array_equal(out, np.arange(2, 9))
     assert len(stream) == 9
-    assert id_range(np.asarray([3, -2, 9])) == (-2, 9)
+    assert id_range(np.asarray([3, -2, 9]), scan_bar(3, "")) == (-2, 9)
 
 
 def test_a_pairs_fingerprint_is_of_its_tokens(tmp_path, tokenizer):

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import finermoe_jax as fm
-from finermoe_jax.training.plot import read_lines
-from finermoe_jax.weights.source import load_model
+from finermoe_jax.runtime.json_files import read_lines
+from finermoe_jax.weights.source import open_model, read_model
 from tests.support import ROOT, processes
 
 DEMO = ROOT / "finermoe_jax" / "demo"
@@ -63,9 +63,9 @@ def test_training_reports_each_model(workdir):
     ]  # fmt: skip
     samples = read_lines(workdir / "samples.jsonl")
     assert len(samples) == 3 * 3 and all(isinstance(s["text"], str) for s in samples)
-    model, tokenizer = load_model(workdir)
-    assert model.config.moe == fm.MoEConfig(8, 2, 1, 2, 1)
-    assert (tokenizer / "tokenizer.json").is_file()
+    source = open_model(workdir)
+    assert source.config.moe == fm.MoEConfig(8, 2, 1, 2, 1)
+    assert (source.files / "tokenizer.json").is_file()
 
 
 def test_generation_continues_the_prompt(workdir, place):
@@ -90,10 +90,7 @@ def test_evaluation_equals_a_plain_forward_pass(workdir, place):
     stdout = run("eval.py", *arguments, "--output=result.json", cwd=place)
     result = json.loads((place / "result.json").read_text())
     assert json.loads(stdout) == result
-    model, files = load_model(workdir)
-    from finermoe_jax.data.tokenizers import open_tokenizer
-
-    tokenizer = open_tokenizer(files, 2048)
+    model, tokenizer = read_model(open_model(workdir), workdir), fm.load_tokenizer(workdir)
     total, count = 0.0, 0
     for text in texts:
         ids = np.asarray([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
@@ -121,10 +118,11 @@ def test_there_and_back(workdir, place):
     assert config["architectures"] == ["FineRMoeForCausalLM"] and config["num_experts"] == 32
     trained = jax.tree.leaves(nnx.state(fm.load_checkpoint(workdir)))
     for path in ("hf", "orbax"):
-        model, files = load_model(place / path)
+        source = open_model(place / path)
+        model = read_model(source, place / path)
         for a, b in zip(jax.tree.leaves(nnx.state(model)), trained, strict=True):
             np.testing.assert_array_equal(a, b)
-        assert (files / "tokenizer.json").is_file()
+        assert (source.files / "tokenizer.json").is_file()
 
 
 def test_hub_ids_come_from_the_cache_when_offline(place):

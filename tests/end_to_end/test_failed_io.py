@@ -18,9 +18,9 @@ from finermoe_jax.config.run import MeshConfig
 from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.runtime.preemption import redeliver_interrupts
 from finermoe_jax.training.checkpoints import TrainingCheckpoints
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.weights import orbax_files as lazy_checkpoint
 from tests.support import SMALL

@@ -35,11 +35,11 @@ from finermoe_jax.errors import InputError, RunEnded
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kinds
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.runtime.preemption import stop_requests
 from finermoe_jax.training.checkpoints import TrainingCheckpoints, skipped_in_a_row
 from finermoe_jax.training.optimizer import optimizer
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
 from finermoe_jax.training.workdir import claim, fill_workdir

@@ -27,7 +27,6 @@ from finermoe_jax.layers.stored import LayerView
 from finermoe_jax.model.decoder import Decoder, with_params
 from finermoe_jax.model.quantize import int8_weights
 from finermoe_jax.runtime.files import find
-from finermoe_jax.weights.source import load_model
 from tests.support import command
 from tests.support.models import run
 from tests.support.training import MOE
@@ -430,8 +429,7 @@ def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     )
-    model, files = load_model(folder)
-    tokenizer = open_tokenizer(files, model.config.vocab_size)
+    model, tokenizer = fm.load_hf(folder), fm.load_tokenizer(folder)
     said = [{"role": "system", "content": "be brief"}]
     ids = conversation(tokenizer, [*said, {"role": "user", "content": "Return the"}])
     made = np.asarray(fm.generate(model, [ids], max_new_tokens=8))[0, len(ids) :].tolist()

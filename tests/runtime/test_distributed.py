@@ -17,8 +17,8 @@ from finermoe_jax.data.prepare import prepare
 from finermoe_jax.errors import InputError
 from finermoe_jax.runtime.distributed import initialize
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.runtime.rendezvous import Member, meet
-from finermoe_jax.training.plot import read_lines
 from tests.support import ROOT
 from tests.support.processes import Process
 

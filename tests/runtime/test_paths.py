@@ -22,7 +22,7 @@ from finermoe_jax.training import plot
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.convert import convert
 from finermoe_jax.weights.hf_weights import resolve_source
-from finermoe_jax.weights.source import load_model, open_model
+from finermoe_jax.weights.source import open_model
 from finermoe_jax.weights.verify import verify
 from tests.support import GOLDEN, command, invoke
 
@@ -163,7 +163,6 @@ def test_every_field_of_a_config():
     [
         fm.load_hf,
         fm.load_checkpoint,
-        load_model,
         open_model,
         resolve_source,
         lambda path: fm.save_hf(fm.load_hf(MIXTURE), path),

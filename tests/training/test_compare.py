@@ -12,10 +12,10 @@ import pytest
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training import compare as comparing
 from finermoe_jax.training.compare import compare, draw, summary, table
 from finermoe_jax.training.history import read_history, setting_differences, shortest_ends
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.weights.checkpoint import load_checkpoint
 from tests.support import command

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training import goodput
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
 from tests.support import command

@@ -15,12 +15,12 @@ import pytest
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import MoEConfig
 from finermoe_jax.errors import InputError
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training import monitor as metrics
 from finermoe_jax.training.monitor import Telemetry, check, load_of, read_steps
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.workdir import Log
-from finermoe_jax.weights.source import load_model
+from finermoe_jax.weights.source import open_model
 from tests.support import load_preset
 from tests.support.training import silent, tiny_run
 
@@ -226,7 +226,7 @@ def test_lines_and_records_agree(run):
     records = read_lines(run.workdir / "expert_load.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records] == [1, 4, 6]
-    needed = training_flops(load_model(run.workdir)[0].config, 32)
+    needed = training_flops(open_model(run.workdir).config, 32)
     for line in lines:
         speed = line["tokens_per_second"]
         assert speed * line["step_seconds"] == pytest.approx(8 * 32)

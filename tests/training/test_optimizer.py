@@ -22,6 +22,7 @@ from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
 from finermoe_jax.layers.parameters import kind_of, kinds, trained_kinds
 from finermoe_jax.model.decoder import with_shapes
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.optimizer import (
     apply_updates,
     in_float32,
@@ -29,7 +30,6 @@ from finermoe_jax.training.optimizer import (
     optimizer,
     stochastic_round,
 )
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import train
 from finermoe_jax.training.step import abstract_optimizer
 from finermoe_jax.weights.checkpoint import abstract_params, load_checkpoint

@@ -29,10 +29,10 @@ from finermoe_jax.model.losses import cross_entropy_sum
 from finermoe_jax.moe.balance import load_balancing_loss
 from finermoe_jax.moe.psr import reuse_at
 from finermoe_jax.runtime.files import find
+from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.initial import initial_model
 from finermoe_jax.training.monitor import MEASURED
 from finermoe_jax.training.optimizer import decayed, learning_rate
-from finermoe_jax.training.plot import read_lines
 from finermoe_jax.training.run import check_run, train
 from finermoe_jax.training.step import batch_loss, rebuild, train_step
 from finermoe_jax.weights.checkpoint import load_checkpoint, read_stored_origin, save_checkpoint

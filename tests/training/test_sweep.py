@@ -11,10 +11,9 @@ import pytest
 
 from benchmarks.studies import record
 from finermoe_jax.errors import InputError
-from finermoe_jax.runtime.json_files import read_json
+from finermoe_jax.runtime.json_files import read_json, read_lines
 from finermoe_jax.training import sweep
 from finermoe_jax.training.history import read_history
-from finermoe_jax.training.plot import read_lines
 from tests.support import ROOT, assert_refused, command
 from tests.support.training import tiny_run
 

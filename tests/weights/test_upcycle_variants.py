@@ -136,7 +136,7 @@ def test_every_layer_and_parameter_is_drawn_with_a_key_of_its_own():
     moe = MoEConfig(
         4, 2, 1, 2, 1, concat_proj="routed", separate_routers=True, mlp_only_layers=(1,)
     )
-    zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), parameter_shapes(dense),
+    zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), dict(parameter_shapes(dense)),
                          is_leaf=lambda leaf: isinstance(leaf, tuple))  # fmt: skip
     weights = lazy.of_params(nnx.traversals.unflatten_mapping(zeros))
     beginnings = []
