@@ -100,16 +100,13 @@ def optimizer(config: OptimizerConfig, steps: int, kinds: Kinds) -> optax.Gradie
     Weight decay is multiplied by the learning rate. Gradients and state cover the parameters in
     `kinds` only.
     """
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.chain(
-            *_scalings(config, kinds),
-            optax.add_decayed_weights(
-                config.weight_decay, mask=functools.partial(decayed, kinds=kinds)
-            ),
-            optax.scale_by_learning_rate(learning_rate(config, steps)),
-        ),
+    mask = functools.partial(decayed, kinds=kinds)
+    second = optax.chain(
+        *_scalings(config, kinds),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), second)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return tx.update(grads, state, trained(params, kinds))
@@ -123,7 +120,7 @@ def _scalings(config: OptimizerConfig, kinds: Kinds) -> list[optax.GradientTrans
     Adafactor (Shazeer and Stern, 2018): unlike optax.adafactor, it does not scale the rate by the
     parameter's root mean square. Muon is for matrices (Kind.outputs), with AdamW for all others.
     """
-    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, mu_dtype=config.moment_dtype)
     if config.name == "adafactor":
         clip = optax.clip_by_block_rms(1.0)  # d = 1 in the Adafactor paper
         return [in_float32(optax.scale_by_factored_rms()), clip]
