@@ -25,6 +25,7 @@ PAGES = (DOCS / "results.md", DOCS / "route_ahead.md")
 BLOCK = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
 
 Seeds = Mapping[str, Any]  # the figures of one variant's runs, by seed
+Rows = Mapping[str, Seeds]  # by the rows' names; differences are from the first
 
 
 def losses(runs: Seeds) -> dict[str, float]:
@@ -32,24 +33,32 @@ def losses(runs: Seeds) -> dict[str, float]:
     return {seed: run["curve"]["loss"][-1] for seed, run in runs.items()}
 
 
-def loss(runs: Seeds, _: Seeds) -> str:
+def loss(runs: Seeds, _: Rows) -> str:
     """The last held-out loss."""
     return spread(list(losses(runs).values()))
 
 
-def start(runs: Seeds, _: Seeds) -> str:
+def start(runs: Seeds, _: Rows) -> str:
     """The held-out loss before training."""
     return spread([run["curve"]["loss"][0] for run in runs.values()])
 
 
-def halfway(runs: Seeds, _: Seeds) -> str:
+def halfway(runs: Seeds, _: Rows) -> str:
     """The held-out loss after half of the steps."""
     halves = [run["curve"]["loss"][len(run["curve"]["loss"]) // 2] for run in runs.values()]
     return spread(halves)
 
 
-def difference(runs: Seeds, base: Seeds) -> str:
+def at_equal_flops(runs: Seeds, rows: Rows) -> str:
+    """The loss, between two evaluations, at the FLOPs of the row whose runs need fewest."""
+    least = min(run["curve"]["flops"][-1] for row in rows.values() for run in row.values())
+    curves = [run["curve"] for run in runs.values()]
+    return spread([float(np.interp(least, each["flops"], each["loss"])) for each in curves])
+
+
+def difference(runs: Seeds, rows: Rows) -> str:
     """The loss minus that of the study's first variant, seed by seed."""
+    base = next(iter(rows.values()))
     if runs is base:
         return "–"
     ours, theirs = losses(runs), losses(base)
@@ -63,48 +72,49 @@ def spread(values: list[float], signed: bool = False, digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def seeds(runs: Seeds, _: Seeds) -> str:
+def seeds(runs: Seeds, _: Rows) -> str:
     """The number of runs."""
     return str(len(runs))
 
 
-def total(runs: Seeds, _: Seeds) -> str:
+def total(runs: Seeds, _: Rows) -> str:
     """All parameters."""
     return f"{next(iter(runs.values()))['parameters'] / 1e6:.2f} M"
 
 
-def active(runs: Seeds, _: Seeds) -> str:
+def active(runs: Seeds, _: Rows) -> str:
     """Parameters that a token uses."""
     return f"{next(iter(runs.values()))['active'] / 1e6:.2f} M"
 
 
-def flops(runs: Seeds, _: Seeds) -> str:
+def flops(runs: Seeds, _: Rows) -> str:
     """Model FLOPs of a whole run."""
     return f"{np.mean([run['curve']['flops'][-1] for run in runs.values()]) / 1e12:.2f}"
 
 
-def of_load(name: str, digits: int) -> Callable[[Seeds, Seeds], str]:
+def of_load(name: str, digits: int) -> Callable[[Seeds, Rows], str]:
     """A figure of the load, the mean over the seeds."""
 
-    def cell(runs: Seeds, _: Seeds) -> str:
+    def cell(runs: Seeds, _: Rows) -> str:
         values = [run["load"][name] for run in runs.values() if name in run.get("load", {})]
         return f"{np.mean(values):.{digits}f}" if values else "–"
 
     return cell
 
 
-def copies(runs: Seeds, _: Seeds) -> str:
+def copies(runs: Seeds, _: Rows) -> str:
     """Mean cosine similarity of experts that started equal, at the last checkpoint."""
     last = [next(reversed(run["similarity"].values()))["copies"] for run in runs.values()]
     return f"{np.mean(last):.4f}"
 
 
-COLUMNS: dict[str, Callable[[Seeds, Seeds], str]] = {
+COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "seeds": seeds,
     "held-out loss": loss,
     "start": start,
     "halfway": halfway,
     "difference": difference,
+    "at equal TFLOP": at_equal_flops,
     "parameters": total,
     "active": active,
     "TFLOP": flops,
@@ -195,6 +205,45 @@ STUDIES = {
         ("seeds", "start", "halfway", "held-out loss", "difference", "fullest expert / mean"),
         {f"ahead{k}": f"k = {k}" for k in range(4)},
     ),
+    "smollm2": Study(
+        "The upcycled SmolLM2-135M, 60 steps of 512 tokens",
+        ("start", "halfway", "held-out loss", "difference", "parameters", "fullest expert / mean"),
+        {
+            "base": "AdamW, 2e-4",
+            "lr1": "AdamW, 6e-5",
+            "lr3": "AdamW, 6e-4",
+            "muon": "Muon, 2e-4",
+            "muon+lr1": "Muon, 6e-5",
+            "muon+lr3": "Muon, 6e-4",
+            "rex2": "pools, r = 2",
+            "ahead1": "routing ahead, k = 1",
+            "ahead2": "routing ahead, k = 2",
+            "ahead3": "routing ahead, k = 3",
+        },
+    ),
+    "table1": Study(
+        "Table 1 in miniature, 60 steps of 4,096 tokens",
+        (
+            "seeds",
+            "start",
+            "held-out loss",
+            "difference",
+            "TFLOP",
+            "at equal TFLOP",
+            "parameters",
+            "active",
+        ),
+        {
+            "inter_out_fg": "FineRMoE (32, 2, 1, 2)",
+            "ct": "CT, the base trained on",
+            "s16a4": "S16A4",
+            "nvshard": "NVShard",
+            "du": "DU",
+            "c32a2": "C32A2",
+            "inter_out_fg+lr3": "FineRMoE, rate 1e-3",
+            "ct+lr3": "CT, rate 1e-3",
+        },
+    ),
     "pools_upcycled": Study(
         "Pools in the upcycled demo, 60 steps",
         POOLS,
@@ -208,7 +257,7 @@ STUDIES = {
 }
 
 
-def variants(name: str) -> dict[str, Seeds]:
+def variants(name: str) -> Rows:
     """The runs of a study by the rows' names, without rows that have no run yet."""
     runs = read_json(DOCS / "studies" / f"{name}.json")["runs"]
     return {label: runs[key] for key, label in STUDIES[name].names.items() if key in runs}
@@ -219,11 +268,10 @@ def table(name: str) -> str:
     if name in TABLES:
         return TABLES[name](read_json(DOCS / "studies" / f"{name}.json"))
     study, rows = STUDIES[name], variants(name)
-    base = next(iter(rows.values()))
     lines = ["| |" + "".join(f" {column} |" for column in study.columns)]
     lines.append("|---|" + "---|" * len(study.columns))
     for label, runs in rows.items():
-        cells = (COLUMNS[column](runs, base) for column in study.columns)
+        cells = (COLUMNS[column](runs, rows) for column in study.columns)
         lines.append(f"| {label} |" + "".join(f" {cell} |" for cell in cells))
     return "\n".join(lines) + "\n"
 
@@ -247,7 +295,44 @@ def shares(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"ahead_shares": shares}
+def shares_by_depth(values: Mapping[str, Any]) -> str:
+    """Means over the slots and the layers of each third of the model, and by chance."""
+    (run,) = values["seeds"].values()
+    layers = run["1"]["layers"]
+    thirds = [list(third) for third in np.array_split(np.arange(len(layers)), 3)]
+    lines = ["| layers |" + "".join(f" k = {k} | by chance |" for k in run)]
+    lines.append("|---|" + "---|" * 2 * len(run))
+    for third in [[0], thirds[0][1:], *thirds[1:]]:
+        ends = {str(layers[third[0]]), str(layers[third[-1]])}
+        cells = []
+        for k in run:
+            same, group, chance = (
+                f"{np.mean(np.array(run[k][part])[third]):.2f}"
+                for part in ("same", "group", "chance")
+            )
+            cells.append(f" {same} ({group}) | {chance} |")
+        lines.append(f"| {' to '.join(sorted(ends, key=int))} |" + "".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def ranks(values: Mapping[str, Any]) -> str:
+    """Loss and share of the copies' differences by rank, as benchmarks/studies/low_rank.py's."""
+    lines = [
+        "| rank | held-out loss | difference | gate | up | down |",
+        "|---|---|---|---|---|---|",
+    ]
+    runs = list(values["seeds"].values())
+    for rank in runs[0]:
+        losses = [run[rank]["loss"] for run in runs]
+        added = [run[rank]["loss"] - run["all"]["loss"] for run in runs]
+        kept = [spread([run[rank][name] for run in runs], digits=2) for name in MATRICES]
+        cells = [spread(losses), "–" if rank == "all" else spread(added, signed=True, digits=5)]
+        lines.append(f"| {rank} |" + "".join(f" {cell} |" for cell in cells + kept))
+    return "\n".join(lines) + "\n"
+
+
+MATRICES = ("gate", "up", "down")
+TABLES = {"ahead_shares": shares, "smollm2_shares": shares_by_depth, "low_rank": ranks}
 
 
 @style.applied()

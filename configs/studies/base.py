@@ -5,8 +5,8 @@
     finermoe train --config=configs/studies/base.py --workdir=runs/base
 
 It is trained from scratch on code and prose, 5.7 M tokens. DIR holds public-domain books as .txt
-files. The variant `active` has as many parameters as a FineRMoE from this base uses per token. No
-results are recorded yet.
+files. The variant `active` has as many parameters as a FineRMoE from this base uses per token; it
+was not trained yet.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
 
 The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
-All variants train on the same tokens in the same order. No results are recorded yet.
+All variants train on the same tokens in the same order. docs/results.md has the figures of table1.
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
     scratch                the dense model with as many parameters as inter_out_fg uses per token

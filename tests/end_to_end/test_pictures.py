@@ -115,3 +115,19 @@ def test_figures_of_studies_are_the_recorded_ones(monkeypatch, tmp_path):
         for name in set(named) - set(fill_results.TABLES):
             fill_results.draw(name)
             assert f"(studies/{name}.png)" in text and (DOCS / "studies" / f"{name}.png").is_file()
+
+
+def test_loss_at_equal_flops():
+    """It is read off between two evaluations, where the cheapest runs end."""
+
+    def runs(*curves):
+        return {
+            str(seed): {"curve": {"flops": flops, "loss": loss}}
+            for seed, (flops, loss) in enumerate(curves)
+        }
+
+    cheap = runs(([0, 5, 10], [3, 2, 1]), ([0, 5, 10], [3, 2.5, 2]))
+    dear = runs(([0, 20], [4, 0]))
+    rows = {"cheap": cheap, "dear": dear}
+    assert fill_results.at_equal_flops(cheap, rows) == "1.5000 ± 0.7071"
+    assert fill_results.at_equal_flops(dear, rows) == "2.0000"
