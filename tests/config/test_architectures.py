@@ -21,6 +21,7 @@ from finermoe_jax.config.upcycle import UpcycleConfig
 from finermoe_jax.data.packing import Batch
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers import sharding
+from finermoe_jax.model.counts import true_counts
 from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime.json_files import read_lines
 from finermoe_jax.training.optimizer import run_optimizer
@@ -111,6 +112,49 @@ def test_every_arm_of_the_study_of_pools(arm):
     assert got.moe.num_experts == base.moe.num_experts * (2 if arm == "wide" else 1)
     assert got.moe.experts_across == (4 if "rex4" in arm else 2 if "rex2" in arm else 1)
     assert got.train.psr == ("linear" if "psr" in arm or "foreign" in arm else "none")
+
+
+@pytest.mark.parametrize(
+    ("study", "variants", "apart"),
+    [
+        (
+            "smollm2",
+            [
+                "",
+                "lr1",
+                "lr3",
+                "muon",
+                "muon+lr1",
+                "ahead1",
+                "ahead3",
+                "rex2",
+                "rex2+foreign",
+                "ct",
+            ],
+            {"optimizer", "moe", "train"},
+        ),
+        (
+            "upcycled",
+            ["inter_out_fg", "ct", "s16a4", "nvshard", "du", "c32a2", "drop", "inter_out_fg+lr3"],
+            {"optimizer", "moe", "upcycle"},
+        ),
+    ],
+)
+def test_arms_of_a_study_differ_in_one_thing(study, variants, apart):
+    """Data, seeds and steps are equal, and no two arms are."""
+    first, *others = (load_preset(f"studies/{study}", variant) for variant in variants)
+    for other in others:
+        fields = {field.name for field in dataclasses.fields(first)}
+        assert {name for name in fields if getattr(first, name) != getattr(other, name)} <= apart
+        assert first.train.steps == other.train.steps and first.train.seed == other.train.seed
+    assert len({repr(one) for one in (first, *others)}) == len(variants)
+
+
+def test_granularities_use_equally_many_parameters():
+    cells = [f"{slices}x{slots}" for slices in (8, 32) for slots in (1, 2, 4)]
+    runs = [load_preset("studies/upcycled", cell) for cell in cells]
+    counts = [true_counts(dataclasses.replace(run.dense, moe=run.moe)).active for run in runs]
+    assert max(counts) < 1.02 * min(counts)
 
 
 def test_arms_that_are_none_are_named():
