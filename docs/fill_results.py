@@ -25,6 +25,7 @@ PAGES = (DOCS / "results.md", DOCS / "route_ahead.md")
 BLOCK = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
 
 Seeds = Mapping[str, Any]  # the figures of one variant's runs, by seed
+MATRICES = ("gate", "up", "down")
 Rows = Mapping[str, Seeds]  # by the rows' names; differences are from the first
 
 
@@ -323,15 +324,14 @@ def ranks(values: Mapping[str, Any]) -> str:
     ]
     runs = list(values["seeds"].values())
     for rank in runs[0]:
-        losses = [run[rank]["loss"] for run in runs]
+        each_loss = [run[rank]["loss"] for run in runs]
         added = [run[rank]["loss"] - run["all"]["loss"] for run in runs]
         kept = [spread([run[rank][name] for run in runs], digits=2) for name in MATRICES]
-        cells = [spread(losses), "–" if rank == "all" else spread(added, signed=True, digits=5)]
+        cells = [spread(each_loss), "–" if rank == "all" else spread(added, signed=True, digits=5)]
         lines.append(f"| {rank} |" + "".join(f" {cell} |" for cell in cells + kept))
     return "\n".join(lines) + "\n"
 
 
-MATRICES = ("gate", "up", "down")
 TABLES = {"ahead_shares": shares, "smollm2_shares": shares_by_depth, "low_rank": ranks}
 
 

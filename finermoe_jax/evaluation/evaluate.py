@@ -40,14 +40,8 @@ from finermoe_jax.weights.source import open_with_tokenizer, read_model
 class Tasks:
     """The evaluation harness tasks to run, and their settings.
 
-    Attributes:
-      names: the harness's names; "finermoe" stands for the keys of tasks.TEN.
-      data_dir: directory with local rows; nothing is downloaded. None: the Hub.
-      limit: rows per task; None: all.
-      num_fewshot: examples per prompt; None: the task's own number.
-      chat: wraps prompts in the tokenizer's chat template.
-      skip_missing: skips tasks that have no rows in data_dir.
-      allow_code_execution: allows tasks that run model-written programs.
+    names, data_dir, num_fewshot, skip_missing and allow_code_execution are as in `tasks.select`.
+    limit: rows per task; None: all. chat: wraps prompts in the tokenizer's chat template.
     """
 
     names: Sequence[str]
@@ -196,7 +190,13 @@ def _select(tasks: Tasks) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch
     from finermoe_jax.evaluation.tasks import select
 
-    return select(tasks)
+    return select(
+        tasks.names,
+        tasks.data_dir,
+        num_fewshot=tasks.num_fewshot,
+        skip_missing=tasks.skip_missing,
+        allow_code_execution=tasks.allow_code_execution,
+    )
 
 
 def _check_tasks(tasks: Tasks, selection: Any, tokenizer: Any, limit: int) -> None:

@@ -22,7 +22,6 @@ from finermoe_jax.data.compressed import decompressed
 from finermoe_jax.data.text import HALF_PAIR, is_text
 from finermoe_jax.errors import InputError, first_line, near_misses
 from finermoe_jax.evaluation.code_execution import local_code_eval
-from finermoe_jax.evaluation.evaluate import Tasks
 from finermoe_jax.runtime.files import refuse_pointer
 from finermoe_jax.runtime.json_files import json_rows, to_json
 
@@ -64,13 +63,27 @@ class Selection:
     skipped: list[str]
 
 
-def select(wanted_tasks: Tasks) -> Selection:
+def select(
+    names: Sequence[str],
+    data_dir: Path | None = None,
+    *,
+    num_fewshot: int | None = None,
+    skip_missing: bool = False,
+    allow_code_execution: bool = False,
+) -> Selection:
     """Loads tasks, groups and tags of the harness, and their rows.
 
-    Raises InputError for an unknown name, missing or unusable rows, or a task that runs code
-    without permission.
+    Args:
+      names: the harness's names; "finermoe" stands for the keys of TEN.
+      data_dir: directory with local rows; nothing is downloaded. None: the Hub.
+      num_fewshot: examples per prompt; None: the task's own number.
+      skip_missing: skips tasks that have no rows in data_dir.
+      allow_code_execution: allows tasks that run model-written programs.
+
+    Raises:
+      InputError: an unknown name, missing or unusable rows, or a task that runs code without
+        permission.
     """
-    names, data_dir = wanted_tasks.names, wanted_tasks.data_dir
     _read.cache_clear()
     if data_dir is not None and not data_dir.is_dir():
         raise InputError(f"--data_dir={data_dir} is not a directory")
@@ -80,7 +93,7 @@ def select(wanted_tasks: Tasks) -> Selection:
     index = manager.task_index
     leaves = {name: _leaves(name, index) for name in wanted}
     unsafe = [x for of in leaves.values() for x in of if (index[x].cfg or {}).get("unsafe_code")]
-    if unsafe and not wanted_tasks.allow_code_execution:
+    if unsafe and not allow_code_execution:
         raise InputError(
             f"--tasks={','.join(names)} includes {', '.join(unsafe)}, which runs model-written "
             "programs on this machine with your permissions. To allow this (best in a container "
@@ -89,8 +102,8 @@ def select(wanted_tasks: Tasks) -> Selection:
     local: dict[str, dict] | None = None
     missing: dict[str, Path] = {}
     if data_dir is not None:
-        local, missing = _find_rows(leaves, index, data_dir, wanted_tasks.num_fewshot)
-        _check_rows(data_dir, names, local, {} if wanted_tasks.skip_missing else missing)
+        local, missing = _find_rows(leaves, index, data_dir, num_fewshot)
+        _check_rows(data_dir, names, local, {} if skip_missing else missing)
     objects: list[Any] = []
     with local_code_eval() if unsafe else contextlib.nullcontext():
         for name in wanted:

@@ -251,19 +251,19 @@ def test_ten_benchmarks_with_local_rows(rows, harness, tmp_path):
 def test_examples_in_prompts(rows):
     """None where there is no split to take them from; else from the split that the task names."""
     with pytest.raises(InputError, match=r"gsm8k \(train.jsonl"):
-        select(Tasks(["gsm8k"], rows))
-    (task,) = select(Tasks(["gsm8k"], rows, num_fewshot=0)).tasks
+        select(["gsm8k"], rows)
+    (task,) = select(["gsm8k"], rows, num_fewshot=0).tasks
     assert task.has_test_docs() and not task.has_training_docs()
     with pytest.raises(InputError, match=r"mmlu_anatomy \(dev.jsonl"):
-        select(Tasks(["mmlu_anatomy"], rows, num_fewshot=2))
+        select(["mmlu_anatomy"], rows, num_fewshot=2)
 
 
 def test_code_is_run_apart_and_only_with_leave(rows):
     with pytest.raises(
         InputError, match=r"mbpp, which runs model-written programs .*--allow_code_execution"
     ):
-        select(Tasks(["mbpp"], rows))
-    (task,) = select(Tasks(["mbpp"], rows, allow_code_execution=True)).tasks
+        select(["mbpp"], rows)
+    (task,) = select(["mbpp"], rows, allow_code_execution=True).tasks
     for code, wanted in [("def add(a, b): return a + b", 1.0), ("def add(a, b): return a", 0.0)]:
         assert task.process_results(MBPP, [code])["pass_at_1"] == wanted
     assert passes("import os; assert 'HOME' not in os.environ and os.listdir() == ['program.py']")
@@ -283,7 +283,7 @@ def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
     subprocess.run(["bash", "-c", shell, sys.executable, program], check=True, timeout=300)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(InputError, match="programs cannot be run here"):
-        select(Tasks(["mbpp"], rows, allow_code_execution=True))
+        select(["mbpp"], rows, allow_code_execution=True)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_damaged_rows(tmp_path, content, words):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_bytes(content)
     with pytest.raises(InputError) as error:
-        select(Tasks(["arc_easy"], tmp_path))
+        select(["arc_easy"], tmp_path)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
 
 
@@ -380,9 +380,9 @@ def test_ten_without_rows_have_no_mean(tmp_path):
     row = {"Question": "Which?", "Correct Answer": "This."} | answers
     _write(tmp_path / "gpqa" / "gpqa_diamond.jsonl", [row])
     options = dict(skip_missing=True, allow_code_execution=True)
-    assert select(Tasks(["gpqa_diamond_zeroshot"], tmp_path, **options)).tasks
+    assert select(["gpqa_diamond_zeroshot"], tmp_path, **options).tasks
     with pytest.raises(InputError, match="no rows of the ten benchmarks of finermoe"):
-        select(Tasks(["finermoe", "gpqa_diamond_zeroshot"], tmp_path, **options))
+        select(["finermoe", "gpqa_diamond_zeroshot"], tmp_path, **options)
 
 
 @pytest.mark.parametrize(
