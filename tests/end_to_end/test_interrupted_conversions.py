@@ -196,7 +196,7 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
     place.mkdir()
     namespace = ["unshare", "-rm"]
     if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", place]).returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs")
+        pytest.skip("needs to mount a tmpfs (unshare -rm), which this system refuses")
     done = subprocess.run(
         [*namespace, sys.executable, "-c", FILL, place, models],
         capture_output=True, text=True, cwd=ROOT, timeout=300,

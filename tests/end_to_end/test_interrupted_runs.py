@@ -90,7 +90,7 @@ def test_a_full_disk_is_said_and_what_is_saved_stays(folder):
     # Step 0, whose moments are zeros, has room on it; step 25 finds out while it is written.
     found = disk(folder, 30, "2600k")
     if found is None:
-        pytest.skip("this machine lets nobody mount a tmpfs")
+        pytest.skip("needs to mount a tmpfs (unshare -rm), which this system refuses")
     first, second, copy = found
     assert (first, second) == (1, 0)
     said = (folder / "disk.0.log").read_text()

@@ -20,7 +20,7 @@ def _namespaces():
 
 
 needs_namespaces = pytest.mark.skipif(
-    not _namespaces(), reason="this system gives a process no namespaces of its own"
+    not _namespaces(), reason="needs user namespaces (unshare), which this system refuses"
 )
 
 
@@ -82,7 +82,7 @@ def test_hostile_programs_fail_their_rows_alone(tmp_path):
         "assert passes('pass', seconds=20.0)",
     ]
     if os.geteuid() == 0 and not _namespaces():
-        pytest.skip("root can give its rights away in a namespace alone")
+        pytest.skip("as root, needs user namespaces (unshare), which this system refuses")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120)
 
 
@@ -120,7 +120,7 @@ def test_an_environment_in_reach_is_said(reachable, monkeypatch, capsys):
         without = code_execution._RUNNER.replace("os.unshare(", "raise OSError(")
         monkeypatch.setattr(code_execution, "_RUNNER", without)
     elif not _namespaces():
-        pytest.skip("this system gives a process no namespaces of its own")
+        pytest.skip("needs user namespaces (unshare), which this system refuses")
     with local_code_eval():
         pass
     assert ("can read this process's environment" in capsys.readouterr().err) == reachable
