@@ -17,21 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from docs import draw_studies
+from docs.draw_studies import MATRICES, Rows, Seeds, losses
 from finermoe_jax.runtime.json_files import read_json
 from finermoe_jax.training import style
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "results.md", DOCS / "route_ahead.md")
 BLOCK = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
-
-Seeds = Mapping[str, Any]  # the figures of one variant's runs, by seed
-MATRICES = ("gate", "up", "down")
-Rows = Mapping[str, Seeds]  # by the rows' names; differences are from the first
-
-
-def losses(runs: Seeds) -> dict[str, float]:
-    """The last held-out loss of each seed."""
-    return {seed: run["curve"]["loss"][-1] for seed, run in runs.items()}
 
 
 def loss(runs: Seeds, _: Rows) -> str:
@@ -139,11 +132,13 @@ class Study:
       columns: names in COLUMNS.
       names: rows in order; a variant's name in the JSON file, and its name in the table. The first
         is the one that differences are from.
+      draw: draws the picture.
     """
 
     title: str
     columns: tuple[str, ...]
     names: Mapping[str, str]
+    draw: draw_studies.Draw = draw_studies.dots
 
 
 POOLS = (
@@ -244,6 +239,7 @@ STUDIES = {
             "inter_out_fg+lr3": "FineRMoE, rate 1e-3",
             "ct+lr3": "CT, rate 1e-3",
         },
+        draw_studies.curves("tokens", "flops", top=3.25),
     ),
     "pools_upcycled": Study(
         "Pools in the upcycled demo, 60 steps",
@@ -332,27 +328,20 @@ def ranks(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PICTURES = {"low_rank": ("What training added to copies, cut to low rank", draw_studies.ranks)}
 TABLES = {"ahead_shares": shares, "smollm2_shares": shares_by_depth, "low_rank": ranks}
 
 
 @style.applied()
 def draw(name: str) -> None:
-    """Draws the last held-out losses: a dot per seed, a bar at each variant's mean."""
-    rows = variants(name)
-    picture = style.figure(7.5, 1.1 + 0.34 * len(rows))
-    axes = picture.subplots()
-    for place, runs in enumerate(rows.values()):
-        values = list(losses(runs).values())
-        colour = style.ORANGE if place == 0 else style.BLUE
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.8)
-        if len(values) > 1:
-            axes.plot([np.mean(values)], [place], "|", color=style.INK, markersize=14, mew=2)
-    axes.set_yticks(range(len(rows)), [label.replace("`", "") for label in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.set_title(STUDIES[name].title)
-    several = "; a dot per seed, a bar at the mean" if len(next(iter(rows.values()))) > 1 else ""
-    axes.set_xlabel(f"held-out loss, nats per token{several}")
+    """Draws a study's picture, docs/studies/NAME.png."""
+    if name in STUDIES:
+        picture = STUDIES[name].draw(STUDIES[name].title, variants(name))
+    elif name in PICTURES:
+        title, of_values = PICTURES[name]
+        picture = of_values(title, read_json(DOCS / "studies" / f"{name}.json")["seeds"])
+    else:
+        return
     picture.savefig(DOCS / "studies" / f"{name}.png")
 
 
@@ -367,8 +356,7 @@ def main() -> None:
         text = page.read_text()
         page.write_text(filled(text))
         for found in BLOCK.finditer(text):
-            if found[2] in STUDIES:
-                draw(found[2])
+            draw(found[2])
 
 
 if __name__ == "__main__":
