@@ -60,8 +60,15 @@ pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests come first, so that no worker waits for another one's last."""
+    """A nightly test is a slow one, too.
+
+    Files with many slow tests come first, so that no worker waits for another one's last.
+    """
+    for each in items:
+        if each.get_closest_marker("nightly"):
+            each.add_marker("slow")
     slow = collections.Counter(each.path for each in items if each.get_closest_marker("slow"))
     items.sort(key=lambda each: -slow[each.path])
 

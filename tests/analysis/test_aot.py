@@ -41,7 +41,7 @@ def compiled():
     return step, target, aot.compile_program(step, target, say=lambda _: None)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_state_is_what_the_compiler_takes_as_arguments(compiled):
     step, _, figures = compiled
     batch = 4 * 33  # one row of each device
@@ -55,7 +55,7 @@ def test_state_is_what_the_compiler_takes_as_arguments(compiled):
     assert figures["bytes_by"]["optimizer: update"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_report_names_every_assumption(compiled):
     _, target, figures = compiled
     text = report.text(figures, target)
@@ -129,7 +129,7 @@ def test_what_does_not_fit_gets_a_change_that_may():
     assert "larger slice" in said[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_changes_are_compiled_until_one_fits():
     config = _config(data=8)
     whole = aot.compile_program(
@@ -253,7 +253,7 @@ def for_tpus(tmp_path_factory):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_are_neither_copied_nor_sliced(for_tpus):
     """In the programs compiled for a TPU nothing but the kernels touches a layer's experts."""
     for case, (text, figures, _) in zip(IN_PLACE, for_tpus[: len(IN_PLACE)], strict=True):
@@ -270,7 +270,7 @@ def test_experts_are_neither_copied_nor_sliced(for_tpus):
             assert figures["expert_bytes"] == figures["expert_bound_bytes"], case
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_in_host_memory(for_tpus):
     ahead, on_demand, computed = (figures for _, figures, _ in for_tpus[len(IN_PLACE) :])
     layers, active, expert = 4, 2, 2 * (128 * 128 + 64 * 64)
@@ -285,7 +285,7 @@ def test_experts_in_host_memory(for_tpus):
     assert computed["kernel_flops"] == 0 and computed["hbm_bytes"] < on_demand["hbm_bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tpu_slice(for_tpus):
     _, figures, said = for_tpus[len(IN_PLACE) - 1]
     assert "FITS" in said

@@ -92,7 +92,7 @@ def step():
     return analyse(run.lower(params, state, batch).compile().as_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_steps_causes_sum_to_its_bytes(step):
     assert sum(step.bytes_by.values()) == pytest.approx(step.hbm_bytes, rel=1e-12)
     names, phases = zip(*(key.rsplit(": ", 1) for key in step.bytes_by), strict=True)
@@ -109,7 +109,7 @@ def test_a_steps_causes_sum_to_its_bytes(step):
     assert len(step.movers) <= LARGEST
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_has_every_cause_and_the_total(step):
     text = report.bytes_by_cause(dataclasses.asdict(step))
     for key in step.bytes_by:

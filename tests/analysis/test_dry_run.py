@@ -19,7 +19,7 @@ from tests.support import command
 from tests.support.training import silent, tiny_run
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_counts_what_the_run_holds_and_writes_nothing(tmp_path):
     config, said = dataclasses.replace(tiny_run(), mesh=MeshConfig(2, 2, 2, 1)), []
     needs = dry_run(config, tmp_path / "run", 1e9, said.append)
@@ -44,7 +44,7 @@ def test_it_counts_what_the_run_holds_and_writes_nothing(tmp_path):
     assert "time per step: at least" in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_full_disk_does_not_fit(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(dry.shutil, "disk_usage", lambda _: usage(10, 9, 1))
@@ -53,7 +53,7 @@ def test_a_full_disk_does_not_fit(tmp_path, monkeypatch):
     assert said[-1] == "DOES NOT FIT" and "--peak_tflops gives a bound" in "\n".join(said)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_wrong_input_is_refused_as_by_the_run(tmp_path):
     config = tiny_run()
     wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, path="no.txt"))

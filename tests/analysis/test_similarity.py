@@ -91,7 +91,7 @@ def test_a_pool_is_compared_as_a_whole(tmp_path):
         np.testing.assert_allclose(of_pool, wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mean_over_all_pairs(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(similarity, "_CHUNK", 100)

@@ -207,7 +207,7 @@ jax.jit(window).lower(1.0).compile()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_compilers_alarm_does_not_reach_the_user():
     environment = {
         name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"

@@ -552,7 +552,7 @@ def test_checkpoints_with_damaged_weights(dense, tmp_path, damage):
     assert_refused(result, str(tmp_path / "checkpoint"), "is damaged", largest.name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("script", ["train.py", "convert_hf.py", "eval.py", "generate.py"])
 def test_help(script):
     result = processes.run([sys.executable, str(ROOT / script), "--help"])

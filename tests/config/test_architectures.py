@@ -240,7 +240,7 @@ def _upcycled(name, dense):
     return fm.upcycle_model(fm.load_hf(dense), one.moe, jax.random.key(0), one.upcycle)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name", ["c32a2", "du", "nvshard", "no_fg", "separate_routers", "add_concat_proj"]
 )
@@ -321,7 +321,7 @@ def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
     assert most == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_starts_as_its_variant_says(tmp_path):
     config = load_preset("demo", "function_preserving")
     config = dataclasses.replace(

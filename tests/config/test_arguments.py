@@ -148,7 +148,7 @@ for code in codes:
 """
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.nightly  # a process of its own
 def test_wrong_arguments_get_one_message(tmp_path):
     given = json.dumps([code for code, _ in WRONG]), json.dumps(NUMBERS)
     command = [sys.executable, "-c", SCRIPT, str(TIED), str(MIXTURE), str(DEMO), *given]

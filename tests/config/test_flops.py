@@ -43,7 +43,7 @@ def program_flops(model, rows, length):
     return analyse(step.lower(params, batch).compile().as_text()).flops
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, 1, 2, 2, separate_routers=True)])
 def test_the_compiled_program_has_as_many(moe):
     model = dataclasses.replace(

@@ -75,7 +75,7 @@ def test_what_is_written_is_the_text(sources, whole):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
     """Broken off before every batch in turn, whatever is half written."""
     target = tmp_path / "tokens"
@@ -104,7 +104,7 @@ def test_a_run_that_breaks_off_goes_on(sources, whole, tmp_path, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_run_of_several_processes_goes_on(sources, whole, tmp_path):
     """SIGKILL at a random moment; the number of processes changes nothing; no worker stays."""
     command = [
@@ -151,7 +151,7 @@ def test_what_the_target_holds_already_is_kept(sources, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_killed_at_its_beginning_goes_on_and_removes_its_own_alone(sources, whole, tmp_path):
     target = tmp_path / "tokens"
     target.mkdir()
@@ -175,7 +175,7 @@ def test_a_run_killed_at_its_beginning_goes_on_and_removes_its_own_alone(sources
     assert content == _content(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_named_and_the_same_command_goes_on(sources, whole, tmp_path, monkeypatch):
     target, encode = tmp_path / "tokens", text.encode
@@ -236,7 +236,7 @@ def test_sources_are_found_in_order(sources, tmp_path):
         expand(["data/none.txt"], "train", "text")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tokenizer_by_hub_id(tmp_path, sources):
     """Its files alone are downloaded, and it makes what the directory makes."""
     repository = tmp_path / "repository"

@@ -160,7 +160,7 @@ def run_of(source, tmp_path, **data):
     return fm.run_config(config)
 
 
-@pytest.mark.slow  # compiles two train steps
+@pytest.mark.nightly  # compiles two train steps
 def test_a_run_is_resumed_without_its_source(source, tmp_path):
     write_pair(source)
     change_config(source, eos_token_id=5)

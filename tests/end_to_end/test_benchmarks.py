@@ -83,7 +83,7 @@ def test_every_mutation_fits_the_code():
     mutations.refuse_stale()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_benchmark_in_its_smallest_form(tmp_path):
     files = sorted((ROOT / "benchmarks").rglob("*.py"))
     names = [".".join(f.relative_to(ROOT / "benchmarks").with_suffix("").parts) for f in files]

@@ -14,7 +14,7 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow  # the whole way of a model, through four commands
+@pytest.mark.nightly  # the whole way of a model, through four commands
 def test_a_model_goes_its_way_through_a_bucket(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

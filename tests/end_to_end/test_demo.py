@@ -18,7 +18,7 @@ from tests.support import ROOT, processes
 
 DEMO = ROOT / "finermoe_jax" / "demo"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def run(script, *arguments, cwd, new=False, **env):

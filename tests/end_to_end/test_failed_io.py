@@ -188,7 +188,7 @@ def test_all_writes_end_before_one_that_failed_is_raised(state, tmp_path):
     assert len(ended) == count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_ends_at_the_step_after_a_failed_save(tmp_path):
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     with contextlib.ExitStack() as limit:

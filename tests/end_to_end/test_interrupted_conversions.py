@@ -127,7 +127,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("source", "to"), [("hf", "orbax"), ("orbax", "hf")])
 def test_killed_at_any_moment_nothing_loads_and_a_rerun_succeeds(tmp_path, models, source, to):
     chance = random.Random(to)
@@ -190,7 +190,7 @@ for source, to in (("hf", "orbax"), ("orbax", "hf")):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path, models):
     place = tmp_path / "disk"
     place.mkdir()
@@ -252,7 +252,7 @@ def measure(source, folder, moe, start, pipe):
     pipe.send((before, there, most[0]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("moe", "start"),
     [
@@ -303,7 +303,7 @@ def write_in_place(path):
         file.write(bytes([last[0] ^ 1]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", [grow, cut, write_in_place, Path.unlink])
 @pytest.mark.parametrize(("form", "to"), [("hf", "orbax"), ("orbax", "hf"), ("orbax", "orbax")])
 def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch, form, to, change):

@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("killed")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_and_stopped_runs_end_as_the_straight_one(folder):
     """The short form of benchmarks/kill_campaign.py."""
     chance, steps = random.Random(0), 60
@@ -85,7 +85,7 @@ def test_killed_and_stopped_runs_end_as_the_straight_one(folder):
     assert f"resumed from step {step} of {steps}" in said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_full_disk_is_said_and_what_is_saved_stays(folder):
     # Step 0, whose moments are zeros, has room on it; step 25 finds out while it is written.
     found = disk(folder, 30, "2600k")
@@ -160,7 +160,7 @@ def _flip_config(step):
     return path, "has checksum"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("harm", [_flip, _truncate, _delete, _delete_checksums, _flip_config])
 def test_readers_take_the_one_before_a_damaged_checkpoint(harm, finished, tmp_path, capfd):
     workdir = shutil.copytree(finished, tmp_path / "run")
@@ -179,7 +179,7 @@ def test_readers_take_the_one_before_a_damaged_checkpoint(harm, finished, tmp_pa
     assert saved_steps(workdir / "checkpoints") == [0, 2, 4]  # a reader changes nothing
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damage_to_the_optimizer_is_the_runs_alone(finished, tmp_path, capfd):
     workdir = shutil.copytree(finished, tmp_path / "run")
     _largest(workdir / "checkpoints" / "4", "optimizer").write_bytes(b"")
@@ -188,7 +188,7 @@ def test_damage_to_the_optimizer_is_the_runs_alone(finished, tmp_path, capfd):
     assert damage(workdir / "checkpoints" / "4")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_checkpoints_from_before_checksums_are_read(finished, tmp_path):
     step = shutil.copytree(finished, tmp_path / "run") / "checkpoints" / "4"
     values = json.loads((step / "config" / "metadata").read_text())
@@ -206,7 +206,7 @@ def test_a_converted_checkpoint_has_checksums(tmp_path):
         load_checkpoint(tmp_path / "model")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_from_the_one_before_and_saves_the_step_again(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     steps = workdir / "checkpoints"
@@ -262,7 +262,7 @@ def test_ranking_needs_scored_saves():
 # --- whose workdir it is ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_busy_workdir_is_refused(finished):
     holder = Lock(finished, "--workdir")
     holder.take()
@@ -374,7 +374,7 @@ def _assert_bits(ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "bfloat16")])
 def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
     token = 63
@@ -388,7 +388,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, dtype):
     assert np.isfinite(without[0]["lm_head"]["weight"].astype("float32")).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
     """The first token of a batch says which of the three is infinite; the others are finite."""
 
@@ -407,7 +407,7 @@ def test_loss_and_balance_and_gradient_each_leave_a_step_out(monkeypatch):
     _assert_bits(found, after([batches[0], batches[4]])[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_poisoned_run_leaves_steps_out_and_ends_with_their_batches(tmp_path):
     """A weight is infinite that only some windows use: a real run, from a real checkpoint."""
     config = tiny_run(

@@ -35,7 +35,7 @@ def _files(folder):
 # --- gone or moved ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_whose_checkpoints_are_gone_is_refused(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -63,7 +63,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_blocks_nothing(tmp_path):
     assert not (tmp_path / "tokenizer" / "merges.txt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_knows_its_step(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     steps = workdir / "checkpoints"
@@ -85,7 +85,7 @@ def test_a_checkpoint_knows_its_step(finished, tmp_path):
         train(tiny_run(), workdir, say=silent)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_from_before_steps_were_stated_is_read(finished, tmp_path):
     step = shutil.copytree(finished, tmp_path / "run") / "checkpoints" / "4"
     values = json.loads((step / "config" / "metadata").read_text())
@@ -97,7 +97,7 @@ def test_a_checkpoint_from_before_steps_were_stated_is_read(finished, tmp_path):
     assert Log(step.parent.parent).lost(logged_bytes(step.with_name("6"))) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logs_that_were_shortened_are_told_once(finished, tmp_path):
     workdir, said = shutil.copytree(finished, tmp_path / "run"), []
     logged = logged_bytes(workdir / "checkpoints" / "4")
@@ -221,7 +221,7 @@ def _failing(monkeypatch, number, part):
         yield
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("part", ["/4/config/metadata", "/4/params/", "/4/checksums.json"])
 def test_what_cannot_be_read_is_not_called_damaged(
@@ -242,7 +242,7 @@ def test_what_cannot_be_read_is_not_called_damaged(
     assert saved_steps(steps) == [0, 2, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_without_permissions_is_left_where_it_is(finished):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)

@@ -145,14 +145,14 @@ def trained(case):
     return losses, [by_hf_name(model.config, nnx.to_pure_dict(s)) for s in (first, second)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_in_chunks(case, trained):
     data, _ = case
     (loss, _), _ = trained
     np.testing.assert_allclose(loss, data["lm_loss"][0], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_of_the_language_model_loss(case, trained):
     data, _ = case
     _, (grads, _) = trained
@@ -168,7 +168,7 @@ def test_gradients_of_the_language_model_loss(case, trained):
     assert len(others) and not embedding[others].any()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_of_the_load_balancing_loss(case, trained):
     data, model = case
     _, (_, grads) = trained
@@ -206,7 +206,7 @@ def test_padding(case, side, given_positions):
     np.testing.assert_allclose(logits[0], data["logits"][0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generation(case):
     data, model = case
     got = fm.generate(model, data["gen.prompt_ids"], max_new_tokens=16)
@@ -214,7 +214,7 @@ def test_generation(case):
     np.testing.assert_array_equal(got, data["gen.sequences"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generation_from_padded_prompts(case):
     data, model = case
     ids, mask = data["gen_left_pad.prompt_ids"], data["gen_left_pad.attention_mask"]
@@ -288,7 +288,7 @@ def test_converted_there_and_back_every_tensor_is_bit_identical(name, tmp_path):
     assert read.tie_word_embeddings == name.endswith("_tied")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tied_embeddings_as_the_authors_class_ties_them():
     data = load_file(GOLDEN / "g_tied" / "golden.safetensors")
     model = fm.load_hf(GOLDEN / "g_tied")
@@ -375,7 +375,7 @@ def test_drawn_weights_have_the_published_deviation(upcycled):
     assert abs(routers.std() - 0.02) < 4 * error / np.sqrt(2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_upcycled_logits(upcycled):
     _, data, model = upcycled
     drawn = {

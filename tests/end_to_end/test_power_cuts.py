@@ -161,7 +161,7 @@ def _noted(method, calls):
     return noted
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, monkeypatch):
     reported, calls = [(0, -1)], []
     wait, workdir = TrainingCheckpoints.wait, disk.root / "runs" / "run"

@@ -249,7 +249,7 @@ def found(request, tmp_path_factory):
     return place, result["found"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logits_tokens_losses_and_gradients(found):
     _, reports = found
     assert {*reports, "qwen2_yarn"} == {*models(), *AS_THEY_ARE, *CASES, "g_tied"}
@@ -262,7 +262,7 @@ def test_logits_tokens_losses_and_gradients(found):
             assert reports[name][kind] < 1e-4, (name, reports[name])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_with_experts_run_the_exported_code(found):
     place, reports = found
     for name, report in reports.items():

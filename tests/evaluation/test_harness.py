@@ -156,7 +156,7 @@ def test_weights_that_are_not_numbers(harness):
         score(damaged, [Continuation([1, 2], [3])])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generate_until(harness, tokenizer, capsys):
     prompt, settings = "The following example shows", dict(do_sample=False, max_gen_toks=12)
     ids = np.asarray([tokenizer.encode(prompt)])
@@ -214,7 +214,7 @@ def test_chat_template(harness, tokenizer):
 # --- tasks ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_benchmarks_with_local_rows(rows, harness, tmp_path):
     """All that has rows, over all devices; the mean is of those."""
     chosen = {"mmlu", "hellaswag", "winogrande", "arc_easy", "agieval"}

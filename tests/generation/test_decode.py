@@ -72,7 +72,7 @@ def check_greedy(model, prompt, made):
     np.testing.assert_array_equal(best[len(prompt) - 1 :][: len(made)], made)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_greedy_tokens_are_those_of_whole_sequences(model):
     rows = prompts([3, 11, 1, 7])
     new = []
@@ -88,7 +88,7 @@ def test_greedy_tokens_are_those_of_whole_sequences(model):
     np.testing.assert_array_equal(alone, new[0][1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stored_in_bfloat16(model):
     # Decoding multiplies in float32, as whole sequences do here: the weights are what is rounded.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(model)))
@@ -98,7 +98,7 @@ def test_stored_in_bfloat16(model):
     check_greedy(rounded, row, made)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
     def stream(length, new, **settings):
         list(generation.stream(model, [prompts([length])[0]], None, new, Sampling(**settings)))
@@ -113,7 +113,7 @@ def test_lengths_of_a_bucket_and_settings_share_two_programs(model):
     assert sizes == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1024]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_cache_is_written_in_place(model):
     graphdef, state = nnx.split(model)
     cache = generation.init_cache(CONFIG, 1, 48, model.dtype)
@@ -136,7 +136,7 @@ def test_layers_apart_lie_in_the_memory_of_their_stack():
     np.testing.assert_array_equal(np.stack(cpu.separate_layers(odd).layers), odd)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_active_experts_are_read(model):
     """Whatever an expert holds that no token chose, NaN included, it reaches nothing."""
     row = prompts([4])[0]
@@ -196,7 +196,7 @@ def test_a_layer_written_out_stays_short():
     assert two < 2800 and lines(4) - two < 1200
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_int8(model):
     small = int8_weights(model)
     row = prompts([9])[0]
@@ -277,7 +277,7 @@ def test_logits_that_are_not_finite(model, value):
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_seed_repeats_and_rows_differ(model):
     ids = np.tile(prompts([5])[0], (4, 1))
     sampling = Sampling(temperature=2.0, seed=5)
@@ -315,7 +315,7 @@ def writer(tokenizer):
     return Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(2))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pieces_stop_strings_and_batches(writer, tokenizer):
     texts = ["Return the", "def main(argv):\n    return 0", "list of"]
     new = 16
@@ -389,7 +389,7 @@ def test_a_first_word_keeps_its_space():
     assert text.add(5) == " Paris" and text.rest() == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_mesh(model):
     """Experts, weights and rows spread over devices: the tokens of one device."""
     rows = prompts([3, 11, 1, 7])
@@ -423,7 +423,7 @@ def test_conversations(tokenizer):
         conversation(chatting, said)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_conversation_on_the_command_line(tmp_path, monkeypatch):
     """Two lines of stdin are two answers, each after all that was said before it."""
     folder = shutil.copytree(find("demo/model"), tmp_path / "model")

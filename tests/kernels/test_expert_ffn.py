@@ -45,7 +45,7 @@ def compute(arguments, cotangent, implementation, strict=None):
     [
         pytest.param(
             name, dtype, implementation, id=f"{name}-{dtype.__name__}-{implementation}",
-            marks=[pytest.mark.slow] * (name not in QUICK.get(implementation, GROUPS)),
+            marks=[pytest.mark.nightly] * (name not in QUICK.get(implementation, GROUPS)),
         )
         for implementation in IMPLEMENTATIONS
         for name in GROUPS
@@ -74,7 +74,7 @@ def test_random_group_sizes(seed, implementation):
 
 @pytest.mark.parametrize(
     "implementation",
-    [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.slow)],
+    [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.nightly)],
 )
 def test_weights_of_another_dtype_than_rows(implementation):
     arguments, cotangent = make("ragged", jnp.bfloat16)
@@ -170,7 +170,7 @@ def test_an_idle_expert_is_out_of_its_neighbours_reach():
         assert not got[name][jnp.array([1, 3, 4, 7])].any()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_single_buffers_of_a_small_chip(monkeypatch):
     monkeypatch.setattr(tiles_tpu, "choices", lambda *_: iter([(128, 128, 1)]))
     for stored in TOLERANCE:

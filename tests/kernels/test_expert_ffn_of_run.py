@@ -77,7 +77,7 @@ def compare(layers, results, sums=None, tolerance=1e-5):
 KEPT = [
     pytest.param(F32, F32, id="float32"),
     pytest.param(BF16, BF16, id="bfloat16"),
-    pytest.param(BF16, F32, id="float32 gradients of bfloat16", marks=pytest.mark.slow),
+    pytest.param(BF16, F32, id="float32 gradients of bfloat16", marks=pytest.mark.nightly),
 ]
 
 
@@ -95,7 +95,7 @@ def test_a_run_is_read_and_written_in_place(implementation, stored, kept):
     compare(layers, results, tolerance=TOLERANCE[stored])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("implementation", ["cpu", "tpu"])
 def test_float32_weights_under_bfloat16_rows(implementation):
     layers, stacks = run_of(F32)
@@ -133,7 +133,7 @@ def test_frozen_experts_have_no_gradient(implementation):
     compare(layers, results)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("adds", [False, True], ids=["written", "added"])
 @pytest.mark.parametrize("stored", [F32, BF16], ids=["float32", "bfloat16"])
 def test_no_race_in_a_run(stored, adds):
@@ -148,7 +148,7 @@ def test_no_race_in_a_run(stored, adds):
     compare(layers, results, before if adds else None, TOLERANCE[stored])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hopper_reads_a_run_in_place():
     layers, stacks = run_of(BF16)
     layers, stacks = layers[:2], [s[:2] for s in stacks]
@@ -157,7 +157,7 @@ def test_hopper_reads_a_run_in_place():
     compare(layers, results, tolerance=TOLERANCE[BF16])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_larger_than_the_chip(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "plan_call", lambda *_, **__: None)
     monkeypatch.setitem(globals(), "one_layer", expert_ffn_of_run)  # compiled with another plan

@@ -15,7 +15,7 @@ from tests.support.kernels import TOLERANCE, assert_close
 
 IMPLEMENTATIONS = ["cpu", "reference", "tpu", "gpu"]
 PALLAS = ("tpu", "gpu")
-SLOW_ON_GPU = [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.slow)]
+SLOW_ON_GPU = [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.nightly)]
 # K, N and rows of each expert.
 GROUPS = {name: ((k, n), sizes) for name, ((k, n, _), sizes) in kernels.GROUPS.items()}
 GROUPS |= {
@@ -80,7 +80,7 @@ def computed(name, dtype, transpose, implementation):
     [
         pytest.param(
             *case, dtype, implementation, id=f"{case}-{dtype.__name__}-{implementation}",
-            marks=[pytest.mark.slow] * ((implementation in PALLAS and case[0] not in FEW)
+            marks=[pytest.mark.nightly] * ((implementation in PALLAS and case[0] not in FEW)
                                         or implementation == "gpu"),
         )
         for implementation in IMPLEMENTATIONS
@@ -245,7 +245,7 @@ def tpu_forms(arguments, tiles, interpret, transpose):
 
 @pytest.mark.parametrize(
     "dtype",
-    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
+    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.nightly)],
     ids=["float32", "bfloat16"],
 )
 @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
@@ -267,7 +267,7 @@ def test_tpu_tiles(name, tiles, transpose, dtype):
 @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("wider than a tile", marks=pytest.mark.slow), "empty groups", "one row"],
+    [pytest.param("wider than a tile", marks=pytest.mark.nightly), "empty groups", "one row"],
 )
 def test_tpu_races_and_memory(name, transpose):
     arguments = make(name, jnp.float32, transpose)
@@ -275,7 +275,7 @@ def test_tpu_races_and_memory(name, transpose):
     assert_close(got, truth(*arguments, transpose), 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("share", "rows"), [(16, 32), (64, 32)])
 def test_visits_in_closed_form_are_those_of_a_balanced_schedule(share, rows):
     """The twin that estimates are taken from computes the same thing."""

@@ -47,14 +47,14 @@ def compute(arguments, cotangent, interpret=True):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("empty groups", marks=pytest.mark.slow),
-        pytest.param("all rows on the last", marks=pytest.mark.slow),
+        pytest.param("empty groups", marks=pytest.mark.nightly),
+        pytest.param("all rows on the last", marks=pytest.mark.nightly),
         "ragged",
         "one row",
         "no rows",
-        pytest.param("fewer rows than experts", marks=pytest.mark.slow),
-        pytest.param("width one", marks=pytest.mark.slow),
-        pytest.param("not a multiple of any block", marks=pytest.mark.slow),
+        pytest.param("fewer rows than experts", marks=pytest.mark.nightly),
+        pytest.param("width one", marks=pytest.mark.nightly),
+        pytest.param("not a multiple of any block", marks=pytest.mark.nightly),
     ],
 )
 def test_output(name):
@@ -66,13 +66,13 @@ def test_output(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param("one row", jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("ragged", jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("odd widths", jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("not a multiple of any block", jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("all rows on one in the middle", jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("odd widths", jnp.float32, marks=pytest.mark.slow),
-        pytest.param("empty groups", jnp.float32, marks=pytest.mark.slow),
+        pytest.param("one row", jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("ragged", jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("odd widths", jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("not a multiple of any block", jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("all rows on one in the middle", jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("odd widths", jnp.float32, marks=pytest.mark.nightly),
+        pytest.param("empty groups", jnp.float32, marks=pytest.mark.nightly),
     ],
 )
 def test_output_and_gradients(name, dtype):
@@ -101,7 +101,7 @@ def wide(f, sizes=(70, 0, 9)):
     return arguments, draw(m, w)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("f", [152, 424], ids=["rows shared", "columns shared"])
 def test_both_tilings_of_the_forward_kernel_are_free_of_races(f):
     """The tiles of 128 and of 64 rows, with an odd and an even number of blocks of F."""
@@ -111,7 +111,7 @@ def test_both_tilings_of_the_forward_kernel_are_free_of_races(f):
     assert_close({"y": forward(arguments, RACES)}, {"y": wanted}, 1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("f", [152, 200], ids=["one kernel for rows", "its own product"])
 def test_gradients_are_free_of_races_and_weights_may_have_another_dtype(f):
     """The gradient of the rows comes from the fused kernel, or from a product of its own."""
@@ -124,7 +124,7 @@ def test_gradients_are_free_of_races_and_weights_may_have_another_dtype(f):
     assert_close(got, truth(arguments, cotangent), 1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_too_large_for_shared_memory_take_separate_products(monkeypatch):
     monkeypatch.setattr(ffn, "MAX_FUSED_F", 23)
     arguments, cotangent = make("ragged", jnp.bfloat16)
@@ -132,7 +132,7 @@ def test_experts_too_large_for_shared_memory_take_separate_products(monkeypatch)
     assert_close(compute(arguments, cotangent), truth(arguments, cotangent), 1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_of_experts_without_rows_reach_nothing():
     """NaN in them is in no output; their gradients are exactly 0."""
     arguments, cotangent = make("empty groups", jnp.bfloat16)
@@ -178,7 +178,7 @@ def draw(dtype, *shape, seed=0):
     [
         (jnp.bfloat16, False, RACES),
         (jnp.bfloat16, True, RACES),
-        pytest.param(jnp.float32, True, True, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, True, True, marks=pytest.mark.nightly),
     ],
     ids=["bfloat16", "bfloat16-transposed", "float32-transposed"],
 )
@@ -200,7 +200,7 @@ def test_grouped_matmul(dtype, transpose, interpret):
 
 @pytest.mark.parametrize(
     ("dtype", "interpret"),
-    [(jnp.bfloat16, RACES), pytest.param(jnp.float32, True, marks=pytest.mark.slow)],
+    [(jnp.bfloat16, RACES), pytest.param(jnp.float32, True, marks=pytest.mark.nightly)],
     ids=["bfloat16", "float32"],
 )
 def test_weight_gradient_sees_no_row_of_other_experts(dtype, interpret):
@@ -261,7 +261,7 @@ def test_no_gpu_is_an_error_that_names_the_device():
         ffn.forward(**arguments, first_expert=0, interpret=False)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiles_for_hopper_without_spills_and_for_blackwell():
     """In a process of its own: some failures of the compiler end it."""
     python = interpreter("MOSAIC_GPU_TEST_PYTHON", "jax_cuda13_plugin", "compile-cuda")

@@ -81,7 +81,7 @@ def test_there_and_back_is_bit_identical(tmp_path, name):
     assert model_config_from_hf(now, "export") == stated == fm.load_hf(tmp_path / "hf").config
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_upcycled_qwen3(tmp_path):
     source = DENSE / "qwen3_tied"
     dense = fm.load_hf(source)

@@ -60,7 +60,7 @@ def generated(model, rows, monkeypatch, **settings):
     return made, np.stack(logits)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("config", "rows", "int8"),
     [
@@ -210,7 +210,7 @@ def test_loading_takes_a_layer_at_a_time_and_spares_the_device(tmp_path, monkeyp
         assert sum(seen.read) == 2 * 4 * sum(int(np.prod(shape)) for shape in shapes)
 
 
-@pytest.mark.slow  # compiles two models
+@pytest.mark.nightly  # compiles two models
 def test_a_prompt_needs_room_for_one_layer():
     """Layers are written out. Without an order, all of them would be sliced and cast at first."""
 

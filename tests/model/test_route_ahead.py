@@ -108,7 +108,7 @@ def test_the_parameters_are_those_of_a_model_that_does_not():
         assert parameter_shapes(changed(route_ahead=distance)) == parameter_shapes(FOUR)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generation_is_the_models_own_next_token():
     """With pools, and dense layers in a pattern."""
     model = ahead_of(base(num_hidden_layers=6, mlp_only_layers=(0, 3), experts_across=2), 2)
@@ -133,7 +133,7 @@ def test_padding_and_packed_texts_do_not_matter():
     np.testing.assert_allclose(packed[0, 5:], alone[1, 5:], atol=1e-4)
 
 
-@pytest.mark.slow  # compiles three backward passes
+@pytest.mark.nightly  # compiles three backward passes
 def test_gradients_against_differences_recomputed_and_unrolled():
     model, ids = ahead_of(base(**MIXED), 2), random_tokens(2)
     graphdef, state = nnx.split(model)
@@ -162,7 +162,7 @@ def test_gradients_against_differences_recomputed_and_unrolled():
     np.testing.assert_allclose(slope, np.linalg.norm(router), rtol=2e-2)
 
 
-@pytest.mark.slow  # compiles two training steps
+@pytest.mark.nightly  # compiles two training steps
 def test_eight_devices_compute_what_one_does():
     config = small_run(8, remat="full")
     model = changed(**MIXED, route_ahead=2)
@@ -170,7 +170,7 @@ def test_eight_devices_compute_what_one_does():
     assert_same_steps(take_steps(config, MeshConfig(2, 1, 4, 1), 1, model), wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_masks_biases_and_even_loads_act_on_the_choice_as_ever():
     ids = random_tokens(2, 16)
     alone = ahead_of(base(), 1)
@@ -207,7 +207,7 @@ def with_biases(params):
     return params
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_trained_model_routes_ahead_with_its_own_weights(tmp_path, capsys):
     """Converted there and back, exported, and at the start of a run."""
     demo = fm.upcycle(fm.load_hf(DEMO), intermediate_granularity=8)
@@ -266,7 +266,7 @@ def test_distances_that_do_not_fit_are_refused(changes, words):
     assert [word for word in words if word not in str(error.value)] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_agreement_of_the_choices():
     """The study's shares, beside loops over the choices of models that route ahead at one layer."""
     model, ids = base(**MIXED), np.asarray(random_tokens(3, 11))

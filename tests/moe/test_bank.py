@@ -91,7 +91,7 @@ def handed_out():
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(each, marks=[pytest.mark.slow] * (each != "one device")) for each in CASES],
+    [pytest.param(each, marks=[pytest.mark.nightly] * (each != "one device")) for each in CASES],
 )
 def test_gradients_are_those_of_layers_handed_out(case, handed_out):
     sizes, settings, stored = CASES[case]
@@ -113,7 +113,7 @@ def shared_handed_out():
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(each, marks=[pytest.mark.slow] * (each == "copies in microbatches"))
+        pytest.param(each, marks=[pytest.mark.nightly] * (each == "copies in microbatches"))
         for each in SHARED_CASES
     ],
 )
@@ -124,7 +124,7 @@ def test_gradients_of_shared_experts_add_up(case, shared_handed_out):
         assert error < 1e-5, (path, error)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_masks_and_balanced_pools_are_the_same_on_a_mesh_and_in_microbatches(shared_handed_out):
     given = dict(model=mixture_model(SHARED), over="pool")
     masked = dict(psr="linear", psr_start=0.0)  # half of the experts at the first step

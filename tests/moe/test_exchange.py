@@ -58,7 +58,7 @@ def one_device():
     return _value_and_grads(ONE_DEVICE)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 8, 1), (1, 1, 2, 4), (2, 1, 4, 1), (1, 2, 4, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
 )
@@ -118,7 +118,7 @@ _unspecified_ffn.defvjp(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("sizes", "packs"), [((1, 1, 8, 1), True), ((2, 1, 4, 1), False)])
 def test_the_ragged_exchange_of_accelerators(sizes, packs, one_device, monkeypatch):
     """XLA has none on a CPU: the same offsets and sizes through one written from its documentation,

@@ -189,7 +189,7 @@ def scaled_weights(s, weights, x, wanted):
     return scaled
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer(variant):
     @hypothesis.settings(few_examples, max_examples=5)
@@ -383,7 +383,7 @@ def test_settings_and_config_agree_on_the_sizes():
     assert dataclasses.replace(config, shared_expert_intermediate_size=None) == config
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_subclass_of_the_layer_serves_a_whole_model():
     """One candidate group with twice the copies is the same selection as a slot's best expert."""
 

@@ -49,7 +49,7 @@ def test_device_files(tmp_path, name):
     assert has_accelerator(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(has_accelerator(), reason="this machine may have an accelerator")
 @pytest.mark.parametrize("first", ["import finermoe_jax", "import jax, finermoe_jax"])
 def test_with_libtpu_and_without_a_tpu(tmp_path, first):
@@ -61,7 +61,7 @@ def test_with_libtpu_and_without_a_tpu(tmp_path, first):
     assert show(first, PYTHONPATH=str(ROOT))[0].endswith(" None")  # nothing to keep JAX from
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(has_accelerator(), reason="this machine may have an accelerator")
 def test_with_the_real_libtpu():
     python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")

@@ -158,7 +158,7 @@ def asked_to_stop(place, workdir, process):
     return step
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_run_by_one_process_or_two(place):
     """One test, so that parallel testing does not repeat the runs that all comparisons need."""
     finished(place, "one", processes=1)
@@ -179,7 +179,7 @@ def test_one_run_by_one_process_or_two(place):
     same_losses(place / "one_then_two", place / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_death_ends_the_other_with_its_name(place, victim):
     workdir = place / f"without_{victim}"
@@ -216,7 +216,7 @@ def test_a_death_ends_the_other_with_its_name(place, victim):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_one_process_refuses_ends_all(place):
     # Only the first process has the text in its directory.
     (place / "here.txt").write_text("some text " * 1000)
@@ -234,7 +234,7 @@ def test_what_one_process_refuses_ends_all(place):
     assert not (place / "refused").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_do_not_come_together(place):
     """JAX itself would abort each of them; several runs at once, none of which begins."""
     by_hand = {"JAX_NUM_PROCESSES": "2"}

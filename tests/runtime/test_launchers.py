@@ -281,7 +281,7 @@ def joined(*environments):
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_of_slurm_join():
     """On a CPU, and the launcher is only played; its list of nodes is one that JAX misreads."""
     slurm = {
@@ -296,7 +296,7 @@ def test_two_processes_of_slurm_join():
         assert (index, texts, devices) == (i, ["from 0", "from 1"], str(i + 4))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_of_gke_join():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -53,7 +53,7 @@ def copy_of(run, tmp_path, change):
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_history_follows_the_logs(runs):
     history, lines = read_history(runs / "slow"), read_lines(runs / "slow" / "metrics.jsonl")
     assert history.steps.tolist() == [0, 2, 4]
@@ -67,7 +67,7 @@ def test_a_history_follows_the_logs(runs):
     assert history.final["held_out_loss"] == scores[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_steps_between_logged_ones_count(runs, tmp_path):
     run = shutil.copytree(runs / "slow", tmp_path / "sparse")
     line = {"tokens_per_second": 100.0, "step_seconds": 2.0, "pause_seconds": 0.0}
@@ -79,7 +79,7 @@ def test_steps_between_logged_ones_count(runs, tmp_path):
     np.testing.assert_allclose(history.tokens, [0, 400, 800])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_runs_that_differ_in_seeds_alone_are_one_group(runs):
     groups = compare([runs / "fast/seed0", runs / "slow", runs / "fast/seed1"])
     assert [(group.name, len(group.runs)) for group in groups] == [("fast", 2), ("slow", 1)]
@@ -96,7 +96,7 @@ def test_runs_that_differ_in_seeds_alone_are_one_group(runs):
     assert found["differences"] == {"optimizer.learning_rate": {"fast": 1e-2, "slow": 1e-3}}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dense_run_beside_one_with_experts(runs, tmp_path):
     def with_experts(values, **changes):
         values["moe"] = dataclasses.asdict(MoEConfig(4, 2, 1, 2, 1, **changes))
@@ -109,7 +109,7 @@ def test_a_dense_run_beside_one_with_experts(runs, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_names_are_as_long_as_they_must_be(runs):
     names = [group.name for group in compare([runs / "fast/seed0", runs / "slow"])]
     assert names == ["fast", "slow"]  # not "seed0"
@@ -117,7 +117,7 @@ def test_names_are_as_long_as_they_must_be(runs):
     assert shortest_ends([Path("/a/x"), Path("/b/x"), Path("/b/y")]) == ["a/x", "b/x", "b/y"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -132,7 +132,7 @@ def test_other_held_out_text_is_refused(runs, tmp_path, field, value, words):
         compare([runs / "slow", other])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("part", ["tokenizer_sha256", "sources"])
 def test_another_tokenizer_or_text_is_refused(runs, tmp_path, part):
     other = copy_of(runs / "slow", tmp_path, lambda values: None)
@@ -146,7 +146,7 @@ def test_another_tokenizer_or_text_is_refused(runs, tmp_path, part):
         compare([runs / "slow", other])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_text_may_lie_elsewhere(runs, tmp_path):
     other = copy_of(runs / "slow", tmp_path, lambda values: values["data"].update(path="moved.txt"))
     data = json.loads((other / "data.json").read_text())
@@ -155,7 +155,7 @@ def test_the_text_may_lie_elsewhere(runs, tmp_path):
     assert len(compare([runs / "slow", other])) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_no_run_is_refused(runs, tmp_path):
     with pytest.raises(InputError, match=r"nowhere holds no config\.json"):
         compare([tmp_path / "nowhere"])
@@ -168,7 +168,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
         compare([unscored])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_commands(runs, tmp_path):
     pair = [runs / "fast/seed0", runs / "slow"]
     result = command("compare", *pair, f"--output={tmp_path / 'found.json'}")
@@ -181,7 +181,7 @@ def test_the_commands(runs, tmp_path):
     assert table(compare(pair)) in drawn.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_picture(runs, tmp_path, monkeypatch):
     groups = compare([runs / "fast/seed0", runs / "fast/seed1", runs / "slow"])
     labels = []
@@ -199,7 +199,7 @@ def test_the_picture(runs, tmp_path, monkeypatch):
     assert len(axes.collections) == 1  # the band of the group with two seeds
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_bad_start_does_not_flatten_the_rest(runs):
     history = read_history(runs / "slow")
 

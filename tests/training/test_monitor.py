@@ -213,14 +213,14 @@ def run(tmp_path_factory):
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_compiles_after_step_2(run):
     """Not at the second held-out score and the second save either."""
     assert run.compiled.count(0) > 10 and run.seen == 6
     assert [step for step in run.compiled if step >= 2] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lines_and_records_agree(run):
     lines = read_lines(run.workdir / "metrics.jsonl")
     records = read_lines(run.workdir / "expert_load.jsonl")
@@ -260,7 +260,7 @@ def events(path):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tensorboard_shows_each_step_once(run):
     first, second = (events(p) for p in sorted((run.workdir / "tensorboard").iterdir()))
     # From here on what the first file says is not shown.
@@ -275,7 +275,7 @@ def test_tensorboard_shows_each_step_once(run):
     assert {step for tag, step in scalars if tag == "held_out/loss"} == {0, 2, 4, 6}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_and_biases_goes_on_with_the_same_run(run):
     name = (run.workdir / "wandb_run_id").read_text().strip()
     parts = sorted((run.workdir / "wandb").glob("offline-run-*"))
@@ -285,7 +285,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(run):
         assert b"train/loss" in data and b"load_entropy/layer_00" in data
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_profile_holds_the_steps_that_were_asked_for(run):
     (place,) = (run.workdir / "profile" / "plugins" / "profile").iterdir()
     assert list(place.glob("*.xplane.pb"))
@@ -294,7 +294,7 @@ def test_the_profile_holds_the_steps_that_were_asked_for(run):
     assert sorted(map(int, steps)) == [3, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_forced_balance_is_even_and_marked_in_every_line(run, tmp_path):
     settings = dataclasses.replace(run.config.train, steps=2, force_balance=True)
     train(dataclasses.replace(run.config, train=settings, prompts=()), tmp_path / "run", silent)

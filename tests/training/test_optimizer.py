@@ -79,7 +79,7 @@ def test_rows_and_columns_are_split_as_their_parameter():
     assert query.sharding.spec == shardings["runs"][0][0]["attention"]["query"].spec
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_mesh_gives_one_devices_result():
     config = dataclasses.replace(small_run(8), optimizer=ADAFACTOR)
     reference = take_steps(config, MeshConfig(1, 1, 1, 1))
@@ -170,7 +170,7 @@ def test_the_first_moment_in_bfloat16():
     assert (adam.mu["weight"].dtype, adam.nu["weight"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("chosen", "freeze"),
     [

@@ -167,10 +167,10 @@ PLAIN = {"plain_top_k": True}
         (1, MoEConfig(8, 2, 1, 2, 1)),
         (4, MoEConfig(8, 2, 1, 2, 1)),
         (28, MoEConfig(32, 2, 1, 2, 1)),
-        pytest.param(28, MoEConfig(64, 1, 1, 2, 4, **PLAIN), marks=pytest.mark.slow),
+        pytest.param(28, MoEConfig(64, 1, 1, 2, 4, **PLAIN), marks=pytest.mark.nightly),
         (6, MoEConfig(8, 4, 2, 1, 1)),
-        pytest.param(28, MoEConfig(64, 8, 1, 2, 1), marks=pytest.mark.slow),
-        pytest.param(80, MoEConfig(4, 32, 1, 2, 1), marks=pytest.mark.slow),
+        pytest.param(28, MoEConfig(64, 8, 1, 2, 1), marks=pytest.mark.nightly),
+        pytest.param(80, MoEConfig(4, 32, 1, 2, 1), marks=pytest.mark.nightly),
     ],
     ids=lambda value: f"{value.num_experts} experts" if isinstance(value, MoEConfig) else None,
 )

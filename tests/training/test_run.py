@@ -53,7 +53,7 @@ from tests.support.training import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["batch", "bias"])
 def test_balancing_is_the_same_on_a_mesh(kind):
     """The load is that of the global batch, also with accumulation."""
@@ -78,12 +78,12 @@ def one_device():
     return take_steps(small_run(8), MeshConfig(1, 1, 1, 1), 20)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_falls(one_device):
     assert one_device[0][-1, 0] < one_device[0][0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -100,7 +100,7 @@ def test_every_mesh_gives_one_devices_result(mesh, one_device):
     assert_same_steps(take_steps(small_run(8), mesh, 20), one_device)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("parts", "mesh", "remat"),
     [(4, MeshConfig(1, 1, 1, 1), "none"), (2, MeshConfig(1, 2, 2, 2), "full")],
@@ -111,13 +111,13 @@ def test_accumulation_equals_the_large_batch(parts, mesh, remat, one_device):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_recomputation_changes_nothing(remat, one_device):
     assert_same_steps(take_steps(small_run(8, remat=remat), MeshConfig(1, 1, 1, 1)), one_device)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_chunked_loss_is_the_plain_cross_entropy():
     model, batch = mixture_model(), random_tokens(3)
     out = model(batch[:, :-1])
@@ -131,7 +131,7 @@ def test_chunked_loss_is_the_plain_cross_entropy():
         np.testing.assert_allclose(total, jnp.where(mask, nll, 0).sum(), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logits_exist_for_one_chunk_only():
     """Forward and backward: no buffer of the program pairs more tokens with the vocabulary."""
     vocab, chunk = 997, 8
@@ -175,7 +175,7 @@ def _packed_gradient(params, batch, parts=1):
     return metrics["loss"], jax.tree.map(lambda a, b: b - a, after, params), metrics["aux_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_packed_documents_do_not_see_each_other():
     """Loss and gradient of packed rows are those of the documents, each alone in a row."""
     lengths = (5, 9, 2, 17, 3, 11, 1, 6, 30, 4)
@@ -212,7 +212,7 @@ def test_packed_documents_do_not_see_each_other():
     assert max(relative_distances(parts_grads, grads).values()) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_padding_balances_no_experts():
     """Neither padding's tokens nor its place touch the load-balancing loss."""
     batch = _eight(_documents((9, 7, 4), range(3)).read([0, 1]))
@@ -249,7 +249,7 @@ def test_windows_need_no_masks():
     assert program(Batch(tokens, jnp.ones_like(tokens))).count("\n") > plain_program.count("\n")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_program_does_not_grow_with_depth():
     def size(layers):
         config = dataclasses.replace(MOE, num_hidden_layers=layers)
@@ -265,7 +265,7 @@ def test_the_program_does_not_grow_with_depth():
     assert size(8) - size(4) < 0.02 * size(4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_layers_tokens_come_in_order_and_padding_is_not_counted():
     moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2, 5))  # runs of (moe, moe, dense)
     model = mixture_model(dataclasses.replace(SMALL, num_hidden_layers=6, moe=moe))
@@ -330,7 +330,7 @@ def straight(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_leaves_what_the_readme_names(straight):
     for name in ("config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "loss.png"):
         assert (straight / name).stat().st_size > 0, name
@@ -345,7 +345,7 @@ def test_a_run_leaves_what_the_readme_names(straight):
     assert "tokenizer.json" in files
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_resuming_gives_the_same_run(straight, tmp_path):
     workdir = tmp_path / "resumed"
 
@@ -392,7 +392,7 @@ def test_resuming_gives_the_same_run(straight, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_evaluation_never_masks(straight, tmp_path, monkeypatch):
     """The run's own held-out loss, in the middle of its masks, is that of the model without any."""
     setup = check_run(demo_run(4), tmp_path / "none", silent)
@@ -423,7 +423,7 @@ def _flat_state(model):
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_selection_biases_resume_to_the_bit(biased, tmp_path):
     workdir = tmp_path / "resumed"
     shutil.copytree(biased, workdir)
@@ -443,7 +443,7 @@ def test_selection_biases_resume_to_the_bit(biased, tmp_path):
     assert lines[0] == lines[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_runs_from_a_checkpoint_with_and_without_selection_biases(biased, tmp_path):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -472,7 +472,7 @@ def test_runs_from_a_checkpoint_with_and_without_selection_biases(biased, tmp_pa
     assert not started(tmp_path / "plain", dict(kind="batch"))[0].selection_bias
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_without_selection_biases_cannot_resume_with_them(biased, tmp_path):
     dense = tiny_run(TINY | {"balance": dict(kind="bias")})
     with pytest.raises(InputError, match=r"balance\.kind=bias .* the model has none: set moe"):
@@ -508,7 +508,7 @@ def test_settings_without_effect_are_refused(tmp_path, settings, moe, words):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_workdir_keeps_its_config(straight):
     before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
     with pytest.raises(InputError, match=r"train.seed: 0 in the run, 7 in the config"):
@@ -516,7 +516,7 @@ def test_a_workdir_keeps_its_config(straight):
     assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_workdir_keeps_its_data(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     path = tmp_path / "run" / "data.json"
@@ -558,7 +558,7 @@ def test_frozen_parts_that_the_model_lacks(tmp_path):
     assert "train.freeze: this model has no router and no shared_gate" in said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("freeze", "parts", "mesh"),
     [
@@ -582,7 +582,7 @@ def test_frozen_parts(one_device, freeze, parts, mesh):
         assert error <= 1e-5 * np.linalg.norm(expected[path] * of_all), path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_layers_written_out(one_device, remat):
     losses, *_ = take_steps(small_run(8, scan_unroll=2, remat=remat), MeshConfig(1, 1, 1, 1))

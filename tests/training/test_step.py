@@ -72,7 +72,7 @@ def test_only_the_kinds_with_a_loss_add_it():
         np.testing.assert_allclose(total, told["loss"] + 0.25 * told["z_loss"].sum(), rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_batch_balancing_counts_the_earlier_microbatches():
     """Losses are means over the microbatches, f of Eq. 11 is a running mean over their counts."""
     graphdef, state = nnx.split(mixture_model())
@@ -122,7 +122,7 @@ def test_batch_balancing_counts_the_earlier_microbatches():
     np.testing.assert_array_equal(counts, of_parts["expert_tokens"].sum(axis=0))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_selection_biases_move_after_the_step_and_outside_of_the_optimizer():
     """In layers of several runs; a step that is not finite moves none."""
     moe = MoEConfig(4, 2, 1, 2, 1, mlp_only_layers=(2,), selection_bias=True)
@@ -233,7 +233,7 @@ def test_the_loss_of_bfloat16_activations_is_summed_in_float32():
     assert error.max() < 2**-8
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_masked_experts_return_and_a_resumed_run_masks_the_same():
     """psr in the middle of its schedule; one program serves all of its steps."""
     moe = dataclasses.replace(MOE.moe, experts_across=2)

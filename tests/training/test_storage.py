@@ -167,8 +167,8 @@ def _changed(step):
     ("harm", "words"),
     [
         (_lost, "is missing ("),
-        pytest.param(_torn, "", marks=pytest.mark.slow),
-        pytest.param(_changed, "has checksum", marks=pytest.mark.slow),
+        pytest.param(_torn, "", marks=pytest.mark.nightly),
+        pytest.param(_changed, "has checksum", marks=pytest.mark.nightly),
     ],
 )
 def test_a_harmed_checkpoint_is_passed_over_and_made_again(copy, local, tmp_path, harm, words):
@@ -369,14 +369,14 @@ def test_refusals_on_the_command_line(server, monkeypatch, tmp_path):
 # --- processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_runs_end_as_the_straight_one(server, tmp_path):
     """The short form of benchmarks/bucket_kills.py."""
     found = bucket_kills.campaign(tmp_path, support.new_bucket(), 2, 60, popen=Process)
     assert len(found) == 2 and not any(one["done"] for one in found)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_saves_uploads_and_releases_the_lock(server, tmp_path):
     run, scratch = support.new_bucket(), tmp_path / "scratch"
     started = bucket_kills.start(tmp_path, str(run), scratch, 100000, Process)
@@ -395,7 +395,7 @@ def test_sigterm_saves_uploads_and_releases_the_lock(server, tmp_path):
     assert not (run / "lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_server_that_is_gone_costs_the_step_being_saved(server, monkeypatch, tmp_path):
     run, scratch = support.new_bucket(), tmp_path / "scratch"
     gate = support.Gate(server)
@@ -421,7 +421,7 @@ def test_a_server_that_is_gone_costs_the_step_being_saved(server, monkeypatch, t
     assert_same(bucket_kills.downloaded(run, tmp_path / "run"), tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rights_withdrawn_from_a_save_end_the_run(server, monkeypatch, tmp_path):
     run, scratch = support.new_bucket(), tmp_path / "scratch"
     gate = support.Gate(server)
@@ -444,7 +444,7 @@ def test_rights_withdrawn_from_a_save_end_the_run(server, monkeypatch, tmp_path)
     assert not (run / "lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_write_one_run(server, tmp_path):
     run, scratch = support.new_bucket(), tmp_path / "scratch"
     with socket.create_server(("127.0.0.1", 0)) as free:

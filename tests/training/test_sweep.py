@@ -109,7 +109,7 @@ def test_wrong_command_lines(config, tmp_path, arguments, words):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     folder = tmp_path / "sweep"
     arguments = [

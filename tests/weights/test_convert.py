@@ -209,7 +209,7 @@ def outcome(folder, done):
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_changed_sources_are_refused_or_right(tmp_path, batch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -272,7 +272,7 @@ def read_lazily(checkpoint):
 
 # Reads of a checkpoint that Orbax cuts off when one of them fails, and drops unfinished.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damaged_checkpoints_are_refused_or_right(tmp_path):
     convert(str(SOURCES["tied"][0]), tmp_path / "whole", "orbax", MOE, seed=1)
     whole = values_of(fm.load_checkpoint(tmp_path / "whole"))

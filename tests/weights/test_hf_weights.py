@@ -175,7 +175,7 @@ def test_hub_id_from_the_cache(tmp_path, monkeypatch):
     assert open_model("someone/small").origin == Origin(("someone/small",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("shards", [1, 2])
 def test_from_the_hub_comes_what_belongs_to_the_model(tmp_path, shards):
     folder = write(tmp_path / "repository", config_of(UNTIED), tensors_of(UNTIED), shards)

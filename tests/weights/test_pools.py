@@ -72,7 +72,7 @@ def nnx_runs(model):
     return {p[-1]: a for p, a in weights(model).items() if p[:3] == ("runs", 0, 0) and len(p) == 5}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_without_pools_are_those_of_the_code_before():
     """A checkpoint that names no pools is read, and what was drawn then is drawn now: all bits."""
     place = DATA / "before_pools"

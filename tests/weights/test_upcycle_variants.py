@@ -278,7 +278,7 @@ def test_function_preserving_start_holds_in_bfloat16_and_beside_ablations(across
     np.testing.assert_allclose(model(_tokens()).logits, dense(_tokens()).logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_expert_of_the_function_preserving_start_learns_within_two_steps():
     moe = MoEConfig(4, 2, 1, 2, 1)
     model = fm.upcycle_model(_dense(), moe, jax.random.key(0), PRESERVING)

@@ -185,7 +185,7 @@ def test_a_target_of_another_kind_than_was_asked_for(upcycled, tmp_path):
         verify(source, upcycled / "orbax", "orbax", other, stated=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command(upcycled, tmp_path):
     target = tmp_path / "hf"
     done = command(
@@ -209,7 +209,7 @@ def assert_refused_at_the_end(result, *words):
     assert_refused(result, *words)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("numbers", [(1, 2, 1, 2, 1), (4, 2, 2, 1, 2)])
 def test_there_and_back_in_small_blocks(tmp_path, monkeypatch, numbers):
     """Blocks that cut tables, matrices and experts: the same bits as in large ones."""
