@@ -6,7 +6,7 @@
         --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2}
     finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{8x1,8x2,8x4,32x1,32x2,32x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
-        --config=$S:{inter_out_fg,function_preserving,drop}+lr{1,2,3}
+        --config=$S:{inter_out_fg,function_preserving,drop,noise,nvshard}+lr{1,2,3}
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
 
 The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
@@ -16,7 +16,9 @@ All variants train on the same tokens in the same order. docs/results.md has the
     scratch                the dense model with as many parameters as inter_out_fg uses per token
     8x1 to 32x4            G_I x G_O from random weights. The shared expert's width makes the
                            parameters that a token uses equal.
-    function_preserving, drop    another start of inter_out_fg: drop redraws half of each expert
+    function_preserving, drop, noise
+                           another start of inter_out_fg: drop redraws half of each expert, noise
+                           has a tenth of each matrix's standard deviation
     lr1, lr2, lr3          the learning rate after warm-up: 1e-4, 3e-4 (the default), 1e-3
     sequence, batch, bias, none  the kind of balancing; all checkpoints are kept
 """
@@ -57,6 +59,8 @@ def _apply(config: ConfigDict, name: str) -> None:
         config.train.update(checkpoint_every=20, keep_checkpoints=4)
     elif name == "drop":
         config.upcycle.drop_ratio = 0.5
+    elif name == "noise":
+        config.upcycle.copy_noise = 0.1
     elif name == "scratch":
         apply_variant(config, "ct")
         _from_scratch(config, ACTIVE_FFN)

@@ -29,6 +29,9 @@ class UpcycleConfig:
 
     # Drop-upcycling: share of intermediate channels that each expert reinitialises.
     drop_ratio: float = 0.0
+    # Noise on each expert's matrices, as a share of their standard deviation: copies of a slice
+    # then start different.
+    copy_noise: float = 0.0
     # NVShard: one router row for all slices of a copy, so that initially whole copies are selected.
     virtual_groups: bool = False
     # Reproduces the dense model's logits at the start: every routed down-projection is zero, and
@@ -44,6 +47,7 @@ class UpcycleConfig:
         check_fields(self)
         for name, number, high in (
             ("drop_ratio", self.drop_ratio, 1),
+            ("copy_noise", self.copy_noise, 1e3),
             ("concat_proj_std", self.concat_proj_std, 1e6),
         ):
             if not 0 <= number <= high:  # also rejects NaN

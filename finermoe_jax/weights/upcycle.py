@@ -4,6 +4,7 @@ Letters: config/model.py.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -109,7 +110,6 @@ def upcycle_weights(
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
     drawn = [name for name in DRAWN if any(path[-1] == name for path in shapes)]
     keys = jax.random.split(key, 4 * config.num_hidden_layers)
-    drop_key = jax.random.fold_in(key, upcycle_variants.DROP_KEY)
 
     def make(path: ParamPath, shape: tuple[int, ...]) -> LazyArray:
         if path[0] != "runs":
@@ -126,7 +126,7 @@ def upcycle_weights(
             if name[1] == "down" and upcycling.function_preserving:
                 return _zeros(shape, rows["mlp", "down"][0].dtype)
             groups = bank_layers(config, path[1], path[2])
-            return _experts(config, rows, groups, shape, name[1], upcycling, drop_key)
+            return _experts(config, rows, groups, shape, name[1], upcycling, key)
         if name[1] == "depth_vector" or kinds[path].state:
             return _zeros(shape, kinds[path].stored_as(dtype))
         place = drawn.index(name[1])
@@ -386,14 +386,20 @@ def _experts(
     assert moe is not None
     gate, up, down = (rows["mlp", part] for part in ("gate", "up", "down"))
 
+    def own_key(*numbers: int) -> Array:
+        return functools.reduce(jax.random.fold_in, numbers, key)
+
     def make(layer: int, expert: int) -> np.ndarray:
         if name == "gate_up":
             made = expert_gate_up(gate[layer], up[layer], moe, expert)
         else:
             made = expert_down(down[layer], moe, expert, shared)
         if upcycling.drop_ratio:
-            own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
+            own = own_key(upcycle_variants.DROP_KEY, layer, expert)
             made = upcycle_variants.drop(name, made, upcycling.drop_ratio, own)
+        if upcycling.copy_noise:
+            own = own_key(upcycle_variants.NOISE_KEY, layer, expert)
+            made = upcycle_variants.noise(name, made, upcycling.copy_noise, own)
         return made
 
     # Any block of an expert needs the whole expert computed.

@@ -3,6 +3,7 @@
 Letters: config/model.py.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,8 +16,11 @@ from finermoe_jax.weights import lazy
 
 # The shared expert's gate starts at sigmoid(0) = 1/2; this factor cancels it exactly.
 SHARED_SCALE = 2
-# Makes the keys of drop-upcycling differ from the routers'.
+# Make the keys of drop-upcycling and of noise differ from the routers', and from each other.
 DROP_KEY = 2**31
+NOISE_KEY = 2**31 + 1
+# Matrices in each of an expert's two arrays.
+PARTS = {"gate_up": 2, "down": 1}
 # Channels of an expert redrawn at a time.
 _CHANNELS = 1024
 
@@ -39,36 +43,82 @@ def drop(
 
     Raises InputError if the drawn values are not finite.
     """
-    sampling, *matrices = (
-        np.random.default_rng(np.asarray(jax.random.key_data(own)))
-        for own in jax.random.split(key, 4)
-    )
-    first, parts = (0, 2) if name == "gate_up" else (2, 1)
-    width = len(expert) // parts
+    sampling, *matrices = _generators(key, 4)
+    width = len(expert) // PARTS[name]
     channels = sampling.permutation(width)[: int(ratio * width)]
+
+    def new(_: np.ndarray, drawn: np.ndarray, mean: np.float32, std: np.float32) -> np.ndarray:
+        return drawn * std + mean
+
+    return _redrawn(name, expert, channels, matrices, new, "drop-upcycling")
+
+
+def noise(
+    name: str, expert: Float[np.ndarray, "F X"], share: float, key: Array
+) -> Float[np.ndarray, "F X"]:
+    """Adds noise to one expert's `gate_up` [2F, D] or `down` [F, W], so that copies differ.
+
+    For each of the expert's three matrices, with sigma the standard deviation of its entries,
+
+        W' = W + share * sigma * R,   R ~ normal(0, 1).
+
+    Not from the paper. NumPy draws the values with `key`, the expert's.
+
+    Raises InputError if a value is not finite.
+    """
+
+    def new(old: np.ndarray, drawn: np.ndarray, _: np.float32, std: np.float32) -> np.ndarray:
+        return old.astype(np.float32) + np.float32(share) * std * drawn
+
+    channels = np.arange(len(expert) // PARTS[name])
+    return _redrawn(name, expert, channels, _generators(key, 3), new, "upcycle.copy_noise")
+
+
+def _generators(key: Array, count: int) -> list[np.random.Generator]:
+    return [
+        np.random.default_rng(np.asarray(jax.random.key_data(own)))
+        for own in jax.random.split(key, count)
+    ]
+
+
+def _redrawn(
+    name: str,
+    expert: Float[np.ndarray, "F X"],
+    channels: Int[np.ndarray, " _"],
+    generators: list[np.random.Generator],
+    new: Callable[[np.ndarray, np.ndarray, np.float32, np.float32], np.ndarray],
+    what: str,
+) -> Float[np.ndarray, "F X"]:
+    """Returns the expert with other values in some channels of each of its matrices.
+
+    `new` gets the channels' old values, as many draws of normal(0, 1), and the mean and standard
+    deviation of the matrix's entries in all `channels`. `generators` are for gate, up and down.
+    `what` draws, for messages.
+    """
     if not len(channels):
         return expert
-    new = np.array(expert)
+    parts, made = PARTS[name], np.array(expert)
+    width = len(expert) // parts
+    own = generators[:2] if name == "gate_up" else generators[2:]
 
-    def redraw(place: int, own: np.random.Generator) -> None:
+    def redraw(place: int, generator: np.random.Generator) -> None:
         # Some channels at a time: one expert of a large model has hundreds of megabytes.
         some = np.split(channels + place * width, range(_CHANNELS, len(channels), _CHANNELS))
-        mean, std = _moments(new, some)
+        mean, std = _moments(made, some)
         for rows in some:
-            noise = own.standard_normal((len(rows), expert.shape[1]), np.float32)
+            drawn = generator.standard_normal((len(rows), expert.shape[1]), np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
-                drawn = noise * std + mean
-            if not np.isfinite(drawn).all():
+                values = new(made[rows], drawn, mean, std)
+            if not np.isfinite(values).all():
                 raise InputError(
-                    "drop-upcycling draws from the source's mean and standard deviation, but these "
-                    f"are not finite or too large (std {std}): look for a damaged tensor in the "
-                    "source"
+                    f"{what} draws from the source's mean and standard deviation, but these are "
+                    f"not finite or too large (std {std}): look for a damaged tensor in the source"
                 )
-            new[rows] = lazy.converted(drawn, new.dtype, "what drop-upcycling draws")
+            made[rows] = lazy.converted(values, made.dtype, f"what {what} draws")
 
     with ThreadPoolExecutor(parts) as pool:  # drawing takes most of the time
-        list(pool.map(redraw, range(parts), matrices[first : first + parts]))
-    return new
+        list(pool.map(redraw, range(parts), own))
+    return made
 
 
 def _moments(

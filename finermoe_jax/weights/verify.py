@@ -108,7 +108,7 @@ def verify(
         wanted, again = upcycled(source, wanted, again, moe, key, upcycling, stated)
     _check_architectures(source, wanted, target, made.config)
     _check_files(given, made.home, to, str(stored))
-    recomputed = bool(upcycling.drop_ratio or upcycling.function_preserving)
+    recomputed = bool(upcycling.drop_ratio or upcycling.copy_noise or upcycling.function_preserving)
     report = _compared(given, made, again, seed is not None, recomputed, f"verifying {target.name}")
     for model in (given, made):
         model.refuse_changed()

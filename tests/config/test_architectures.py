@@ -135,7 +135,17 @@ def test_every_arm_of_the_study_of_pools(arm):
         ),
         (
             "upcycled",
-            ["inter_out_fg", "ct", "s16a4", "nvshard", "du", "c32a2", "drop", "inter_out_fg+lr3"],
+            [
+                "inter_out_fg",
+                "ct",
+                "s16a4",
+                "nvshard",
+                "du",
+                "c32a2",
+                "drop",
+                "noise",
+                "inter_out_fg+lr3",
+            ],
             {"optimizer", "moe", "upcycle"},
         ),
     ],
@@ -195,6 +205,7 @@ def test_variants_that_cannot_be_are_named(variant, words):
     [
         (dict(drop_ratio=1.5), {}, ["drop_ratio=1.5"]),
         (dict(drop_ratio=float("nan")), {}, ["drop_ratio=nan"]),
+        (dict(copy_noise=-0.1), {}, ["copy_noise=-0.1"]),
         (dict(concat_proj_std=-1.0), {}, ["concat_proj_std=-1.0"]),
         (dict(concat_proj_std=0.0), {}, ["concat_proj_std=0.0", "concat_proj=none"]),
         (dict(drop_ratio=0.5, function_preserving=True), {}, ["drop_ratio=0.5", "=True"]),

@@ -1,4 +1,4 @@
-"""Starts of experts: drop-upcycling, virtual groups, the function-preserving start."""
+"""Starts of experts: drop-upcycling, noise, virtual groups, the function-preserving start."""
 
 import dataclasses
 
@@ -113,9 +113,54 @@ def test_drop_upcycling_draws_nothing_that_is_not_finite(dtype, value):
     assert np.isfinite(starts.drop("down", expert, 0.9, jax.random.key(2)).astype(float)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_noise_is_a_share_of_each_matrix(dtype):
+    rng = np.random.default_rng(0)
+    width, size = 64, 32
+    gate, up = (rng.normal(m, s, (width, size)).astype(dtype) for m, s in ((1, 0.1), (-2, 0.3)))
+    key = jax.random.key(1)
+    fused = starts.noise("gate_up", np.concatenate([gate, up]), 0.5, key)
+    down = rng.normal(0.5, 0.05, (width, size)).astype(dtype)
+    drawn = []
+    for old, new in (
+        (gate, fused[:width]),
+        (up, fused[width:]),
+        (down, starts.noise("down", down, 0.5, key)),
+    ):
+        assert new.dtype == dtype
+        added = new.astype(np.float64) - old.astype(np.float64)
+        unit = added / old.astype(np.float64).std() / 0.5
+        # 64 * 32 draws: five standard errors.
+        assert abs(unit.mean()) < 5 / np.sqrt(unit.size)
+        assert abs(unit.std() - 1) < 5 / np.sqrt(2 * unit.size)
+        drawn.append(unit.ravel())
+    assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 5 / np.sqrt(width * size)
+
+
+def test_noise_draws_nothing_that_is_not_finite():
+    with pytest.raises(fm.InputError, match=r"upcycle\.copy_noise draws"):
+        starts.noise("down", np.full((4, 7), np.inf, np.float32), 0.1, jax.random.key(2))
+
+
+def test_copies_of_one_slice_start_different_with_noise():
+    dense, moe = _dense(), MoEConfig(4, 2, 1, 2, 1)
+    tokens = _tokens()
+    for start in (UpcycleConfig(copy_noise=0.01), dataclasses.replace(PRESERVING, copy_noise=0.01)):
+        model = fm.upcycle_model(dense, moe, jax.random.key(0), start)
+        gate_up = np.asarray(_params(model)["moe"]["gate_up"])  # [L, E, 2F, D]
+        # Candidate groups of a slot: experts 0 to 3 and 4 to 7 are copies.
+        same = [
+            np.corrcoef(gate_up[0, e].ravel(), gate_up[0, e + 4].ravel())[0, 1] for e in range(4)
+        ]
+        assert all(0.999 < each < 1 - 1e-6 for each in same)
+    # The second start preserves the dense model's outputs.
+    np.testing.assert_allclose(model(tokens).logits, dense(tokens).logits, rtol=0, atol=1e-4)
+
+
 def test_any_block_of_a_start_equals_the_whole():
     weights = lazy.of_params(nnx.to_pure_dict(nnx.state(_dense())))
-    for one in (DU, ARCHITECTURES["nvshard"]):
+    noisy = dataclasses.replace(DU, upcycle=UpcycleConfig(copy_noise=0.1))
+    for one in (DU, ARCHITECTURES["nvshard"], noisy):
         made = [
             upcycle_weights(DENSE, weights, one.moe, jax.random.key(3), one.upcycle)[1]
             for _ in range(2)

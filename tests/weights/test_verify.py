@@ -141,7 +141,7 @@ def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
         verify(str(UNTIED), target, "orbax", other, seed=1)
     with pytest.raises(fm.InputError, match="stores float32, not bfloat16"):
         verify(str(UNTIED), target, "orbax", MOE, dtype="bfloat16")
-    start = fm.UpcycleConfig(drop_ratio=0.5)
+    start = fm.UpcycleConfig(drop_ratio=0.5, copy_noise=0.1)
     convert(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
     report = verify(str(UNTIED), tmp_path / "dropped", "orbax", MOE, upcycling=start, seed=1)
     assert (report.recomputed, report.drawn) == (2 * 12 + 3 + 2 * 32 * 3, 4)
