@@ -3,16 +3,19 @@
     python benchmarks/exchange.py [--tokens=8192]
 
 Nothing is sent or timed. Each device has --tokens tokens, routed from normal logits by the layer's
-own rule (moe/routing.py). Columns:
+own rule (moe/routing.py). The last table has two numberings of a pool's experts (docs/pooling.md).
+Columns:
 
     limit    G_O * T_I * h + T_I * h values per token
     padded   values if empty places of the buffer travel too
     stay     share of rows whose expert is on their own device
     copies   share of rows sent to a device that already receives the same token
+    fullest  rows of the pair of devices with the most rows, over the balanced number
 """
 
 import argparse
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -74,6 +77,45 @@ def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
     return Counts(forward / tokens, backward / tokens, padded / tokens, float(home / rows))
 
 
+def pooled(
+    experts: np.ndarray, count: int, across: int, foreign: float, by_layer: bool
+) -> np.ndarray:
+    """Numbers in a pool of `across` layers, of the same shape as `experts`, a layer's own numbers.
+
+    A share `foreign` of the choices, at random, is of another layer's expert. The number of expert
+    e of layer j is j * count + e if `by_layer`, else e * across + j.
+    """
+    rng = np.random.default_rng(0)
+    others = rng.integers(1, across, experts.shape)
+    layer = np.where(rng.random(experts.shape) < foreign, others, 0)
+    return layer * count + experts if by_layer else experts * across + layer
+
+
+ORDERS = {"p = e·r + j": False, "p = j·N + e": True}
+
+
+def pools(sizes: list[str], tokens: int, devices: int = 8) -> None:
+    """Prints a table of both numberings, for the first layer of a pool."""
+    names = ("rounds", "fullest", "forward / limit", "backward / limit", "padded / limit")
+    print("| from | r | other layers' experts | order | " + " | ".join(names) + " |")
+    print("|" + "---|" * (4 + len(names)))
+    own = routed(MoEConfig(), devices, tokens, "even")
+    shares = {2: (0.0, 0.25, 0.5), 4: (0.0, 0.25, 0.75)}  # the last: all layers' alike
+    cells = [(r, share, order) for r in shares for share in shares[r] for order in ORDERS]
+    for size, (across, foreign, order) in itertools.product(sizes, cells):
+        moe = MoEConfig()
+        model = dataclasses.replace(QWEN2P5[size], moe=moe)
+        experts = pooled(own, moe.num_experts, across, foreign, ORDERS[order])
+        exchange = plan(experts, moe.num_experts * across)
+        of_pairs = np.asarray(exchange.sizes).reshape(devices, devices, -1).sum(axis=2)
+        counts = count(model, exchange, devices * tokens)
+        limit = (moe.num_active + moe.active_per_group) * model.hidden_size
+        ratios = (counts.forward / limit, counts.backward / limit, counts.padded / limit)
+        print(f"| {size} | {across} | {foreign:.0%} | {order} | {int(exchange.rounds)} | "
+              f"{of_pairs.max() / of_pairs.mean():.2f} | "
+              + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")  # fmt: skip
+
+
 def main() -> None:
     """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -111,6 +153,8 @@ def main() -> None:
             homes = np.sort(experts // (moe.num_experts // devices), axis=1)
             shares.append((homes[:, 1:] == homes[:, :-1]).sum() / homes.size)
         print(f"| T_I = {active} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    print()
+    pools(sizes, tokens)
 
 
 if __name__ == "__main__":
