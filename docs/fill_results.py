@@ -76,6 +76,11 @@ def total(runs: Seeds, _: Rows) -> str:
     return f"{next(iter(runs.values()))['parameters'] / 1e6:.2f} M"
 
 
+def weights(runs: Seeds, _: Rows) -> str:
+    """All parameters in float32."""
+    return f"{next(iter(runs.values()))['parameters'] * 4 / 1e6:.1f}"
+
+
 def active(runs: Seeds, _: Rows) -> str:
     """Parameters that a token uses."""
     return f"{next(iter(runs.values()))['active'] / 1e6:.2f} M"
@@ -98,8 +103,12 @@ def of_load(name: str, digits: int) -> Callable[[Seeds, Rows], str]:
 
 def copies(runs: Seeds, _: Rows) -> str:
     """Mean cosine similarity of experts that started equal, at the last checkpoint."""
-    last = [next(reversed(run["similarity"].values()))["copies"] for run in runs.values()]
-    return f"{np.mean(last):.4f}"
+    last = [
+        next(reversed(r["similarity"].values()))["copies"]
+        for r in runs.values()
+        if "similarity" in r
+    ]
+    return f"{np.mean(last):.4f}" if last else "–"
 
 
 COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
@@ -110,6 +119,7 @@ COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "difference": difference,
     "at equal TFLOP": at_equal_flops,
     "parameters": total,
+    "weights, MB": weights,
     "active": active,
     "TFLOP": flops,
     "fullest expert / mean": of_load("max_over_mean", 2),
@@ -236,10 +246,60 @@ STUDIES = {
             "nvshard": "NVShard",
             "du": "DU",
             "c32a2": "C32A2",
-            "inter_out_fg+lr3": "FineRMoE, rate 1e-3",
-            "ct+lr3": "CT, rate 1e-3",
+            "scratch": "dense, from scratch",
         },
         draw_studies.curves("tokens", "flops", top=3.25),
+    ),
+    "granularity": Study(
+        "Granularity in both dimensions, from scratch, equal parameters per token",
+        (
+            "seeds",
+            "held-out loss",
+            "difference",
+            "TFLOP",
+            "weights, MB",
+            "parameters",
+            "active",
+            "fullest expert / mean",
+        ),
+        {
+            f"{slices}x{slots}": f"G_I = {slices}, G_O = {slots}"
+            for slices in (32, 8)
+            for slots in (2, 1, 4)
+        },
+        draw_studies.over_values("slots of the output, G_O", (2, 1, 4)),
+    ),
+    "starts": Study(
+        "Starts and learning rates, 60 steps of 4,096 tokens",
+        ("start", "halfway", "held-out loss", "difference", "similarity of copies"),
+        {
+            f"{start}+lr{place}": f"{label}, {rate}"
+            for start, label in (
+                ("inter_out_fg", "published"),
+                ("function_preserving", "`function_preserving`"),
+                ("drop", "`drop_ratio=0.5`"),
+                ("noise", "`copy_noise=0.1`"),
+                ("nvshard", "NVShard, scaled"),
+                ("ct", "CT, the dense base"),
+            )
+            for place, rate in ((2, "3e-4"), (1, "1e-4"), (3, "1e-3"))
+        },
+        draw_studies.over_values("learning rate after warm-up", (3e-4, 1e-4, 1e-3), log=True),
+    ),
+    "copies": Study(
+        "Balancing against copies, 60 steps of 4,096 tokens",
+        (
+            "seeds",
+            "held-out loss",
+            "difference",
+            "fullest expert / mean",
+            "entropy",
+            "dead experts",
+            "share of the larger group",
+            "similarity of copies",
+        ),
+        {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")},
+        draw_studies.parting,
     ),
     "pools_upcycled": Study(
         "Pools in the upcycled demo, 60 steps",

@@ -3,14 +3,14 @@
     finermoe prepare --source=build/base.txt --target=build/base_tokens --tokenizer=demo/model
     S=configs/studies/upcycled.py
     finermoe sweep --seeds=3 --workdir=runs/table1 \\
-        --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2}
+        --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2,scratch}
     finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{8x1,8x2,8x4,32x1,32x2,32x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
-        --config=$S:{inter_out_fg,function_preserving,drop,noise,nvshard}+lr{1,2,3}
+        --config=$S:{inter_out_fg,ct,function_preserving,drop,noise,nvshard}+lr{1,2,3}
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
 
 The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
-All variants train on the same tokens in the same order. docs/results.md has the figures of table1.
+All variants train on the same tokens in the same order. docs/results.md has the figures.
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
     scratch                the dense model with as many parameters as inter_out_fg uses per token
