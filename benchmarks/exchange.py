@@ -64,7 +64,7 @@ def count(model: ModelConfig, exchange: Exchange, tokens: int) -> Counts:
     moe = model.moe
     assert moe is not None
     devices, rounds = exchange.sizes.shape[0], int(exchange.rounds)
-    moved = [np.asarray(exchange.moved(step), np.int64) for step in range(rounds)]
+    moved = [np.asarray(exchange.moved(step), np.int64).sum(axis=2) for step in range(rounds)]
     rows, again = sum(m.sum() for m in moved), sum(m.sum() for m in moved[1:])
     wide, narrow = model.hidden_size, model.expert_output_size
     places = devices**2 * exchange.quota  # of one round

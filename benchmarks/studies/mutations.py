@@ -249,14 +249,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a round after a pair's last one moves a negative number of rows", EXCHANGE,
-        "jnp.clip(self.counts - step * self.quota, 0, self.quota)",
-        "jnp.minimum(self.counts - step * self.quota, self.quota)",
+        "return jnp.maximum(end - jnp.maximum(begin, low), 0)",
+        "return end - jnp.maximum(begin, low)",
         "tests/moe/test_exchange.py -k ragged", "tests/moe/test_exchange.py",
     ),
     Mutation(
         "a round after a pair's last one begins behind the rows", EXCHANGE,
-        "return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))",
-        "return begin",
+        "return jnp.minimum(index, counts.sum(axis=1)[:, None, None])",
+        "return index",
         "tests/moe/test_exchange.py -k ragged", "tests/moe/test_exchange.py",
     ),
     # --- losses ----------------------------------------------------------------------------

@@ -175,7 +175,7 @@ dispatch.defvjp(
 class Exchange(NamedTuple):
     """Numbers of rows between all pairs; only `device` differs along the expert axis."""
 
-    sizes: Int[Array, "P E"]  # rows of each source for each expert
+    sizes: Int[Array, "P N"]  # rows of each source for each expert
     device: Int[Array, ""]
     quota: int
     padded: bool  # rows travel with the empty places of a round
@@ -191,18 +191,36 @@ class Exchange(NamedTuple):
         """Number of rounds that the fullest pair needs."""
         return (self.counts.max() + self.quota - 1) // self.quota
 
-    def moved(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
-        """Rows from s to p in one round."""
-        return jnp.clip(self.counts - step * self.quota, 0, self.quota)
+    def moved(self, step: Int[Array, ""] | int) -> Int[Array, "P P E"]:
+        """Rows from s to p in one round, for each expert of p."""
+        begin, rows = self._in_pairs()
+        low = step * self.quota
+        end = jnp.minimum(begin + rows, low + self.quota)
+        return jnp.maximum(end - jnp.maximum(begin, low), 0)
 
-    def first(self, step: Int[Array, ""] | int) -> Int[Array, "P P"]:
-        """Index, among the rows of s, of that round's first row for p."""
+    def first(self, step: Int[Array, ""] | int) -> Int[Array, "P P E"]:
+        """Index of the first of these rows among the rows of s."""
         counts = self.counts
-        begin = jnp.cumsum(counts, axis=1) - counts + step * self.quota
-        return jnp.minimum(begin, counts.sum(axis=1, keepdims=True))
+        begin, _ = self._in_pairs()
+        of_pair = (jnp.cumsum(counts, axis=1) - counts)[:, :, None]
+        index = of_pair + jnp.maximum(begin, step * self.quota)
+        return jnp.minimum(index, counts.sum(axis=1)[:, None, None])
+
+    def place(self, step: Int[Array, ""] | int) -> Int[Array, "P P E"]:
+        """Place of the first of these rows in the buffer of p, sorted by expert, then by source."""
+        by_expert = self.moved(step).transpose(1, 2, 0)
+        rows = by_expert.reshape(len(by_expert), -1)
+        begin = jnp.cumsum(rows, axis=1) - rows
+        return begin.reshape(by_expert.shape).transpose(2, 0, 1)
+
+    def _in_pairs(self) -> tuple[Int[Array, "P P E"], Int[Array, "P P E"]]:
+        """First row and number of rows of each expert among the rows from s to p."""
+        devices = self.sizes.shape[0]
+        rows = self.sizes.reshape(devices, devices, -1)
+        return jnp.cumsum(rows, axis=2) - rows, rows
 
     def experts(self, step: Int[Array, ""] | int) -> Int[Array, "P Q"]:
-        """Local expert of each place in this device's buffer; E / P at empty places."""
+        """Local expert of each place of a padded buffer on this device; E at empty places."""
         devices, experts = self.sizes.shape
         local = experts // devices
         mine = lax.dynamic_slice_in_dim(self.sizes, self.device * local, local, axis=1)
@@ -243,7 +261,7 @@ def _room(plan: Exchange, count: int, like: Any) -> Float[Array, "N *P"]:
     In a buffer, the kernels ignore empty places, NaN included. In a result, every row arrives in
     one of the rounds.
     """
-    if plan.padded or like.ndim == 1 or not _packs(like.dtype):
+    if _is_padded(plan, like) or not _packs(like.dtype):
         return jnp.zeros((count, *like.shape[1:]), like.dtype)
     packed = jax.eval_shape(_packed, like)
     return uninitialised((count, *packed.shape[1:]), like.dtype)
@@ -273,20 +291,33 @@ def is_padded(exchange: ExchangeKind) -> bool:
 def _to_experts(
     plan: Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
 ) -> Float[Array, "M *C"]:
-    """Sends one round's rows to their experts: `quota` places for each source in turn."""
+    """Sends one round's rows to their experts, sorted by expert unless `_is_padded`.
+
+    A padded buffer has `quota` places for each source in turn.
+    """
     devices, me = plan.sizes.shape[0], plan.device
-    first, sent = plan.first(step)[me], plan.moved(step)[me]
-    if plan.padded or rows.ndim == 1:  # a TPU's ragged exchange would pad one number to 256
-        place = jnp.minimum(first[:, None] + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
+    first, moved = plan.first(step), plan.moved(step)
+    if _is_padded(plan, rows):
+        begin = first[me, :, :1]  # of a pair's rows
+        place = jnp.minimum(begin + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
     buffer = _room(plan, devices * plan.quota, rows)
-    there = jnp.full(devices, me * plan.quota, jnp.int32)
-    received = plan.moved(step)[:, me]
+    # One transfer for each expert, so that rows arrive sorted: to sort them here would read and
+    # write a buffer of twice the balanced share.
+    sent = first[me], moved[me], plan.place(step)[me], moved[:, me]
     arrived = lax.ragged_all_to_all(
-        _packed(rows), buffer, first, sent, there, received, axis_name=axis
+        _packed(rows), buffer, *(x.reshape(-1) for x in sent), axis_name=axis
     )
     return _unpacked(arrived, rows.shape[1])
+
+
+def _is_padded(plan: Exchange, rows: Any) -> bool:
+    """Returns True if empty places of rows [M, C] or numbers [M] travel, too.
+
+    A TPU's ragged exchange would pad one number to 256.
+    """
+    return plan.padded or rows.ndim == 1
 
 
 def _from_experts(
@@ -299,19 +330,19 @@ def _from_experts(
     """Returns `out`, a `_room`, with one round's rows back in their places."""
     devices, me = plan.sizes.shape[0], plan.device
     first, moved = plan.first(step), plan.moved(step)
-    if plan.padded or buffer.ndim == 1:
+    if _is_padded(plan, buffer):
         parts = buffer.reshape(devices, plan.quota, *buffer.shape[1:])
         parts = lax.all_to_all(parts, axis, 0, 0)
         row = jnp.arange(out.shape[0])
         source = (row[:, None] >= jnp.cumsum(plan.counts[me])[None]).sum(axis=1)
         source = jnp.minimum(source, devices - 1)
-        place = row - first[me][source]
+        place = row - first[me, :, 0][source]
         back = parts[source, jnp.clip(place, 0, plan.quota - 1)]
-        came = (place >= 0) & (place < moved[me][source])
+        came = (place >= 0) & (place < moved[me].sum(axis=1)[source])
         return jnp.where(came.reshape(-1, *(1,) * (out.ndim - 1)), back, out)
-    here = jnp.arange(devices, dtype=jnp.int32) * plan.quota
+    sent = plan.place(step)[:, me], moved[:, me], first[:, me], moved[me]
     return lax.ragged_all_to_all(
-        _packed(buffer), out, here, moved[:, me], first[:, me], moved[me], axis_name=axis
+        _packed(buffer), out, *(x.reshape(-1) for x in sent), axis_name=axis
     )
 
 
@@ -328,17 +359,18 @@ def _compute(
     layer: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "M W"], tuple[Array, ...]]:
     """Applies the local experts to one round's buffer; empty places are unspecified."""
-    local = gate_up.shape[1]
-    experts = plan.experts(step).reshape(-1)
-    order = jnp.argsort(experts, stable=True)
+    order = jnp.argsort(plan.experts(step).reshape(-1), stable=True)
     inverse = inverse_of(order)
-    sizes = jnp.bincount(experts, length=local + 1)[:local].astype(jnp.int32)
-    rows, weights = permute(rows, order, inverse), permute(weights, order, inverse)
+    sizes = plan.moved(step)[:, plan.device].sum(axis=0)
+    padded = _is_padded(plan, rows)
+    if padded:
+        rows = permute(rows, order, inverse)
+    weights = permute(weights, order, inverse)
     with jax.named_scope("routed_experts"):
         y, gradients = expert_ffn_of_run(
             rows, gate_up, down, sizes, weights, layer, gradients, kernel, adds=adds
         )
-    return permute(y, inverse, order), gradients
+    return permute(y, inverse, order) if padded else y, gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))

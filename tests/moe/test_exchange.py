@@ -76,15 +76,18 @@ def _ragged_all_to_all(
     NaN where the sizes contradict each other, or no such rows are there.
     """
     me, place = lax.axis_index(axis_name), jnp.arange(output.shape[0])
-    sent = (operand, input_offsets, send_sizes, output_offsets)
-    operands, starts, sizes, targets = (lax.all_gather(x, axis_name) for x in sent)
-    for source in range(operands.shape[0]):
-        target, size = targets[source, me], sizes[source, me]
-        row = jnp.clip(starts[source, me] + place - target, 0, operands.shape[1] - 1)
+    operands, *sent = (
+        lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    devices = operands.shape[0]
+    starts, sizes, targets = (x.reshape(devices, devices, -1) for x in sent)
+    for source, part in np.ndindex(devices, starts.shape[2]):
+        target, size = targets[source, me, part], sizes[source, me, part]
+        row = jnp.clip(starts[source, me, part] + place - target, 0, operands.shape[1] - 1)
         here = (place >= target) & (place < target + size)
         here = here.reshape(-1, *(1,) * (output.ndim - 1))
         output = jnp.where(here, operands[source][row], output)
-    wrong = (sizes[:, me] != recv_sizes).any() | (sizes < 0).any()
+    wrong = (sizes[:, me].reshape(-1) != recv_sizes).any() | (sizes < 0).any()
     for begin, rows in ((starts, operands.shape[1]), (targets, output.shape[0])):
         wrong |= ((begin < 0) | (begin + sizes > rows)).any()
     return jnp.where(wrong, jnp.nan, output)
