@@ -199,10 +199,10 @@ class Decoder(nnx.Module):
         """
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
-        first = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
         if position_ids is None:
-            counted = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
-            position_ids = first[:, None] + jnp.maximum(counted, 0)
+            first = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
+            index = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+            position_ids = first[:, None] + jnp.maximum(index, 0)
         segment_ids = segments(attention_mask, segment_ids)
         slot, visible = jnp.int32(0), real
         if cache is not None:

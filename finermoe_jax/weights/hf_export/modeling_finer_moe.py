@@ -630,15 +630,7 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             vocabulary = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
         if out.router_logits:
-            shape = out.last_hidden_state.shape[:2]
-            real = torch.ones(shape, device=logits.device)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                real = attention_mask[:, -shape[1] :]
-            gates = [m for m in self.model.modules() if isinstance(m, FineRMoeRouter)]
-            aux_loss = sum(
-                load_balancing_loss(logits, gate, real)
-                for logits, gate in zip(out.router_logits, gates, strict=True)
-            )
+            aux_loss = self._aux_loss(out, attention_mask)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         out = MoeCausalLMOutputWithPast(
@@ -650,3 +642,14 @@ class FineRMoeForCausalLM(FineRMoePreTrainedModel, GenerationMixin):
             router_logits=out.router_logits,
         )
         return dict_or_tuple(out, return_dict, self.config)
+
+    def _aux_loss(self, out, attention_mask):
+        shape = out.last_hidden_state.shape[:2]
+        real = torch.ones(shape, device=out.last_hidden_state.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -shape[1] :]
+        gates = [m for m in self.model.modules() if isinstance(m, FineRMoeRouter)]
+        return sum(
+            load_balancing_loss(logits, gate, real)
+            for logits, gate in zip(out.router_logits, gates, strict=True)
+        )
