@@ -213,8 +213,8 @@ MUTATIONS = (
     # --- dispatch and exchange -------------------------------------------------------------
     Mutation(
         "a token's gradient is the mean of its copies'", EXCHANGE,
-        "g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1)",
-        "g[inverse].reshape(-1, active, g.shape[-1]).mean(axis=1)",
+        "g[inverse].reshape(-1, active, *g.shape[1:]).sum(axis=1)",
+        "g[inverse].reshape(-1, active, *g.shape[1:]).mean(axis=1)",
         f"{LAYER}::test_gradients[published]", "tests/end_to_end/test_parity.py",
     ),
     Mutation(

@@ -200,9 +200,9 @@ class Decoder(nnx.Module):
         batch, tokens = input_ids.shape
         real = jnp.ones((batch, tokens), bool) if attention_mask is None else attention_mask != 0
         if position_ids is None:
-            first = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
-            index = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-            position_ids = first[:, None] + jnp.maximum(index, 0)
+            start = jnp.zeros(batch, jnp.int32) if cache is None else cache.positions
+            place = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+            position_ids = start[:, None] + jnp.maximum(place, 0)
         segment_ids = segments(attention_mask, segment_ids)
         slot, visible = jnp.int32(0), real
         if cache is not None:

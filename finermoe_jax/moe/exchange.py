@@ -123,16 +123,20 @@ def _routed(
     order = jnp.argsort(flat, stable=True)
     inverse = inverse_of(order)
     sizes = jnp.bincount(flat, length=total).astype(jnp.int32)
-    rows = dispatch(x.reshape(-1, x.shape[-1]), order, inverse, active)
+    x = x.reshape(-1, x.shape[-1])
     row_weights = permute(weights.reshape(-1), order, inverse)
     if axis is None:
-        y = bank.ffn(rows, sizes, row_weights, kernel)
-    else:
-        y, bank.gradients = exchanged_ffn(
-            rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
-            axis, kernel, bank.adds, exchange,
-        )  # fmt: skip
-    return permute(y, inverse, order).reshape(batch, tokens, active, -1)
+        rows = dispatch(x, order, inverse, active)
+        y = permute(bank.ffn(rows, sizes, row_weights, kernel), inverse, order)
+        return y.reshape(batch, tokens, active, -1)
+    # Packed before its copies are made, and their sum is unpacked: fewer rows change their form.
+    rows = dispatch(_packed(x, is_padded(exchange)), order, inverse, active)
+    y, bank.gradients = exchanged_ffn(
+        rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
+        axis, kernel, bank.adds, exchange,
+    )  # fmt: skip
+    y = _unpacked(permute(y, inverse, order), bank.down.shape[3])
+    return y.reshape(batch, tokens, active, -1)
 
 
 def inverse_of(order: Int[Array, " M"]) -> Int[Array, " M"]:
@@ -156,8 +160,8 @@ permute.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(
-    x: Float[Array, "T D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
-) -> Float[Array, "M D"]:
+    x: Float[Array, "T *D"], order: Int[Array, " M"], inverse: Int[Array, " M"], active: int
+) -> Float[Array, "M *D"]:
     """Repeats each token's row `active` times, in the given order of the M = T * active copies."""
     return x[order // active]
 
@@ -165,7 +169,7 @@ def dispatch(
 dispatch.defvjp(
     lambda x, order, inverse, active: (dispatch(x, order, inverse, active), inverse),
     lambda active, inverse, g: (
-        g[inverse].reshape(-1, active, g.shape[-1]).sum(axis=1),
+        g[inverse].reshape(-1, active, *g.shape[1:]).sum(axis=1),
         None,
         None,
     ),
@@ -238,16 +242,16 @@ def _packs(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).itemsize == 2
 
 
-def _packed(rows: Float[Array, "M C"]) -> Float[Array, "M *P"]:
-    """Pads 16-bit rows to a multiple of 256 values and returns them as [M, 2, P].
+def _packed(rows: Float[Array, "M C"], padded: bool) -> Float[Array, "M *P"]:
+    """Returns rows as they travel: unless the exchange is `padded`, 16-bit ones as [M, 2, P].
 
-    A TPU's ragged exchange moves them in this form. XLA would convert 2-D arrays to it, the
-    uninitialised ones of `_room` included.
+    They are padded to a multiple of 256 values. A TPU's ragged exchange moves them in this form.
+    XLA would convert 2-D arrays to it, the uninitialised ones of `_room` included.
     """
-    if not _packs(rows.dtype):
+    if padded or not _packs(rows.dtype):
         return rows
-    padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 256)))
-    return padded.reshape(rows.shape[0], 2, -1)
+    filled = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 256)))
+    return filled.reshape(rows.shape[0], 2, -1)
 
 
 def _unpacked(packed: Float[Array, "M *P"], width: int) -> Float[Array, "M C"]:
@@ -255,16 +259,14 @@ def _unpacked(packed: Float[Array, "M *P"], width: int) -> Float[Array, "M C"]:
     return packed.reshape(packed.shape[0], -1)[:, :width]
 
 
-def _room(plan: Exchange, count: int, like: Any) -> Float[Array, "N *P"]:
+def _room(count: int, like: Any) -> Float[Array, "N *P"]:
     """Returns room for `count` rows like those of `like` to arrive; uninitialised if packed.
 
     In a buffer, the kernels ignore empty places, NaN included. In a result, every row arrives in
     one of the rounds.
     """
-    if _is_padded(plan, like) or not _packs(like.dtype):
-        return jnp.zeros((count, *like.shape[1:]), like.dtype)
-    packed = jax.eval_shape(_packed, like)
-    return uninitialised((count, *packed.shape[1:]), like.dtype)
+    shape = (count, *like.shape[1:])
+    return uninitialised(shape, like.dtype) if like.ndim == 3 else jnp.zeros(shape, like.dtype)
 
 
 def uninitialised(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -289,8 +291,8 @@ def is_padded(exchange: ExchangeKind) -> bool:
 
 
 def _to_experts(
-    plan: Exchange, rows: Float[Array, "R *C"], step: Int[Array, ""] | int, axis: str
-) -> Float[Array, "M *C"]:
+    plan: Exchange, rows: Float[Array, "R *P"], step: Int[Array, ""] | int, axis: str
+) -> Float[Array, "M *P"]:
     """Sends one round's rows to their experts, sorted by expert unless `_is_padded`.
 
     A padded buffer has `quota` places for each source in turn.
@@ -302,14 +304,11 @@ def _to_experts(
         place = jnp.minimum(begin + jnp.arange(plan.quota)[None], rows.shape[0] - 1)
         arrived = lax.all_to_all(rows[place], axis, 0, 0)
         return arrived.reshape(devices * plan.quota, *rows.shape[1:])
-    buffer = _room(plan, devices * plan.quota, rows)
+    buffer = _room(devices * plan.quota, rows)
     # One transfer for each expert, so that rows arrive sorted: to sort them here would read and
     # write a buffer of twice the balanced share.
     sent = first[me], moved[me], plan.place(step)[me], moved[:, me]
-    arrived = lax.ragged_all_to_all(
-        _packed(rows), buffer, *(x.reshape(-1) for x in sent), axis_name=axis
-    )
-    return _unpacked(arrived, rows.shape[1])
+    return lax.ragged_all_to_all(rows, buffer, *(x.reshape(-1) for x in sent), axis_name=axis)
 
 
 def _is_padded(plan: Exchange, rows: Any) -> bool:
@@ -322,7 +321,7 @@ def _is_padded(plan: Exchange, rows: Any) -> bool:
 
 def _from_experts(
     plan: Exchange,
-    buffer: Float[Array, "M *C"],
+    buffer: Float[Array, "M *P"],
     out: Float[Array, "R *P"],
     step: Int[Array, ""] | int,
     axis: str,
@@ -341,9 +340,7 @@ def _from_experts(
         came = (place >= 0) & (place < moved[me].sum(axis=1)[source])
         return jnp.where(came.reshape(-1, *(1,) * (out.ndim - 1)), back, out)
     sent = plan.place(step)[:, me], moved[:, me], first[:, me], moved[me]
-    return lax.ragged_all_to_all(
-        _packed(buffer), out, *(x.reshape(-1) for x in sent), axis_name=axis
-    )
+    return lax.ragged_all_to_all(buffer, out, *(x.reshape(-1) for x in sent), axis_name=axis)
 
 
 def _compute(
@@ -351,18 +348,22 @@ def _compute(
     step: Int[Array, ""] | int,
     kernel: Implementation | None,
     adds: bool,
-    rows: Float[Array, "M D"],
+    rows: Float[Array, "M *P"],
     weights: Float[Array, " M"],
     gradients: tuple[Array, ...],
     gate_up: Float[Array, "L E F2 D"],
     down: Float[Array, "L E F W"],
     layer: Int[Array, ""] | int,
-) -> tuple[Float[Array, "M W"], tuple[Array, ...]]:
-    """Applies the local experts to one round's buffer; empty places are unspecified."""
+) -> tuple[Float[Array, "M *Y"], tuple[Array, ...]]:
+    """Applies the local experts to one round's buffer; empty places are unspecified.
+
+    Rows come and go as they travel.
+    """
     order = jnp.argsort(plan.experts(step).reshape(-1), stable=True)
     inverse = inverse_of(order)
     sizes = plan.moved(step)[:, plan.device].sum(axis=0)
     padded = _is_padded(plan, rows)
+    rows = _unpacked(rows, gate_up.shape[3])
     if padded:
         rows = permute(rows, order, inverse)
     weights = permute(weights, order, inverse)
@@ -370,12 +371,12 @@ def _compute(
         y, gradients = expert_ffn_of_run(
             rows, gate_up, down, sizes, weights, layer, gradients, kernel, adds=adds
         )
-    return permute(y, inverse, order) if padded else y, gradients
+    return _packed(permute(y, inverse, order) if padded else y, padded), gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
 def exchanged_ffn(
-    rows: Float[Array, "R D"],
+    rows: Float[Array, "R *P"],
     weights: Float[Array, " R"],
     gradients: tuple[Array, ...],
     gate_up: Float[Array, "L E F2 D"],
@@ -386,11 +387,11 @@ def exchanged_ffn(
     kernel: Implementation | None,
     adds: bool,
     exchange: ExchangeKind = "auto",
-) -> tuple[Float[Array, "R W"], tuple[Array, ...]]:
+) -> tuple[Float[Array, "R *Y"], tuple[Array, ...]]:
     """expert_ffn over all N = P * E experts of the mesh axis; this device has E of them.
 
     Args:
-      rows: this device's routed rows, sorted by expert.
+      rows: this device's routed rows, sorted by expert, as they travel (`_packed`).
       weights: their routing weights.
       gradients: of the local experts, as in expert_ffn_of_run, like layer and adds.
       gate_up: of the local experts, like down.
@@ -399,7 +400,7 @@ def exchanged_ffn(
       exchange: how rows travel (`is_padded`).
 
     Returns:
-      The experts' outputs in the rows' places, and `gradients`.
+      The experts' outputs in the rows' places, as they travel, and `gradients`.
     """
     return _exchanged(
         rows, weights, gradients, gate_up, down, layer, sizes, axis, kernel, adds, exchange
@@ -435,11 +436,10 @@ def _exchanged(
         return _from_experts(plan, y, out, step, axis)
 
     arrived = arrive(0)
-    width = down.shape[3]
-    out = _room(plan, rows.shape[0], jax.ShapeDtypeStruct((1, width), rows.dtype))
+    one = jax.ShapeDtypeStruct((1, down.shape[3]), rows.dtype)
+    out = _room(rows.shape[0], jax.eval_shape(lambda y: _packed(y, plan.padded), one))
     out = round_of(0, arrived, out)
     out = lax.fori_loop(1, plan.rounds, lambda i, out: round_of(i, arrive(i), out), out)
-    out = _unpacked(out, width)
     return (out, gradients), (rows, weights, gate_up, down, layer, sizes, *arrived)
 
 
@@ -474,11 +474,11 @@ def _exchanged_backward(
         again = _to_experts(plan, rows, step, axis), _to_experts(plan, weights, step, axis)
         return round_of(step, again, sums, adds=True)
 
-    rooms = (_room(plan, x.shape[0], x) for x in (rows, weights))
+    rooms = (_room(x.shape[0], x) for x in (rows, weights))
     # The first round writes all of the layer's gradients, later rounds add.
     sums = round_of(0, arrived, (*rooms, into), adds)
     drows, dweights, into = lax.fori_loop(1, plan.rounds, later, sums)
-    return _unpacked(drows, rows.shape[1]), dweights, into, None, None, None, None
+    return drows, dweights, into, None, None, None, None
 
 
 exchanged_ffn.defvjp(_exchanged, _exchanged_backward)
