@@ -285,6 +285,28 @@ def test_experts_in_host_memory(for_tpus):
     assert computed["kernel_flops"] == 0 and computed["hbm_bytes"] < on_demand["hbm_bytes"]
 
 
+OPTIONS = """
+from finermoe_jax.analysis import topology
+from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.layers import sharding
+from finermoe_jax.training import step
+eight = sharding.make_mesh(MeshConfig(expert=8), topology.describe("v5e:2x4").devices)
+one = sharding.make_mesh(MeshConfig(), topology.describe("v5e:1x1").devices)
+assert step.compiler_options(eight) == step.ON_TPU
+assert step.compiler_options(one) is None
+step.ON_TPU = {"xla_no_such_option": 1}
+assert step.compiler_options(eight) is None
+"""
+
+
+@pytest.mark.nightly
+def test_a_libtpu_gets_no_options_that_it_does_not_know():
+    python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run([python, "-c", OPTIONS], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
 @pytest.mark.nightly
 def test_a_tpu_slice(for_tpus):
     _, figures, said = for_tpus[len(IN_PLACE) - 1]
