@@ -246,6 +246,7 @@ STUDIES = {
             "nvshard": "NVShard",
             "du": "DU",
             "c32a2": "C32A2",
+            "function_preserving": "FineRMoE, `function_preserving`",
             "scratch": "dense, from scratch",
         },
         draw_studies.curves("tokens", "flops", top=3.25),

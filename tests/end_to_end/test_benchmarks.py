@@ -39,6 +39,7 @@ SMALLEST = {
     "outside_step": ["--config={config}", "--steps=3"],
     "overlap": ["tests/recorded/tpu.hlo"],
     "studies.mutations": ["{out}/none.json", "--most=0"],
+    "studies.step_times": ["{out}/seconds.json", "--config={config}", "--rounds=1"],
     "studies.python_text": ["{out}/text.txt", "--megabytes=0.1"],
     "train_step": ["--config={config}", "--repeats=1"],
 }
