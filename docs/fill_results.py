@@ -303,7 +303,7 @@ STUDIES = {
         draw_studies.parting,
     ),
     "pools_upcycled": Study(
-        "Pools in the upcycled demo, 60 steps",
+        "Pools in the upcycled demo, 150 steps",
         POOLS,
         {
             "upcycled": "no pools",

@@ -77,7 +77,7 @@ def _upcycled(config: ConfigDict) -> None:
     )
     config.moe.update(intermediate_granularity=8, output_granularity=2)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_fraction=0.05)
-    config.train.update(steps=60, compute_dtype="float32", remat="dots", eval_every=30)
+    config.train.update(steps=150, compute_dtype="float32", remat="dots", eval_every=75)
 
 
 def _from_scratch(config: ConfigDict, form: str) -> None:
