@@ -17,6 +17,7 @@ PUBLIC = {name: getattr(finermoe_jax, name) for name in finermoe_jax.__all__} | 
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example_runs(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "finermoe_jax").mkdir()

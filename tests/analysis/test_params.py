@@ -25,6 +25,7 @@ def test_every_row_of_the_papers_tables_to_the_printed_digit(row):
     assert (round(counts.total / 1e9, 2), round(counts.active / 1e9, 2)) == (row.total, row.active)
 
 
+@pytest.mark.slow
 def test_papers_tables_are_whole_and_shown():
     tables = [row.table for row in ROWS]
     assert {n: tables.count(n) for n in set(tables)} == {1: 21, 2: 4, 4: 14, 8: 6}
@@ -35,6 +36,7 @@ def test_papers_tables_are_whole_and_shown():
         assert true in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, 1, 2, 1, decoder_sparse_step=2)])
 def test_true_count_is_what_a_model_holds(moe):
     config = dataclasses.replace(SMALL, moe=moe)

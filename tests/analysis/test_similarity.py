@@ -108,6 +108,7 @@ def test_the_mean_over_all_pairs(tmp_path, monkeypatch, dtype):
         assert [found.mean, *found.parts.values()] == pytest.approx(list(expected.mean(axis=0)))
 
 
+@pytest.mark.slow
 def test_parts_without_pairs_are_empty(tmp_path):
     for numbers, absent in (((1, 2, 1, 2), "other slices"), ((4, 2, 1, 1), "copies")):
         config = dataclasses.replace(SMALL, moe=fm.MoEConfig(*numbers, 1))
@@ -121,6 +122,7 @@ def test_parts_without_pairs_are_empty(tmp_path):
             ]
 
 
+@pytest.mark.slow
 def test_a_run_over_its_steps(tmp_path, capsys):
     config = dataclasses.replace(SMALL, moe=fm.MoEConfig(4, 2, 1, 2, 1))
     dense = Decoder(SMALL, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
@@ -137,6 +139,7 @@ def test_a_run_over_its_steps(tmp_path, capsys):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
     dense = Decoder(SMALL, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     numbers = {"No FG": (1, 1, 1, 2), "Inter FG": (4, 1, 1, 2), "Out FG": (1, 2, 1, 2)}
@@ -162,6 +165,7 @@ def test_copies_are_alike_and_the_command_shows_all(tmp_path, capsys):
     assert len(parts["same slice"]) == len(parts["other slices"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

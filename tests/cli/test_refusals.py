@@ -251,6 +251,7 @@ def same_weights(got, wanted):
     )
 
 
+@pytest.mark.slow
 def test_there_and_back(dense, tmp_path):
     (tmp_path / "checkpoint").mkdir()  # empty directories are welcome
     convert(str(dense), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=3)

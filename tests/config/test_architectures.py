@@ -288,6 +288,7 @@ def test_an_architecture_upcycles_and_its_routers_learn_from_the_text(name, dens
         assert float(jnp.abs(mean).max()) > 0, path
 
 
+@pytest.mark.slow
 def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
     target = tmp_path / "du"
     flags = (f"--source={dense}", f"--target={target}", "--config=configs/demo.py:du")
@@ -300,6 +301,7 @@ def test_the_command_drop_upcycles_as_the_library_in_memory(dense, tmp_path):
     np.testing.assert_allclose(converted["router"], upcycled["router"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_expert_in_several_blocks_is_made_once(dense, tmp_path, monkeypatch):
     """Blocks are made by threads; those of one expert wait for the one that makes it."""
     monkeypatch.setattr("finermoe_jax.weights.lazy.BLOCK_BYTES", 1024)

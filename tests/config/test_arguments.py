@@ -169,6 +169,7 @@ def writer():
     return fm.load_hf(DEMO)
 
 
+@pytest.mark.slow
 def test_one_string_is_one_stop_string(writer):
     """Not its characters, the first of which comes up earlier."""
     tokenizer = open_tokenizer(DEMO, 2048)
@@ -182,6 +183,7 @@ def test_one_string_is_one_stop_string(writer):
     assert given == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_numbers_of_other_libraries_serve(writer):
     ids = np.array([[5, 6, 7]], np.int64)
     wanted = np.asarray(fm.generate(writer, ids, max_new_tokens=3))

@@ -61,6 +61,7 @@ def test_the_compiled_program_has_as_many(moe):
     assert found == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_compiled_update_of_muon_has_as_many():
     """Every product of the update is one of Newton-Schulz. The experts' are counted elsewhere."""
     config = dataclasses.replace(SMALL, num_hidden_layers=1)

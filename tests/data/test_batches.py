@@ -180,6 +180,7 @@ def test_documents_are_packed_whole_in_stored_order(longest, monkeypatch):
         assert [tuple(row) for row in found.tolist()] == _plain_pack(lengths.tolist(), 9)
 
 
+@pytest.mark.slow
 def test_packed_rows_hold_every_target_once():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, 200)

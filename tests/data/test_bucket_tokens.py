@@ -59,6 +59,7 @@ def rows(path):
     return data.train.read(range(len(data.train)))
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_same_rows(whole, uploaded, cache):
     ours, theirs = rows(f"{uploaded}:2,{TEXT}:1"), rows(f"{whole}:2,{TEXT}:1")
     for one, other in zip(ours, theirs, strict=True):

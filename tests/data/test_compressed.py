@@ -90,6 +90,7 @@ def test_padding_as_each_format_allows_it(tmp_path, suffix, zeros, allowed):
         _documents(path, padding + first)
 
 
+@pytest.mark.slow
 def test_a_line_of_json_is_bounded_in_memory(tmp_path, suffix, monkeypatch):
     """However much a small file becomes."""
     monkeypatch.setattr(json_files, "LINE_BYTES", 1 << 20)

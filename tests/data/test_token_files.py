@@ -93,6 +93,7 @@ def _edit(manifest, **changes):
     manifest.write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -300,6 +301,7 @@ def test_a_pairs_fingerprint_is_of_its_tokens(tmp_path, tokenizer):
     assert {k for k in before[0] if before[0][k] != after[0][k]} == {"tokens_xxh3_128"}
 
 
+@pytest.mark.slow
 def test_many_shards_need_few_open_files(tmp_path):
     """One a shard, and more than the soft limit where the system lets."""
     (tmp_path / "a.jsonl").write_text('{"text": "abc def"}\n' * 200)

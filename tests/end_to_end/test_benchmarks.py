@@ -209,6 +209,7 @@ def test_bytes_of_the_gpu_kernels_by_cause():
     ]
 
 
+@pytest.mark.slow
 def test_differences_of_known_rank():
     """Copies differ by matrices of rank 2: two singular values hold all, one does not."""
     config = fm.ModelConfig(

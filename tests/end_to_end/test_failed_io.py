@@ -108,6 +108,7 @@ def test_many_damaged_arrays_are_one_error(state, saved, monkeypatch):
         assert "is damaged or cannot be read" in str(found.value)
 
 
+@pytest.mark.slow
 def test_an_interrupted_restore_is_interrupted(interrupts, state, saved):
     def seconds():
         began = time.monotonic()

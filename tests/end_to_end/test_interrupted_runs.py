@@ -236,6 +236,7 @@ def test_a_run_goes_on_from_the_one_before_and_saves_the_step_again(finished, tm
     assert (steps / "damaged-4-2").is_dir()
 
 
+@pytest.mark.slow
 def test_the_best_are_kept_beside_the_newest(tmp_path):
     model = mixture_model()
     params = nnx.to_pure_dict(nnx.state(model))

@@ -148,6 +148,7 @@ def _first(call, before, times=1):
     return wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name"),
     [

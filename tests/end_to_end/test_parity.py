@@ -78,6 +78,7 @@ def output(case):
     return run(model, data["input_ids"])
 
 
+@pytest.mark.slow
 def test_logits(case, output):
     data, _ = case
     assert output.logits.dtype == jnp.float32
@@ -178,6 +179,7 @@ def test_gradients_of_the_load_balancing_loss(case, trained):
     assert max(errors.values()) < 1e-4, errors
 
 
+@pytest.mark.slow
 def test_moe_layers(case):
     data, model = case
     ((stack,),) = model.runs
@@ -191,6 +193,7 @@ def test_moe_layers(case):
         np.testing.assert_allclose(aux_loss, data["aux_loss"][layer], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left_pad", "right_pad"])
 @pytest.mark.parametrize("given_positions", [True, False])
 def test_padding(case, side, given_positions):
@@ -263,6 +266,7 @@ def test_export_holds_the_original_tensors(name, tmp_path):
             assert value == original[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "g_tied", "upcycle/dense_tied", "upcycle/dense_untied"])
 def test_checkpoint_is_bit_identical(name, tmp_path):
     model = fm.load_hf(GOLDEN / name)
@@ -273,6 +277,7 @@ def test_checkpoint_is_bit_identical(name, tmp_path):
     assert_same_weights(again, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "g_tied", "upcycle/dense_tied", "upcycle/dense_untied"])
 def test_converted_there_and_back_every_tensor_is_bit_identical(name, tmp_path):
     source = GOLDEN / name
@@ -338,6 +343,7 @@ def test_dense_model(name):
     assert out.aux_loss.shape == (0,) and out.routing == ()
 
 
+@pytest.mark.slow
 def test_upcycled_config(upcycled):
     facts, _, model = upcycled
     wanted = read_config(GOLDEN / "upcycle" / facts["case"])
@@ -387,6 +393,7 @@ def test_upcycled_logits(upcycled):
     np.testing.assert_allclose(out.logits, data["upcycled_logits"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_without_a_shared_expert_preserve_the_function():
     (facts,) = (f for f in UPCYCLED if f["case"] == "tied_GI1_GO1_RI4_RO1_TI2_noshare")
     data = load_file(GOLDEN / "upcycle" / "dense_tied" / "golden.safetensors")

@@ -81,6 +81,7 @@ def test_the_routing_of_the_drawing_is_the_codes(draw):
         assert f"{weight:.2f} ×" in words and f"→ {weight:.2f}" in words
 
 
+@pytest.mark.slow
 def test_tables_are_drawn_with_texts_apart(monkeypatch, tmp_path):
     places = []
 
@@ -99,6 +100,7 @@ def test_tables_are_drawn_with_texts_apart(monkeypatch, tmp_path):
     assert set(places) <= {path.name for path in DOCS.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_figures_of_studies_are_the_recorded_ones(monkeypatch, tmp_path):
     text = "".join(page.read_text() for page in fill_results.PAGES)
     assert fill_results.filled(text) == text

@@ -113,6 +113,7 @@ def test_what_left_the_session_ends_with_the_program(tmp_path):
     assert str(tmp_path) not in commands.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reachable", [True, False])
 def test_an_environment_in_reach_is_said(reachable, monkeypatch, capsys):
     pytest.importorskip("evaluate")

@@ -115,6 +115,7 @@ def _log_p(model, ids):
     return np.asarray(jax.nn.log_softmax(model(np.asarray([ids])).logits[0]), np.float64)
 
 
+@pytest.mark.slow
 def test_loglikelihood(harness, tokenizer):
     pairs = [("The function returns", " a list"), ("", "import sys"), ("Trailing  ", "space")]
     found = harness.loglikelihood([_request("loglikelihood", *pair) for pair in pairs])
@@ -183,6 +184,7 @@ def test_generate_until(harness, tokenizer, capsys):
         harness.generate_until([_request("generate_until", prompt, dict(max_gen_toks=1024))])
 
 
+@pytest.mark.slow
 def test_long_prompts_lose_their_beginning(harness, capsys):
     words = " ".join(["word"] * 2000)
     requests = [_request("loglikelihood", words, " end"), _request("loglikelihood", "a", " end")]
@@ -258,6 +260,7 @@ def test_examples_in_prompts(rows):
         select(["mmlu_anatomy"], rows, num_fewshot=2)
 
 
+@pytest.mark.slow
 def test_code_is_run_apart_and_only_with_leave(rows):
     with pytest.raises(
         InputError, match=r"mbpp, which runs model-written programs .*--allow_code_execution"
@@ -286,6 +289,7 @@ def test_code_where_limits_are_lower_or_nothing_runs(rows, monkeypatch):
         select(["mbpp"], rows, allow_code_execution=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "settings", "words"),
     [

@@ -63,6 +63,7 @@ def _plain(model, requests):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "batch_tokens"), [(MOE, 100), (MOE, 100_000), (DENSE, 1)])
 def test_scores_equal_a_plain_forward_pass(config, batch_tokens):
     requests, model = _requests(), _model(config)
@@ -79,6 +80,7 @@ def _same(found, wanted):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
+@pytest.mark.slow
 def test_order_changes_nothing_and_a_rerun_no_bit(moe):
     requests = _requests()
     once = score(moe, requests, batch_tokens=100_000)
@@ -89,6 +91,7 @@ def test_order_changes_nothing_and_a_rerun_no_bit(moe):
     assert score(moe, []) == []
 
 
+@pytest.mark.slow
 def test_a_mesh_scores_alike(moe):
     requests = _requests()
     alone = score(moe, requests, batch_tokens=100_000)
@@ -101,6 +104,7 @@ def test_a_mesh_scores_alike(moe):
     _same(score(spread, requests, batch_tokens=100_000), alone)
 
 
+@pytest.mark.slow
 def test_many_lengths_are_few_shapes(monkeypatch):
     shapes, real = [], scoring._hidden
 

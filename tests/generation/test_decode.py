@@ -154,6 +154,7 @@ def test_only_active_experts_are_read(model):
     np.testing.assert_array_equal(again, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 3])
@@ -174,6 +175,7 @@ def test_few_rows(monkeypatch, native, dtype, rows):
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=99 * width * 2e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_written_out_stays_short():
     """The compiler's memory grows with the square of the length. Layers share their products."""
 
@@ -222,6 +224,7 @@ def draws(logits, count=2000, **settings):
     return np.asarray(choose(rows, Sampling(**settings).scalars(), seen, jnp.int32(0)))
 
 
+@pytest.mark.slow
 def test_sampling_frequencies():
     logits = np.log([0.3, 0.5, 0.15, 0.05])
     for settings, wanted in (
@@ -251,6 +254,7 @@ def test_repetition_penalty():
     assert token.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_padding_is_not_penalized(model):
     """A row has seen its prompt and the new token, and no padding, which is token 0."""
     row = [5, 9, 7]
@@ -264,6 +268,7 @@ def test_padding_is_not_penalized(model):
     assert np.flatnonzero(np.asarray(running.seen)[0]).tolist() == sorted({*row, int(token[0])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite(model, value):
     graphdef, state = nnx.split(model)

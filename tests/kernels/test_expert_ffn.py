@@ -40,6 +40,7 @@ def compute(arguments, cotangent, implementation, strict=None):
     return {"y": y} | dict(zip(ARRAYS, pull(cotangent), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "implementation"),
     [
@@ -61,6 +62,7 @@ def test_output_and_gradients(name, dtype, implementation):
     assert_close(got, truth(arguments, cotangent), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_group_sizes(seed, implementation):
@@ -72,6 +74,7 @@ def test_random_group_sizes(seed, implementation):
     assert_close(got, truth(arguments, cotangent), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation",
     [*IMPLEMENTATIONS[:3], pytest.param("gpu", marks=pytest.mark.nightly)],
@@ -99,12 +102,14 @@ def test_the_tolerance_catches_one_wrong_row(dtype):
             assert_close({name: got[name]}, {name: wanted[name]}, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_default_is_an_implementation_that_works_without_jit():
     arguments, cotangent = make("ragged", jnp.float32)
     y = expert_ffn(**arguments)
     assert_close({"y": y}, {"y": truth(arguments, cotangent)["y"]}, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "tpu"])
 def test_experts_without_rows_are_not_read(implementation):
     """The weights of an idle expert reach no output; its gradient is exactly 0."""
@@ -130,6 +135,7 @@ def test_default_goes_by_the_platform_and_another_kernel_is_refused():
             expert_ffn(**arguments, implementation=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("name", ["whole tiles", "empty groups", "not a multiple of any block"])
 def test_tpu_kernels_under_the_strict_interpreter(name, stored):
@@ -145,6 +151,7 @@ def test_tpu_kernels_under_the_strict_interpreter(name, stored):
     assert_close(got, truth(arguments, cotangent), TOLERANCE[jnp.bfloat16])
 
 
+@pytest.mark.slow
 def test_rows_of_others_do_not_reach_a_weight_gradient():
     """One expert's rows are NaN; the others', in the same tile, are computed all the same."""
     arguments, cotangent = make("ragged", jnp.float32)
@@ -181,6 +188,7 @@ def test_single_buffers_of_a_small_chip(monkeypatch):
         assert_close(got, truth(arguments, cotangent), TOLERANCE[jnp.bfloat16])
 
 
+@pytest.mark.slow
 def test_an_expert_too_large_for_the_chip_goes_through_grouped_matmul(monkeypatch):
     arguments, cotangent = make("ragged", jnp.float32)
     small = dataclasses.replace(mosaic_tpu._chip(True), vmem_capacity_bytes=3 * 2**20)
@@ -262,6 +270,7 @@ def shaped(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -81,6 +81,7 @@ KEPT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "kept"), KEPT)
 @pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
 def test_a_run_is_read_and_written_in_place(implementation, stored, kept):
@@ -111,6 +112,7 @@ def test_float32_weights_under_bfloat16_rows(implementation):
     compare(layers, results, tolerance=TOLERANCE[BF16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "kept"), KEPT)
 @pytest.mark.parametrize("implementation", ["cpu", "tpu"])
 def test_gradients_are_added_where_it_says_so(implementation, stored, kept):
@@ -124,6 +126,7 @@ def test_gradients_are_added_where_it_says_so(implementation, stored, kept):
     compare(layers, results, sums, TOLERANCE[stored])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
 def test_frozen_experts_have_no_gradient(implementation):
     layers, stacks = run_of(F32)
@@ -166,6 +169,7 @@ def test_experts_larger_than_the_chip(monkeypatch):
     compare(layers, by_run(layers, stacks, before, F32, implementation="tpu", interpret=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
 @pytest.mark.parametrize("sizes", [[0, 2, 0, 0, 0, 1, 0, 0], [5, 0, 9, 1, 0, 3, 2, 0]])
 def test_a_window_on_more_experts(implementation, sizes):
@@ -201,6 +205,7 @@ def test_a_window_on_more_experts(implementation, sizes):
     np.testing.assert_allclose(clean, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[0, 2, 0, 0, 0, 1, 0, 0], [5, 0, 9, 1, 0, 3, 2, 0]])
 def test_int8_experts_with_scales(sizes):
     rng = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def computed(name, dtype, transpose, implementation):
     return arguments, compute(*arguments, transpose, implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "transpose", "dtype", "implementation"),
     [
@@ -107,6 +108,7 @@ def test_random_group_sizes(seed, implementation):
     assert_close(got, truth(*arguments), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_weights_of_another_dtype_than_rows(implementation):
     rows, weights, sizes, cotangent = make("ragged", jnp.bfloat16)
@@ -117,6 +119,7 @@ def test_weights_of_another_dtype_than_rows(implementation):
     assert_close(got, truth(*arguments), 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_weight_gradient_by_itself(implementation):
     rows, weights, sizes, cotangent = make("ragged", jnp.bfloat16)
@@ -243,6 +246,7 @@ def tpu_forms(arguments, tiles, interpret, transpose):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype",
     [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.nightly)],
@@ -264,6 +268,7 @@ def test_tpu_tiles(name, tiles, transpose, dtype):
     assert_close(got, truth(*arguments, transpose), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize(
     "name",
@@ -303,6 +308,7 @@ def shaped(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -44,6 +44,7 @@ def compute(arguments, cotangent, interpret=True):
 # --- expert_ffn -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -173,6 +174,7 @@ def draw(dtype, *shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "transpose", "interpret"),
     [
@@ -198,6 +200,7 @@ def test_grouped_matmul(dtype, transpose, interpret):
     assert_close({"y": y}, {"y": wanted}, {jnp.float32: 1e-6, jnp.bfloat16: 3e-3}[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "interpret"),
     [(jnp.bfloat16, RACES), pytest.param(jnp.float32, True, marks=pytest.mark.nightly)],
@@ -231,6 +234,7 @@ def test_parts_hold_float32_exactly():
     np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in split), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize("name", GROUPS)
 def test_tiles_start_at_whole_eights_and_own_each_row_once(name, tile):

@@ -18,6 +18,7 @@ def walk(sizes, tile_rows, visit_idle):
         row += size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visit_idle", [False, True])
 @pytest.mark.parametrize("tile_rows", [1, 4, 8, 16])
 def test_visits_are_a_walk_over_the_rows(tile_rows, visit_idle):

@@ -52,6 +52,7 @@ SIZES = [0, 2, 2, 9, 1, 42, 146, 18, 0, 185, 241, 267, 9, 5, 394, 2, 8, 4, 8, 0]
 PAST = 5  # rows of no expert
 
 
+@pytest.mark.slow
 def test_groups_begin_anywhere(monkeypatch):
     """Output and gradients of spans of at most 256 rows, under the race detector."""
     starts = np.cumsum(SIZES) - SIZES

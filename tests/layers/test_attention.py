@@ -122,6 +122,7 @@ def check(function, shape, layout, dtype=jnp.float32, tolerance=2e-6):
         close(np.asarray(g, np.float64), wanted, atol=tolerance * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens, heads, kv_heads", [(1, 4, 1), (16, 6, 2), (17, 3, 3), (41, 6, 2)])
 def test_blocks_of_queries(monkeypatch, layout, tokens, heads, kv_heads):
@@ -129,6 +130,7 @@ def test_blocks_of_queries(monkeypatch, layout, tokens, heads, kv_heads):
     check(functools.partial(attention, "blocks"), (2, tokens, heads, kv_heads, 8), layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens, heads, kv_heads, width", [(200, 4, 2, 64), (128, 1, 1, 128)])
 def test_splash(monkeypatch, layout, tokens, heads, kv_heads, width):
@@ -137,6 +139,7 @@ def test_splash(monkeypatch, layout, tokens, heads, kv_heads, width):
     check(functools.partial(attention, "splash"), (2, tokens, heads, kv_heads, width), layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["blocks", "splash"])
 def test_bfloat16(monkeypatch, path):
     """Both round probabilities and results; gradients of k, v are summed over blocks in float32."""
@@ -180,6 +183,7 @@ def test_one_block_computes_what_attend_does():
 
 # 12 heads over tensor=4 with 2 k, v heads, each needed by two devices; 4 over 2, which divide;
 # 6 over 4, which do not and stay whole; 3 rows over data=2, which stay whole.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, sizes, batch, heads, kv_heads, layout",
     [
@@ -255,6 +259,7 @@ def test_no_scores_of_all_pairs(differentiate):
 CONFIG = dataclasses.replace(SMALL, hidden_size=24, num_attention_heads=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cache_agrees_with_the_whole_sequence(side):
     """A prefill and single tokens through the cache give what the whole sequence gives."""

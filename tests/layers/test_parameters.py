@@ -70,6 +70,7 @@ def _bank(path, leaf):
     return "moe" in path and leaf.ndim == 4
 
 
+@pytest.mark.slow
 @every_model
 def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_name(config):
     model, params = _params(config)
@@ -96,6 +97,7 @@ def test_the_same_parameters_are_decayed_frozen_quantized_and_row_major_as_by_na
         assert found[path].stored_as("bfloat16") == of_state, path
 
 
+@pytest.mark.slow
 @every_model
 def test_parts_are_those_of_the_paths(config):
     model, params = _params(config)
@@ -108,6 +110,7 @@ def test_parts_are_those_of_the_paths(config):
         assert [kinds(model)[path].part] == named, path
 
 
+@pytest.mark.slow
 @every_model
 def test_int8_weights_are_those_of_before(config):
     model, _ = _params(config)
@@ -115,6 +118,7 @@ def test_int8_weights_are_those_of_before(config):
         assert isinstance(variable.get_value(), Quantized) == (path[-1] in SUMMED), path
 
 
+@pytest.mark.slow
 @every_model
 def test_formats_of_weights_and_of_optimizer_states(config):
     model, params = _params(config)

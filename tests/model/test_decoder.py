@@ -41,6 +41,7 @@ def logits(model, ids, mask=None):
     return np.asarray(model(jnp.asarray(ids), mask).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens(name):
     folder, golden = DENSE / name, load_file(DENSE / name / "golden.safetensors")
@@ -61,6 +62,7 @@ def test_logits_and_greedy_tokens(name):
     np.testing.assert_array_equal(made, golden["sequences"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_is_bit_identical(tmp_path, name):
     source = DENSE / name

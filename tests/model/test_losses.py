@@ -24,6 +24,7 @@ def test_log_likelihood_is_the_softmaxs(size):
     np.testing.assert_array_equal(chosen, np.asarray(log_p)[np.arange(16), targets])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_losses_and_scores_are_the_same_sum(chunk):
     model = Decoder(SMALL, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))

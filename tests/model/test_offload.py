@@ -124,6 +124,7 @@ def moved_bytes(model, rows):
     return sum(from_host(eqn) for eqn, _ in decoding_step(model, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [WIDE, AHEAD], ids=["0", "1"])
 def test_only_chosen_experts_travel(config):
     model = with_experts(model_of(config), "host")
@@ -138,6 +139,7 @@ def test_only_chosen_experts_travel(config):
     assert moved_bytes(with_experts(model, "host_compute"), 1) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "ahead"), [(WIDE, 0), (AHEAD, 1)], ids=["0", "1"])
 def test_transfers_start_before_the_products_beside_them(config, ahead, monkeypatch):
     """In program order: a layer's experts, then its shared expert, or that of the layer before."""

@@ -69,6 +69,7 @@ def features(model, *arrays):
     return compiled(*nnx.split(model), *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "distance"),
     [({}, 1), ({}, 2), (MIXED, 1), (MIXED, 2)],
@@ -89,6 +90,7 @@ def test_the_loop_over_layers_and_tokens(tmp_path, changes, distance):
     assert np.abs(got[0] - loop(0)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_blocks_that_add_nothing_make_all_distances_equal():
     params = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(base())))
     for path, leaf in params.items():
@@ -120,6 +122,7 @@ def test_generation_is_the_models_own_next_token():
     np.testing.assert_array_equal(out[:, 6:], logits[:, 5:].argmax(-1))
 
 
+@pytest.mark.slow
 def test_padding_and_packed_texts_do_not_matter():
     model, ids = ahead_of(base(), 1), random_tokens(1, 12)
     first = (jnp.arange(12)[None] < 5).astype(jnp.int32)

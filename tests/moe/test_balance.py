@@ -51,6 +51,7 @@ def _biases(s, rng, scale=1.0):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), SelectionBias(experts, groups))
 
 
+@pytest.mark.slow
 def test_aux_loss_of_uniform_routing_is_one_and_ignores_padding():
     logits = jnp.zeros((2, 8, 4))
     experts = jnp.broadcast_to(jnp.array([[0, 2], [1, 3]]).repeat(4, 0), (2, 8, 2))
@@ -65,6 +66,7 @@ def test_aux_loss_of_uniform_routing_is_one_and_ignores_padding():
         assert loss(*padded[:2], jnp.broadcast_to(padded[2], (2, 11))) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [load_balancing_loss, batch_load_balancing_loss])
 def test_aux_loss_gradient_flows_through_the_probabilities_only(loss):
     logits = jnp.array([[[0.5, -0.5, 1.0, 0.0], [2.0, 0.0, -1.0, 1.0]]])
@@ -85,6 +87,7 @@ def _batch(seed=0, rows=8, tokens=6):
     return logits, route(logits, MOE, jnp.float32)[0].experts, mask
 
 
+@pytest.mark.slow
 def test_batch_loss_and_z_loss_against_numpy():
     logits, experts, mask = _batch()
     wanted = naive.batch_aux_loss(logits, experts, mask, SETTINGS["published"])
@@ -115,6 +118,7 @@ def test_batch_loss_and_z_loss_against_numpy():
         assert loss == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1, 1), MeshConfig(2, 2, 2, 1)])
 def test_batch_balancing_is_the_same_on_any_sharding(mesh):
     """One device against eight: loss, gradient, counts and moved biases."""
@@ -136,6 +140,7 @@ def test_batch_balancing_is_the_same_on_any_sharding(mesh):
     jax.tree.map(np.testing.assert_array_equal, eight[3], one[3])
 
 
+@pytest.mark.slow
 @every_setting
 def test_biases_change_the_choice_but_not_the_weights(s):
     rng = np.random.default_rng(2)
@@ -183,6 +188,7 @@ def test_biases_move_against_the_load_error(s):
             np.testing.assert_allclose(means, 0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_even_load_moves_no_bias_and_large_counts_do_not_overflow():
     zero = SelectionBias(jnp.zeros(16), jnp.zeros(4))
     for count in (0, 1, 3, 10**8):
@@ -217,6 +223,7 @@ def test_the_bias_evens_out_a_skewed_router():
     assert np.max(tokens) / np.mean(tokens) < 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "some masked"])
 def test_losses_of_a_pool_against_numpy(masked):
     """Of one layer over the allowed experts, and of two layers together."""
@@ -267,6 +274,7 @@ def test_losses_of_a_pool_against_numpy(masked):
     np.testing.assert_allclose(got, ((f + g) / 2) @ ((p + q) / 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
 def test_biases_of_a_pool_move_inside_its_groups(pooled_as):
     moe = MoEConfig(2, 2, 1, 2, 1, experts_across=2, pooled_as=pooled_as, selection_bias=True)

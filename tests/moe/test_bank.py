@@ -89,6 +89,7 @@ def handed_out():
         return {dtype: gradients(stored=dtype) for dtype in ("float32", "bfloat16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(each, marks=[pytest.mark.nightly] * (each != "one device")) for each in CASES],
@@ -110,6 +111,7 @@ def shared_handed_out():
         return gradients(model=mixture_model(SHARED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -138,6 +140,7 @@ def test_masks_and_balanced_pools_are_the_same_on_a_mesh_and_in_microbatches(sha
     assert unused[0] > unused[1] + 4, unused  # masked in both layers
 
 
+@pytest.mark.slow
 def test_the_bank_is_what_computes_them(monkeypatch, handed_out):
     """Checks what the comparisons above would not see: both sides taking the same way."""
     used = []
@@ -152,6 +155,7 @@ def test_the_bank_is_what_computes_them(monkeypatch, handed_out):
     assert [bank.bank.gate_up.shape[0] for bank in used] == [3]
 
 
+@pytest.mark.slow
 def test_frozen_experts_leave_the_other_gradients_as_they_are():
     model = mixture_model(THREE)
     graphdef, state = nnx.split(model)
@@ -170,6 +174,7 @@ def test_frozen_experts_leave_the_other_gradients_as_they_are():
             np.testing.assert_allclose(frozen[path], free[path], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_that_computes_its_experts_otherwise_is_refused():
     class Mine(FineRMoE):
         def __call__(self, x, mask, placement=sharding.ONE_DEVICE):

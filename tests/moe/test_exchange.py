@@ -151,6 +151,7 @@ def test_rows_are_packed_for_a_tpu_and_unpacked(width):
     assert expert_parallel._packed(rows.astype(jnp.float32), padded=False).shape == rows.shape
 
 
+@pytest.mark.slow
 def test_tokens_that_no_axis_divides_are_computed_whole():
     experts = _experts()["few"]
     x, weights, gate_up, down, _ = _arguments()
@@ -171,6 +172,7 @@ def test_experts_that_do_not_divide_are_refused_by_name():
         sharding.spec(("expert",), (16,), mesh, "experts")
 
 
+@pytest.mark.slow
 def test_no_buffer_holds_more_than_twice_a_devices_rows():
     """The program's shapes do not depend on the routing: the worst skew runs in the same ones."""
     mesh, length = _mesh(1, 1, 8, 1), 256
@@ -200,6 +202,7 @@ def test_no_buffer_holds_more_than_twice_a_devices_rows():
     assert 2 * rows * D <= max(sizes) <= (2 * rows + 128) * D
 
 
+@pytest.mark.slow
 def test_no_row_is_dropped_in_any_round():
     """With weights and experts of ones, every row's result is a function of its own sum."""
     x, weights, gate_up, down, _ = _arguments()

@@ -231,6 +231,7 @@ def clear_case(s, batch, tokens, dtype=np.float32, gap=1e-3):
     raise AssertionError("no seed gives clear decisions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients(variant):
     """Every parameter's gradient, along one direction, against differences of naive.py."""
@@ -303,6 +304,7 @@ def test_tokens_do_not_depend_on_each_other():
     assert relative(alone[0, 0], y[1, 2]) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_kernel_asked_for_computes_the_layer(monkeypatch):
     s = fixed("published")
     weights, x, mask = clear_case(s, 2, 6)

@@ -110,6 +110,7 @@ def interleaved(arrays):
     return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "some masked"])
 @pytest.mark.parametrize(
     ("name", "pooled_as"),
@@ -198,6 +199,7 @@ def test_home():
 # --- the model ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled_as", POOLED)
 def test_without_foreign_experts_the_model_is_that_of_layers_alone(pooled_as):
     """Masked at N_t = N: bit for bit."""
@@ -216,6 +218,7 @@ def test_without_foreign_experts_the_model_is_that_of_layers_alone(pooled_as):
         assert np.mean(np.asarray(routing.experts) % 2 != layer % 2) > 0.1  # foreign ones
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled_as", POOLED)
 def test_the_loop_over_layers_and_tokens(tmp_path, pooled_as):
     """Which pool a layer reads, and which of its routers' rows are whose: four layers in NumPy."""
@@ -232,6 +235,7 @@ def test_the_loop_over_layers_and_tokens(tmp_path, pooled_as):
     assert np.abs(got - loop(other)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_layers_experts_serve_its_group_alone():
     """A changed expert of layer 2 changes layers 2 and 3, never 0 and 1."""
     model, ids = pooled(), random_tokens(2)
@@ -251,6 +255,7 @@ def test_a_layers_experts_serve_its_group_alone():
     assert not np.array_equal(before.hidden, after.hidden)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_expert_that_two_layers_use():
     """Against differences, and against layers that each have a copy of the bank."""
     model, ids = pooled(), random_tokens(2)
@@ -285,6 +290,7 @@ def test_the_gradient_of_an_expert_that_two_layers_use():
         np.testing.assert_allclose(np.sum(np.asarray(a) * direction), slope, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_generation_is_the_models_own_next_token():
     model = pooled()
     ids = random_tokens(2, 6)
@@ -363,6 +369,7 @@ def test_the_number_of_experts_grows_as_in_the_paper():
     assert reuse_at(jnp.int32(0), TrainConfig(), moe) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["random", "foreign"])
 @pytest.mark.parametrize("pooled_as", POOLED)
 def test_every_group_loses_the_same_number(pooled_as, mask):

@@ -22,6 +22,7 @@ def _moe(case, **variants):
     return MoEConfig(case["G_I"], case["G_O"], case["R_I"], case["R_O"], case["T_I"], **variants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(10))
 def test_published_model(index):
     case = _cases()[index]
@@ -108,6 +109,7 @@ def test_bad_settings(settings, values):
     assert all(value in str(error.value) for value in values), error.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers", [(4, 2, 1, 2, 1), (4, 2, 2, 2, 3), (1, 1, 8, 1, 2), (2, 4, 1, 1, 2)]
 )

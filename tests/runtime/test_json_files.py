@@ -227,6 +227,7 @@ def test_spoilt_logs_are_drawn(tmp_path):
     assert invoke("plot", tmp_path) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [{}, {"tokens": 1, "candidates": 2}, {"tokens": "x"}])
 def test_a_record_that_is_none_of_a_run(tmp_path, content, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "low"}\n')

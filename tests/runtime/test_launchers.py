@@ -160,6 +160,7 @@ def test_open_mpi_5_tells_all_where_rank_0_is(monkeypatch, rank, port):
     assert (member.index, member.processes, member.port_name) == (3, 4, PORT)
 
 
+@pytest.mark.slow
 def test_a_process_that_never_reaches_mpi_is_waited_for_no_longer_than_asked(tmp_path):
     """MPI_Init holds Python's lock meanwhile, as this one does."""
     (tmp_path / "mpi4py").mkdir()

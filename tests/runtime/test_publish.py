@@ -58,6 +58,7 @@ def test_an_existing_target_is_verified_and_sent(checkpoint, tmp_path, monkeypat
     assert server.repositories["me/again"] == content(tmp_path / "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [

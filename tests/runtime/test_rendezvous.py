@@ -96,6 +96,7 @@ def test_an_address_that_is_another_machine():
         meet(member, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_another_program_has_the_port(index):
     with socket.create_server(("127.0.0.1", 0)) as other:

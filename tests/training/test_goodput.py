@@ -62,6 +62,7 @@ def half(tmp_path_factory):
     return run, said, time.perf_counter() - began
 
 
+@pytest.mark.slow
 def test_what_takes_long_is_announced(half):
     _, said, _ = half
     announced = [line for line in said if line.endswith("…")]
@@ -75,6 +76,7 @@ def test_what_takes_long_is_announced(half):
     ) - 1  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_and_its_second_half(half):
     run, said, first = half
     began = time.perf_counter()

@@ -23,6 +23,7 @@ def paper_recipe(name, devices):
     return dataclasses.replace(config, train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "chip", "devices", "slices", "sizes", "verdict"),
     [

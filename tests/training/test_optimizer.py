@@ -88,6 +88,7 @@ def test_every_mesh_gives_one_devices_result():
         assert_same_steps(take_steps(config, mesh), reference)
 
 
+@pytest.mark.slow
 def test_the_step_is_adafactors():
     """One step by hand: the gradient over its factored root mean square, then rate and decay."""
     rng = np.random.default_rng(0)
@@ -256,6 +257,7 @@ def _newton_schulz(x):
     return x
 
 
+@pytest.mark.slow
 def test_each_matrix_is_orthogonalized_by_itself():
     """Two steps against NumPy: momentum, Newton-Schulz, scale, rate and decay."""
     state, update = _muon()
@@ -275,6 +277,7 @@ def test_each_matrix_is_orthogonalized_by_itself():
             np.testing.assert_allclose(updates[name], wanted, rtol=1e-3, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_all_other_parameters_get_adamws_update():
     state, update = _muon()
     adamw = optimizer(dataclasses.replace(MUON, name="adamw"), 10, MUON_KINDS)
@@ -302,6 +305,7 @@ def test_an_experts_gradient_moves_no_other_matrix():
         assert same.all(), name
 
 
+@pytest.mark.slow
 def test_experts_are_orthogonalized_where_they_are():
     """The program of eight devices moves no expert, and gives one device's update."""
     model = mixture_model()

@@ -68,6 +68,7 @@ def rivals(tmp_path):
     return tmp_path / "ours", tmp_path / "theirs"
 
 
+@pytest.mark.slow
 def test_a_rival_is_drawn_in_place_of_the_untrained_base(rivals, monkeypatch):
     said, (ours, theirs) = [], rivals
     label_ends = style.label_ends
@@ -88,6 +89,7 @@ def test_a_rival_is_drawn_in_place_of_the_untrained_base(rivals, monkeypatch):
         plot.draw(ours, ours.parent / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [(2.5, 2.75), (2.5, 2.5), (2.0, 2.0001)])
 def test_labels_of_losses_are_at_their_lines_ends_and_apart(rivals, monkeypatch, ends):
     ours, theirs = rivals
@@ -117,6 +119,7 @@ def _has(picture, colour):
     return (np.abs(pixels - colour).max(axis=-1) <= 2).sum()
 
 
+@pytest.mark.slow
 def test_loads_have_their_colours_and_the_dead_are_black(tmp_path, monkeypatch):
     tokens = np.full((2, 16), 64)
     _loads(tmp_path, tokens)
@@ -141,6 +144,7 @@ def _size(picture, axes):
     return pixels * part.width * part.height / (whole.width * whole.height)
 
 
+@pytest.mark.slow
 def test_an_even_load_is_neutral(tmp_path, monkeypatch):
     colours = style.load_colours()
     red, green, blue = (np.array(colours(0.5)[:3]) * 255).round()
@@ -159,6 +163,7 @@ def test_an_even_load_is_neutral(tmp_path, monkeypatch):
 PLAIN = {"plain_top_k": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "moe"),
     [
@@ -214,6 +219,7 @@ def test_a_map_of_a_pool_has_its_candidate_groups_side_by_side(tmp_path, monkeyp
     assert texts.overlaps() == [] and texts.outside() == []
 
 
+@pytest.mark.slow
 def test_the_command_names_its_pictures_and_its_mistakes(tmp_path, capsys):
     _metrics(tmp_path)
     _loads(tmp_path, np.full((1, 16), 3))

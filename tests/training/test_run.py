@@ -227,6 +227,7 @@ def test_padding_balances_no_experts():
     assert float(aux[0]) == float(aux[1]) > 0
 
 
+@pytest.mark.slow
 def test_windows_need_no_masks():
     """The program of whole windows is the one without segments: no mask reaches attention."""
     graphdef, state = nnx.split(mixture_model())
@@ -289,6 +290,7 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
     assert float(rate(30)) == pytest.approx(1e-5) and float(rate(3000)) == pytest.approx(1e-7)
 
 
+@pytest.mark.slow
 def test_norms_and_biases_are_not_decayed():
     model = mixture_model()
     flags = decayed(nnx.to_pure_dict(nnx.state(model)), kinds(model))
@@ -551,6 +553,7 @@ def test_fields_that_the_kind_of_balancing_ignores(tmp_path):
             check_run(config, tmp_path, silent)
 
 
+@pytest.mark.slow
 def test_frozen_parts_that_the_model_lacks(tmp_path):
     said = []
     config = tiny_run(freeze=("norms", "shared_gate", "router"))

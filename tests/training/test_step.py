@@ -47,6 +47,7 @@ def _dense(value=None):
     return nnx.split(with_shapes(config))[0], nnx.traversals.unflatten_mapping(params)
 
 
+@pytest.mark.slow
 def test_every_layers_balancing_loss_counts():
     graphdef, state = nnx.split(mixture_model())
     config = small_run(4, balance=dict(weight=0.5))
@@ -58,6 +59,7 @@ def test_every_layers_balancing_loss_counts():
     np.testing.assert_allclose(total, told["loss"] + 0.5 * layers.sum(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_the_kinds_with_a_loss_add_it():
     graphdef, state = nnx.split(mixture_model(ONE_LAYER))
 
@@ -166,6 +168,7 @@ def test_selection_biases_move_after_the_step_and_outside_of_the_optimizer():
         np.testing.assert_array_equal(flat(after)[path], before[path])
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_of_many_microbatches_are_summed_in_float32():
     """The same row in every microbatch: the mean gradient is that of one, however many."""
     graphdef, params = _dense()
@@ -187,6 +190,7 @@ def test_bfloat16_gradients_of_many_microbatches_are_summed_in_float32():
     assert max(distances.values()) < 1e-3, distances
 
 
+@pytest.mark.slow
 def test_every_update_of_bfloat16_weights_is_rounded_by_a_draw_of_its_own():
     graphdef, params = _dense(1.0)
     tx = _taking(2.0**-9)  # a quarter of the distance to the neighbour above

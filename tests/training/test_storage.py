@@ -73,6 +73,7 @@ def copy(finished):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_equals_a_local_one(finished, local, tmp_path):
     names = set(finished.objects())
     kept = {name for name in names if not name.startswith("checkpoints/")}
@@ -103,6 +104,7 @@ def test_the_commit_mark_comes_last_after_checksums_and_logs(finished, commits):
         assert "config.json" in names and ("metrics.jsonl" in names) == (step > 0)
 
 
+@pytest.mark.slow
 def test_another_machine_resumes_and_a_changed_config_is_refused(copy, tmp_path):
     with pytest.raises(fm.InputError, match=rf"{copy} contains a run with another config"):
         train(tiny_run(steps=6), str(copy), silent, scratch=tmp_path / "a")
@@ -114,6 +116,7 @@ def test_another_machine_resumes_and_a_changed_config_is_refused(copy, tmp_path)
     assert (copy / "config_changes.jsonl").exists() and not (copy / "lock").exists()
 
 
+@pytest.mark.slow
 def test_compare_and_a_dry_run_read_a_bucket(finished, local):
     before = finished.objects()
     result = command("compare", finished, local)
@@ -127,6 +130,7 @@ def test_compare_and_a_dry_run_read_a_bucket(finished, local):
     assert finished.objects() == before
 
 
+@pytest.mark.slow
 def test_a_local_workdir_is_moved_to_a_bucket(server, local, tmp_path):
     """As `gcloud storage cp -r` does; sizes are verified, since the hashes are other ones."""
     run = support.new_bucket()
@@ -163,6 +167,7 @@ def _changed(step):
     large.write(bytes(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -215,6 +220,7 @@ def test_a_second_run_is_refused_and_changes_nothing(copy, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["before a save", "during a save"])
 def test_a_run_that_lost_its_lease_commits_nothing(server, monkeypatch, tmp_path, lost):
     monkeypatch.setattr(lease, "TTL_SECONDS", 600)  # no confirmation but those of saves
@@ -242,6 +248,7 @@ def test_a_run_that_lost_its_lease_commits_nothing(server, monkeypatch, tmp_path
     assert (run / "lock").read_bytes() == b"another run\n"
 
 
+@pytest.mark.slow
 def test_logs_written_by_another_process_end_the_run(server, tmp_path):
     run = support.new_bucket()
 

@@ -85,6 +85,7 @@ def content(folder):
     }
 
 
+@pytest.mark.slow
 def test_each_combination_equals_the_local_result(here, away, tmp_path, cache):
     assert values(str(away / "orbax")) == values(here / "orbax")
     assert len(list((here / "hf").glob("*.safetensors"))) > 2
@@ -151,6 +152,7 @@ def test_a_run_starts_from_a_bucket(here, away):
     assert all(np.array_equal(*pair) for pair in zip(ours, local, strict=True))
 
 
+@pytest.mark.slow
 def test_the_commands_read_checkpoints(here, away, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("w3")
@@ -192,6 +194,7 @@ def killed(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "name", "words"),
     [

@@ -285,6 +285,7 @@ def test_selection_biases_there_and_back(tmp_path, biased, form):
         )
 
 
+@pytest.mark.slow
 def test_evaluation_and_generation_choose_with_the_biases(biased):
     ids = jnp.arange(1, 9, dtype=jnp.int32)[None]
     out = biased(ids)

@@ -92,6 +92,7 @@ def test_the_card_of_a_source(tmp_path, card, hub_id, wanted):
     assert read_origin(tmp_path, hub_id) == wanted
 
 
+@pytest.mark.slow
 def test_the_origin_comes_along(tmp_path):
     """HF → checkpoint → checkpoint → HF → HF."""
     shutil.copytree(DENSE, tmp_path / "dense")

@@ -87,6 +87,7 @@ def test_models_without_pools_are_those_of_the_code_before():
     assert before_pools.digest(before_pools.upcycled()) == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["random", "zero"])
 @pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
 def test_upcycled_pools_start_as_layers_alone(dense, alone, pooled_as, start):
@@ -112,6 +113,7 @@ def test_upcycled_pools_start_as_layers_alone(dense, alone, pooled_as, start):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "least", "most"),
     [(UpcycleConfig(drop_ratio=0.5), 0.2, 0.8), (UpcycleConfig(copy_noise=0.1), 0.99, 1.0)],
@@ -123,6 +125,7 @@ def test_a_pools_experts_are_drawn_as_those_of_layers_alone(dense, alone, start,
         assert least <= (wanted != whole).mean() <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled_as", ["copies", "candidates"])
 def test_a_pool_keeps_the_biases_of_its_layers(dense, pooled_as):
     """Other layers' experts, and candidate groups, get none; the first steps are the source's."""
@@ -150,6 +153,7 @@ def test_a_pool_keeps_the_biases_of_its_layers(dense, pooled_as):
         np.testing.assert_array_equal(at_start(model), at_start(source))
 
 
+@pytest.mark.slow
 def test_from_a_trained_model_to_hugging_face_and_back(alone, tmp_path, capsys):
     fm.save_hf(alone, tmp_path / "trained")
     upcycling = UpcycleConfig(reuse_start="zero")

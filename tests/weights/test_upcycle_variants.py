@@ -142,6 +142,7 @@ def test_noise_draws_nothing_that_is_not_finite():
         starts.noise("down", np.full((4, 7), np.inf, np.float32), 0.1, jax.random.key(2))
 
 
+@pytest.mark.slow
 def test_copies_of_one_slice_start_different_with_noise():
     dense, moe = _dense(), MoEConfig(4, 2, 1, 2, 1)
     tokens = _tokens()
@@ -226,6 +227,7 @@ def test_some_layers_of_a_mixture_are_those_layers_of_the_dense_model():
             np.testing.assert_array_equal(got, wanted, err_msg=str((layer, path)))
 
 
+@pytest.mark.slow
 def test_a_runs_seed_draws_what_is_new_and_nothing_else():
     def placed(seed, **changes):
         config = dataclasses.replace(load_preset("demo"), **changes)
@@ -262,6 +264,7 @@ def test_drop_upcycled_layers_and_experts_differ():
     assert len(sets) == 16 and {len(s) for s in sets} == {32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 2])
 def test_virtual_groups_choose_one_copy_of_every_slice(copies):
     # With copies=2 the tokens choose the best two of the eight.
@@ -285,6 +288,7 @@ def test_virtual_groups_choose_one_copy_of_every_slice(copies):
         np.testing.assert_allclose(out.routing[0].weights, 1 / 8, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_layer_of_virtual_groups_is_the_dense_ffn():
     one = ARCHITECTURES["nvshard"]
     model = fm.upcycle_model(_dense(), one.moe, jax.random.key(0), one.upcycle)
@@ -299,6 +303,7 @@ def test_one_layer_of_virtual_groups_is_the_dense_ffn():
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_function_preserving_start_has_the_dense_logits():
     # The demo's base: trained weights, whose logits the published start moves.
     dense = fm.load_hf(find("demo/model"), dtype="float32")
@@ -313,6 +318,7 @@ def test_function_preserving_start_has_the_dense_logits():
     assert away(PRESERVING) < 1e-4 and away(UpcycleConfig()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [1, 2])
 def test_function_preserving_start_holds_in_bfloat16_and_beside_ablations(across):
     """With pools, too."""

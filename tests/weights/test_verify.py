@@ -29,6 +29,7 @@ def upcycled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_whole_conversions(upcycled, tmp_path):
     reports = [verify(str(UNTIED), upcycled / name, None, MOE) for name in ("orbax", "hf")]
     for report in reports:
@@ -50,6 +51,7 @@ def test_whole_conversions(upcycled, tmp_path):
         verify(str(UNTIED), tmp_path / "narrow", "orbax", MOE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -131,6 +133,7 @@ def test_separate_routers_have_names_for_messages(tmp_path):
     assert verify(str(UNTIED), tmp_path / "out", "orbax", moe, seed=1).drawn == 6
 
 
+@pytest.mark.slow
 def test_what_was_drawn_and_the_experts_are_those_asked_for(upcycled, tmp_path):
     target = upcycled / "orbax"
     assert verify(str(UNTIED), target, "orbax", MOE, seed=1).drawn == 4
