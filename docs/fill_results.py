@@ -202,8 +202,10 @@ STUDIES = {
             "fine": "no pools",
             "fine+rex2": "r = 2, `copies`",
             "fine+rex2+psr": "r = 2, `copies`, PSR `random`",
+            "fine+rex2+foreign": "r = 2, `copies`, PSR `foreign`",
             "fine+rex2+candidates": "r = 2, `candidates`",
             "fine+rex2+candidates+psr": "r = 2, `candidates`, PSR `random`",
+            "fine+rex2+candidates+foreign": "r = 2, `candidates`, PSR `foreign`",
         },
     ),
     "ahead": Study(
