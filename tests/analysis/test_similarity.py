@@ -69,6 +69,7 @@ def naive(model):
     return values
 
 
+@pytest.mark.slow
 def test_a_pool_is_compared_as_a_whole(tmp_path):
     """Its experts as one layer's: twice the copies of a slice."""
     pooled = dataclasses.replace(SMALL, moe=fm.MoEConfig(4, 2, 1, 2, 1, experts_across=2))

@@ -222,6 +222,7 @@ def test_checkpoints_with_an_emptied_part(dense, tmp_path, part):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -278,6 +279,7 @@ def test_a_dense_import_stays_tied(dense, tmp_path):
     assert same_weights(model, fm.load_hf(dense))
 
 
+@pytest.mark.slow
 def test_a_mixture_is_imported_as_it_is(tmp_path):
     convert(str(MIXTURE), tmp_path / "checkpoint", "orbax", SMALL_MOE, seed=0)
     model = fm.load_checkpoint(tmp_path / "checkpoint")

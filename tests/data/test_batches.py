@@ -100,6 +100,7 @@ def test_the_order_of_earlier_versions():
     np.testing.assert_array_equal(firsts, [21, 37, 31, 14, 9, 46, 28, 6, 24, 41, 36, 15])
 
 
+@pytest.mark.slow
 def test_mixtures_keep_their_shares_and_shuffle_each_source_anew():
     weights = [0.5, 0.3, 0.15, 0.05]
     rows = _mixture([str(w) for w in weights])
@@ -397,6 +398,7 @@ def test_token_ids_must_fit_the_model(texts, tokenizer):
         open_data(config, tokenizer, MODEL, 100)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_data_and_not_its_place(texts, tokenizer, tmp_path):
     moved = shutil.copytree(texts, tmp_path / "moved")
 

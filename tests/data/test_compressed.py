@@ -49,6 +49,7 @@ def test_the_bytes_are_those_of_the_standard_library(tmp_path, suffix, size):
         assert stream.read() == content[:size] + content and stream.read(1) == b""
 
 
+@pytest.mark.slow
 def test_a_damaged_header_of_a_later_stream_is_no_end(tmp_path, suffix, streams):
     """One bit of it, each in turn."""
     first, second = streams
@@ -65,6 +66,7 @@ def test_garbage_behind_a_stream_is_refused(tmp_path, suffix, streams, behind):
         _documents(tmp_path / f"a.jsonl{suffix}", streams[0] + behind)
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_is_refused(tmp_path, suffix, streams):
     first, second = streams
     for size in (0, *range(len(first) + 1, len(first) + len(second))):

@@ -54,6 +54,7 @@ def whole(sources, tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_what_is_written_is_the_text(sources, whole):
     from finermoe_jax.data.tokenizers import open_tokenizer
 

@@ -121,6 +121,7 @@ def test_the_kept_tokenizer_is_the_source_s(source, tmp_path, kind):
         }
 
 
+@pytest.mark.slow
 def test_there_and_back(source, tmp_path):
     """The tokenizer of vocab.json and merges.txt, and the ends that config.json alone names."""
     write_pair(source)

@@ -131,6 +131,7 @@ def quoted_messages(page):
     return lines + re.findall(r"`([a-zA-Z][^`]* [a-z]+ [a-z]+ [^`]*)`", rows)
 
 
+@pytest.mark.slow
 def test_messages_on_the_pages_are_the_codes():
     sources = [ast.parse(path.read_text()) for path in (ROOT / "finermoe_jax").rglob("*.py")]
     strings = {

@@ -95,6 +95,7 @@ def test_restored_bit_by_bit(state, saved):
         assert np.asarray(found).tobytes() == np.asarray(was).tobytes()
 
 
+@pytest.mark.slow
 def test_many_damaged_arrays_are_one_error(state, saved, monkeypatch):
     # The largest file holds the chunks of all arrays; what finds them there stays intact.
     for item in ("params", "optimizer"):
@@ -221,6 +222,7 @@ def test_no_room_for_a_directory_ends_a_save_at_once(state, tmp_path, monkeypatc
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_garbage_collector_comes_again(interrupts, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)

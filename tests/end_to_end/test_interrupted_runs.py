@@ -198,6 +198,7 @@ def test_checkpoints_from_before_checksums_are_read(finished, tmp_path):
     load_checkpoint(step)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_has_checksums(tmp_path):
     save_checkpoint(mixture_model(), tmp_path / "model")
     load_checkpoint(tmp_path / "model")

@@ -249,6 +249,7 @@ def stored(folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_export_holds_the_original_tensors(name, tmp_path):
     model = fm.load_hf(GOLDEN / name)
@@ -335,6 +336,7 @@ def upcycled(request):
     return facts, data, upcycle(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense_tied", "dense_untied"])
 def test_dense_model(name):
     data = load_file(GOLDEN / "upcycle" / name / "golden.safetensors")

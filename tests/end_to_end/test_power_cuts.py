@@ -216,6 +216,7 @@ def test_a_training_run_keeps_what_it_has_saved_at_every_moment(disk, tmp_path, 
     assert cuts > 10 and resumed == {None, 2}
 
 
+@pytest.mark.slow
 def test_a_conversion_is_there_whole_or_not_at_all(disk):
     config, tokenizer = tiny_run(), find("demo/model")
     sizes = dataclasses.replace(config.dense, moe=config.moe)

@@ -130,6 +130,7 @@ def test_loglikelihood(harness, tokenizer):
         assert greedy == (log_p.argmax(-1) == targets).all()
 
 
+@pytest.mark.slow
 def test_rolling_is_the_texts_log_likelihood(harness, tokenizer):
     text = "The with statement is used to wrap the execution of a block.\n" * 3
     (found,) = harness.loglikelihood_rolling([_request("loglikelihood_rolling", text)])

@@ -346,6 +346,7 @@ def test_mistakes_name_the_values(changes, message):
     assert all(part in str(error.value) for part in message), error.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -28,6 +28,7 @@ def walk(sizes, span_rows, visit_idle):
         row = stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visit_idle", [False, True])
 @pytest.mark.parametrize(("span_rows", "experts", "rows"), [(16, 8, 60), (48, 5, 200), (16, 1, 9)])
 def test_visits_are_a_walk_over_the_rows(span_rows, experts, rows, visit_idle):

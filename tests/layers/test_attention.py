@@ -149,6 +149,7 @@ def test_bfloat16(monkeypatch, path):
     check(function, (2, 200, 2, 1, 64), "packed", jnp.bfloat16, tolerance=2**-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, layout, calls",
     [(jnp.bfloat16, "whole", 1), (jnp.bfloat16, "packed", 0), (jnp.float32, "whole", 0)],

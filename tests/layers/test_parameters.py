@@ -139,6 +139,7 @@ def test_formats_of_weights_and_of_optimizer_states(config):
         check(state, sharding.like_params(state, params, shardings, mesh))
 
 
+@pytest.mark.slow
 @every_model
 def test_weights_known_by_name_have_the_same_kinds(config):
     model, _ = _params(config)

@@ -314,6 +314,7 @@ def test_experts_in_host_memory_cannot_be_trained():
         jax.eval_shape(nnx.grad(lambda model: model(ids[:, :1]).logits.sum()), with_computed)
 
 
+@pytest.mark.slow
 def test_programs_without_experts_in_host_memory():
     target = topology.Target("v5e:1x1", topology.CHIPS["v5e"], "tpu", (jax.devices()[0],), 1, 1)
     config = load_preset("demo")

@@ -169,6 +169,7 @@ def test_biases_change_the_choice_but_not_the_weights(s):
     )
 
 
+@pytest.mark.slow
 @every_setting
 def test_biases_move_against_the_load_error(s):
     rng = np.random.default_rng(3)
@@ -202,6 +203,7 @@ def test_an_even_load_moves_no_bias_and_large_counts_do_not_overflow():
     np.testing.assert_allclose(moved.groups[:2], [2.0, -2.0])  # sqrt(4 experts of a group)
 
 
+@pytest.mark.slow
 def test_the_bias_evens_out_a_skewed_router():
     """Experts that the logits never choose get tokens, and the load ends near the mean."""
     moe = dataclasses.replace(MOE, active_per_group=1)

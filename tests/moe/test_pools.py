@@ -166,6 +166,7 @@ def test_layers_of_a_pool_compute_what_the_loop_does(name, pooled_as, masked):
         np.testing.assert_allclose(y[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_slot_and_one_candidate_are_a_plain_top_k():
     """G_O = R_O = 1: ReXMoE's own top-K over r * N."""
     grouped = MoEConfig(8, 1, 1, 1, 4, experts_across=4)

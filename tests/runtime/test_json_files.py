@@ -220,6 +220,7 @@ def test_a_spoilt_line_of_a_log_is_passed_over(tmp_path, spoilt):
     assert path.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_spoilt_logs_are_drawn(tmp_path):
     for file in ("metrics.jsonl", "evals.jsonl", "expert_load.jsonl"):
         (tmp_path / file).write_bytes(b"\n".join([b'{"step": 1, "loss": 3.0}', *SPOILT, b""]))

@@ -132,6 +132,7 @@ def test_a_write_whose_answer_got_lost_was_ours(run, server, monkeypatch):
         assert not ours.object.exists()
 
 
+@pytest.mark.slow
 def test_an_abandoned_lock_expires(run):
     ours = Lease(run, pytest.fail)
     ours.take()

@@ -32,6 +32,7 @@ def content(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["me/first", "first", "team/first"])
 def test_a_directory_is_sent(checkpoint, tmp_path, monkeypatch, name):
     full = name if "/" in name else f"me/{name}"

@@ -50,6 +50,7 @@ def test_all_meet_in_any_order_and_leave_the_port():
     assert meeting((0, 2, 0), (1, 2, 0), port=port) == ["", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("there", "words"),
     [

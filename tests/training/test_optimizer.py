@@ -145,6 +145,7 @@ def test_state_in_float32_whatever_the_weights():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_small_updates_of_bfloat16_weights_arrive_on_average():
     x = jnp.full(200_000, 0.02, jnp.bfloat16)
     update = jnp.full(200_000, -1e-5, jnp.float32)

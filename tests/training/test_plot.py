@@ -200,6 +200,7 @@ def test_a_map_of_loads_is_readable(tmp_path, monkeypatch, layers, moe):
     assert min(text.get_fontsize() for text in texts) >= 7
 
 
+@pytest.mark.slow
 def test_a_map_of_a_pool_has_its_candidate_groups_side_by_side(tmp_path, monkeypatch):
     """If the layers' experts are groups of their own."""
     moe = MoEConfig(4, 2, 1, 2, 1, experts_across=2, pooled_as="candidates")

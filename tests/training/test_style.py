@@ -40,6 +40,7 @@ def test_steps_of_ticks():
     assert style.step_that_fits(1, 1, 100) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4, 17])
 def test_labels_of_many_lines_keep_apart(tmp_path, monkeypatch, count):
     curves = {f"model {i}": (range(4), [0.5 + i / 1000] * 4) for i in range(count)}

@@ -90,6 +90,7 @@ def test_hours_done_and_left(tmp_path):
     assert lines[-1].endswith("6.00 h left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

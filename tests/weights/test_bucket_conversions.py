@@ -101,6 +101,7 @@ def test_each_combination_equals_the_local_result(here, away, tmp_path, cache):
     assert not list(cache.glob("finermoe-jax/upload-*"))
 
 
+@pytest.mark.slow
 def test_verify(here, away):
     for source, target, to in (
         ("dense", "orbax", "orbax"), ("orbax", "hf", "hf"), ("dense", "hf", None),
@@ -126,6 +127,7 @@ def test_the_command_converts_and_verifies(here, away, monkeypatch):
     assert (away / "again" / "config.json").read_bytes() == b"{}", "only checked, not written"
 
 
+@pytest.mark.slow
 def test_models_are_loaded_and_saved(here, away):
     dense, moe = fm.load_hf(away / "dense"), fm.load_checkpoint(str(away / "orbax"))
     locally = fm.load_hf(here / "dense"), fm.load_checkpoint(here / "orbax")
@@ -236,6 +238,7 @@ def test_what_is_there_is_kept(away, here):
         convert(str(here / "dense"), away / "object", "orbax", MOE, **SEED)
 
 
+@pytest.mark.slow
 def test_two_at_once(away, here, monkeypatch):
     target = away / "two"
     monkeypatch.setattr(lease, "TTL_SECONDS", 4.0)  # a busy machine renews it in time

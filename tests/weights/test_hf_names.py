@@ -50,6 +50,7 @@ def published_tensors(h, H, layers, heads, kv_heads, vocabulary):
             yield f"model.layers.{layer}.{name}", shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "numbers", "expert", "billions"), PUBLISHED)
 def test_published_layouts(size, numbers, expert, billions):
     config = upcycled_config(QWEN2P5[size], MoEConfig())

@@ -128,6 +128,7 @@ def test_untied_head(tmp_path):
     assert not np.array_equal(model.lm_head.weight[...], model.embed.weight[...])
 
 
+@pytest.mark.slow
 def test_llama_style_source_is_qwen2_without_biases(tmp_path):
     tensors = tensors_of(UNTIED)
     bare = {name: t for name, t in tensors.items() if not name.endswith(".bias")}
@@ -318,6 +319,7 @@ def test_export_into_an_empty_directory_and_with_a_tokenizer(tmp_path):
     assert found == ["README.md", "config.json", "model.safetensors", *copied]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "config", "generation"),
     [

@@ -194,6 +194,7 @@ def written(tmp_path_factory):
     return config, {path: array[:] for path, array in weights.items()}, target
 
 
+@pytest.mark.slow
 def test_orbax_itself_restores_what_was_written(written):
     _, weights, target = written
     with ocp.StandardCheckpointer() as checkpointer:

@@ -119,6 +119,7 @@ def test_the_origin_comes_along(tmp_path):
     assert "origin" not in json.loads((tmp_path / "plain/config/metadata").read_text())
 
 
+@pytest.mark.slow
 def test_of_a_run(tmp_path):
     """A workdir's card has the figures of the checkpoint's step, from the logs."""
     workdir, config = tmp_path / "run", load_preset("demo")

@@ -199,6 +199,7 @@ def test_from_a_trained_model_to_hugging_face_and_back(alone, tmp_path, capsys):
     assert verify(str(tmp_path / "pooled"), tmp_path / "hf", "hf", None).drawn == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(dense, alone, tmp_path):
     fm.save_hf(alone, tmp_path / "trained")
     other = dataclasses.replace(POOLED, output_expansion=1)

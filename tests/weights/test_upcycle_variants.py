@@ -45,6 +45,7 @@ def _tokens(rows=4, length=16):
     return jnp.asarray(np.random.default_rng(0).integers(0, 64, (rows, length)), jnp.int32)
 
 
+@pytest.mark.slow
 def test_selection_biases_start_at_zero_and_change_nothing_else():
     dense, key = _dense("bfloat16"), jax.random.key(0)
     plain = MoEConfig(4, 2, 1, 2, 1)
@@ -248,6 +249,7 @@ def test_a_runs_seed_draws_what_is_new_and_nothing_else():
     assert {"weight", "query", "gate", "down"} <= changed(**scratch)
 
 
+@pytest.mark.slow
 def test_a_model_drawn_from_scratch_repeats_no_layer():
     config = dataclasses.replace(DENSE, num_hidden_layers=3, moe=MoEConfig(4, 2, 1, 2, 1))
     model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))

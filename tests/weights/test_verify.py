@@ -106,6 +106,7 @@ def test_another_source_and_another_architecture(upcycled, tmp_path):
             verify(str(source), upcycled / "hf", None, MOE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -244,6 +245,7 @@ def test_there_and_back_in_small_blocks(tmp_path, monkeypatch, numbers):
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moe", "start", "name", "factor"),
     [
