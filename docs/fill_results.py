@@ -155,20 +155,14 @@ POOLS = (
     "seeds", "start", "halfway", "held-out loss", "difference", "parameters",
     "fullest expert / mean", "starved experts", "other layers' experts",
 )  # fmt: skip
+BALANCE = (
+    "seeds", "held-out loss", "difference", "fullest expert / mean", "entropy", "dead experts",
+    "fullest / mean in a group", "share of the larger group", "similarity of copies",
+)  # fmt: skip
 STUDIES = {
     "balance": Study(
         "Balancing on the demo, 100 steps",
-        (
-            "seeds",
-            "held-out loss",
-            "difference",
-            "fullest expert / mean",
-            "entropy",
-            "dead experts",
-            "fullest / mean in a group",
-            "share of the larger group",
-            "similarity of copies",
-        ),
+        BALANCE,
         {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")}
         | {"z_loss": "`sequence`, z-loss 0.001", "frozen": "`sequence`, frozen router"},
     ),
@@ -291,16 +285,7 @@ STUDIES = {
     ),
     "copies": Study(
         "Balancing against copies, 60 steps of 4,096 tokens",
-        (
-            "seeds",
-            "held-out loss",
-            "difference",
-            "fullest expert / mean",
-            "entropy",
-            "dead experts",
-            "share of the larger group",
-            "similarity of copies",
-        ),
+        BALANCE,
         {name: f"`{name}`" for name in ("sequence", "batch", "bias", "none")},
         draw_studies.parting,
     ),

@@ -13,7 +13,7 @@ The base is expected in runs/base, its text in build/. A variant is a list of na
 All variants train on the same tokens in the same order. docs/results.md has the figures.
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
-    scratch                the dense model with as many parameters as inter_out_fg uses per token
+    scratch                a dense model with as many FLOPs per token as inter_out_fg
     8x1 to 32x4            G_I x G_O from random weights. The shared expert's width makes the
                            parameters that a token uses equal.
     function_preserving, drop, noise

@@ -129,7 +129,8 @@ def _routed(
         rows = dispatch(x, order, inverse, active)
         y = permute(bank.ffn(rows, sizes, row_weights, kernel), inverse, order)
         return y.reshape(batch, tokens, active, -1)
-    # Packed before its copies are made, and their sum is unpacked: fewer rows change their form.
+    # Tokens are packed before their copies are made. In the backward pass, the gradients of the
+    # copies are summed before they are unpacked. So fewer rows change their form.
     rows = dispatch(_packed(x, is_padded(exchange)), order, inverse, active)
     y, bank.gradients = exchanged_ffn(
         rows, row_weights, bank.gradients, bank.gate_up, bank.down, bank.layer, sizes,
