@@ -50,7 +50,7 @@ def test_device_files(tmp_path, name):
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(has_accelerator(), reason="this machine may have an accelerator")
+@pytest.mark.skipif(has_accelerator(), reason="needs a machine that surely has no accelerator")
 @pytest.mark.parametrize("first", ["import finermoe_jax", "import jax, finermoe_jax"])
 def test_with_libtpu_and_without_a_tpu(tmp_path, first):
     (tmp_path / "libtpu").mkdir()
@@ -62,7 +62,7 @@ def test_with_libtpu_and_without_a_tpu(tmp_path, first):
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(has_accelerator(), reason="this machine may have an accelerator")
+@pytest.mark.skipif(has_accelerator(), reason="needs a machine that surely has no accelerator")
 def test_with_the_real_libtpu():
     python = interpreter("TPU_TEST_PYTHON", "libtpu", "compile-tpu")
     assert show("import finermoe_jax", python, PYTHONPATH=str(ROOT)) == ("cpu cpu", "")

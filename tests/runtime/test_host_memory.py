@@ -30,7 +30,7 @@ print(*faults)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator, which only Linux has")
 def test_memory_that_was_freed_costs_nothing_anew():
     from finermoe_jax.runtime import host_memory
 
