@@ -177,7 +177,7 @@ def test_a_run_killed_at_its_beginning_goes_on_and_removes_its_own_alone(sources
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which this system lacks")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_named_and_the_same_command_goes_on(sources, whole, tmp_path, monkeypatch):
     target, encode = tmp_path / "tokens", text.encode
 
