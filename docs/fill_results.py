@@ -91,6 +91,16 @@ def flops(runs: Seeds, _: Rows) -> str:
     return f"{np.mean([run['curve']['flops'][-1] for run in runs.values()]) / 1e12:.2f}"
 
 
+def tokens(runs: Seeds, _: Rows) -> str:
+    """Training tokens of a whole run."""
+    return f"{next(iter(runs.values()))['curve']['tokens'][-1] / 1e3:,.0f} k"
+
+
+def minutes(runs: Seeds, _: Rows) -> str:
+    """Minutes of a whole run, without compiling, evaluating and saving."""
+    return f"{np.mean([run['curve']['seconds'][-1] for run in runs.values()]) / 60:.0f}"
+
+
 def of_load(name: str, digits: int) -> Callable[[Seeds, Rows], str]:
     """A figure of the load, the mean over the seeds."""
 
@@ -121,7 +131,9 @@ COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "parameters": total,
     "weights, MB": weights,
     "active": active,
+    "tokens": tokens,
     "TFLOP": flops,
+    "minutes": minutes,
     "fullest expert / mean": of_load("max_over_mean", 2),
     "entropy": of_load("entropy", 3),
     "dead experts": of_load("dead", 1),
@@ -200,6 +212,10 @@ STUDIES = {
             "fine+rex2+candidates": "r = 2, `candidates`",
             "fine+rex2+candidates+psr": "r = 2, `candidates`, PSR `random`",
             "fine+rex2+candidates+foreign": "r = 2, `candidates`, PSR `foreign`",
+            "fine+rex4+psr": "r = 4, `copies`, PSR `random`",
+            "fine+rex2+depth": "r = 2, `copies`, depth vector",
+            "fine+psr": "no pools, PSR on own experts",
+            "fine+wide": "no pools, twice the own experts",
         },
     ),
     "ahead": Study(
@@ -222,6 +238,16 @@ STUDIES = {
             "ahead2": "routing ahead, k = 2",
             "ahead3": "routing ahead, k = 3",
         },
+    ),
+    "smollm2_long": Study(
+        "SmolLM2-135M, 512 tokens a step",
+        ("start", "halfway", "held-out loss", "difference", "tokens", "TFLOP", "minutes"),
+        {
+            "steps200": "FineRMoE, 200 steps",
+            "ct+steps200": "CT, 200 steps",
+            "ct+steps400": "CT, 400 steps",
+        },
+        draw_studies.curves("tokens", "seconds"),
     ),
     "table1": Study(
         "Table 1 in miniature, 60 steps of 4,096 tokens",
@@ -376,8 +402,24 @@ def ranks(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_seconds(values: Mapping[str, Any]) -> str:
+    """Seconds per step and ratios to the first, as benchmarks/studies/step_times.py's."""
+    seconds = values["seconds"]
+    first = next(iter(seconds.values()))
+    lines = ["| | s per step | ratio to the first |", "|---|---|---|"]
+    for name, each in seconds.items():
+        ratio = np.median(np.divide(each, first))
+        lines.append(f"| `{name}` | {np.median(each):.2f} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 PICTURES = {"low_rank": ("What training added to copies, cut to low rank", draw_studies.ranks)}
-TABLES = {"ahead_shares": shares, "smollm2_shares": shares_by_depth, "low_rank": ranks}
+TABLES = {
+    "ahead_shares": shares,
+    "smollm2_shares": shares_by_depth,
+    "low_rank": ranks,
+    "table1_seconds": step_seconds,
+}
 
 
 @style.applied()
