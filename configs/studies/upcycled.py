@@ -14,8 +14,8 @@ All variants train on the same tokens in the same order. docs/results.md has the
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
     scratch                a dense model with as many FLOPs per token as inter_out_fg
-    8x1 to 32x4            G_I x G_O from random weights. The shared expert's width makes the
-                           parameters that a token uses equal.
+    8x1 to 32x4            G_I x G_O from random weights, 240 steps of 1,024 tokens. The shared
+                           expert's width makes the parameters that a token uses equal.
     function_preserving, drop, noise
                            another start of inter_out_fg: drop redraws half of each expert, noise
                            has a tenth of each matrix's standard deviation
@@ -67,6 +67,10 @@ def _apply(config: ConfigDict, name: str) -> None:
     elif re.fullmatch(r"(8|32)x[124]", name):
         _from_scratch(config, FFN)
         slices, slots = map(int, name.split("x"))
+        # Random weights need many updates more than they need large batches.
+        config.data.global_batch_size = 4
+        config.train.update(steps=240, eval_every=60, checkpoint_every=240)
+        config.optimizer.update(learning_rate=2e-3, final_learning_rate=2e-4)
         config.moe.update(
             intermediate_granularity=slices,
             output_granularity=slots,
