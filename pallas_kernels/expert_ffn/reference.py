@@ -43,7 +43,11 @@ def _plain(
 ) -> Array:
     f32 = jnp.float32
     experts = jnp.arange(gate_up.shape[0])
+    # Rows past the last group belong to no expert, and may hold NaN.
+    owned = jnp.arange(rows.shape[0]) < group_sizes.sum()
     owner = jnp.repeat(experts, group_sizes, total_repeat_length=rows.shape[0])
+    owner = jnp.where(owned, owner, len(experts))
+    rows = jnp.where(owned[:, None], rows, 0)
     hidden = jnp.einsum("MD,EFD->EMF", rows.astype(f32), gate_up.astype(f32))
     gate, up = jnp.split(hidden, 2, axis=-1)
     y = jnp.einsum("EMF,EFW->EMW", jax.nn.silu(gate) * up, down.astype(f32))

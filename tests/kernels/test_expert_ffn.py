@@ -177,6 +177,24 @@ def test_an_idle_expert_is_out_of_its_neighbours_reach():
         assert not got[name][jnp.array([1, 3, 4, 7])].any()
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "tpu"])
+def test_rows_past_the_last_group_give_no_gradient(implementation):
+    """An exchange's buffer is longer than its rows, and its rest holds anything."""
+    arguments, cotangent = make("ragged", jnp.float32)
+    rows = len(arguments["rows"])
+    filled = rows - int(arguments["group_sizes"][5])
+    arguments["group_sizes"] = arguments["group_sizes"].at[5].set(0)
+    for name in ("rows", "row_weights"):
+        arguments[name] = arguments[name][:filled]
+    wanted = compute(arguments, cotangent[:filled], implementation)
+    for name, rest in (("rows", jnp.nan), ("row_weights", 1.0)):  # weights travel padded
+        rest = jnp.full((rows - filled, *arguments[name].shape[1:]), rest)
+        arguments[name] = jnp.concatenate([arguments[name], rest])
+    got = compute(arguments, cotangent.at[filled:].set(jnp.nan), implementation)
+    for name in ("gate_up", "down"):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.nightly
 def test_single_buffers_of_a_small_chip(monkeypatch):
     monkeypatch.setattr(tiles_tpu, "choices", lambda *_: iter([(128, 128, 1)]))
