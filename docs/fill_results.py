@@ -39,8 +39,18 @@ def start(runs: Seeds, _: Rows) -> str:
 
 def halfway(runs: Seeds, _: Rows) -> str:
     """The held-out loss after half of the steps."""
-    halves = [run["curve"]["loss"][len(run["curve"]["loss"]) // 2] for run in runs.values()]
-    return spread(halves)
+    curves = [run["curve"] for run in runs.values()]
+    return spread([each["loss"][each["steps"].index(each["steps"][-1] // 2)] for each in curves])
+
+
+def at_step(step: int) -> Callable[[Seeds, Rows], str]:
+    """The held-out loss after `step` steps."""
+
+    def cell(runs: Seeds, _: Rows) -> str:
+        curves = [run["curve"] for run in runs.values()]
+        return spread([each["loss"][each["steps"].index(step)] for each in curves])
+
+    return cell
 
 
 def at_equal_flops(runs: Seeds, rows: Rows) -> str:
@@ -91,16 +101,6 @@ def flops(runs: Seeds, _: Rows) -> str:
     return f"{np.mean([run['curve']['flops'][-1] for run in runs.values()]) / 1e12:.2f}"
 
 
-def tokens(runs: Seeds, _: Rows) -> str:
-    """Training tokens of a whole run."""
-    return f"{next(iter(runs.values()))['curve']['tokens'][-1] / 1e3:,.0f} k"
-
-
-def minutes(runs: Seeds, _: Rows) -> str:
-    """Minutes of a whole run, without compiling, evaluating and saving."""
-    return f"{np.mean([run['curve']['seconds'][-1] for run in runs.values()]) / 60:.0f}"
-
-
 def of_load(name: str, digits: int) -> Callable[[Seeds, Rows], str]:
     """A figure of the load, the mean over the seeds."""
 
@@ -126,14 +126,13 @@ COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "held-out loss": loss,
     "start": start,
     "halfway": halfway,
+    "step 40": at_step(40),
     "difference": difference,
     "at equal TFLOP": at_equal_flops,
     "parameters": total,
     "weights, MB": weights,
     "active": active,
-    "tokens": tokens,
     "TFLOP": flops,
-    "minutes": minutes,
     "fullest expert / mean": of_load("max_over_mean", 2),
     "entropy": of_load("entropy", 3),
     "dead experts": of_load("dead", 1),
@@ -239,15 +238,15 @@ STUDIES = {
             "ahead3": "routing ahead, k = 3",
         },
     ),
-    "smollm2_long": Study(
-        "SmolLM2-135M, 512 tokens a step",
-        ("start", "halfway", "held-out loss", "difference", "tokens", "TFLOP", "minutes"),
+    "demo_rates": Study(
+        "The demo and its dense base, 150 steps of 4,096 tokens",
+        ("seeds", "start", "held-out loss", "difference"),
         {
-            "steps200": "FineRMoE, 200 steps",
-            "ct+steps200": "CT, 200 steps",
-            "ct+steps400": "CT, 400 steps",
+            f"{model}+lr{place}": f"{label}, {rate}"
+            for model, label in (("finermoe", "FineRMoE"), ("ct", "dense"))
+            for place, rate in ((3, "1e-3"), (2, "3e-4"), (1, "1e-4"))
         },
-        draw_studies.curves("tokens", "seconds"),
+        draw_studies.over_values("learning rate after warm-up", (1e-3, 3e-4, 1e-4), log=True),
     ),
     "table1": Study(
         "Table 1 in miniature, 60 steps of 4,096 tokens",
@@ -294,7 +293,7 @@ STUDIES = {
     ),
     "starts": Study(
         "Starts and learning rates, 60 steps of 4,096 tokens",
-        ("start", "halfway", "held-out loss", "difference", "similarity of copies"),
+        ("start", "step 40", "held-out loss", "difference", "similarity of copies"),
         {
             f"{start}+lr{place}": f"{label}, {rate}"
             for start, label in (
@@ -331,7 +330,10 @@ STUDIES = {
 def variants(name: str) -> Rows:
     """The runs of a study by the rows' names, without rows that have no run yet."""
     runs = read_json(DOCS / "studies" / f"{name}.json")["runs"]
-    return {label: runs[key] for key, label in STUDIES[name].names.items() if key in runs}
+    names = STUDIES[name].names
+    first = next(iter(names))
+    assert first in runs, f"{name}.json has no run of {first}, which differences are from"
+    return {label: runs[key] for key, label in names.items() if key in runs}
 
 
 def table(name: str) -> str:
