@@ -1,5 +1,6 @@
 """`finermoe sweep`."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def main(flags: Flags) -> None:
         raise InputError("--config is needed, once for each config of the sweep")
     if flags.seeds < 1:
         raise InputError(f"--seeds={flags.seeds} must be at least 1")
+    if seeded := [
+        each for each in flags.overrides if re.match(r"--?config\.(train|data)\.seed\b", each)
+    ]:
+        raise InputError(
+            f"{seeded[0]}: a sweep sets the seeds itself, 0 to {flags.seeds - 1}; use --seeds"
+        )
     found = [(name, find_config(name)[1] or "") for name in flags.configs]
     names = sweep.variant_names(found)
     variants = {

@@ -76,9 +76,11 @@ def plan(folder: Path, variants: Mapping[str, RunConfig], seeds: int) -> list[Sw
 def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
     """Locks the folder and records the configs of its variants.
 
-    A sweep can be resumed with more seeds or variants. Raises InputError if the folder contains
-    another sweep, other files, or a running sweep.
+    A sweep can be resumed with more seeds or variants. Raises InputError for variants whose losses
+    could not be compared, and if the folder contains another sweep, other files, or a running
+    sweep.
     """
+    _refuse_incomparable(variants)
     _check(folder, variants)
     files.make_directory(folder)
     with contextlib.closing(Lock(folder, "--workdir")) as lock:
@@ -86,6 +88,24 @@ def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
         configs = {name: dataclasses.asdict(config) for name, config in variants.items()}
         files.write(folder / "sweep.json", to_json(configs, indent=2) + "\n")
         yield
+
+
+def _refuse_incomparable(variants: Mapping[str, RunConfig]) -> None:
+    """Raises InputError if a variant holds no text out, or other text than the first does."""
+    first = next(iter(variants), "")
+    for name, config in variants.items():
+        if not (config.data.eval_fraction or config.data.eval_path):
+            raise InputError(
+                f"{name} holds out no text, and a sweep compares held-out losses: raise "
+                "data.eval_fraction=0, or set data.eval_path"
+            )
+        for field in ("sequence_length", "packing", "eval_windows", "eval_path", "eval_fraction"):
+            ours, theirs = getattr(config.data, field), getattr(variants[first].data, field)
+            if ours != theirs:
+                raise InputError(
+                    f"held-out losses of {first} and {name} could not be compared: data.{field} is "
+                    f"{theirs!r} and {ours!r}. Give both the same value, or sweep them apart"
+                )
 
 
 def _check(folder: Path, variants: Mapping[str, RunConfig]) -> None:

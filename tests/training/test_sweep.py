@@ -27,7 +27,10 @@ def get_config(variant: str = "") -> ConfigDict:
     for group, values in TINY.items():
         config[group] = values if group == "dense" else {**config[group], **values}
     config.moe = None
-    config.optimizer.learning_rate = {"": 1e-2, "slow": 1e-3, "broken": -1.0}[variant]
+    if variant == "short":
+        config.data.sequence_length //= 2
+    else:
+        config.optimizer.learning_rate = {"": 1e-2, "slow": 1e-3, "broken": -1.0}[variant]
     return config
 '''  # fmt: skip
 
@@ -101,6 +104,12 @@ def test_hours_done_and_left(tmp_path):
         (["--config={}/tiny.py:broken", "--workdir={}/s"], ["optimizer.learning_rate=-1.0"]),
         (["--config={}/tiny.py", "--config.train.stpes=3", "--workdir={}/s"],
          ["has no field 'stpes'. Did you mean 'steps'?"]),
+        (["--config={}/tiny.py", "--config.data.seed=7", "--workdir={}/s"],
+         ["--config.data.seed=7: a sweep sets the seeds itself, 0 to 2"]),
+        (["--config={}/tiny.py", "--config.data.eval_fraction=0", "--workdir={}/s"],
+         ["base holds out no text"]),
+        (["--config={}/tiny.py", "--config={}/tiny.py:short", "--workdir={}/s"],
+         ["base and short could not be compared: data.sequence_length is"]),
         (["--config=demmo", "--workdir={}/s"], ["Did you mean demo?"]),
     ],
 )  # fmt: skip
