@@ -1,7 +1,7 @@
 """Pictures of studies, from the figures in docs/studies/*.json. docs/fill_results.py calls this."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,22 +76,19 @@ def curves(*across: str, top: float = np.inf) -> Draw:
     return draw
 
 
-def over_values(xlabel: str, values: Sequence[float], log: bool = False) -> Draw:
+def over_values(xlabel: str, values: Mapping[str, float], log: bool = False) -> Draw:
     """Returns a function that draws final losses over a setting, a line per group of rows.
 
-    Rows are named "GROUP, VALUE"; `values` are the numbers that their second parts stand for, in
-    the order in which they first occur.
+    Rows are named "GROUP, VALUE"; `values` has the numbers that their second parts stand for.
     """
 
     def draw(title: str, rows: Rows) -> Any:
-        names = list(dict.fromkeys(row.rpartition(", ")[2] for row in rows))
-        number = dict(zip(names, values, strict=True))
         picture = style.figure(7.5, 3.6)
         axes = picture.subplots()
         lines = {}
         groups = itertools.groupby(rows.items(), lambda item: item[0].rpartition(", ")[0])
         for (group, members), look in zip(groups, _looks(), strict=False):
-            each = sorted((number[row.rpartition(", ")[2]], runs) for row, runs in members)
+            each = sorted((values[row.rpartition(", ")[2]], runs) for row, runs in members)
             x = [value for value, _ in each]
             (line,) = axes.plot(x, [np.mean([*losses(r).values()]) for _, r in each], **look)
             for value, runs in each:
@@ -100,7 +97,7 @@ def over_values(xlabel: str, values: Sequence[float], log: bool = False) -> Draw
             lines[line] = _plain(group)
         if log:
             axes.set_xscale("log")
-        axes.set_xticks(list(number.values()), list(number), minor=False)
+        axes.set_xticks(list(values.values()), list(values), minor=False)
         axes.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(LOSS)

@@ -170,6 +170,7 @@ BALANCE = (
     "seeds", "held-out loss", "difference", "fullest expert / mean", "entropy", "dead experts",
     "fullest / mean in a group", "share of the larger group", "similarity of copies",
 )  # fmt: skip
+RATES = {"1e-4": 1e-4, "3e-4": 3e-4, "1e-3": 1e-3}
 STUDIES = {
     "balance": Study(
         "Balancing on the demo, 100 steps",
@@ -246,7 +247,7 @@ STUDIES = {
             for model, label in (("finermoe", "FineRMoE"), ("ct", "dense"))
             for place, rate in ((3, "1e-3"), (2, "3e-4"), (1, "1e-4"))
         },
-        draw_studies.over_values("learning rate after warm-up", (1e-3, 3e-4, 1e-4), log=True),
+        draw_studies.over_values("learning rate after warm-up", RATES, log=True),
     ),
     "table1": Study(
         "Table 1 in miniature, 60 steps of 4,096 tokens",
@@ -289,7 +290,7 @@ STUDIES = {
             for slices in (32, 8)
             for slots in (2, 1, 4)
         },
-        draw_studies.over_values("slots of the output, G_O", (2, 1, 4)),
+        draw_studies.over_values("slots of the output", {f"G_O = {n}": n for n in (1, 2, 4)}),
     ),
     "starts": Study(
         "Starts and learning rates, 60 steps of 4,096 tokens",
@@ -306,7 +307,7 @@ STUDIES = {
             )
             for place, rate in ((2, "3e-4"), (1, "1e-4"), (3, "1e-3"))
         },
-        draw_studies.over_values("learning rate after warm-up", (3e-4, 1e-4, 1e-3), log=True),
+        draw_studies.over_values("learning rate after warm-up", RATES, log=True),
     ),
     "copies": Study(
         "Balancing against copies, 60 steps of 4,096 tokens",

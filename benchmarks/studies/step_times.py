@@ -14,19 +14,10 @@ from pathlib import Path
 import jax
 
 from benchmarks.train_step import Stepper, timed
-from finermoe_jax.config.model import ModelConfig
+from finermoe_jax.analysis.params import run_model
 from finermoe_jax.config.parse import preset, run_config
-from finermoe_jax.config.run import RunConfig
 from finermoe_jax.runtime import files, host_memory
 from finermoe_jax.runtime.json_files import to_json
-from finermoe_jax.weights.source import open_model
-from finermoe_jax.weights.upcycle import upcycled_config
-
-
-def architecture(config: RunConfig) -> ModelConfig:
-    """Returns the model that a run of the config trains."""
-    dense = config.dense or open_model(config.init_from).config
-    return dense if config.moe is None else upcycled_config(dense, config.moe)
 
 
 def main() -> None:
@@ -42,7 +33,7 @@ def main() -> None:
     steppers = {}
     for name in arguments.config:
         config = run_config(preset(name).to_dict())
-        steppers[name.partition(":")[2] or name] = Stepper(architecture(config), config)
+        steppers[name.partition(":")[2] or name] = Stepper(run_model(config), config)
     times = timed({name: each.step for name, each in steppers.items()}, arguments.rounds)
     about = {"jax": jax.__version__, "platform": jax.default_backend()}
     files.write(arguments.output, to_json({"about": about, "seconds": times}, indent=1) + "\n")

@@ -4,7 +4,7 @@
     S=configs/studies/upcycled.py
     finermoe sweep --seeds=3 --workdir=runs/table1 \\
         --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2,scratch,function_preserving}
-    finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{8x1,8x2,8x4,32x1,32x2,32x4}
+    finermoe sweep --seeds=2 --workdir=runs/granularity --config=$S:{32x2,32x1,8x2,8x1,32x4,8x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
         --config=$S:{inter_out_fg,ct,function_preserving,drop,noise,nvshard}+lr{1,2,3}
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
