@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from finermoe_jax.analysis.params import run_model
 from finermoe_jax.config.flops import training_flops
 from finermoe_jax.config.model import ModelConfig, MoEConfig
 from finermoe_jax.config.parse import preset, run_config
@@ -38,15 +39,13 @@ from finermoe_jax.model.decoder import Decoder
 from finermoe_jax.runtime import host_memory
 from finermoe_jax.training.optimizer import optimizer
 from finermoe_jax.training.step import batch_loss, init_optimizer, jit_step
-from finermoe_jax.weights.upcycle import upcycled_config
 
 
 def settings(arguments: argparse.Namespace) -> tuple[ModelConfig, RunConfig]:
     """The model config and run config: from a config file, or with Qwen2.5-0.5B's widths."""
     if arguments.config:
         run = run_config(preset(arguments.config).to_dict())
-        assert run.dense is not None and run.moe is not None
-        shape = upcycled_config(run.dense, run.moe)
+        shape = run_model(run)
     else:
         run = RunConfig(
             dense=QWEN2P5["0.5B"],

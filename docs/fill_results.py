@@ -37,12 +37,6 @@ def start(runs: Seeds, _: Rows) -> str:
     return spread([run["curve"]["loss"][0] for run in runs.values()])
 
 
-def halfway(runs: Seeds, _: Rows) -> str:
-    """The held-out loss after half of the steps."""
-    curves = [run["curve"] for run in runs.values()]
-    return spread([each["loss"][each["steps"].index(each["steps"][-1] // 2)] for each in curves])
-
-
 def at_step(step: int) -> Callable[[Seeds, Rows], str]:
     """The held-out loss after `step` steps."""
 
@@ -51,6 +45,12 @@ def at_step(step: int) -> Callable[[Seeds, Rows], str]:
         return spread([each["loss"][each["steps"].index(step)] for each in curves])
 
     return cell
+
+
+def halfway(runs: Seeds, rows: Rows) -> str:
+    """The held-out loss after half of the steps."""
+    steps = next(iter(runs.values()))["curve"]["steps"]
+    return at_step(steps[-1] // 2)(runs, rows)
 
 
 def at_equal_flops(runs: Seeds, rows: Rows) -> str:

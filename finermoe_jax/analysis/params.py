@@ -15,21 +15,28 @@ from finermoe_jax.layers.parameters import axes_of
 from finermoe_jax.model.counts import Counts, true_counts
 from finermoe_jax.model.decoder import with_shapes
 from finermoe_jax.runtime.buckets import locate
-from finermoe_jax.weights.hf_weights import read_config, resolve_source
-from finermoe_jax.weights.upcycle import adds_pools, upcycled_config
+from finermoe_jax.weights.source import open_model
+from finermoe_jax.weights.upcycle import adds_pools, routed_ahead, upcycled_config
 
 
 def run_model(config: RunConfig) -> ModelConfig:
-    """Returns the config of the model that a run trains."""
+    """Returns the config of the model that a run trains.
+
+    Raises InputError if init_from, whose sizes stand for a missing config.dense, holds no model.
+    """
     if not config.init_from:
         assert config.dense is not None
         return dataclasses.replace(config.dense, moe=config.moe)
-    model = config.dense or read_config(resolve_source(locate(config.init_from)))
-    if config.moe and model.moe is None:
-        model = upcycled_config(model, config.moe)
-    elif config.moe and adds_pools(model, config.moe):
-        model = dataclasses.replace(model, moe=config.moe)
-    return model
+    model = config.dense or open_model(locate(config.init_from)).config
+    if config.moe is None:
+        return model
+    if model.moe is None:
+        return upcycled_config(model, config.moe)
+    model = routed_ahead(model, config.moe)
+    assert model.moe is not None
+    moe = config.moe if adds_pools(model, config.moe) else model.moe
+    biased = model.moe.selection_bias or config.moe.selection_bias
+    return dataclasses.replace(model, moe=dataclasses.replace(moe, selection_bias=biased))
 
 
 def sharding_table(config: RunConfig, model: ModelConfig, devices: int = 0) -> str:

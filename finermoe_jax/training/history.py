@@ -24,7 +24,8 @@ from finermoe_jax.weights.model_card import TrainingRun
 
 SEEDS = ("train.seed", "data.seed")
 # Config fields that affect held-out losses, besides the text itself.
-_HELD_OUT = ("sequence_length", "packing", "eval_windows")
+# Fields of DataConfig that decide, beside the text, which rows are scored.
+HELD_OUT = ("sequence_length", "packing", "eval_windows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _model(workdir: Workdir, config: RunConfig) -> ModelConfig:
 
 def _held_out(workdir: Path, config: RunConfig) -> dict[str, Any]:
     """Returns everything that held-out losses depend on."""
-    found = {f"data.{name}": getattr(config.data, name) for name in _HELD_OUT}
+    found = {f"data.{name}": getattr(config.data, name) for name in HELD_OUT}
     if not (workdir / "data.json").is_file():
         return found
     data = read_json(workdir / "data.json")

@@ -21,7 +21,7 @@ from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_lines, to_json
 from finermoe_jax.runtime.locks import Lock
 from finermoe_jax.training.goodput import step_seconds
-from finermoe_jax.training.history import History, read_history
+from finermoe_jax.training.history import HELD_OUT, History, read_history
 from finermoe_jax.training.workdir import Log
 from finermoe_jax.weights.checkpoint import newest_checkpoint
 
@@ -80,7 +80,7 @@ def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
     could not be compared, and if the folder contains another sweep, other files, or a running
     sweep.
     """
-    _refuse_incomparable(variants)
+    _refuse_other_rows(variants)
     _check(folder, variants)
     files.make_directory(folder)
     with contextlib.closing(Lock(folder, "--workdir")) as lock:
@@ -90,8 +90,8 @@ def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
         yield
 
 
-def _refuse_incomparable(variants: Mapping[str, RunConfig]) -> None:
-    """Raises InputError if a variant holds no text out, or other text than the first does."""
+def _refuse_other_rows(variants: Mapping[str, RunConfig]) -> None:
+    """Raises InputError if a variant holds out no rows, or other rows than the first one does."""
     first = next(iter(variants), "")
     for name, config in variants.items():
         if not (config.data.eval_fraction or config.data.eval_path):
@@ -99,7 +99,8 @@ def _refuse_incomparable(variants: Mapping[str, RunConfig]) -> None:
                 f"{name} holds out no text, and a sweep compares held-out losses: raise "
                 "data.eval_fraction=0, or set data.eval_path"
             )
-        for field in ("sequence_length", "packing", "eval_windows", "eval_path", "eval_fraction"):
+        share = () if config.data.eval_path else ("eval_fraction",)
+        for field in (*HELD_OUT, "eval_path", *share):
             ours, theirs = getattr(config.data, field), getattr(variants[first].data, field)
             if ours != theirs:
                 raise InputError(

@@ -218,8 +218,7 @@ def upcycled(
     if moe is not None and config.moe is None:
         return upcycle_weights(config, weights, moe, key, upcycling)
     if moe is not None and config.moe is not None and stated:
-        ahead = dataclasses.replace(config.moe, route_ahead=moe.route_ahead)
-        config = dataclasses.replace(config, moe=ahead)
+        config = routed_ahead(config, moe)
     if moe is not None and stated and adds_pools(config, moe):
         only = dataclasses.replace(PUBLISHED_UPCYCLING, reuse_start=upcycling.reuse_start)
         _refuse_without_effect(source, upcycling, only)
@@ -241,6 +240,13 @@ def upcycled(
         )
         _refuse_without_effect(source, upcycling, PUBLISHED_UPCYCLING)
     return config, weights
+
+
+def routed_ahead(config: ModelConfig, moe: MoEConfig) -> ModelConfig:
+    """Returns the config of a model with experts, with the route_ahead of `moe`."""
+    assert config.moe is not None
+    ahead = dataclasses.replace(config.moe, route_ahead=moe.route_ahead)
+    return dataclasses.replace(config, moe=ahead)
 
 
 # Fields of MoEConfig that may differ when a trained model gets pools.

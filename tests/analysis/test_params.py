@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+import finermoe_jax as fm
 from finermoe_jax.analysis.paper_tables import ROWS
 from finermoe_jax.analysis.paper_tables import text as paper_tables_text
 from finermoe_jax.analysis.params import paper_counts, run_model, sharding_table
 from finermoe_jax.config.model import MoEConfig
-from finermoe_jax.config.run import MeshConfig
+from finermoe_jax.config.run import BalanceConfig, MeshConfig, RunConfig
 from finermoe_jax.errors import InputError
 from finermoe_jax.layers.sharding import ONE_DEVICE
 from finermoe_jax.model.counts import true_counts
 from finermoe_jax.model.decoder import Decoder, with_shapes
+from finermoe_jax.training.initial import initial_model
 from tests.support import SMALL, load_preset
+from tests.support.training import MOE, mixture_model
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.table}-{row.size}-{row.label}")
@@ -43,6 +46,20 @@ def test_true_count_is_what_a_model_holds(moe):
     model = Decoder(config, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
     held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     assert true_counts(config).total == held
+
+
+@pytest.mark.parametrize("save", [fm.save_checkpoint, fm.save_hf])
+@pytest.mark.parametrize("across", [1, 2])
+def test_the_model_of_a_run_is_the_one_that_it_trains(tmp_path, save, across):
+    """Started from a trained mixture that the run gives pools, routing ahead and biases."""
+    save(mixture_model(), tmp_path / "trained")
+    moe = dataclasses.replace(MOE.moe, experts_across=across, route_ahead=1)
+    config = RunConfig(
+        dense=None, moe=moe, init_from=str(tmp_path / "trained"), balance=BalanceConfig("bias")
+    )
+    found = run_model(config)
+    assert found.moe.selection_bias and found.moe.route_ahead == 1
+    assert found == initial_model(config).model.config
 
 
 def test_shardings_are_shown_without_devices():
