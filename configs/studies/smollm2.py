@@ -14,7 +14,15 @@ step, in the same order. A variant is a list of names joined by "+"; none means 
     rex2              pools of two layers
     foreign           masks other layers' experts at first
     ct                the dense model, trained on the same tokens
+    steps200          200 steps instead of 60, evaluated five times; any multiple of 10 can be given
+
+A longer run against the dense model, at equal tokens and at equal seconds:
+
+    finermoe sweep --workdir=runs/smollm2_long --seeds=1 --config.init_from=models/smollm2_135m \\
+        --config=configs/studies/smollm2.py:{steps200,ct+steps200,ct+steps270}
 """
+
+import re
 
 from ml_collections import ConfigDict
 
@@ -32,6 +40,9 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in variant.split("+") if variant else ():
         if name in RATES:
             config.optimizer.update(learning_rate=RATES[name], final_learning_rate=RATES[name] / 10)
+        elif steps := re.fullmatch(r"steps(\d+)", name):
+            config.train.update(steps=int(steps[1]), eval_every=int(steps[1]) // 5)
+            config.train.checkpoint_every = int(steps[1]) // 2
         elif name == "muon":
             config.optimizer.name = "muon"
         elif name == "foreign":
