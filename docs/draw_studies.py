@@ -14,7 +14,11 @@ Draw = Callable[[str, Rows], Any]  # title and rows to a Matplotlib figure
 
 MATRICES = ("gate", "up", "down")
 LOSS = "held-out loss, nats per token"
-ACROSS = {"tokens": ("tokens seen, M", 1e6), "flops": ("model FLOPs, T", 1e12)}
+ACROSS = {
+    "tokens": ("tokens seen, M", 1e6),
+    "flops": ("model FLOPs, T", 1e12),
+    "seconds": ("minutes", 60),
+}
 
 
 def losses(runs: Seeds) -> dict[str, float]:

@@ -96,6 +96,21 @@ def active(runs: Seeds, _: Rows) -> str:
     return f"{next(iter(runs.values()))['active'] / 1e6:.2f} M"
 
 
+def steps(runs: Seeds, _: Rows) -> str:
+    """The steps of a run."""
+    return str(next(iter(runs.values()))["curve"]["steps"][-1])
+
+
+def tokens(runs: Seeds, _: Rows) -> str:
+    """The tokens of a run."""
+    return f"{next(iter(runs.values()))['curve']['tokens'][-1] / 1e3:,.0f} k"
+
+
+def minutes(runs: Seeds, _: Rows) -> str:
+    """The minutes of a run's steps, without evaluations and saves."""
+    return f"{np.mean([run['curve']['seconds'][-1] for run in runs.values()]) / 60:.0f}"
+
+
 def flops(runs: Seeds, _: Rows) -> str:
     """Model FLOPs of a whole run."""
     return f"{np.mean([run['curve']['flops'][-1] for run in runs.values()]) / 1e12:.2f}"
@@ -132,6 +147,9 @@ COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "parameters": total,
     "weights, MB": weights,
     "active": active,
+    "steps": steps,
+    "tokens": tokens,
+    "minutes": minutes,
     "TFLOP": flops,
     "fullest expert / mean": of_load("max_over_mean", 2),
     "entropy": of_load("entropy", 3),
@@ -239,6 +257,16 @@ STUDIES = {
             "ahead3": "routing ahead, k = 3",
         },
     ),
+    "smollm2_long": Study(
+        "SmolLM2-135M upcycled, and the dense model trained on",
+        ("steps", "tokens", "TFLOP", "minutes", "start", "held-out loss", "difference"),
+        {
+            "steps200": "FineRMoE (32, 2, 1, 2)",
+            "ct+steps200": "dense, equal tokens",
+            "ct+steps270": "dense, equal seconds",
+        },
+        draw_studies.curves("tokens", "seconds", top=3.0),
+    ),
     "demo_rates": Study(
         "The demo and its dense base, 150 steps of 4,096 tokens",
         ("seeds", "start", "held-out loss", "difference"),
@@ -272,6 +300,19 @@ STUDIES = {
             "scratch": "dense, from scratch",
         },
         draw_studies.curves("tokens", "flops", top=3.25),
+    ),
+    "table1_flops": Study(
+        "Table 1 in miniature, at equal FLOPs: as many as 60 steps of FineRMoE cost",
+        ("seeds", "steps", "tokens", "TFLOP", "held-out loss", "difference"),
+        {
+            "inter_out_fg": "FineRMoE (32, 2, 1, 2)",
+            "ct+steps65": "CT, the base trained on",
+            "s16a4+steps111": "S16A4",
+            "nvshard+steps63": "NVShard",
+            "du+steps41": "DU",
+            "c32a2+steps41": "C32A2",
+            "function_preserving": "FineRMoE, `function_preserving`",
+        },
     ),
     "granularity": Study(
         "Granularity in both dimensions, from scratch, equal parameters per token",

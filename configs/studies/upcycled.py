@@ -4,13 +4,16 @@
     S=configs/studies/upcycled.py
     finermoe sweep --seeds=3 --workdir=runs/table1 \\
         --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2,scratch,function_preserving}
-    finermoe sweep --seeds=2 --workdir=runs/granularity --config=$S:{32x2,32x1,8x2,8x1,32x4,8x4}
+    finermoe sweep --seeds=3 --workdir=runs/table1_flops \\
+        --config=$S:{inter_out_fg,ct+steps65,s16a4+steps111,nvshard+steps63,du+steps41,c32a2+steps41}
+    finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{32x2,32x1,8x2,8x1,32x4,8x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
         --config=$S:{inter_out_fg,ct,function_preserving,drop,noise,nvshard}+lr{1,2,3}
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
 
 The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
-All variants train on the same tokens in the same order. docs/results.md has the figures.
+Rates and lengths hold wherever they stand in it. All variants train on the same tokens in the same
+order. docs/results.md has the figures.
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
     scratch                a dense model with as many FLOPs per token as inter_out_fg
@@ -19,6 +22,7 @@ All variants train on the same tokens in the same order. docs/results.md has the
     function_preserving, drop, noise
                            another start of inter_out_fg: drop redraws half of each expert, noise
                            has a tenth of each matrix's standard deviation
+    steps65                65 steps instead of 60, evaluated three times; any number can be given
     lr1, lr2, lr3          the learning rate after warm-up: 1e-4, 3e-4 (the default), 1e-3
     sequence, batch, bias, none  the kind of balancing; all checkpoints are kept
 """
@@ -32,6 +36,7 @@ from finermoe_jax.config.presets import apply_variant
 
 RATES = {"lr1": 1e-4, "lr2": 3e-4, "lr3": 1e-3}
 KINDS = ("sequence", "batch", "bias", "none")
+LAST = re.compile(r"lr[123]|steps\d+")
 WIDTH, FFN, ACTIVE_FFN = 192, 512, 580
 
 
@@ -45,7 +50,8 @@ def get_config(variant: str = "inter_out_fg") -> ConfigDict:
     config.train.update(steps=60, eval_every=20, checkpoint_every=60, keep_checkpoints=1)
     config.optimizer.update(learning_rate=RATES["lr2"], final_learning_rate=RATES["lr2"] / 10)
     apply_variant(config, "inter_out_fg")
-    for name in variant.split("+"):
+    # Rates and lengths come last: an architecture from random weights brings its own.
+    for name in sorted(variant.split("+"), key=lambda name: bool(LAST.fullmatch(name))):
         _apply(config, name)
     return config
 
@@ -54,6 +60,9 @@ def _apply(config: ConfigDict, name: str) -> None:
     if name in RATES:
         rate = RATES[name]
         config.optimizer.update(learning_rate=rate, final_learning_rate=rate / 10)
+    elif steps := re.fullmatch(r"steps(\d+)", name):
+        count = int(steps[1])
+        config.train.update(steps=count, eval_every=-(-count // 3), checkpoint_every=count)
     elif name in KINDS:
         config.balance.kind = name
         config.train.update(checkpoint_every=20, keep_checkpoints=4)

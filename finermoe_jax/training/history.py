@@ -23,7 +23,6 @@ from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 from finermoe_jax.weights.model_card import TrainingRun
 
 SEEDS = ("train.seed", "data.seed")
-# Config fields that affect held-out losses, besides the text itself.
 # Fields of DataConfig that decide, beside the text, which rows are scored.
 HELD_OUT = ("sequence_length", "packing", "eval_windows")
 

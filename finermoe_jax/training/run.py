@@ -17,7 +17,7 @@ from flax import nnx
 from finermoe_jax.config.hardware import device_memory
 from finermoe_jax.config.model import ModelConfig
 from finermoe_jax.config.parse import run_config
-from finermoe_jax.config.run import BalanceConfig, RunConfig
+from finermoe_jax.config.run import RunConfig
 from finermoe_jax.data import batches as data
 from finermoe_jax.data.tokenizers import check_kept, open_tokenizer
 from finermoe_jax.errors import InputError, RunEnded
@@ -216,8 +216,7 @@ def check_run(
     _check_frozen(config, initial.model, say)
     _check_balance(config, model)
     if newest is None:
-        _check_balance_fields(config.balance)
-        _check_pools(config)
+        _check_ignored(config)
     length = config.data.sequence_length
     if length > model.context_length:
         raise InputError(
@@ -289,31 +288,12 @@ def _check_balance(config: RunConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_balance_fields(balance: BalanceConfig) -> None:
-    """Raises InputError for a field that the kind of balancing ignores.
+def _check_ignored(config: RunConfig) -> None:
+    """Raises InputError for a field that is set although another field makes the run ignore it.
 
     For new runs only: older versions accepted such configs, and their runs can resume.
     """
-    for name, used_by in (("weight", ("sequence", "batch")), ("bias_rate", ("bias",))):
-        value = getattr(balance, name)
-        if balance.kind not in used_by and value not in (0, getattr(BalanceConfig, name)):
-            raise InputError(
-                f"balance.{name}={value} has no effect with balance.kind={balance.kind}: set "
-                f"balance.kind={' or '.join(used_by)}, or remove balance.{name}"
-            )
-
-
-def _check_pools(config: RunConfig) -> None:
-    """Raises InputError for settings of pools and PSR that have no effect.
-
-    Only for new runs: an older run with such a setting can still be read and resumed.
-    """
     train, moe = config.train, config.moe
-    if train.psr == "none" and train.psr_mask == "foreign":
-        raise InputError(
-            "train.psr_mask=foreign has no effect with train.psr=none: set train.psr=linear or "
-            "stepwise, or psr_mask=random"
-        )
     if train.psr != "none" and train.force_balance:
         raise InputError(
             f"train.force_balance=true ignores the masks of train.psr={train.psr}: set "
@@ -324,6 +304,29 @@ def _check_pools(config: RunConfig) -> None:
             "moe.pooled_as=candidates has no effect with moe.experts_across=1: set experts_across "
             "to 2 or more, or pooled_as=copies"
         )
+    for name, (decides, users) in USED_BY.items():
+        group, _, field = name.partition(".")
+        part = getattr(config, group)
+        value, used_by = getattr(part, field), getattr(part, decides)
+        # A balancing weight or rate of 0 says the same as the kind that ignores it.
+        unset = value == getattr(type(part), field) or (group == "balance" and value == 0)
+        if used_by not in users and not unset:
+            raise InputError(
+                f"{name}={value} has no effect with {group}.{decides}={used_by}: set "
+                f"{group}.{decides}={' or '.join(users)}, or remove {name}"
+            )
+
+
+# Fields that only some values of another field of their group use.
+USED_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "balance.weight": ("kind", ("sequence", "batch")),
+    "balance.bias_rate": ("kind", ("bias",)),
+    "optimizer.beta1": ("name", ("adamw", "muon")),
+    "optimizer.beta2": ("name", ("adamw", "muon")),
+    "train.psr_start": ("psr", ("linear", "stepwise")),
+    "train.psr_end": ("psr", ("linear", "stepwise")),
+    "train.psr_mask": ("psr", ("linear", "stepwise")),
+}
 
 
 def _check_frozen(config: RunConfig, model: Decoder, say: Callable[[str], None]) -> None:

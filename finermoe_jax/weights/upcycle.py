@@ -99,12 +99,18 @@ def upcycle_weights(
     expert.
 
     Raises InputError if the source has experts already, if sizes do not divide, or if `upcycling`
-    contradicts `moe`.
+    contradicts `moe` or is too little to have an effect.
     """
     if dense.moe is not None:
         raise InputError("the source has experts already; upcycling needs a dense model")
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
+    if 0 < upcycling.drop_ratio * config.expert_intermediate_size < 1:
+        raise InputError(
+            f"upcycle.drop_ratio={upcycling.drop_ratio} is less than one of an expert's "
+            f"{config.expert_intermediate_size} channels: set at least "
+            f"{1 / config.expert_intermediate_size:.3g}, or 0"
+        )
     shapes, kinds = parameter_shapes(config), parameter_kinds(config)
     rows = by_layer(dense, weights)
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]

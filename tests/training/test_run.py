@@ -539,18 +539,33 @@ def test_a_foreign_directory_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_fields_that_the_kind_of_balancing_ignores(tmp_path):
-    for balance, words in (
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
         (
-            dict(kind="bias", weight=0.5),
+            dict(balance=dict(kind="bias", weight=0.5)),
             r"balance\.weight=0\.5 .* balance\.kind=bias: set .*sequence",
         ),
-        (dict(kind="none", weight=0.5), r"balance\.weight=0\.5 has no effect with .*kind=none"),
-        (dict(bias_rate=0.5), r"bias_rate=0\.5 .*=sequence: set balance\.kind=bias, or remove"),
-    ):
-        config = tiny_run(TINY | {"moe": dict(intermediate_granularity=4), "balance": balance})
-        with pytest.raises(InputError, match=words):
-            check_run(config, tmp_path, silent)
+        (
+            dict(balance=dict(kind="none", weight=0.5)),
+            r"balance\.weight=0\.5 has no effect with .*kind=none",
+        ),
+        (
+            dict(balance=dict(bias_rate=0.5)),
+            r"bias_rate=0\.5 .*=sequence: set balance\.kind=bias, or remove",
+        ),
+        (
+            dict(optimizer=dict(name="adafactor", beta2=0.99)),
+            r"beta2=0\.99 .* optimizer\.name=adafactor: set optimizer\.name=adamw or muon, or rem",
+        ),
+        (dict(train=dict(psr_end=0.5)), r"psr_end=0\.5 .* train\.psr=none: set .*psr=linear or st"),
+    ],
+)
+def test_fields_that_another_field_makes_the_run_ignore(tmp_path, values, words):
+    moe = dict(intermediate_granularity=4)
+    values = values | {"train": TINY.get("train", {}) | values.get("train", {})}
+    with pytest.raises(InputError, match=words):
+        check_run(tiny_run(TINY | {"moe": moe} | values), tmp_path, silent)
 
 
 @pytest.mark.slow

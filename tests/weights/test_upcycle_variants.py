@@ -363,6 +363,13 @@ def test_every_expert_of_the_function_preserving_start_learns_within_two_steps()
     assert learned["router"].all()
 
 
+def test_a_drop_ratio_below_one_channel_is_refused():
+    start = UpcycleConfig(drop_ratio=0.01)
+    words = r"drop_ratio=0\.01 is less than one of an expert's 8 channels: set at least 0\.125"
+    with pytest.raises(InputError, match=words):
+        fm.upcycle_model(_dense(), MoEConfig(8), jax.random.key(0), start)
+
+
 def test_starts_that_cannot_hold_are_refused():
     moe = MoEConfig(4, 2, 1, 2, 1, concat_proj="all")
     with pytest.raises(InputError, match="concat_proj=all"):
