@@ -23,7 +23,7 @@ from finermoe_jax.model.counts import true_counts
 from finermoe_jax.runtime import files
 from finermoe_jax.runtime.json_files import read_json, read_log, to_json
 from finermoe_jax.training.history import History
-from finermoe_jax.training.sweep import finished, plan
+from finermoe_jax.training.sweep import every_run, finished
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
 from finermoe_jax.weights.integrity import saved_steps
 
@@ -67,9 +67,8 @@ def recorded(sweep: Path) -> dict[str, Any]:
     """Returns the figures of a sweep's finished runs, by variant and seed."""
     configs = read_json(sweep / "sweep.json")
     variants = {name: run_config(values) for name, values in configs.items()}
-    seeds = 1 + max(int(path.name.removeprefix("seed")) for path in sweep.glob("*/seed*"))
     runs: dict[str, Any] = {name: {} for name in variants}
-    for run, history in finished(plan(sweep, variants, seeds)).items():
+    for run, history in finished(every_run(sweep, variants)).items():
         runs[run.variant][str(run.seed)] = record(history)
     about = {"jax": jax.__version__, "platform": jax.default_backend()}
     return {"about": about, "runs": {name: done for name, done in runs.items() if done}}

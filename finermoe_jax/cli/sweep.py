@@ -46,6 +46,7 @@ def main(flags: Flags) -> None:
         print(sweep.status(runs))
         return
     given = dict(zip(names, flags.configs, strict=True))
+    known = sweep.every_run(folder, variants, flags.seeds)
     with sweep.claimed(folder, variants):
         for number, run in enumerate(runs, 1):
             if run.done:
@@ -54,8 +55,8 @@ def main(flags: Flags) -> None:
             seeds = [f"--config.{name}={run.seed}" for name in ("train.seed", "data.seed")]
             _train([f"--config={given[run.variant]}", *flags.overrides, *seeds,
                     f"--workdir={run.workdir}"], run)  # fmt: skip
-            sweep.write_summary(folder, sweep.finished(runs))
-        histories = sweep.finished(runs)
+            sweep.write_summary(folder, sweep.finished(known))
+        histories = sweep.finished(known)
         sweep.write_summary(folder, histories)
         groups = compare([run.workdir for run in histories])
         print(table(groups))

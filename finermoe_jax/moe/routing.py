@@ -96,11 +96,13 @@ def route(
 def even_experts(tokens: tuple[int, ...], moe: MoEConfig) -> Int[Array, "*T A"]:
     """Returns experts in slot order for tokens of this shape, each expert equally often.
 
-    Every slot takes its candidate groups in turn, and the experts of each group in turn. Loads are
-    exactly even if the number of tokens is a multiple of the candidate groups times the experts of
-    a group.
+    Every slot takes its candidate groups in turn, and the experts of each group in turn; with
+    plain_top_k, all its experts in turn. Loads are exactly even if the number of tokens is a
+    multiple of the candidate groups times the experts of a group.
     """
     slots, candidates, group = moe.output_granularity, moe.pool_candidates, moe.pool_group_size
+    if moe.plain_top_k:
+        candidates, group = 1, candidates * group
     token = jnp.arange(math.prod(tokens))[:, None, None]
     turn = token // candidates * moe.active_per_group + jnp.arange(moe.active_per_group)[None, None]
     first = (jnp.arange(slots)[None, :, None] * candidates + token % candidates) * group

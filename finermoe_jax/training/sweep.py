@@ -72,6 +72,12 @@ def plan(folder: Path, variants: Mapping[str, RunConfig], seeds: int) -> list[Sw
     ]
 
 
+def every_run(folder: Path, variants: Mapping[str, RunConfig], seeds: int = 0) -> list[SweepRun]:
+    """Returns the runs of a sweep, with those of further seeds that the folder holds already."""
+    there = [int(path.name.removeprefix("seed")) + 1 for path in folder.glob("*/seed*")]
+    return plan(folder, variants, max([seeds, *there]))
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, variants: Mapping[str, RunConfig]) -> Iterator[None]:
     """Locks the folder and records the configs of its variants.

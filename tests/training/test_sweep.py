@@ -58,6 +58,15 @@ def test_every_variant_has_a_first_seed_early(tmp_path):
     assert not any(run.done for run in runs)
 
 
+def test_seeds_of_an_earlier_command_are_known(tmp_path):
+    (tmp_path / "a" / "seed2").mkdir(parents=True)
+    variants = {"a": tiny_run(), "b": tiny_run()}
+    assert [(run.variant, run.seed) for run in sweep.every_run(tmp_path, variants, 1)] == [
+        (name, seed) for seed in range(3) for name in "ab"
+    ]
+    assert len(sweep.every_run(tmp_path, variants, 4)) == 8
+
+
 def test_another_sweep_is_refused_and_a_larger_one_is_not(tmp_path):
     folder, variants = tmp_path / "sweep", {"a": tiny_run(), "b": tiny_run(steps=7)}
     with (
