@@ -106,9 +106,9 @@ def tokens(runs: Seeds, _: Rows) -> str:
     return f"{next(iter(runs.values()))['curve']['tokens'][-1] / 1e3:,.0f} k"
 
 
-def minutes(runs: Seeds, _: Rows) -> str:
-    """The minutes of a run's steps, without evaluations and saves."""
-    return f"{np.mean([run['curve']['seconds'][-1] for run in runs.values()]) / 60:.0f}"
+def step_time(runs: Seeds, _: Rows) -> str:
+    """The median seconds of a step."""
+    return f"{np.mean([run['step_seconds'] for run in runs.values()]):.1f}"
 
 
 def flops(runs: Seeds, _: Rows) -> str:
@@ -149,7 +149,7 @@ COLUMNS: dict[str, Callable[[Seeds, Rows], str]] = {
     "active": active,
     "steps": steps,
     "tokens": tokens,
-    "minutes": minutes,
+    "s per step": step_time,
     "TFLOP": flops,
     "fullest expert / mean": of_load("max_over_mean", 2),
     "entropy": of_load("entropy", 3),
@@ -259,7 +259,7 @@ STUDIES = {
     ),
     "smollm2_long": Study(
         "SmolLM2-135M upcycled, and the dense model trained on",
-        ("steps", "tokens", "TFLOP", "minutes", "start", "held-out loss", "difference"),
+        ("steps", "tokens", "TFLOP", "s per step", "start", "held-out loss", "difference"),
         {
             "steps200": "FineRMoE (32, 2, 1, 2)",
             "ct+steps200": "dense, equal tokens",

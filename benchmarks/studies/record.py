@@ -4,9 +4,9 @@
     python -m docs.fill_results
 
 The file holds, for every finished run, the parameters, the curve of held-out losses over steps,
-tokens, FLOPs and seconds, the load's figures at the last three logged steps, and the similarity of
-copies at every checkpoint that the run kept. A sweep that is not finished can be recorded; the file
-then holds the runs that are.
+tokens, FLOPs and seconds, the median seconds of a step, the load's figures at the last three logged
+steps, and the similarity of copies at every checkpoint that the run kept. A sweep that is not
+finished can be recorded; the file then holds the runs that are.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from finermoe_jax.analysis.similarity import expert_similarity
 from finermoe_jax.config.parse import run_config
 from finermoe_jax.model.counts import true_counts
 from finermoe_jax.runtime import files
-from finermoe_jax.runtime.json_files import read_json, read_log, to_json
+from finermoe_jax.runtime.json_files import read_json, read_lines, read_log, to_json
 from finermoe_jax.training.history import History
 from finermoe_jax.training.sweep import every_run, finished
 from finermoe_jax.weights.checkpoint import newest_checkpoint, read_description
@@ -41,6 +41,8 @@ def record(history: History) -> dict[str, Any]:
     config = read_description(newest)[0]
     counts = true_counts(config)
     found = {"parameters": counts.total, "active": counts.active, "curve": curve}
+    lines = read_lines(history.workdir / "metrics.jsonl")
+    found["step_seconds"] = round(statistics.median(line["step_seconds"] for line in lines), 2)
     if (path := history.workdir / "expert_load.jsonl").is_file():
         found["load"] = load([line for _, line in read_log(path)][-LOGGED:])
     if config.moe is not None and config.moe.pool_size > 1:

@@ -176,7 +176,7 @@ def test_a_sweep_that_is_stopped_resumes_and_sums_up(config, tmp_path):
     for name, seeds in recorded.items():
         history = read_history(folder / name / "seed0")
         assert seeds["0"]["curve"]["loss"] == history.loss.tolist()
-        assert seeds["0"]["parameters"] > 0
+        assert seeds["0"]["parameters"] > 0 and seeds["0"]["step_seconds"] > 0
     assert "optimizer.learning_rate" in done.stdout
     listed = command("sweep", *arguments[4:], steps, "--list").stdout
     assert "2 of 2 runs done" in listed
