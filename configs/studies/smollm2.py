@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
             config.optimizer.update(learning_rate=RATES[name], final_learning_rate=RATES[name] / 10)
         elif steps := re.fullmatch(r"steps(\d+)", name):
             config.train.update(steps=int(steps[1]), eval_every=int(steps[1]) // 5)
-            config.train.checkpoint_every = int(steps[1]) // 2
+            config.train.checkpoint_every = int(steps[1])
         elif name == "muon":
             config.optimizer.name = "muon"
         elif name == "foreign":
