@@ -262,8 +262,7 @@ STUDIES = {
         ("steps", "tokens", "TFLOP", "s per step", "start", "held-out loss", "difference"),
         {
             "steps200": "FineRMoE (32, 2, 1, 2)",
-            "ct+steps200": "dense, equal tokens",
-            "ct+steps270": "dense, equal seconds",
+            "ct+steps200": "dense, trained on",
         },
         draw_studies.curves("tokens", "seconds", top=3.0),
     ),
@@ -300,19 +299,6 @@ STUDIES = {
             "scratch": "dense, from scratch",
         },
         draw_studies.curves("tokens", "flops", top=3.25),
-    ),
-    "table1_flops": Study(
-        "Table 1 in miniature, at equal FLOPs: as many as 60 steps of FineRMoE cost",
-        ("seeds", "steps", "tokens", "TFLOP", "held-out loss", "difference"),
-        {
-            "inter_out_fg": "FineRMoE (32, 2, 1, 2)",
-            "ct+steps65": "CT, the base trained on",
-            "s16a4+steps111": "S16A4",
-            "nvshard+steps63": "NVShard",
-            "du+steps41": "DU",
-            "c32a2+steps41": "C32A2",
-            "function_preserving": "FineRMoE, `function_preserving`",
-        },
     ),
     "granularity": Study(
         "Granularity in both dimensions, from scratch, equal parameters per token",

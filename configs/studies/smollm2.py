@@ -16,10 +16,10 @@ step, in the same order. A variant is a list of names joined by "+"; none means 
     ct                the dense model, trained on the same tokens
     steps200          200 steps instead of 60, evaluated five times; any multiple of 10 can be given
 
-A longer run against the dense model, at equal tokens and at equal seconds:
+A longer run against the dense model:
 
     finermoe sweep --workdir=runs/smollm2_long --seeds=1 --config.init_from=models/smollm2_135m \\
-        --config=configs/studies/smollm2.py:{steps200,ct+steps200,ct+steps270}
+        --config=configs/studies/smollm2.py:{steps200,ct+steps200}
 """
 
 import re
