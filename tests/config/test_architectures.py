@@ -167,6 +167,13 @@ def test_granularities_use_equally_many_parameters():
     assert max(counts) < 1.02 * min(counts)
 
 
+def test_rates_and_lengths_of_a_study_hold_in_any_place():
+    """A cell of granularity sets a rate and a length of its own."""
+    for variant in ("lr1+steps65+32x2", "32x2+steps65+lr1"):
+        run = load_preset("studies/upcycled", variant)
+        assert (run.optimizer.learning_rate, run.train.steps) == (1e-4, 65)
+
+
 def test_arms_that_are_none_are_named():
     with pytest.raises(InputError, match=r"rex5.*rex2, rex4"):
         load_preset("studies/rex_arms", "rex5")
