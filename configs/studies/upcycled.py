@@ -6,14 +6,14 @@
         --config=$S:{inter_out_fg,ct,s16a4,nvshard,du,c32a2,scratch,function_preserving}
     finermoe sweep --seeds=3 --workdir=runs/table1_flops \\
         --config=$S:{inter_out_fg,ct+steps65,s16a4+steps111,nvshard+steps63,du+steps41,c32a2+steps41}
-    finermoe sweep --seeds=3 --workdir=runs/granularity --config=$S:{32x2,32x1,8x2,8x1,32x4,8x4}
+    finermoe sweep --seeds=2 --workdir=runs/granularity --config=$S:{32x2,32x1,8x2,8x1,32x4,8x4}
     finermoe sweep --seeds=1 --workdir=runs/starts \\
         --config=$S:{inter_out_fg,ct,function_preserving,drop,noise,nvshard}+lr{1,2,3}
     finermoe sweep --seeds=3 --workdir=runs/copies --config=$S:{sequence,batch,bias,none}
 
 The base is expected in runs/base, its text in build/. A variant is a list of names joined by "+".
 Rates and lengths hold wherever they stand in it. All variants train on the same tokens in the same
-order. docs/results.md has the figures.
+order. docs/results.md has the figures, but for table1_flops, which was not run yet.
 
     inter_out_fg, ct, …    an architecture of Table 1 or 2 (docs/architectures.md), upcycled
     scratch                a dense model with as many FLOPs per token as inter_out_fg

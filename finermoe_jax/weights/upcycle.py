@@ -105,12 +105,7 @@ def upcycle_weights(
         raise InputError("the source has experts already; upcycling needs a dense model")
     upcycling.check(moe)
     config = upcycled_config(dense, moe)
-    if 0 < upcycling.drop_ratio * config.expert_intermediate_size < 1:
-        raise InputError(
-            f"upcycle.drop_ratio={upcycling.drop_ratio} is less than one of an expert's "
-            f"{config.expert_intermediate_size} channels: set at least "
-            f"{1 / config.expert_intermediate_size:.3g}, or 0"
-        )
+    _check_drop(upcycling, config.expert_intermediate_size)
     shapes, kinds = parameter_shapes(config), parameter_kinds(config)
     rows = by_layer(dense, weights)
     moe_layers = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "moe"]
@@ -149,6 +144,15 @@ def upcycle_weights(
         return _drawn(of_layers, shape, dtype, std)
 
     return config, {path: make(path, shape) for path, shape in shapes.items()}
+
+
+def _check_drop(upcycling: UpcycleConfig, width: int) -> None:
+    """Raises InputError if upcycling would redraw some, but less than one, of `width` channels."""
+    if 0 < upcycling.drop_ratio * width < 1:
+        raise InputError(
+            f"upcycle.drop_ratio={upcycling.drop_ratio} is less than one of an expert's {width} "
+            f"channels: set at least {1 / width:.3g}, or 0"
+        )
 
 
 def _scaled(array: LazyArray, factor: int) -> LazyArray:
