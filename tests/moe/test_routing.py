@@ -127,7 +127,8 @@ def test_even_routing_loads_all_experts_alike(numbers, plain):
     routing, slot_order = route(logits, moe, jnp.float32, even=True)
     loads = np.bincount(np.asarray(routing.experts).ravel(), minlength=moe.num_experts)
     assert len(set(loads)) == 1
-    # As in any routing: by falling logit, T_I different experts in each slot, of one group unless plain.
+    # As in any routing: by falling logit, T_I different experts in each slot. Of one group, unless
+    # the top-k is plain.
     chosen = np.take_along_axis(np.asarray(logits), np.asarray(routing.experts), -1)
     assert (np.diff(chosen) <= 0).all()
     np.testing.assert_allclose(routing.weights, jax.nn.softmax(chosen, -1), rtol=1e-5)
